@@ -1,0 +1,8 @@
+"""``python -m scbert`` is the command ``scbert``."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

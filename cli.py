@@ -1,0 +1,235 @@
+"""The command ``scbert``: one thin function per verb, no logic.
+
+Every verb imports its job only when it runs, hands it the options that were given and prints the summary
+(a dict) that the job returns: as ``name: value`` lines on stderr, or as one JSON line on stdout with
+``--json``. Errors, signals and exit codes are handled in console.py.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import __version__
+from .console import existing, guarded, run, silence_libraries
+
+app = typer.Typer(
+    name="scbert",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class InputKind(StrEnum):
+    auto = "auto"
+    counts = "counts"
+    log1p = "log1p"
+
+
+class CacheFrozen(StrEnum):
+    auto = "auto"
+    memory = "memory"
+    disk = "disk"
+    off = "off"
+
+
+class ClassBalance(StrEnum):
+    none = "none"
+    weights = "weights"
+    oversample = "oversample"
+
+
+Query = Annotated[
+    Path,
+    typer.Argument(
+        metavar="QUERY", help="Cells to read: .h5ad, 10x .h5 or folder, .zarr.", show_default=False
+    ),
+]
+Model = Annotated[Path, typer.Option(metavar="DIR", help="Fine-tuned model folder.", show_default=False)]
+OutputFile = Annotated[Path, typer.Option(metavar="FILE", help="The .h5ad to write.", show_default=False)]
+OutputFolder = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.", show_default=False)]
+Recipe = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="Settings: a shipped recipe's name or a .json file.")
+]
+Layer = Annotated[str | None, typer.Option(help="Layer that holds the values (X without it).")]
+Input = Annotated[InputKind, typer.Option(help="What the values are; auto refuses what it cannot tell.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells per step.", show_default=False)]
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Seed of splits, weights and order.", show_default=False)
+]
+Force = Annotated[bool, typer.Option("--force", help="Go on where few genes of the panel are found.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same command.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"scbert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _scbert(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Cell-type annotation of single cells with scBERT models."""
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the demo's files.")] = Path("demo"),
+    json: Json = False,
+) -> None:
+    """Fine-tune a small model on real cells, annotate held-out ones and show the scores."""
+    from .inference.demo import run_demo
+
+    run(run_demo, output=output, as_json=json)
+
+
+@app.command()
+def finetune(
+    reference: Annotated[
+        Path, typer.Argument(metavar="REF", help="Labelled cells: .h5ad, 10x .h5, .zarr.", show_default=False)
+    ],
+    label_key: Annotated[
+        str, typer.Option(help="Column of obs that holds the cell types.", show_default=False)
+    ],
+    output: OutputFolder,
+    base: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Pretrained model (random weights without it).")
+    ] = None,
+    recipe: Recipe = None,
+    epochs: Annotated[
+        float | None, typer.Option(min=0, help="Passes over the cells.", show_default=False)
+    ] = None,
+    batch_size: BatchSize = None,
+    test_key: Annotated[
+        str | None,
+        typer.Option(help="Column of obs that says 'train', 'validation' or 'test' for each cell."),
+    ] = None,
+    class_balance: Annotated[
+        ClassBalance | None, typer.Option(help="How rare classes are strengthened.", show_default=False)
+    ] = None,
+    train_all: Annotated[
+        bool | None,
+        typer.Option("--train-all", help="Train every weight of a pretrained base.", show_default=False),
+    ] = None,
+    layer: Layer = None,
+    input: Input = InputKind.auto,
+    min_genes: Annotated[
+        int | None, typer.Option(min=0, help="Expressed genes a training cell needs.", show_default=False)
+    ] = None,
+    cache_frozen: Annotated[
+        CacheFrozen | None, typer.Option(help="Where the frozen layers' outputs are kept between epochs.")
+    ] = None,
+    seed: Seed = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Teach a model the cell types of a labelled reference."""
+    existing(reference)
+    from .training.run_finetune import finetune as job
+
+    run(
+        job,
+        reference,
+        label_key,
+        output,
+        base=base,
+        recipe=recipe,
+        epochs=epochs,
+        batch_size=batch_size,
+        test_key=test_key,
+        class_balance=class_balance and class_balance.value,
+        train_all=train_all,
+        layer=layer,
+        input=input.value,
+        min_genes=min_genes,
+        cache_frozen=cache_frozen and cache_frozen.value,
+        seed=seed,
+        resume=resume,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
+def annotate(
+    query: Query,
+    model: Model,
+    output: OutputFile,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Cells below this confidence are 'unassigned'.")
+    ] = 0.5,
+    majority_vote: Annotated[
+        str | None, typer.Option(metavar="KEY|leiden", help="Give each group of this obs column one label.")
+    ] = None,
+    layer: Layer = None,
+    input: Input = InputKind.auto,
+    batch_size: BatchSize = None,
+    force: Force = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Give every cell a cell type and a confidence."""
+    existing(query)
+    from .inference.annotate import annotate_file
+
+    run(
+        annotate_file,
+        query,
+        model,
+        output,
+        threshold=threshold,
+        majority_vote=majority_vote,
+        layer=layer,
+        input=input.value,
+        batch_size=batch_size,
+        force=force,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
+def embed(
+    query: Query,
+    model: Model,
+    output: OutputFile,
+    layer: Layer = None,
+    input: Input = InputKind.auto,
+    batch_size: BatchSize = None,
+    force: Force = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write each cell's embedding to obsm["X_scbert"]."""
+    existing(query)
+    from .inference.embed import embed_file
+
+    run(
+        embed_file,
+        query,
+        model,
+        output,
+        layer=layer,
+        input=input.value,
+        batch_size=batch_size,
+        force=force,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    silence_libraries()
+    return guarded(lambda: app(args=arguments, prog_name="scbert"))

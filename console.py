@@ -1,0 +1,194 @@
+"""The frame around every verb of the command line: messages, exit codes, signals, the JSON line.
+
+Exit codes: 0 done, 1 a problem named in one paragraph on stderr, 2 wrong usage, 130 and 143 stopped by
+Ctrl-C and by SIGTERM. ``SCBERT_DEBUG=1`` shows tracebacks and the libraries' own messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+# module -> the extra of setup.cfg that installs it
+EXTRAS = {
+    "scanpy": "scanpy",
+    "igraph": "scanpy",
+    "leidenalg": "scanpy",
+    "gensim": "gene2vec",
+    "captum": "explain",
+    "gseapy": "explain",
+    "celltypist": "evaluate",
+    "mudata": "multiomics",
+    "pooch": "genes",
+    "gradio": "app",
+}
+
+_QUIET_ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_STOPPED = {130: "Stopped by Ctrl-C", 143: "Stopped by SIGTERM"}
+
+
+def debugging() -> bool:
+    """Whether ``SCBERT_DEBUG`` asks for tracebacks and the libraries' own messages."""
+    return os.environ.get("SCBERT_DEBUG", "0") not in ("", "0")
+
+
+def say(message: str, style: str = "") -> None:
+    """Write one message to stderr, unwrapped where stderr is not a terminal."""
+    console = Console(stderr=True, highlight=False)
+    console.print(escape(message), style=style, soft_wrap=not console.is_terminal)
+
+
+def silence_libraries() -> None:
+    """Keep transformers, datasets and the hub client from printing; call before they are imported."""
+    if debugging():
+        return
+    for name, value in _QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import warnings
+
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category)
+
+
+def run(job: Callable[..., Mapping[str, Any] | None], *arguments: Any, as_json: bool, **options: Any) -> None:
+    """Run ``job`` and print the summary it returns.
+
+    Options that are None are left out, so that the job's own defaults (or its recipe's) hold. What the
+    job prints goes to stderr: stdout holds the JSON line and nothing else.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    with contextlib.redirect_stdout(sys.stderr):
+        summary = plain(dict(job(*arguments, **given) or {}))
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False, allow_nan=False), flush=True)
+        return
+    for name, value in summary.items():
+        if isinstance(value, str | int | float):
+            say(f"{name.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def plain(value: Any) -> Any:
+    """Turn a summary into what JSON can hold: numpy and paths converted, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def guarded(command: Callable[[], Any]) -> int:
+    """Call ``command`` (which may raise ``SystemExit``) and return the process's exit code."""
+    try:
+        with _terminable():
+            command()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        message = explain(error)
+        if message is None or debugging():
+            traceback.print_exception(error)
+        if message is not None:
+            say(f"Error: {message}", style="red")
+        return 1
+    else:
+        code = 0
+    if code in _STOPPED:
+        say(f"{_STOPPED[code]}: nothing unfinished was left under a final name.", style="yellow")
+    return code
+
+
+def explain(error: Exception) -> str | None:
+    """Return the paragraph a user needs to mend ``error``, or None where it is a bug of ours."""
+    if _disk_is_full(error):
+        where = getattr(error, "filename", None)
+        return (
+            f"The disk is full{f' ({where})' if where else ''}: the output could not be written and nothing "
+            "incomplete was left under its name. Free some space, or choose an --output on another disk."
+        )
+    if isinstance(error, OSError):
+        if error.strerror and error.filename:
+            return f"{error.strerror}: {error.filename}"
+        return str(error) or type(error).__name__
+    if isinstance(error, ValueError):
+        from .tokenization.expression_scbert import InputError
+
+        return str(error) if isinstance(error, InputError) else None
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRAS:
+        package = error.name.partition(".")[0]
+        return (
+            f"This needs the package {package}, which is not installed. "
+            f"Install it with: pip install 'scbert-transformers[{EXTRAS[package]}]'"
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"Out of memory: try a smaller --batch-size. ({error})"
+    return None
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    # h5py, torch and safetensors each wrap the system's error in a text of their own
+    signs = ("no space left on device", "os error 28", "errno = 28", "disk quota exceeded")
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(sign in str(error).lower() for sign in signs):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit(143), so that context managers remove their partial files."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(signum: int, frame: Any) -> None:
+        if os.getpid() == owner:
+            raise SystemExit(128 + signum)
+        # a forked worker has nothing to clean: it dies the ordinary way
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def existing(path: Path) -> Path:
+    """Return ``path``, or raise FileNotFoundError before the slow imports begin."""
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return path
