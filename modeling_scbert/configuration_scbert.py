@@ -1,0 +1,114 @@
+"""Configuration of the scBERT family: one model, whose settings are scBERT, scMBERT and scReformer-BERT."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+@strict
+class ScBertConfig(PreTrainedConfig):
+    r"""
+    Configuration of every scBERT model. The defaults are the published scBERT (Yang et al. 2022).
+
+    Only what differs from a standard encoder is documented here.
+
+    Parameters
+    ----------
+    vocab_size
+        Expression bins and the mask: ids ``0..vocab_size-2`` are bins, the last one is the mask token.
+    head_dim
+        Width of one attention head; ``num_attention_heads * head_dim`` need not equal ``hidden_size``.
+    max_position_embeddings
+        Genes of the panel plus the trailing token.
+    attention_type
+        ``"favor"`` (linear FAVOR+ attention, scBERT), ``"softmax"`` (exact) or ``"lsh"`` (Reformer). Part of the
+        function the weights were trained for, hence a field here and not an attention implementation.
+    num_random_features, feature_redraw_interval, kernel_epsilon
+        FAVOR+: random features per layer, training steps between redraws (0: never), and the constant added to
+        every feature. At random initialisation the last is not negligible, so it is a setting.
+    freeze_gene_embeddings
+        Keep the gene table (gene2vec) out of training: it is then a buffer, not a parameter.
+    position_embedding_type
+        ``"sinusoidal"`` adds fixed positions to the gene identities (scReformer-BERT).
+    num_modalities, modality_loss_weight
+        Above one modality, a modality embedding is added and pretraining also predicts the modality of every
+        token, weighted by ``modality_loss_weight`` (scMBERT's lambda).
+    classifier_hidden_sizes
+        Widths of the hidden layers of the classification head; empty for a gene-resolved linear head.
+    pooling
+        ``"conv"`` reduces each token to one number and keeps genes apart (scBERT); ``"mean"`` averages tokens.
+    sparse_prediction
+        With labels, decode the labelled positions only: logits are ``[n_labelled, vocab_size]``.
+    seed
+        Seeds the random features (and, with ``"lsh"``, the hash rotations) of every layer.
+
+    Examples
+    --------
+    >>> from scbert import ScBertConfig
+    >>> ScBertConfig(num_hidden_layers=2, max_position_embeddings=766).attention_type
+    'favor'
+    """
+
+    model_type = "scbert"
+
+    vocab_size: int = 7
+    hidden_size: int = 200
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 10
+    head_dim: int = 64
+    intermediate_size: int = 800
+    max_position_embeddings: int = 16907
+    attention_type: Literal["favor", "lsh", "softmax"] = "favor"
+    num_random_features: int = 266
+    feature_redraw_interval: int = 1000
+    kernel_epsilon: float | int = 1e-4
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    layer_norm_eps: float | int = 1e-5
+    initializer_range: float | int = 0.02
+    qkv_bias: bool = False
+    freeze_gene_embeddings: bool = True
+    position_embedding_type: Literal["none", "sinusoidal"] = "none"
+    num_modalities: int = 1
+    modality_loss_weight: float | int = 1.0
+    classifier_hidden_sizes: list[int] | tuple[int, ...] = (512, 128)
+    classifier_dropout: float | int = 0.0
+    pooling: Literal["conv", "mean"] = "conv"
+    sparse_prediction: bool = False
+    pad_token_id: int | None = 0
+    mask_token_id: int | None = 6
+    seed: int = 0
+
+    def __post_init__(self, **kwargs):
+        self.classifier_hidden_sizes = list(self.classifier_hidden_sizes)
+        # every class of the family is listed, so that whichever is saved, the others load from the same folder
+        kwargs.setdefault(
+            "auto_map",
+            {
+                "AutoConfig": "configuration_scbert.ScBertConfig",
+                "AutoModel": "modeling_scbert.ScBertModel",
+                "AutoModelForMaskedLM": "modeling_scbert.ScBertForMaskedExpression",
+                "AutoModelForSequenceClassification": "modeling_scbert.ScBertForCellClassification",
+            },
+        )
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self):
+        """Refuse sizes no model can be built from; run by ``@strict`` after initialisation."""
+        positive = (
+            "vocab_size hidden_size num_attention_heads head_dim intermediate_size max_position_embeddings "
+            "num_random_features num_modalities"
+        )
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_hidden_layers < 0 or self.feature_redraw_interval < 0:
+            raise ValueError("num_hidden_layers and feature_redraw_interval cannot be negative.")
+        if self.kernel_epsilon < 0:
+            raise ValueError(f"kernel_epsilon is {self.kernel_epsilon}; it cannot be negative.")
+        if any(size < 1 for size in self.classifier_hidden_sizes):
+            raise ValueError(f"classifier_hidden_sizes {self.classifier_hidden_sizes} must all be at least 1.")
+        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"Sinusoidal positions need an even hidden_size, not {self.hidden_size}.")

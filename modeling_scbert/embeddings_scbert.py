@@ -1,0 +1,104 @@
+"""What a token is: its expression bin, its gene, and where there are several, its modality; summed."""
+
+import math
+
+import torch
+from torch import nn
+
+
+class ScBertGeneEmbeddings(nn.Module):
+    """
+    The gene table [genes + 1, hidden]; the last row belongs to the trailing token and starts at zero.
+
+    Frozen, it is a persistent buffer rather than a parameter: ``from_pretrained`` sets ``requires_grad`` on every
+    parameter, and distributed training refuses parameters that never get a gradient.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        weight = torch.empty(config.max_position_embeddings, config.hidden_size)
+        if config.freeze_gene_embeddings:
+            self.register_buffer("weight", weight)
+        else:
+            self.weight = nn.Parameter(weight)
+
+    def forward(self, gene_ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(gene_ids, self.weight)
+
+
+def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    """
+    Fixed sine/cosine positions (Vaswani et al. 2017, section 3.5).
+
+    Parameters
+    ----------
+    position_ids
+        Integers, any shape.
+    hidden_size
+        Even width of the encoding.
+
+    Returns
+    -------
+    Float32 tensor ``[*position_ids.shape, hidden_size]``: sines at even, cosines at odd features.
+    """
+    pairs = torch.arange(0, hidden_size, 2, device=position_ids.device, dtype=torch.float32)
+    angles = position_ids.float().unsqueeze(-1) * torch.exp(pairs * (-math.log(10000.0) / hidden_size))
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+class ScBertEmbeddings(nn.Module):
+    """Sum of expression, gene, modality and position embeddings, then dropout."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.expression_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.gene_embeddings = ScBertGeneEmbeddings(config)
+        if config.num_modalities > 1:
+            self.modality_embeddings = nn.Embedding(config.num_modalities, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        gene_ids: torch.Tensor | None = None,
+        modality_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Embed a batch of cells.
+
+        Parameters
+        ----------
+        input_ids
+            Expression bins ``[batch, length]``.
+        gene_ids
+            Rows of the gene table ``[batch, length]`` (or ``[length]``); the panel's order by default.
+        modality_ids
+            Modalities ``[batch, length]``; all zero by default.
+        inputs_embeds
+            Expression embeddings ``[batch, length, hidden]`` in place of ``input_ids`` (for attribution); genes,
+            modalities and positions are added all the same.
+
+        Returns
+        -------
+        Tensor ``[batch, length, hidden]``.
+        """
+        expression = self.expression_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        length = expression.shape[1]
+        if gene_ids is None:
+            if length > self.config.max_position_embeddings:
+                raise ValueError(
+                    f"The input has {length} tokens, the gene table {self.config.max_position_embeddings} rows. "
+                    "Align cells to the model's own panel (its tokenizer does), or pass gene_ids."
+                )
+            gene_ids = torch.arange(length, device=expression.device)
+        embeddings = expression + self.gene_embeddings(gene_ids)
+        if self.config.num_modalities > 1:
+            if modality_ids is None:
+                modality_ids = torch.zeros_like(gene_ids)
+            embeddings = embeddings + self.modality_embeddings(modality_ids)
+        if self.config.position_embedding_type == "sinusoidal":
+            positions = sinusoidal_positions(gene_ids, self.config.hidden_size)
+            embeddings = embeddings + positions.to(embeddings.dtype)
+        return self.dropout(embeddings)

@@ -1,0 +1,236 @@
+"""
+FAVOR+ attention (Choromanski et al., ICLR 2021), non-causal softmax kernel, as scBERT uses it.
+
+With x' = x * d^(-1/4), rows w of a random projection [m, d], and one stabiliser per cell:
+
+    phi_q(x) = m^(-1/2) * (exp(w.x' - |x'|^2/2 - max over features of w.x') + eps)
+    phi_k(x) = m^(-1/2) * (exp(w.x' - |x'|^2/2 - max over features, positions and heads of w.x') + eps)
+    out      = phi_q (phi_k^T v) / (phi_q . sum phi_k)
+
+The original takes the key maximum over the whole batch; taken per cell it is equal at batch size 1, and a cell's
+output no longer depends on its batch mates. The stabilisers are constants to the gradient, here and in every engine.
+"""
+
+import torch
+from torch import nn
+
+
+# above this length a full attention matrix is refused: it would take length^2 * heads numbers a layer
+MAX_ATTENTION_MATRIX_LENGTH = 4096
+
+
+def draw_projection(num_features: int, head_dim: int, generator: torch.Generator) -> torch.Tensor:
+    """
+    Draw the random projection of one layer: orthogonal blocks whose rows have the norms of Gaussian rows.
+
+    Parameters
+    ----------
+    num_features, head_dim
+        The shape, m and d. Blocks are d x d; the last one is truncated.
+    generator
+        CPU generator; equal seeds give equal features on every device and rank.
+
+    Returns
+    -------
+    Float32 tensor ``[num_features, head_dim]``.
+
+    Examples
+    --------
+    >>> draw_projection(266, 64, torch.Generator().manual_seed(0)).shape
+    torch.Size([266, 64])
+    """
+    num_blocks = -(-num_features // head_dim)
+    gaussians = torch.randn(num_blocks, head_dim, head_dim, generator=generator, device="cpu")
+    directions = torch.linalg.qr(gaussians).Q.mT.reshape(-1, head_dim)[:num_features]
+    norms = torch.randn(num_features, head_dim, generator=generator, device="cpu").norm(dim=1)
+    return norms[:, None] * directions
+
+
+def _log_features(x: torch.Tensor, projection_matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """w.x' [..., length, m] and |x'|^2/2 [..., length, 1]; the stabiliser is a maximum of the first alone."""
+    x = x * x.shape[-1] ** -0.25
+    return x @ projection_matrix.T, x.square().sum(-1, keepdim=True) / 2
+
+
+def favor_feature_maps(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    projection_matrix: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    epsilon: float = 1e-4,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Random features of queries and keys, written straight from the formulas above.
+
+    Parameters
+    ----------
+    query, key
+        ``[batch, heads, length, d]``, lengths may differ.
+    projection_matrix
+        ``[m, d]``.
+    attention_mask
+        ``[batch, key length]``, true where a key may be attended to.
+    epsilon
+        Added to every feature.
+
+    Returns
+    -------
+    ``phi_q [batch, heads, query length, m]`` and ``phi_k [batch, heads, key length, m]``, at least float32;
+    ``phi_k`` is exactly zero at masked keys.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    projection_matrix = projection_matrix.to(dtype)
+    dash_q, diag_q = _log_features(query.to(dtype), projection_matrix)
+    dash_k, diag_k = _log_features(key.to(dtype), projection_matrix)
+    scale = projection_matrix.shape[0] ** -0.5
+
+    phi_q = scale * ((dash_q - diag_q - dash_q.amax(-1, keepdim=True).detach()).exp() + epsilon)
+    if attention_mask is None:
+        return phi_q, scale * ((dash_k - diag_k - dash_k.amax((1, 2, 3), keepdim=True).detach()).exp() + epsilon)
+
+    keep = attention_mask.bool()[:, None, :, None]
+    lowest = torch.finfo(dtype).min
+    key_max = dash_k.masked_fill(~keep, lowest).amax((1, 2, 3), keepdim=True).detach()
+    # masked keys are lowered before exp, not only zeroed after it: inf * 0 would be nan
+    phi_k = scale * ((dash_k - diag_k - key_max).masked_fill(~keep, lowest).exp() + epsilon)
+    return phi_q, phi_k * keep
+
+
+def favor_attention_naive(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection_matrix: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    epsilon: float = 1e-4,
+) -> torch.Tensor:
+    """
+    FAVOR+ with the features of the whole sequence in memory: the reference every engine is tested against.
+
+    Shapes as in `favor_attention`.
+    """
+    phi_q, phi_k = favor_feature_maps(query, key, projection_matrix, attention_mask, epsilon)
+    context = phi_k.mT @ value.to(phi_k.dtype)
+    normaliser = phi_q @ phi_k.sum(dim=2).unsqueeze(-1)
+    return (phi_q @ context / normaliser).to(value.dtype)
+
+
+def favor_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection_matrix: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    epsilon: float = 1e-4,
+) -> torch.Tensor:
+    """
+    FAVOR+ attention by the fastest engine at hand.
+
+    Parameters
+    ----------
+    query, key, value
+        ``[batch, heads, length, d]``; queries may have another length than keys, values another width.
+    projection_matrix
+        Random features ``[m, d]``; no gradient flows to it.
+    attention_mask
+        ``[batch, key length]``, true where a key may be attended to. Masked keys contribute exactly nothing.
+    epsilon
+        The kernel's additive constant.
+
+    Returns
+    -------
+    ``[batch, heads, query length, value width]``, in the dtype of ``value``.
+
+    Examples
+    --------
+    >>> projection = draw_projection(266, 64, torch.Generator().manual_seed(0))
+    >>> q = k = v = torch.randn(1, 10, 100, 64)
+    >>> favor_attention(q, k, v, projection).shape
+    torch.Size([1, 10, 100, 64])
+    """
+    return favor_attention_naive(query, key, value, projection_matrix, attention_mask, epsilon)
+
+
+def favor_attention_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    projection_matrix: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    epsilon: float = 1e-4,
+) -> torch.Tensor:
+    """Full attention matrix ``[batch, heads, queries, keys]`` that FAVOR+ implies; for short sequences only."""
+    length = key.shape[2]
+    if length > MAX_ATTENTION_MATRIX_LENGTH:
+        raise ValueError(
+            f"output_attentions would build a {length} x {length} matrix per head and layer; at most "
+            f"{MAX_ATTENTION_MATRIX_LENGTH} tokens are allowed. scbert.interpretation.gene_attention gives the "
+            "attention each gene receives without that matrix."
+        )
+    phi_q, phi_k = favor_feature_maps(query, key, projection_matrix, attention_mask, epsilon)
+    weights = phi_q @ phi_k.mT
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def favor_attention_received(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    projection_matrix: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    epsilon: float = 1e-4,
+) -> torch.Tensor:
+    """
+    Attention each key receives, summed over queries: the column sums of the attention matrix, in O(length m).
+
+    Column j is ``sum_i phi_q(i) / D_i . phi_k(j)`` with ``D_i = phi_q(i) . sum phi_k``. Masked positions neither
+    give nor receive.
+
+    Returns
+    -------
+    ``[batch, heads, length]``.
+    """
+    phi_q, phi_k = favor_feature_maps(query, key, projection_matrix, attention_mask, epsilon)
+    weights = phi_q / (phi_q @ phi_k.sum(dim=2).unsqueeze(-1))
+    if attention_mask is not None:
+        weights = weights * attention_mask.to(weights.dtype)[:, None, :, None]
+    return (phi_k @ weights.sum(dim=2).unsqueeze(-1)).squeeze(-1)
+
+
+class ScBertFavorAttention(nn.Module):
+    """Multi-head FAVOR+ attention; every head of a layer shares one random projection."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        inner_size = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(inner_size, config.hidden_size)
+        # there are no probabilities to drop: as in Performer, the attention's output is
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.register_buffer("projection_matrix", torch.empty(config.num_random_features, config.head_dim))
+
+    def initial_projection(self) -> torch.Tensor:
+        """The layer's first random features; a pure function of the config, so that two inits agree."""
+        generator = torch.Generator("cpu").manual_seed(self.config.seed * 100_003 + self.layer_idx)
+        return draw_projection(*self.projection_matrix.shape, generator)
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values ``[batch, heads, length, d]`` of normalised hidden states."""
+        shape = (*hidden_states.shape[:-1], -1, self.config.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (proj(hidden_states).view(shape).transpose(1, 2) for proj in projections)
+        return query, key, value
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self.project(hidden_states)
+        kernel = (self.projection_matrix, attention_mask, self.config.kernel_epsilon)
+        weights = favor_attention_weights(query, key, *kernel) if output_attentions else None
+        context = favor_attention(query, key, value, *kernel)
+        return self.dropout(self.o_proj(context.transpose(1, 2).flatten(-2))), weights
