@@ -1,0 +1,290 @@
+"""Confidence that means something: temperature, calibration errors, and the threshold of "unassigned"."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .requirements import require
+
+
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """
+    Probabilities of logits divided by a temperature, [cells, classes] float64.
+
+    Examples
+    --------
+    >>> softmax(np.array([[0.0, 0.0]])).tolist()
+    [[0.5, 0.5]]
+    """
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> float:
+    """
+    Mean cross-entropy of logits [cells, classes] divided by a temperature; natural log.
+
+    Examples
+    --------
+    >>> round(negative_log_likelihood(np.zeros((3, 2)), np.array([0, 1, 1])), 4)
+    0.6931
+    """
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    scaled -= scaled.max(axis=1, keepdims=True)
+    log_total = np.log(np.exp(scaled).sum(axis=1))
+    return float((log_total - scaled[np.arange(len(scaled)), labels]).mean())
+
+
+def fit_temperature(
+    logits: np.ndarray, labels: np.ndarray, bounds: tuple[float, float] = (0.05, 20.0)
+) -> float:
+    """
+    The one number that, dividing the logits, makes validation cells likeliest.
+
+    Parameters
+    ----------
+    logits
+        Outputs of the classifier for validation cells it was not trained on, [cells, classes].
+    labels
+        Indices of their true classes, [cells].
+    bounds
+        Temperatures searched. A value at a bound means that the validation cells are (nearly) all right or
+        all wrong, and tell nothing about calibration.
+
+    Returns
+    -------
+    float
+        Above 1: the model was too sure of itself; below 1: not sure enough. Predicted classes don't change.
+
+    Raises
+    ------
+    ValueError
+        When there are no cells, or a label is no column of the logits.
+
+    Notes
+    -----
+    Guo et al., On Calibration of Modern Neural Networks, ICML 2017. The loss is convex in 1/temperature, so
+    a bounded scalar search finds the minimum.
+
+    Examples
+    --------
+    >>> logits = np.array([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]])
+    >>> round(fit_temperature(logits, np.array([0, 0, 0, 1])), 3)  # 4 / log(3): three in four are right
+    3.641
+    """
+    logits, labels = _checked(logits, labels)
+    optimize = require("scipy.optimize")
+    result = optimize.minimize_scalar(
+        lambda log_temperature: negative_log_likelihood(logits, labels, np.exp(log_temperature)),
+        bounds=np.log(bounds),
+        method="bounded",
+        options={"xatol": 1e-6},
+    )
+    return float(np.exp(result.x))
+
+
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, n_bins: int = 15) -> float:
+    """
+    Mean gap between confidence and accuracy over equal-width bins of the confidence, weighted by cells.
+
+    Parameters
+    ----------
+    probabilities
+        [cells, classes], rows summing to 1.
+    labels
+        Indices of the true classes, [cells].
+    n_bins
+        Number of bins of the largest probability between 0 and 1.
+
+    Notes
+    -----
+    Naeini et al. 2015; computed by torchmetrics (l1 norm).
+
+    Examples
+    --------
+    >>> round(expected_calibration_error(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0])), 3)
+    0.45
+    """
+    torch, classification = require("torch"), require("torchmetrics.functional.classification")
+    probabilities, labels = _checked(probabilities, labels)
+    error = classification.multiclass_calibration_error(
+        torch.from_numpy(probabilities), torch.from_numpy(labels), probabilities.shape[1], n_bins, norm="l1"
+    )
+    return float(error)
+
+
+def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """
+    Mean over cells of the squared distance between probabilities and the truth; 0 is best, 2 worst.
+
+    The original multi-class definition (Brier 1950): sum over classes, not halved for two. By scikit-learn.
+
+    Examples
+    --------
+    >>> round(brier_score(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0])), 3)
+    0.65
+    """
+    metrics = require("sklearn.metrics")
+    probabilities, labels = _checked(probabilities, labels)
+    classes = np.arange(probabilities.shape[1])
+    return float(metrics.brier_score_loss(labels, probabilities, labels=classes, scale_by_half=False))
+
+
+def calibration_metrics(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> dict[str, float]:
+    """
+    Calibration of logits under a temperature: ``ece``, ``brier``, ``nll``, and mean confidence and accuracy.
+
+    Call it once with temperature 1 and once with the fitted one, on cells that were not used to fit it.
+
+    Examples
+    --------
+    >>> calibration_metrics(np.array([[2.0, 0.0], [0.0, 2.0]]), np.array([0, 1]))["accuracy"]
+    1.0
+    """
+    logits, labels = _checked(logits, labels)
+    probabilities = softmax(logits, temperature)
+    return {
+        "temperature": float(temperature),
+        "ece": expected_calibration_error(probabilities, labels),
+        "brier": brier_score(probabilities, labels),
+        "nll": negative_log_likelihood(logits, labels, temperature),
+        "confidence": float(probabilities.max(axis=1).mean()),
+        "accuracy": float((probabilities.argmax(axis=1) == labels).mean()),
+    }
+
+
+@dataclass(frozen=True)
+class UnassignedThreshold:
+    """
+    A threshold on the confidence, and what it did on the cells it was chosen on.
+
+    Cells whose largest probability is below `threshold` become "unassigned". `precision` is the accuracy of
+    the others, `coverage` their share of all cells; `reached` tells whether the wanted precision was met.
+    """
+
+    threshold: float
+    precision: float
+    coverage: float
+    reached: bool
+
+
+def choose_threshold(
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    precision: float = 0.95,
+    min_cells: int = 20,
+    default: float = 0.5,
+) -> UnassignedThreshold:
+    """
+    The lowest confidence threshold whose assigned validation cells reach a wanted precision.
+
+    Parameters
+    ----------
+    probabilities
+        Calibrated probabilities of validation cells, [cells, classes].
+    labels
+        Indices of their true classes, [cells]; -1 for a cell of none of them, which is wrong wherever it is
+        assigned.
+    precision
+        Wanted share of right answers among the assigned cells.
+    min_cells
+        At least this many cells must stay assigned: a precision measured on a handful says nothing.
+    default
+        Threshold when there are too few cells, or none reaches the precision.
+
+    Returns
+    -------
+    UnassignedThreshold
+        The threshold lies halfway between the last confidence kept and the next one left out; where every
+        cell is kept, just below the lowest confidence seen, so that nothing is claimed about lower ones.
+
+    Examples
+    --------
+    >>> p = np.array([[0.95, 0.05], [0.9, 0.1], [0.7, 0.3], [0.6, 0.4]])
+    >>> chosen = choose_threshold(p, np.array([0, 0, 1, 0]), precision=0.9, min_cells=1)
+    >>> round(chosen.threshold, 3), chosen.precision, chosen.coverage
+    (0.8, 1.0, 0.5)
+    """
+    probabilities = np.asarray(probabilities, dtype=np.float64)
+    labels = np.asarray(labels)
+    confidence = probabilities.max(axis=1) if len(probabilities) else np.zeros(0)
+    right = probabilities.argmax(axis=1) == labels if len(probabilities) else np.zeros(0, dtype=bool)
+    order = np.argsort(-confidence, kind="stable")
+    ranked, hits = confidence[order], np.cumsum(right[order])
+    kept = np.arange(1, len(ranked) + 1)
+    # cells of equal confidence stand or fall together: only the last of each run is a possible cut.
+    is_cut = np.append(ranked[1:] < ranked[:-1], True)[: len(ranked)]
+    good = np.flatnonzero(is_cut & (kept >= min_cells) & (hits >= precision * kept))
+    if not len(good):
+        assigned = confidence >= default
+        share = float(right[assigned].mean()) if assigned.any() else float("nan")
+        coverage = float(assigned.mean()) if len(ranked) else float("nan")
+        return UnassignedThreshold(default, share, coverage, reached=False)
+    last = good[-1]
+    below = (ranked[last] + ranked[last + 1]) / 2 if last + 1 < len(ranked) else ranked[last] - 1e-6
+    return UnassignedThreshold(
+        float(below), float(hits[last] / kept[last]), float(kept[last] / len(ranked)), True
+    )
+
+
+def plot_reliability(
+    curves: dict[str, np.ndarray], labels: np.ndarray, path: str | Path | None = None, n_bins: int = 10
+) -> Any:
+    """
+    Reliability diagram: accuracy against confidence, with the number of cells of each bin below.
+
+    Parameters
+    ----------
+    curves
+        Name of a curve -> probabilities [cells, classes], such as before and after the temperature.
+    labels
+        Indices of the true classes, [cells], the same for all curves.
+    path
+        Where to save the picture; nothing is saved when None.
+    n_bins
+        Number of equal-width bins of the confidence.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Examples
+    --------
+    >>> figure = plot_reliability({"model": np.array([[0.9, 0.1], [0.2, 0.8]])}, np.array([0, 0]))
+    """
+    figure = require("matplotlib.figure").Figure(figsize=(4.6, 5.2), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
+    edges = np.linspace(0, 1, n_bins + 1)
+    above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfect")
+    for number, (name, probabilities) in enumerate(curves.items()):
+        values, truth = _checked(probabilities, labels)
+        confidence, right = values.max(axis=1), values.argmax(axis=1) == truth
+        # right-closed bins, as in the calibration error.
+        index = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, n_bins - 1)
+        cells = np.bincount(index, minlength=n_bins)
+        seen = cells > 0
+        accuracy = np.bincount(index, weights=right, minlength=n_bins)[seen] / cells[seen]
+        mean = np.bincount(index, weights=confidence, minlength=n_bins)[seen] / cells[seen]
+        error = expected_calibration_error(values, truth)
+        above.plot(mean, accuracy, marker="o", markersize=4, label=f"{name} (ECE {error:.3f})")
+        below.stairs(cells, edges, color=f"C{number}", linewidth=1.4)
+    above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    above.legend(frameon=False, fontsize=8, loc="upper left")
+    below.set(xlabel="confidence (largest probability)", ylabel="cells")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _checked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    if scores.ndim != 2 or labels.shape != scores.shape[:1] or not len(labels):
+        raise ValueError(
+            f"scores [cells, classes] and one class index per cell are needed; got {scores.shape} and {labels.shape}"
+        )
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= scores.shape[1]:
+        raise ValueError(f"labels must be class indices between 0 and {scores.shape[1] - 1}")
+    return scores, labels.astype(np.int64)

@@ -1,0 +1,102 @@
+"""Temperature, calibration errors and thresholds with hand-worked numbers."""
+
+import numpy as np
+import pytest
+from scbert.evaluation.calibration import (
+    brier_score,
+    calibration_metrics,
+    choose_threshold,
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+    plot_reliability,
+    softmax,
+)
+
+FOUR = np.array([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.3, 0.7]])
+FOUR_LABELS = np.array([0, 1, 0, 1])
+
+
+def test_temperature_of_a_worked_case():
+    # every cell says "class 0, margin 4" and three in four are right: the best margin is log 3.
+    logits = np.tile([4.0, 0.0], (4, 1))
+    assert fit_temperature(logits, np.array([0, 0, 0, 1])) == pytest.approx(4 / np.log(3), rel=1e-4)
+
+
+def test_a_known_temperature_is_found_again():
+    rng = np.random.default_rng(0)
+    honest = rng.normal(size=(20_000, 4)) * 2
+    labels = (softmax(honest).cumsum(axis=1) < rng.random((20_000, 1))).sum(axis=1)
+    temperature = fit_temperature(honest * 3, labels)
+    assert temperature == pytest.approx(3, rel=0.05)
+    before, after = (
+        calibration_metrics(honest * 3, labels),
+        calibration_metrics(honest * 3, labels, temperature),
+    )
+    assert after["ece"] < 0.02 < before["ece"]
+    assert after["nll"] < before["nll"] and after["brier"] < before["brier"]
+    assert after["accuracy"] == before["accuracy"]
+
+
+def test_calibration_errors_by_hand():
+    # one cell per bin: gaps 0.1, 0.8, 0.4, 0.3.
+    assert expected_calibration_error(FOUR, FOUR_LABELS, n_bins=10) == pytest.approx(0.4)
+    # squared distances 2 * (0.1, 0.8, 0.4, 0.3)^2.
+    assert brier_score(FOUR, FOUR_LABELS) == pytest.approx(2 * (0.01 + 0.64 + 0.16 + 0.09) / 4)
+    assert negative_log_likelihood(np.log(FOUR), FOUR_LABELS) == pytest.approx(
+        -np.log([0.9, 0.2, 0.6, 0.7]).mean()
+    )
+
+
+def test_brier_score_of_three_classes_with_one_absent():
+    assert brier_score(np.array([[0.5, 0.3, 0.2]]), np.array([0])) == pytest.approx(0.25 + 0.09 + 0.04)
+
+
+def test_softmax_of_large_logits():
+    assert softmax(np.array([[1e4, 0.0]])).tolist() == [[1.0, 0.0]]
+
+
+def test_threshold_is_the_lowest_that_reaches_the_precision():
+    confidence = np.array([0.95, 0.9, 0.85, 0.8, 0.7, 0.6])
+    labels = np.array([0, 0, 1, 0, 0, 1])  # precision from the top: 1, 1, 2/3, 3/4, 4/5, 4/6
+    probabilities = np.stack([confidence, 1 - confidence], axis=1)
+    chosen = choose_threshold(probabilities, labels, precision=0.8, min_cells=1)
+    assert (chosen.threshold, chosen.precision) == (pytest.approx(0.65), pytest.approx(0.8))
+    assert chosen.coverage == pytest.approx(5 / 6) and chosen.reached
+    strict = choose_threshold(probabilities, labels, precision=0.95, min_cells=1)
+    assert strict.threshold == pytest.approx(0.875)
+
+
+def test_threshold_keeps_cells_of_equal_confidence_together():
+    probabilities = np.array([[0.9, 0.1], [0.7, 0.3], [0.7, 0.3]])
+    chosen = choose_threshold(probabilities, np.array([0, 0, 1]), precision=1.0, min_cells=1)
+    assert chosen.threshold == pytest.approx(0.8) and chosen.coverage == pytest.approx(1 / 3)
+
+
+def test_threshold_counts_cells_of_no_class_as_wrong():
+    probabilities = np.array([[0.9, 0.1], [0.7, 0.3]])
+    assert choose_threshold(probabilities, np.array([0, -1]), 1.0, min_cells=1).coverage == 0.5
+
+
+def test_threshold_when_everything_is_right_or_nothing_is():
+    right = choose_threshold(FOUR, FOUR.argmax(axis=1), min_cells=1)
+    assert right.coverage == 1.0 and right.threshold < 0.6
+    wrong = choose_threshold(FOUR, 1 - FOUR.argmax(axis=1), min_cells=1)
+    assert (wrong.threshold, wrong.reached, wrong.precision, wrong.coverage) == (0.5, False, 0.0, 1.0)
+    assert choose_threshold(np.zeros((0, 2)), np.zeros(0, dtype=int)).threshold == 0.5
+
+
+def test_wrong_labels_are_refused():
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        fit_temperature(FOUR, np.array([0, 1, 2, 0]))
+    with pytest.raises(ValueError, match="one class index per cell"):
+        fit_temperature(FOUR, np.array([0, 1]))
+
+
+def test_reliability_picture(tmp_path):
+    figure = plot_reliability(
+        {"before": FOUR, "after": softmax(np.log(FOUR), 2.0)}, FOUR_LABELS, tmp_path / "r.png"
+    )
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend[1].startswith("before (ECE 0.4")
+    assert (tmp_path / "r.png").stat().st_size > 5000
