@@ -272,7 +272,8 @@ def plot_reliability(
         above.plot(mean, accuracy, marker="o", markersize=4, label=f"{name} (ECE {error:.3f})")
         below.stairs(cells, edges, color=f"C{number}", linewidth=1.4)
     above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
-    above.legend(frameon=False, fontsize=8, loc="upper left")
+    # above the axes: a curve may pass anywhere inside.
+    above.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     below.set(xlabel="confidence (largest probability)", ylabel="cells")
     if path is not None:
         figure.savefig(path, dpi=150)
