@@ -1,0 +1,315 @@
+"""gene2vec: gene vectors from co-expression, written, read and put into a model's gene table.
+
+Source: Du et al., "Gene2vec: distributed representation of genes based on co-expression",
+BMC Genomics 2019 (doi 10.1186/s12864-018-5370-x).
+"""
+
+import gzip
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..tokenization import InputError
+from .coexpression import GenePairs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class GeneVectors:
+    """Gene symbols and their vectors, `matrix` [genes, size] float32."""
+
+    genes: list[str]
+    matrix: np.ndarray
+
+
+@dataclass
+class GeneVectorReport:
+    """What `assign_gene_vectors` did: how many genes got a vector, were initialised, were left over."""
+
+    assigned: int
+    initialised: int
+    unused: int
+    missing_genes: list[str]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.assigned:,} genes took their vector, {self.initialised:,} had none and were "
+            f"initialised at random, {self.unused:,} vectors belong to no gene of the panel."
+        )
+
+
+class _ShuffledPairs:
+    """Two-word sentences in a new order every time they are read."""
+
+    def __init__(self, pairs: GenePairs, seed: int, progress=None):
+        self.genes = pairs.genes
+        self.pairs = pairs.pairs
+        self.seed = seed
+        self.readings = 0
+        self.progress = progress
+
+    def __iter__(self):
+        order = np.random.default_rng((self.seed, self.readings)).permutation(len(self.pairs))
+        self.readings += 1
+        for start in range(0, len(order), 10_000):
+            chunk = self.pairs[order[start : start + 10_000]].tolist()
+            for first, second in chunk:
+                yield [self.genes[first], self.genes[second]]
+            if self.progress is not None:
+                self.progress(len(chunk))
+
+
+def train_gene2vec(
+    pairs: GenePairs,
+    size: int = 200,
+    iterations: int = 10,
+    min_count: int = 5,
+    negative: int = 5,
+    seed: int = 0,
+    workers: int = 1,
+    progress=None,
+) -> GeneVectors:
+    """Train skip-gram word2vec (window 1) on co-expressed pairs as two-word sentences.
+
+    Parameters
+    ----------
+    pairs : GenePairs
+        From `coexpressed_pairs` or `join_pairs`.
+    size : int
+        Length of a vector; the model's hidden size.
+    iterations : int
+        Passes over the pairs, shuffled anew for each.
+    min_count : int
+        A gene needs to stand in so many pairs.
+    negative : int
+        Negative samples per pair.
+    seed : int
+        Seed of shuffling, initialisation and sampling.
+    workers : int
+        Threads; results repeat exactly with one only.
+    progress : callable, optional
+        Called with the number of pairs read since the last call; pairs are read `iterations + 1`
+        times, once to count the genes.
+
+    Returns
+    -------
+    GeneVectors
+        Genes in order of how many pairs they stand in.
+
+    Raises
+    ------
+    InputError
+        If no gene stands in `min_count` pairs.
+
+    Examples
+    --------
+    >>> pairs = GenePairs(["A", "B", "C"], np.array([[0, 1], [1, 2]] * 10), np.ones(20))
+    >>> train_gene2vec(pairs, size=4, iterations=1).matrix.shape
+    (3, 4)
+    """
+    from gensim.models import Word2Vec
+
+    uses = np.bincount(pairs.pairs.ravel(), minlength=len(pairs.genes))
+    if not np.any(uses >= min_count):
+        raise InputError(_too_few_pairs(pairs, min_count))
+    logging.getLogger("gensim").setLevel(logging.WARNING)
+    model = Word2Vec(
+        vector_size=size,
+        window=1,
+        min_count=min_count,
+        sg=1,
+        hs=0,
+        negative=negative,
+        seed=seed,
+        workers=workers,
+    )
+    sentences = _ShuffledPairs(pairs, seed, progress)
+    model.build_vocab(sentences)
+    model.train(sentences, total_examples=model.corpus_count, epochs=iterations)
+    return GeneVectors(list(model.wv.index_to_key), np.asarray(model.wv.vectors, dtype=np.float32))
+
+
+def _too_few_pairs(pairs: GenePairs, min_count: int) -> str:
+    ladder = ", ".join(f"{count:,} at {level}" for level, count in sorted(pairs.pairs_above.items()))
+    return (
+        f"{len(pairs.pairs):,} gene pairs are correlated enough and no gene stands in {min_count} of them, "
+        "so there is nothing to train on. Single cells correlate less than bulk samples: lower --cutoff or "
+        f"keep the strongest pairs with --top-pairs. Pairs there are: {ladder or 'none'}."
+    )
+
+
+def save_gene_vectors(vectors: GeneVectors, path) -> None:
+    """Write vectors as word2vec text, or as `.npy` with the genes beside it in `.genes.txt`.
+
+    The file appears under its name only when complete.
+
+    Parameters
+    ----------
+    vectors : GeneVectors
+    path : str or os.PathLike
+        `.npy` for the binary form, `.gz` for compressed text.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        if path.suffix == ".npy":
+            with open(partial, "wb") as file:
+                np.save(file, vectors.matrix)
+            _gene_list_of(path).write_text("\n".join(vectors.genes) + "\n")
+        else:
+            with _open_text(partial, path.suffix == ".gz", "wt") as file:
+                file.write(f"{len(vectors.genes)} {vectors.matrix.shape[1]}\n")
+                for gene, row in zip(vectors.genes, vectors.matrix):
+                    file.write(gene + " " + " ".join(f"{value:.7g}" for value in row) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_gene_vectors(path, genes=None) -> GeneVectors:
+    """Read gene vectors from word2vec text, `SYMBOL<TAB>numbers` lines, or `.npy` with a gene list.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        Text (`.gz` too) or `.npy` [genes, size].
+    genes : str or os.PathLike, optional
+        One symbol per line, for `.npy`; the same name ending in `.genes.txt` when left out.
+
+    Returns
+    -------
+    GeneVectors
+        A symbol that stands twice keeps its first vector.
+
+    Raises
+    ------
+    InputError
+        If a line does not hold as many numbers as the others, a number is not finite, or the gene
+        list and the array differ in length.
+    """
+    path = Path(path)
+    names, matrix = _read_npy(path, genes) if path.suffix == ".npy" else _read_text(path)
+    if not np.isfinite(matrix).all():
+        bad = names[int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])]
+        raise InputError(f"The vector of {bad} in {path} holds a number that is not finite; mend the file.")
+    first = {gene: row for row, gene in reversed(list(enumerate(names)))}
+    if len(first) < len(names):
+        logger.warning("%d repeated symbols in %s keep their first vector.", len(names) - len(first), path)
+        rows = np.sort(list(first.values()))
+        names, matrix = [names[row] for row in rows], matrix[rows]
+    return GeneVectors(names, matrix)
+
+
+def _gene_list_of(path: Path) -> Path:
+    return path.with_suffix(".genes.txt")
+
+
+def _open_text(path, compressed: bool, mode: str):
+    return gzip.open(path, mode) if compressed else open(path, mode)
+
+
+def _read_npy(path: Path, genes) -> tuple[list[str], np.ndarray]:
+    listed = Path(genes) if genes is not None else _gene_list_of(path)
+    if not listed.exists():
+        raise InputError(f"{path} needs a list of its genes, one symbol a line; {listed} does not exist.")
+    names = listed.read_text().split()
+    try:
+        matrix = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise InputError(f"{path} is not a plain numpy array: {error}.") from error
+    if matrix.ndim != 2 or len(matrix) != len(names):
+        raise InputError(
+            f"{path} holds an array of shape {matrix.shape} and {listed} {len(names):,} genes; "
+            "one row per gene is needed."
+        )
+    return names, matrix.astype(np.float32)
+
+
+def _read_text(path: Path) -> tuple[list[str], np.ndarray]:
+    names, rows, size = [], [], None
+    try:
+        with _open_text(path, path.suffix == ".gz", "rt") as file:
+            for number, line in enumerate(file, start=1):
+                fields = line.split()
+                if not fields or (number == 1 and len(fields) == 2 and all(f.isdigit() for f in fields)):
+                    continue
+                row = np.array(fields[1:], dtype=np.float32)
+                if size is not None and len(row) != size:
+                    raise InputError(f"Line {number} of {path} holds {len(row)} numbers, the others {size}.")
+                size = len(row)
+                names.append(fields[0])
+                rows.append(row)
+    except InputError:
+        raise
+    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        raise InputError(
+            f"Line {len(rows) + 1} or so of {path} is not `SYMBOL numbers` ({error}); word2vec text or "
+            "one SYMBOL<TAB>numbers line per gene is needed."
+        ) from error
+    if not rows or not size:
+        raise InputError(f"{path} holds no gene vectors; `SYMBOL numbers` lines are needed.")
+    return names, np.stack(rows)
+
+
+def assign_gene_vectors(model, panel, vectors: GeneVectors, seed: int = 0) -> GeneVectorReport:
+    """Put gene vectors into a model's gene table by symbol.
+
+    Genes without a vector are drawn from a normal distribution with the deviation of the assigned
+    vectors; the row of the trailing token stays zero.
+
+    Parameters
+    ----------
+    model : ScBertModel or a model with a head
+        Its gene table [len(panel) + 1, hidden_size] is written in place.
+    panel : ScBertTokenizer or list of str
+        The gene panel, in the order of the table.
+    vectors : GeneVectors
+    seed : int
+        Seed of the genes without a vector.
+
+    Returns
+    -------
+    GeneVectorReport
+
+    Raises
+    ------
+    InputError
+        If the vectors are not of the model's hidden size, the panel is not the table's, or no gene
+        of the panel has a vector.
+    """
+    genes = list(getattr(panel, "gene_panel", panel))
+    table = model.base_model.embeddings.gene_embeddings.weight
+    if table.shape[0] != len(genes) + 1:
+        raise InputError(
+            f"The panel has {len(genes):,} genes and the model's gene table {table.shape[0]:,} rows; "
+            "a table has one row more than its panel."
+        )
+    if vectors.matrix.shape[1] != table.shape[1]:
+        raise InputError(
+            f"The gene vectors have {vectors.matrix.shape[1]} numbers and the model's hidden size is "
+            f"{table.shape[1]}; train them with --size {table.shape[1]} or give the model that hidden size."
+        )
+    row_of = {gene: row for row, gene in enumerate(vectors.genes)}
+    rows = np.array([row_of.get(gene, -1) for gene in genes])
+    if not np.any(rows >= 0):
+        raise InputError(
+            f"No gene of the panel (first: {', '.join(genes[:3])}) has a vector (first: "
+            f"{', '.join(vectors.genes[:3])}); both need to name genes alike."
+        )
+    values = np.zeros(table.shape, dtype=np.float32)
+    values[:-1][rows >= 0] = vectors.matrix[rows[rows >= 0]]
+    missing = np.flatnonzero(rows < 0)
+    deviation = float(vectors.matrix[rows[rows >= 0]].std())
+    values[missing] = np.random.default_rng(seed).normal(0.0, deviation, (len(missing), values.shape[1]))
+    with torch.no_grad():
+        table.copy_(torch.from_numpy(values))
+    used = len(np.unique(rows[rows >= 0]))
+    return GeneVectorReport(
+        int(np.sum(rows >= 0)), len(missing), len(vectors.genes) - used, [genes[i] for i in missing]
+    )

@@ -1,0 +1,181 @@
+"""The job behind `scbert gene2vec`: a corpus or a foreign file in, a file of gene vectors out."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..data.read import read_cells
+from ..tokenization import InputError
+from ..tokenization.expression_scbert import as_csr, detect_input_kind, normalize_expression, to_counts_scale
+from ..tokenization.genes_scbert import read_gene_panel
+from .coexpression import GenePairs, coexpressed_pairs, join_pairs
+from .gene2vec import load_gene_vectors, save_gene_vectors, train_gene2vec
+
+logger = logging.getLogger(__name__)
+
+CELL_FILES = ("*.h5ad", "*.h5", "*.zarr")
+
+
+def gene2vec(
+    output,
+    corpus=None,
+    import_file=None,
+    genes=None,
+    size: int = 200,
+    cutoff: float | None = None,
+    top_pairs: int | None = None,
+    min_cells: int = 20,
+    max_cells: int = 20_000,
+    iterations: int = 10,
+    layer: str | None = None,
+    input: str = "auto",
+    seed: int = 0,
+    workers: int = 1,
+    overwrite: bool = False,
+) -> dict:
+    """Train gene vectors on the co-expression in a corpus, or bring a foreign file into our format.
+
+    Correlations are taken within each file and the pairs joined, so that differences between studies
+    are not mistaken for co-expression.
+
+    Parameters
+    ----------
+    output : path
+        Word2vec text (`.gz` too) or `.npy`.
+    corpus : path, optional
+        A file of cells or a folder of them.
+    import_file : path, optional
+        Word2vec text, `SYMBOL<TAB>numbers`, or `.npy` with `genes` as its list of symbols.
+    genes : path, optional
+        Gene panel to keep to (or the gene list of an imported `.npy`).
+    size : int
+        Length of the vectors.
+    cutoff : float, optional
+        Least correlation of a pair; 0.9 when `top_pairs` is not given either.
+    top_pairs : int, optional
+        At most so many pairs from each file, the most correlated.
+    min_cells : int
+        Cells of a file that have to express a gene for it to take part.
+    max_cells : int
+        Larger files are sampled down to so many cells.
+    iterations, seed, workers
+        As in `train_gene2vec`.
+    layer, input
+        Where the values are and what they are, as for every verb.
+    overwrite : bool
+        Replace an existing output.
+
+    Returns
+    -------
+    dict
+        genes, size, pairs, files, skipped files and the ladder of pairs above each cutoff.
+
+    Raises
+    ------
+    InputError
+        If the output exists, both or neither source is given, or nothing can be trained on.
+    """
+    output = Path(output)
+    if (corpus is None) == (import_file is None):
+        raise InputError("Give either a corpus to train on or --import FILE with vectors to bring in.")
+    if output.exists() and not overwrite:
+        raise InputError(f"{output} exists already; choose another name or add --overwrite.")
+    if import_file is not None:
+        return _import_vectors(import_file, output, genes)
+    if cutoff is None and top_pairs is None:
+        cutoff = 0.9
+    panel = None if genes is None else set(read_gene_panel(genes))
+    limits = {"cutoff": cutoff, "top_pairs": top_pairs, "min_cells": min_cells}
+    parts, skipped = [], []
+    for path in corpus_files(corpus):
+        try:
+            expression, names = read_log_expression(path, panel, layer, input, max_cells, seed)
+        except InputError as problem:
+            logger.warning("%s is left out: %s", path.name, problem)
+            skipped.append(path.name)
+            continue
+        with tqdm(total=None, unit=" genes", desc=f"correlating {path.name}") as bar:
+            parts.append(coexpressed_pairs(expression, names, progress=bar.update, **limits))
+    if not parts:
+        raise InputError(f"No file of {corpus} could be used; {len(skipped)} were left out, named above.")
+    pairs = join_pairs(parts)
+    with tqdm(total=(iterations + 1) * len(pairs.pairs), unit=" pairs", desc="training gene2vec") as bar:
+        vectors = train_gene2vec(
+            pairs, size=size, iterations=iterations, seed=seed, workers=workers, progress=bar.update
+        )
+    save_gene_vectors(vectors, output)
+    return _summary(output, pairs, vectors, files=len(parts), skipped=skipped)
+
+
+def corpus_files(corpus) -> list[Path]:
+    """The files of cells of a corpus: itself, or those in the folder, by name.
+
+    Parameters
+    ----------
+    corpus : path
+        A file, or a folder of `.h5ad`, `.h5` or `.zarr`.
+
+    Raises
+    ------
+    InputError
+        If the folder holds none.
+    """
+    corpus = Path(corpus)
+    if corpus.is_file() or corpus.suffix == ".zarr":
+        return [corpus]
+    found = sorted(path for pattern in CELL_FILES for path in corpus.glob(pattern))
+    if not found:
+        raise InputError(f"{corpus} holds no file of cells ({', '.join(CELL_FILES)}).")
+    return found
+
+
+def read_log_expression(path, panel=None, layer=None, input="auto", max_cells=20_000, seed=0):
+    """Log-normalised expression of one file, [cells, genes] CSR, and its gene names.
+
+    Parameters
+    ----------
+    path : path
+    panel : set of str, optional
+        Keep these genes only; the size factor is taken after that, as in the model's own input.
+    layer, input
+        Where the values are and what they are.
+    max_cells : int
+        A larger file is sampled, with `seed`.
+
+    Raises
+    ------
+    InputError
+        If the values are neither counts nor log1p, or fewer than two genes of the panel are there.
+    """
+    adata = read_cells(path, layer=layer)
+    values = as_csr(adata.X if layer is None else adata.layers[layer])
+    names = np.asarray(adata.var_names, dtype=object)
+    kind = detect_input_kind(values) if input == "auto" else input
+    if values.shape[0] > max_cells:
+        values = values[np.sort(np.random.default_rng(seed).permutation(values.shape[0])[:max_cells])]
+    values = to_counts_scale(values, kind)
+    if panel is not None:
+        kept = np.flatnonzero([name in panel for name in names])
+        values, names = values[:, kept], names[kept]
+    if len(names) < 2:
+        first = ", ".join(map(str, adata.var_names[:3]))
+        raise InputError(f"It names {len(names)} genes of the panel (its first names: {first}).")
+    return normalize_expression(values.tocsr()), names
+
+
+def _import_vectors(source, output: Path, genes) -> dict:
+    if Path(source).resolve() == output.resolve():
+        raise InputError(f"{output} is the file to import; choose another --output.")
+    vectors = load_gene_vectors(source, genes)
+    save_gene_vectors(vectors, output)
+    return _summary(output, None, vectors)
+
+
+def _summary(output: Path, pairs: GenePairs | None, vectors, **more) -> dict:
+    summary = {"output": str(output), "genes": len(vectors.genes), "size": int(vectors.matrix.shape[1]), **more}
+    if pairs is not None:
+        summary["pairs"] = len(pairs.pairs)
+        summary["pairs_above"] = {str(level): count for level, count in sorted(pairs.pairs_above.items())}
+    return summary
