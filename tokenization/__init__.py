@@ -1,0 +1,28 @@
+"""Cells to ids: expression bins, gene panels and the tokenizer."""
+
+from .expression_scbert import (
+    InputError,
+    bin_floor,
+    bin_quantile,
+    detect_input_kind,
+    normalize_expression,
+    to_counts_scale,
+)
+from .genes_scbert import GeneAlignment, align_genes, gene_names_of, read_gene_panel, write_gene_panel
+from .tokenization_scbert import ScBertTokenizer, select_matrix
+
+__all__ = [
+    "GeneAlignment",
+    "InputError",
+    "ScBertTokenizer",
+    "align_genes",
+    "bin_floor",
+    "bin_quantile",
+    "detect_input_kind",
+    "gene_names_of",
+    "normalize_expression",
+    "read_gene_panel",
+    "select_matrix",
+    "to_counts_scale",
+    "write_gene_panel",
+]

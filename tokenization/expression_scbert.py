@@ -1,0 +1,359 @@
+"""Expression values to expression bins: size factor, logarithm, fixed and quantile bins.
+
+Everything works on the non-zero values of a CSR matrix, row by row; nothing here makes a dense
+cells x genes array.
+"""
+
+import math
+
+import numpy as np
+import scipy.sparse as sp
+
+INPUT_KINDS = ("auto", "counts", "log1p")
+
+# row sums of expm1 within this share of their median count as "near constant"
+ROW_SUM_TOLERANCE = 0.02
+# with fewer cells than this, constancy says nothing and the sum itself has to be the target
+MIN_ROWS_FOR_CONSTANCY = 5
+# natural log1p of any count matrix stays far below this; expm1 of it would overflow
+MAX_LOG_VALUE = 50.0
+
+
+class InputError(ValueError):
+    """Something in the user's input has to be mended; the message says what, and how."""
+
+
+def as_csr(matrix):
+    """Rows of any matrix as a canonical CSR matrix (sorted, no duplicates, no stored zeros).
+
+    Parameters
+    ----------
+    matrix
+        Dense array or scipy sparse matrix/array [cells, genes] of any numeric dtype.
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix
+        The same values; shares memory with `matrix` where it is already canonical CSR.
+    """
+    if sp.issparse(matrix):
+        csr = sp.csr_matrix(matrix)
+    else:
+        dense = np.atleast_2d(np.asarray(matrix))
+        if dense.ndim != 2 or not (np.issubdtype(dense.dtype, np.number) or dense.dtype == bool):
+            raise InputError(
+                f"Expression values must be a numeric matrix of cells x genes; found an array of "
+                f"type {dense.dtype} and shape {dense.shape}."
+            )
+        # scipy has no sparse half precision
+        csr = sp.csr_matrix(dense.astype(np.float32) if dense.dtype == np.float16 else dense)
+    if np.iscomplexobj(csr.data):
+        raise InputError("Expression values are complex numbers; real non-negative numbers are needed.")
+    if not csr.has_canonical_format or (csr.data == 0).any():
+        # the arrays may be the caller's own, and tidying works in place
+        csr = csr.copy() if sp.issparse(matrix) else csr
+        csr.sum_duplicates()
+        csr.eliminate_zeros()
+    return csr
+
+
+def check_values(csr):
+    """Refuse NaN, infinite and negative values.
+
+    Raises
+    ------
+    InputError
+        Naming how many there are and what usually leads to them.
+    """
+    data = csr.data
+    if data.size == 0:
+        return
+    # min and max meet every NaN, so the usual case costs two passes without a copy
+    low, high = data.min(), data.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        bad = int((~np.isfinite(data)).sum())
+        raise InputError(
+            f"Found {bad} NaN or infinite expression value(s). Expression must be finite: remove those "
+            f"cells or genes, or set them to 0, and try again."
+        )
+    if low < 0:
+        bad = int((data < 0).sum())
+        raise InputError(
+            f"Found {bad} negative expression value(s), the smallest {low:.3g}. The values look z-scored "
+            f"or otherwise scaled, which cannot be undone: give raw counts or log1p values instead, for "
+            f"example with --layer counts or --layer raw (the layer argument)."
+        )
+
+
+def is_integer_valued(csr):
+    """Whether every stored value is a whole number."""
+    return not np.issubdtype(csr.dtype, np.inexact) or bool((csr.data == np.rint(csr.data)).all())
+
+
+def detect_input_kind(csr, target_sum=1e4):
+    """Tell raw counts from natural log1p values.
+
+    Whole numbers are counts. Fractions whose ``expm1`` row sums are near constant are natural log1p of
+    size-normalised counts. Nothing else is guessed.
+
+    Parameters
+    ----------
+    csr : scipy.sparse.csr_matrix [cells, genes]
+        All genes of the file, before any alignment: a row sum over a part of the genes is not constant.
+    target_sum : float
+        The sum that a few cells must show where constancy cannot be judged.
+
+    Returns
+    -------
+    str
+        ``"counts"`` or ``"log1p"``.
+
+    Raises
+    ------
+    InputError
+        If the values are neither; the message names ``--input``.
+
+    Examples
+    --------
+    >>> import numpy as np, scipy.sparse as sp
+    >>> detect_input_kind(sp.csr_matrix(np.array([[1.0, 0.0, 3.0]])))
+    'counts'
+    """
+    check_values(csr)
+    if is_integer_valued(csr):
+        return "counts"
+    if log1p_scale(csr, target_sum) is not None:
+        return "log1p"
+    raise InputError(_unclear_message(csr))
+
+
+def log1p_scale(csr, target_sum=1e4):
+    """The common row sum of ``expm1(values)`` if the rows have one, else None.
+
+    Returns
+    -------
+    float or None
+        `target_sum` itself if the sums agree with it within the tolerance; otherwise their median.
+    """
+    if csr.nnz == 0 or csr.data.max() > MAX_LOG_VALUE:
+        return None
+    sums = _row_sums(csr, np.expm1(csr.data, dtype=np.float64))
+    if _near(sums, target_sum):
+        return float(target_sum)
+    median = float(np.median(sums))
+    # proportions and other small values have expm1(x) ~ x: their plain sums are as constant
+    plain = _row_sums(csr, csr.data.astype(np.float64))
+    constant = len(sums) >= MIN_ROWS_FOR_CONSTANCY and _near(sums, median)
+    return median if constant and not _near(plain, np.median(plain)) else None
+
+
+def _near(sums, value):
+    return bool(np.mean(np.abs(sums - value) <= ROW_SUM_TOLERANCE * abs(value)) >= 0.95)
+
+
+def _row_sums(csr, data):
+    """Sums of `data` over the rows of `csr`, empty rows left out."""
+    rows = np.flatnonzero(np.diff(csr.indptr))
+    return np.add.reduceat(data, csr.indptr[rows]) if len(rows) else np.zeros(0)
+
+
+def _unclear_message(csr):
+    plain = _row_sums(csr, csr.data.astype(np.float64))
+    found = f"largest value {csr.data.max():.4g}, row sums from {plain.min():.4g} to {plain.max():.4g}"
+    if _near(plain, np.median(plain)):
+        hint = "They look size-normalised but not logged: if so, use --input counts."
+    else:
+        hint = (
+            "If they are counts with fractions (from a pseudo-aligner or ambient correction) use "
+            "--input counts; if they are natural-log log1p of counts per 10,000, cut to a part of the "
+            "genes, use --input log1p; otherwise give raw counts, for example with --layer counts."
+        )
+    return (
+        f"The expression values are neither whole-number counts nor natural log1p values with constant "
+        f"row sums ({found}). {hint}"
+    )
+
+
+def normalize_expression(counts, target_sum=1e4, log_base=2.0, modalities=None, dtype=np.float32):
+    """Size factor and logarithm: ``log(1 + count * target_sum / row_sum)`` to base `log_base`.
+
+    Parameters
+    ----------
+    counts : scipy.sparse.csr_matrix [cells, genes]
+        Non-negative counts, already aligned to the gene panel (the size factor is taken after it).
+    target_sum : float
+        Sum every non-empty row is brought to.
+    log_base : float
+        Base of the logarithm.
+    modalities : numpy.ndarray [genes], optional
+        Modality of every feature; the size factor is then taken within each modality of a cell.
+    dtype
+        float32, or float64 where bins have to be exact at their edges.
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix [cells, genes]
+        Normalised values, same sparsity.
+
+    Examples
+    --------
+    >>> import numpy as np, scipy.sparse as sp
+    >>> normalize_expression(sp.csr_matrix(np.array([[1, 0, 1]])), target_sum=6).toarray()
+    array([[2., 0., 2.]], dtype=float32)
+    """
+    rows = np.repeat(np.arange(counts.shape[0], dtype=np.int64), np.diff(counts.indptr))
+    if modalities is None:
+        groups, n_groups = rows, counts.shape[0]
+    else:
+        n_modalities = int(np.max(modalities, initial=0)) + 1
+        groups = rows * n_modalities + np.asarray(modalities)[counts.indices]
+        n_groups = counts.shape[0] * n_modalities
+    values = counts.data.astype(np.float64)
+    totals = np.bincount(groups, weights=values, minlength=n_groups)
+    # multiplied before divided: count * target == edge * total then gives the edge without rounding
+    values *= target_sum
+    values /= totals[groups]
+    return _with_data(counts, _log_one_plus(values, log_base).astype(dtype))
+
+
+def _log_one_plus(values, log_base):
+    """log(1 + values) in place; base 2 through log2, which is exact at powers of two."""
+    if log_base == 2.0:
+        values += 1.0
+        return np.log2(values, out=values)
+    np.log1p(values, out=values)
+    values /= math.log(log_base)
+    return values
+
+
+def to_counts_scale(csr, kind, target_sum=1e4):
+    """Values on the scale of (normalised) counts, whatever `kind` they came in.
+
+    Parameters
+    ----------
+    csr : scipy.sparse.csr_matrix [cells, genes]
+    kind : str
+        ``"counts"`` (returned as they are) or ``"log1p"`` (``expm1`` of them, in float32).
+    target_sum : float
+        For ``"log1p"``: rows are rescaled to it if they share another sum.
+    """
+    if kind == "counts":
+        return csr
+    values = np.expm1(csr.data, dtype=np.float64)
+    scale = log1p_scale(csr, target_sum)
+    if scale not in (None, target_sum):
+        values *= target_sum / scale
+    return _with_data(csr, values.astype(np.float32))
+
+
+def change_log_base(csr, log_base=2.0, scale=None, target_sum=1e4):
+    """Natural log1p values to base `log_base`, in float32.
+
+    Parameters
+    ----------
+    csr : scipy.sparse.csr_matrix [cells, genes]
+        Natural log1p values.
+    scale : float, optional
+        Sum the counts had been brought to; None or `target_sum` means a division by ``ln(log_base)``.
+    """
+    if scale is None or scale == target_sum:
+        values = csr.data.astype(np.float64)
+        values /= math.log(log_base)
+    else:
+        values = np.expm1(csr.data, dtype=np.float64)
+        values *= target_sum / scale
+        values = _log_one_plus(values, log_base)
+    return _with_data(csr, values.astype(np.float32))
+
+
+def bin_floor(csr, n_bins, bin_width=1.0):
+    """Fixed bins: ``floor(value / bin_width)``, at most `n_bins`.
+
+    A value within four units of rounding of an edge counts as on it, so that 2.9999998 in float32, which
+    is what log2(1 + 7) becomes on its way through a file, falls into bin 3. Of float64 values computed
+    from whole counts only those exactly on an edge are that near (two different ones differ by at least
+    1 / (row sum)), so bins from counts are exact.
+
+    Parameters
+    ----------
+    csr : scipy.sparse.csr_matrix [cells, genes]
+        Normalised values, float32 or float64.
+    n_bins : int
+        Highest bin.
+    bin_width : float
+        Width of a bin on the log scale; 1 is scBERT's.
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix [cells, genes]
+        Bins 1..n_bins as int8 (int16 above 126 bins); bin 0 is not stored.
+
+    Examples
+    --------
+    >>> import numpy as np, scipy.sparse as sp
+    >>> bin_floor(sp.csr_matrix(np.array([[0.5, 2.0, 9.7]])), n_bins=5).toarray()
+    array([[0, 2, 5]], dtype=int8)
+    """
+    slack = 1.0 + 4.0 * float(np.finfo(csr.dtype).eps)
+    bins = csr.data.astype(np.float64)
+    bins *= slack / bin_width
+    np.minimum(bins, n_bins, out=bins)
+    # values are non-negative, so the cast truncates as floor does
+    return _with_bins(csr, bins.astype(bin_dtype(n_bins)))
+
+
+def bin_quantile(csr, n_bins):
+    """Quantile bins of each cell's own non-zero values.
+
+    The edges are the quantiles 0, 1/(n_bins - 1), ..., 1 of a row's non-zero values; the bin of a value is
+    the number of edges not above it, from 1 (the smallest) to n_bins (the largest). This is scGPT's
+    binning without its random spread of ties; scGPT's count of 51 includes the bin of the zeros, so it is
+    ``n_bins=50`` here.
+
+    Parameters
+    ----------
+    csr : scipy.sparse.csr_matrix [cells, genes]
+        Values of any monotone scale.
+    n_bins : int
+        Number of bins of non-zero values.
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix [cells, genes]
+        Bins 1..n_bins as int8 or int16.
+    """
+    bins = np.empty(csr.nnz, dtype=bin_dtype(n_bins))
+    for start, stop in zip(csr.indptr[:-1], csr.indptr[1:]):
+        if stop > start:
+            values = csr.data[start:stop]
+            bins[start:stop] = np.searchsorted(_quantile_edges(values, n_bins), values, side="right")
+    return _with_bins(csr, bins)
+
+
+def _quantile_edges(values, n_bins):
+    """Quantiles of `values` by linear interpolation at whole-number positions of n_bins - 1 steps."""
+    ordered = np.sort(values)
+    if n_bins == 1:
+        return ordered[:1]
+    # whole-number arithmetic: an edge that falls on a value is that value, to the bit
+    below, remainder = np.divmod(np.arange(n_bins, dtype=np.int64) * (len(ordered) - 1), n_bins - 1)
+    above = np.minimum(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (remainder / (n_bins - 1))
+
+
+def bin_dtype(n_bins):
+    """Smallest integer type holding the bins and the mask id."""
+    return np.int8 if n_bins + 1 <= np.iinfo(np.int8).max else np.int16
+
+
+def _with_data(csr, data):
+    return sp.csr_matrix((data, csr.indices, csr.indptr), shape=csr.shape)
+
+
+def _with_bins(csr, bins):
+    """CSR of bins, bin 0 left out."""
+    kept = bins > 0
+    if kept.all():
+        return _with_data(csr, bins)
+    indptr = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])[csr.indptr]
+    return sp.csr_matrix((bins[kept], csr.indices[kept], indptr.astype(csr.indptr.dtype)), shape=csr.shape)

@@ -1,0 +1,461 @@
+"""ScBertTokenizer: cells in, expression ids out."""
+
+import os
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+import scipy.sparse as sp
+from transformers import BatchEncoding, PreTrainedTokenizer
+
+from .expression_scbert import (
+    INPUT_KINDS,
+    InputError,
+    as_csr,
+    bin_dtype,
+    bin_floor,
+    bin_quantile,
+    change_log_base,
+    check_values,
+    detect_input_kind,
+    is_integer_valued,
+    log1p_scale,
+    normalize_expression,
+)
+from .genes_scbert import (
+    align_genes,
+    check_gene_panel,
+    gene_names_of,
+    read_panel_rows,
+    write_gene_panel,
+)
+
+BINNINGS = {"floor", "quantile"}
+# cells binned at once: bounds the float64 work space to some 100 MB
+CHUNK_SIZE = 4096
+# cells looked at to tell counts from log1p
+SAMPLE_SIZE = 1024
+
+
+class ScBertTokenizer(PreTrainedTokenizer):
+    """Turn cells into sequences of expression bins over an ordered gene panel.
+
+    Ids are 0 (no expression; also the pad, told apart by the attention mask), the bins 1..n_bins, and the
+    mask, n_bins + 1. A trailing token of id 0 closes every cell.
+
+    Parameters
+    ----------
+    gene_panel : sequence of str, or path of a panel file
+        The genes of the model, in order. Saved as ``gene_panel.txt``.
+    target_sum : float
+        Sum the counts of a cell are brought to, after alignment to the panel.
+    log_base : float
+        Base of the logarithm of 1 + x.
+    binning : {"floor", "quantile"}
+        Fixed bins of the log values (scBERT), or quantiles of each cell's non-zero values (scGPT, scMBERT).
+    n_bins : int
+        Number of bins above 0.
+    bin_width : float
+        Width of a floor bin on the log scale.
+    keep_zeros : bool
+        True: every gene of the panel, fixed length. False: expressed genes (id > 0) only, padded.
+    max_length : int, optional
+        Longest sequence, trailing token included, when `keep_zeros` is False; a longer cell keeps a random
+        subset of its genes, the same one each time.
+    feature_modalities : sequence of int [genes], optional
+        Modality of each feature. The size factor is taken within a modality.
+    seed : int
+        Seed of the random subsets.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tokenizer = ScBertTokenizer(gene_panel=["CD3E", "MS4A1", "NKG7"], target_sum=8)
+    >>> tokenizer(np.array([[7, 0, 1]]), return_tensors="np")["input_ids"]
+    array([[3, 0, 1, 0]])
+    """
+
+    vocab_files_names = {"gene_panel_file": "gene_panel.txt"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        gene_panel=None,
+        gene_panel_file=None,
+        target_sum=1e4,
+        log_base=2.0,
+        binning="floor",
+        n_bins=5,
+        bin_width=1.0,
+        keep_zeros=True,
+        max_length=None,
+        feature_modalities=None,
+        seed=0,
+        **kwargs,
+    ):
+        if gene_panel is None and gene_panel_file is None:
+            raise InputError("ScBertTokenizer needs a gene panel: gene_panel=[...] or gene_panel_file=PATH.")
+        if gene_panel is None or isinstance(gene_panel, (str, os.PathLike)):
+            rows = read_panel_rows(gene_panel_file if gene_panel is None else gene_panel)
+            gene_panel = [row[0] for row in rows]
+            if feature_modalities is None and all(len(row) > 1 and row[1].isdigit() for row in rows):
+                feature_modalities = [int(row[1]) for row in rows]
+        options = {
+            "target_sum": target_sum, "log_base": log_base, "binning": binning, "n_bins": n_bins,
+            "bin_width": bin_width, "keep_zeros": keep_zeros, "max_length": max_length, "seed": seed,
+        }  # fmt: skip
+        check_gene_panel(gene_panel)
+        _check_options(options, gene_panel, feature_modalities)
+        for name, value in options.items():
+            setattr(self, name, value)
+        self.gene_panel = list(gene_panel)
+        self.feature_modalities = (
+            None if feature_modalities is None else np.asarray(feature_modalities, dtype=np.int64)
+        )
+        self._bin_tokens = {f"[BIN_{i}]": i for i in range(n_bins + 1)} | {"[MASK]": n_bins + 1}
+        self._bin_names = list(self._bin_tokens)
+        kwargs.setdefault("pad_token", "[BIN_0]")
+        kwargs.setdefault("mask_token", "[MASK]")
+        kwargs.setdefault("model_max_length", max_length or len(self.gene_panel) + 1)
+        kwargs.setdefault("model_input_names", self._input_names())
+        super().__init__(**options, **kwargs)
+
+    def _input_names(self):
+        names = ["input_ids"] if self.keep_zeros else ["input_ids", "attention_mask", "gene_ids"]
+        return names if self.feature_modalities is None else [*names, "modality_ids"]
+
+    # the vocabulary of a text tokenizer: a token per expression id
+
+    @property
+    def vocab_size(self):
+        """Number of expression ids: the bins, 0 and the mask."""
+        return self.n_bins + 2
+
+    def get_vocab(self):
+        """Expression ids by token name."""
+        return dict(self._bin_tokens)
+
+    def _tokenize(self, text, **kwargs):
+        return text.split()
+
+    def _convert_token_to_id(self, token):
+        return self._bin_tokens.get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return self._bin_names[index]
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+        """Token ids as they are: a cell has no special tokens around it."""
+        return token_ids_0 if token_ids_1 is None else token_ids_0 + token_ids_1
+
+    def save_vocabulary(self, save_directory, filename_prefix=None):
+        """Write the gene panel beside the tokenizer's configuration."""
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        path = os.path.join(save_directory, prefix + self.vocab_files_names["gene_panel_file"])
+        write_gene_panel(path, self.gene_panel, self.feature_modalities)
+        return (path,)
+
+    # cells to bins
+
+    def __call__(self, cells, gene_names=None, return_tensors=None, input="auto", layer=None):
+        """Encode cells.
+
+        Parameters
+        ----------
+        cells
+            AnnData, ``{"X": matrix, "gene_names": [...]}``, scipy sparse matrix or array [cells, genes].
+        gene_names : sequence of str [genes], optional
+            Names of the columns; those of the AnnData, or the panel, if left out.
+        return_tensors : {"np", "pt"}, optional
+            numpy arrays if left out.
+        input : {"auto", "counts", "log1p"}
+            What the values are; see `detect_input_kind`.
+        layer : str, optional
+            Layer of the AnnData to take, or ``"raw"``.
+
+        Returns
+        -------
+        transformers.BatchEncoding
+            `input_ids` [cells, panel + 1]; or, without zeros, `input_ids`, `gene_ids` and
+            `attention_mask` [cells, longest]; with modalities also `modality_ids`.
+        """
+        bins = self.bin_cells(cells, gene_names=gene_names, input=input, layer=layer)
+        return BatchEncoding(self.encode_bins(bins), tensor_type=return_tensors)
+
+    def bin_cells(self, cells, gene_names=None, input="auto", layer=None):
+        """Expression bins of cells over the panel, sparse.
+
+        Parameters are those of calling the tokenizer.
+
+        Returns
+        -------
+        scipy.sparse.csr_matrix [cells, panel]
+            int8 (int16 above 126 bins); zeros are not stored.
+
+        Raises
+        ------
+        InputError
+            If there are no cells, no gene of the panel, or values that are no expression.
+        """
+        return _stack(self.iter_bins(cells, gene_names=gene_names, input=input, layer=layer), self)
+
+    def iter_bins(self, cells, gene_names=None, input="auto", layer=None, chunk_size=CHUNK_SIZE):
+        """Like `bin_cells`, in chunks of rows: memory does not grow with the cells of a backed file.
+
+        Yields
+        ------
+        scipy.sparse.csr_matrix [up to chunk_size, panel]
+        """
+        matrix, names = self._matrix_and_names(cells, gene_names, layer)
+        alignment = align_genes(names, self.gene_panel)
+        alignment.check(minimum=0.0)
+        kind, scale = self.resolve_input(matrix, input, hint=_other_sources(cells, layer))
+        for start in range(0, matrix.shape[0], chunk_size):
+            chunk = as_csr(matrix[start : start + chunk_size])
+            check_values(chunk)
+            if input == "auto" and kind == "counts" and not is_integer_valued(chunk):
+                raise InputError(
+                    f"Cells from row {start} on have fractions, while earlier ones are whole-number counts: "
+                    f"say what the values are with --input counts or --input log1p."
+                )
+            yield self._bin_rows(chunk, alignment, kind, scale)
+
+    def align(self, cells, gene_names=None, layer=None):
+        """How the genes of `cells` match the panel, as a `GeneAlignment`."""
+        return align_genes(self._matrix_and_names(cells, gene_names, layer)[1], self.gene_panel)
+
+    def resolve_input(self, matrix, input="auto", hint=""):
+        """What kind of values a matrix holds, from a sample of its rows.
+
+        Returns
+        -------
+        kind : {"counts", "log1p"}
+        scale : float or None
+            Row sum of log1p values before their logarithm, if they share one.
+        """
+        if input not in INPUT_KINDS:
+            raise InputError(f"input must be one of {', '.join(INPUT_KINDS)}; found {input!r}.")
+        if input == "counts":
+            return "counts", None
+        sample = _sample_rows(matrix)
+        try:
+            kind = detect_input_kind(sample, self.target_sum) if input == "auto" else input
+        except InputError as error:
+            raise InputError(f"{error}{hint}") from None
+        return kind, log1p_scale(sample, self.target_sum) if kind == "log1p" else None
+
+    def _matrix_and_names(self, cells, gene_names, layer):
+        """The matrix of `cells`, with one name per column."""
+        if isinstance(cells, Mapping):
+            cells, gene_names = cells["X"], cells.get("gene_names") if gene_names is None else gene_names
+        if hasattr(cells, "var_names"):
+            matrix, source = select_matrix(cells, layer)
+            names = gene_names_of(source.var, source.var_names) if gene_names is None else list(gene_names)
+        else:
+            matrix = cells if hasattr(cells, "shape") else np.asarray(cells)
+            matrix = matrix.reshape(1, -1) if len(matrix.shape) == 1 else matrix
+            names = self.gene_panel if gene_names is None else list(gene_names)
+        if hasattr(matrix, "tocsr"):
+            # other sparse layouts cannot be cut by rows; CSR passes through
+            matrix = matrix.tocsr()
+        if len(matrix.shape) != 2 or matrix.shape[0] == 0:
+            raise InputError(f"No cells: the expression matrix has shape {tuple(matrix.shape)}.")
+        if matrix.shape[1] != len(names):
+            raise InputError(
+                f"The matrix has {matrix.shape[1]} columns for {len(names)} gene names; give gene_names with "
+                f"one name per column."
+            )
+        return matrix, names
+
+    def _bin_rows(self, chunk, alignment, kind, scale):
+        modalities = self.feature_modalities
+        if kind == "counts":
+            # float64 keeps bins exact at their edges
+            values = normalize_expression(
+                alignment.apply(chunk), self.target_sum, self.log_base, modalities, dtype=np.float64
+            )
+        else:
+            values = change_log_base(
+                _apply_to_logs(alignment, chunk), self.log_base, scale, target_sum=self.target_sum
+            )
+        if self.binning == "quantile":
+            return bin_quantile(values, self.n_bins)
+        return bin_floor(values, self.n_bins, self.bin_width)
+
+    # bins to batches
+
+    def encode_bins(self, bins, generator=None):
+        """Dense arrays of a batch of binned cells.
+
+        Parameters
+        ----------
+        bins : scipy.sparse.csr_matrix [cells, panel]
+            Rows of what `bin_cells` returns.
+        generator : numpy.random.Generator, optional
+            Draws a new random subset of cells longer than `max_length` at every call; without it the subset
+            depends on the cell and `seed` alone.
+
+        Returns
+        -------
+        dict of numpy.ndarray, int64
+            ``input_ids`` [cells, panel + 1]; or padded ``input_ids``, ``gene_ids``, ``attention_mask``
+            [cells, longest]; with modalities also ``modality_ids``. Pads and the trailing token have gene id
+            ``len(gene_panel)``.
+        """
+        n_cells, n_genes = bins.shape
+        if self.keep_zeros:
+            input_ids = np.zeros((n_cells, n_genes + 1), dtype=np.int64)
+            rows = np.repeat(np.arange(n_cells), np.diff(bins.indptr))
+            input_ids[rows, bins.indices] = bins.data
+            encoded = {"input_ids": input_ids}
+            gene_ids = np.broadcast_to(np.arange(n_genes + 1), input_ids.shape)
+        else:
+            encoded = self._encode_expressed(bins, generator)
+            gene_ids = encoded["gene_ids"]
+        if self.feature_modalities is not None:
+            encoded["modality_ids"] = np.append(self.feature_modalities, 0)[gene_ids]
+        return encoded
+
+    def _encode_expressed(self, bins, generator):
+        """Expressed genes of each cell, the trailing token, then pads."""
+        bins = self._subsample(bins, generator)
+        lengths = np.diff(bins.indptr)
+        shape = (bins.shape[0], int(lengths.max(initial=0)) + 1)
+        rows = np.repeat(np.arange(bins.shape[0]), lengths)
+        places = np.arange(bins.nnz) - np.repeat(bins.indptr[:-1], lengths)
+        input_ids = np.zeros(shape, dtype=np.int64)
+        gene_ids = np.full(shape, bins.shape[1], dtype=np.int64)
+        input_ids[rows, places] = bins.data
+        gene_ids[rows, places] = bins.indices
+        attention_mask = (np.arange(shape[1]) <= lengths[:, None]).astype(np.int64)
+        return {"input_ids": input_ids, "gene_ids": gene_ids, "attention_mask": attention_mask}
+
+    def _subsample(self, bins, generator):
+        """Rows cut to max_length - 1 random genes, in panel order."""
+        if self.max_length is None or np.diff(bins.indptr).max(initial=0) < self.max_length:
+            return bins
+        kept = np.ones(bins.nnz, dtype=bool)
+        for start, stop in zip(bins.indptr[:-1], bins.indptr[1:]):
+            excess = stop - start - (self.max_length - 1)
+            if excess > 0:
+                rng = generator or self._cell_generator(bins.indices[start:stop], bins.data[start:stop])
+                kept[start + rng.choice(stop - start, excess, replace=False)] = False
+        indptr = np.concatenate([[0], np.cumsum(kept)])[bins.indptr]
+        return sp.csr_matrix((bins.data[kept], bins.indices[kept], indptr), shape=bins.shape)
+
+    def _cell_generator(self, indices, values):
+        """A generator of the cell itself: its subset is the same in any batch and any order."""
+        content = zlib.crc32(
+            values.astype(np.int16).tobytes(), zlib.crc32(indices.astype(np.int32).tobytes())
+        )
+        return np.random.default_rng([self.seed, content])
+
+    def _pad(self, encoded_inputs, *args, **kwargs):
+        """Pad gene and modality ids along with the expression ids."""
+        padded = super()._pad(encoded_inputs, *args, **kwargs)
+        missing = len(padded["input_ids"]) - len(padded.get("gene_ids", padded["input_ids"]))
+        side = kwargs.get("padding_side") or self.padding_side
+        for name, value in (("gene_ids", len(self.gene_panel)), ("modality_ids", 0)):
+            if missing and name in padded:
+                pads, ids = [value] * missing, list(padded[name])
+                padded[name] = ids + pads if side == "right" else pads + ids
+        return padded
+
+
+def select_matrix(adata, layer=None):
+    """Matrix of an AnnData, and the object whose `var` names its columns.
+
+    Parameters
+    ----------
+    adata
+        Anything with `X`, `layers`, `raw`, `var` and `var_names`.
+    layer : str, optional
+        A layer's name, or ``"raw"`` for `adata.raw`.
+    """
+    if layer is None or layer == "X":
+        if adata.X is None:
+            raise InputError(
+                f"The file holds no matrix X.{_other_sources(adata, None) or ' It has no layers.'}"
+            )
+        return adata.X, adata
+    if layer in adata.layers:
+        return adata.layers[layer], adata
+    if layer == "raw" and getattr(adata, "raw", None) is not None:
+        return adata.raw.X, adata.raw
+    have = ", ".join(_source_names(adata)) or "none"
+    raise InputError(f"There is no layer {layer!r} in the input; it has: {have}.")
+
+
+def _source_names(cells):
+    names = list(getattr(cells, "layers", ()))
+    return [*names, "raw"] if getattr(cells, "raw", None) is not None else names
+
+
+def _other_sources(cells, layer):
+    """A sentence on the other matrices of an AnnData, for messages."""
+    names = [name for name in _source_names(cells) if name != layer]
+    return f" The input also has: {', '.join(names)} (--layer NAME)." if names else ""
+
+
+def _apply_to_logs(alignment, chunk):
+    """Align log1p values; genes standing twice are summed as counts."""
+    if not alignment.n_duplicates:
+        return alignment.apply(chunk)
+    counts = sp.csr_matrix((np.expm1(chunk.data, dtype=np.float64), chunk.indices, chunk.indptr), chunk.shape)
+    aligned = alignment.apply(counts)
+    aligned.data = np.log1p(aligned.data).astype(np.float32)
+    return aligned
+
+
+def _sample_rows(matrix, size=SAMPLE_SIZE):
+    """Four blocks of rows spread over the matrix: files are often sorted by sample."""
+    n = matrix.shape[0]
+    if n <= size:
+        return as_csr(matrix[:])
+    block = size // 4
+    starts = np.linspace(0, n - block, 4).astype(int)
+    return sp.vstack([as_csr(matrix[start : start + block]) for start in starts], format="csr")
+
+
+def _stack(chunks, tokenizer):
+    """CSR rows of all chunks, each freed once copied."""
+    data, indices, lengths = [], [], []
+    for chunk in chunks:
+        data.append(chunk.data)
+        indices.append(chunk.indices.astype(np.int32, copy=False))
+        lengths.append(np.diff(chunk.indptr))
+    lengths = np.concatenate(lengths)
+    indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    shape = (len(lengths), len(tokenizer.gene_panel))
+    return sp.csr_matrix((_join(data, bin_dtype(tokenizer.n_bins)), _join(indices, np.int32), indptr), shape)
+
+
+def _join(parts, dtype):
+    """Concatenate, emptying the list on the way so that at most one copy and a part are held."""
+    joined = np.empty(sum(map(len, parts)), dtype=dtype)
+    place = 0
+    for i, part in enumerate(parts):
+        joined[place : place + len(part)] = part
+        place += len(part)
+        parts[i] = None
+    return joined
+
+
+def _check_options(options, gene_panel, modalities):
+    problems = []
+    if options["binning"] not in BINNINGS:
+        problems.append(f"binning must be one of {sorted(BINNINGS)}, found {options['binning']!r}")
+    if not 1 <= options["n_bins"] <= 30_000:
+        problems.append(f"n_bins must be from 1 to 30,000, found {options['n_bins']}")
+    for name, low in (("target_sum", 0), ("bin_width", 0), ("log_base", 1)):
+        if not options[name] > low:
+            problems.append(f"{name} must be above {low}, found {options[name]}")
+    if options["max_length"] is not None:
+        if options["keep_zeros"] and options["max_length"] < len(gene_panel) + 1:
+            problems.append("max_length cuts cells only with keep_zeros=False; leave it out")
+        if options["max_length"] < 2:
+            problems.append("max_length must be at least 2: one gene and the trailing token")
+    if modalities is not None and (len(modalities) != len(gene_panel) or min(modalities) < 0):
+        problems.append("feature_modalities must hold one id from 0 on for every gene of the panel")
+    if problems:
+        raise InputError("ScBertTokenizer: " + "; ".join(problems) + ".")
