@@ -27,6 +27,13 @@ class ScBertConfig(PreTrainedConfig):
     num_random_features, feature_redraw_interval, kernel_epsilon
         FAVOR+: random features per layer, training steps between redraws (0: never), and the constant added to
         every feature. At random initialisation the last is not negligible, so it is a setting.
+    lsh_num_hashes, lsh_num_buckets, lsh_chunk_length
+        LSH attention: rounds of hashing (more: closer to exact, slower), buckets per round (even), and the chunk of
+        sorted positions that attends to itself and its two neighbours, within the bucket. In training the hash is
+        drawn anew at every pass, in evaluation it is fixed by ``seed``.
+    reversible
+        Two residual streams whose activations the backward pass recomputes, so that training memory does not grow
+        with depth. A different function of the same weights; by default on with ``"lsh"`` only, as in Reformer.
     freeze_gene_embeddings
         Keep the gene table (gene2vec) out of training: it is then a buffer, not a parameter.
     position_embedding_type
@@ -63,6 +70,10 @@ class ScBertConfig(PreTrainedConfig):
     num_random_features: int = 266
     feature_redraw_interval: int = 1000
     kernel_epsilon: float | int = 1e-4
+    lsh_num_hashes: int = 2
+    lsh_num_buckets: int = 64
+    lsh_chunk_length: int = 64
+    reversible: bool | None = None
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
@@ -83,6 +94,8 @@ class ScBertConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.classifier_hidden_sizes = list(self.classifier_hidden_sizes)
+        if self.reversible is None:
+            self.reversible = self.attention_type == "lsh"
         # every class of the family is listed, so that whichever is saved, the others load from the same folder
         kwargs.setdefault(
             "auto_map",
@@ -99,7 +112,7 @@ class ScBertConfig(PreTrainedConfig):
         """Refuse sizes no model can be built from; run by ``@strict`` after initialisation."""
         positive = (
             "vocab_size hidden_size num_attention_heads head_dim intermediate_size max_position_embeddings "
-            "num_random_features num_modalities"
+            "num_random_features num_modalities lsh_num_hashes lsh_num_buckets lsh_chunk_length"
         )
         for name in positive.split():
             if getattr(self, name) < 1:
@@ -110,5 +123,7 @@ class ScBertConfig(PreTrainedConfig):
             raise ValueError(f"kernel_epsilon is {self.kernel_epsilon}; it cannot be negative.")
         if any(size < 1 for size in self.classifier_hidden_sizes):
             raise ValueError(f"classifier_hidden_sizes {self.classifier_hidden_sizes} must all be at least 1.")
+        if self.lsh_num_buckets % 2:
+            raise ValueError(f"lsh_num_buckets is {self.lsh_num_buckets}; it must be even, such as 64.")
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"Sinusoidal positions need an even hidden_size, not {self.hidden_size}.")

@@ -16,6 +16,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_scbert import ScBertConfig
 from .embeddings_scbert import ScBertEmbeddings, ScBertGeneEmbeddings
 from .favor_scbert import ScBertFavorAttention, draw_projection
+from .lsh_scbert import ScBertLshAttention
+from .reversible_scbert import reversible_encode
 
 
 class ScBertSoftmaxAttention(nn.Module):
@@ -54,7 +56,7 @@ class ScBertSoftmaxAttention(nn.Module):
         return self.o_proj(context.transpose(1, 2).flatten(-2)), weights
 
 
-ATTENTION_CLASSES = {"favor": ScBertFavorAttention, "softmax": ScBertSoftmaxAttention}
+ATTENTION_CLASSES = {"favor": ScBertFavorAttention, "softmax": ScBertSoftmaxAttention, "lsh": ScBertLshAttention}
 
 
 class ScBertLayer(GradientCheckpointingLayer):
@@ -71,8 +73,15 @@ class ScBertLayer(GradientCheckpointingLayer):
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    def attend(self, hidden_states, attention_mask=None, output_attentions=False) -> torch.Tensor:
+        """First residual branch, norm and attention: ``[batch, length, hidden]`` to the same shape."""
+        return self.attention(self.attention_norm(hidden_states), attention_mask, output_attentions)[0]
+
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Position-wise feed-forward network, ``[batch, length, hidden]`` to the same shape."""
+        """Second residual branch, norm and position-wise network; same shapes."""
+        return apply_chunking_to_forward(self._feed_forward, self.chunk_size_feed_forward, 1, hidden_states)
+
+    def _feed_forward(self, hidden_states):
         hidden_states = self.activation(self.intermediate(self.ffn_norm(hidden_states)))
         return self.dropout(self.output(hidden_states))
 
@@ -82,11 +91,20 @@ class ScBertLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> torch.Tensor:
-        attended, _ = self.attention(self.attention_norm(hidden_states), attention_mask, output_attentions)
-        hidden_states = hidden_states + attended
-        return hidden_states + apply_chunking_to_forward(
-            self.feed_forward, self.chunk_size_feed_forward, 1, hidden_states
-        )
+        hidden_states = hidden_states + self.attend(hidden_states, attention_mask, output_attentions)
+        return hidden_states + self.feed_forward(hidden_states)
+
+
+class ScBertReversibleLayer(ScBertLayer):
+    """The same branches on two residual streams: y1 = x1 + attention(x2); y2 = x2 + feed-forward(y1)."""
+
+    def forward(self, hidden_states, attention_mask=None, output_attentions=False, streams=None):
+        """Mean of both streams, and the streams; they start as ``hidden_states``."""
+        first, second = (hidden_states.float(),) * 2 if streams is None else streams
+        dtype = hidden_states.dtype
+        first = first + self.attend(second.to(dtype), attention_mask, output_attentions).float()
+        second = second + self.feed_forward(first.to(dtype)).float()
+        return ((first + second) / 2).to(dtype), (first, second)
 
 
 def align_memory(model: nn.Module, boundary: int = 64):
@@ -107,8 +125,8 @@ class ScBertPreTrainedModel(PreTrainedModel):
     config: ScBertConfig
     base_model_prefix = "scbert"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ScBertLayer"]
-    _keep_in_fp32_modules_strict = ["projection_matrix"]
+    _no_split_modules = ["ScBertLayer", "ScBertReversibleLayer"]
+    _keep_in_fp32_modules_strict = ["projection_matrix", "hash_rotations"]
     _can_record_outputs = {
         "hidden_states": ScBertLayer,
         "attentions": [OutputRecorder(cls, index=1) for cls in ATTENTION_CLASSES.values()],
@@ -131,6 +149,8 @@ class ScBertPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.weight[-1])
         elif isinstance(module, ScBertFavorAttention):
             init.copy_(module.projection_matrix, module.initial_projection())
+        elif isinstance(module, ScBertLshAttention):
+            init.copy_(module.hash_rotations, module.initial_rotations())
 
 
 class ScBertModel(ScBertPreTrainedModel):
@@ -154,7 +174,8 @@ class ScBertModel(ScBertPreTrainedModel):
     def __init__(self, config: ScBertConfig):
         super().__init__(config)
         self.embeddings = ScBertEmbeddings(config)
-        self.layers = nn.ModuleList([ScBertLayer(config, index) for index in range(config.num_hidden_layers)])
+        layer_class = ScBertReversibleLayer if config.reversible else ScBertLayer
+        self.layers = nn.ModuleList([layer_class(config, index) for index in range(config.num_hidden_layers)])
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -180,6 +201,19 @@ class ScBertModel(ScBertPreTrainedModel):
             if isinstance(layer.attention, ScBertFavorAttention):
                 matrix = layer.attention.projection_matrix
                 matrix.copy_(draw_projection(*matrix.shape, generator))
+
+    def _encode(self, hidden_states, attention_mask, output_attentions, kwargs):
+        if not self.config.reversible:
+            for layer in self.layers:
+                hidden_states = layer(hidden_states, attention_mask, output_attentions)
+            return hidden_states
+        record = output_attentions or kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if torch.is_grad_enabled() and not record:
+            return reversible_encode(self.layers, hidden_states, attention_mask)
+        streams = None
+        for layer in self.layers:
+            hidden_states, streams = layer(hidden_states, attention_mask, output_attentions, streams)
+        return hidden_states
 
     @merge_with_config_defaults
     @capture_outputs
@@ -218,8 +252,7 @@ class ScBertModel(ScBertPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         hidden_states = self.embeddings(input_ids, gene_ids, modality_ids, inputs_embeds)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, bool(output_attentions))
+        hidden_states = self._encode(hidden_states, attention_mask, bool(output_attentions), kwargs)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
 
