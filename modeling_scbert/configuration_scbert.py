@@ -122,7 +122,9 @@ class ScBertConfig(PreTrainedConfig):
         if self.kernel_epsilon < 0:
             raise ValueError(f"kernel_epsilon is {self.kernel_epsilon}; it cannot be negative.")
         if any(size < 1 for size in self.classifier_hidden_sizes):
-            raise ValueError(f"classifier_hidden_sizes {self.classifier_hidden_sizes} must all be at least 1.")
+            raise ValueError(
+                f"classifier_hidden_sizes {self.classifier_hidden_sizes} must all be at least 1."
+            )
         if self.lsh_num_buckets % 2:
             raise ValueError(f"lsh_num_buckets is {self.lsh_num_buckets}; it must be even, such as 64.")
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:

@@ -86,7 +86,9 @@ def favor_feature_maps(
 
     phi_q = scale * ((dash_q - diag_q - dash_q.amax(-1, keepdim=True).detach()).exp() + epsilon)
     if attention_mask is None:
-        return phi_q, scale * ((dash_k - diag_k - dash_k.amax((1, 2, 3), keepdim=True).detach()).exp() + epsilon)
+        return phi_q, scale * (
+            (dash_k - diag_k - dash_k.amax((1, 2, 3), keepdim=True).detach()).exp() + epsilon
+        )
 
     keep = attention_mask.bool()[:, None, :, None]
     lowest = torch.finfo(dtype).min

@@ -56,7 +56,11 @@ class ScBertSoftmaxAttention(nn.Module):
         return self.o_proj(context.transpose(1, 2).flatten(-2)), weights
 
 
-ATTENTION_CLASSES = {"favor": ScBertFavorAttention, "softmax": ScBertSoftmaxAttention, "lsh": ScBertLshAttention}
+ATTENTION_CLASSES = {
+    "favor": ScBertFavorAttention,
+    "softmax": ScBertSoftmaxAttention,
+    "lsh": ScBertLshAttention,
+}
 
 
 class ScBertLayer(GradientCheckpointingLayer):
