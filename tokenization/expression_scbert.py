@@ -40,15 +40,13 @@ def as_csr(matrix):
         csr = sp.csr_matrix(matrix)
     else:
         dense = np.atleast_2d(np.asarray(matrix))
-        if dense.ndim != 2 or not (np.issubdtype(dense.dtype, np.number) or dense.dtype == bool):
+        if dense.ndim != 2 or dense.dtype.kind not in "buif":
             raise InputError(
                 f"Expression values must be a numeric matrix of cells x genes; found an array of "
                 f"type {dense.dtype} and shape {dense.shape}."
             )
         # scipy has no sparse half precision
         csr = sp.csr_matrix(dense.astype(np.float32) if dense.dtype == np.float16 else dense)
-    if np.iscomplexobj(csr.data):
-        raise InputError("Expression values are complex numbers; real non-negative numbers are needed.")
     if not csr.has_canonical_format or (csr.data == 0).any():
         # the arrays may be the caller's own, and tidying works in place
         csr = csr.copy() if sp.issparse(matrix) else csr
@@ -57,17 +55,23 @@ def as_csr(matrix):
     return csr
 
 
-def check_values(csr):
-    """Refuse NaN, infinite and negative values.
+def check_values(matrix):
+    """Refuse NaN, infinite and negative values, and what is no number.
+
+    Parameters
+    ----------
+    matrix : scipy.sparse matrix or numpy.ndarray
 
     Raises
     ------
     InputError
         Naming how many there are and what usually leads to them.
     """
-    data = csr.data
+    data = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
     if data.size == 0:
         return
+    if data.dtype.kind not in "buif":
+        raise InputError(f"The expression matrix holds values of type {data.dtype}; numbers are needed.")
     # min and max meet every NaN, so the usual case costs two passes without a copy
     low, high = data.min(), data.max()
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -227,13 +231,13 @@ def _log_one_plus(values, log_base):
 
 
 def to_counts_scale(csr, kind, target_sum=1e4):
-    """Values on the scale of (normalised) counts, whatever `kind` they came in.
+    """Values on the scale of counts, whatever `kind` they came in.
 
     Parameters
     ----------
     csr : scipy.sparse.csr_matrix [cells, genes]
     kind : str
-        ``"counts"`` (returned as they are) or ``"log1p"`` (``expm1`` of them, in float32).
+        ``"counts"`` (returned as they are) or ``"log1p"`` (``expm1`` of them, in float64).
     target_sum : float
         For ``"log1p"``: rows are rescaled to it if they share another sum.
     """
@@ -243,26 +247,13 @@ def to_counts_scale(csr, kind, target_sum=1e4):
     scale = log1p_scale(csr, target_sum)
     if scale not in (None, target_sum):
         values *= target_sum / scale
-    return _with_data(csr, values.astype(np.float32))
+    return _with_data(csr, values)
 
 
-def change_log_base(csr, log_base=2.0, scale=None, target_sum=1e4):
-    """Natural log1p values to base `log_base`, in float32.
-
-    Parameters
-    ----------
-    csr : scipy.sparse.csr_matrix [cells, genes]
-        Natural log1p values.
-    scale : float, optional
-        Sum the counts had been brought to; None or `target_sum` means a division by ``ln(log_base)``.
-    """
-    if scale is None or scale == target_sum:
-        values = csr.data.astype(np.float64)
-        values /= math.log(log_base)
-    else:
-        values = np.expm1(csr.data, dtype=np.float64)
-        values *= target_sum / scale
-        values = _log_one_plus(values, log_base)
+def change_log_base(csr, log_base=2.0):
+    """Natural log1p values to base `log_base`: a division by ``ln(log_base)``, kept in float32."""
+    values = csr.data.astype(np.float64)
+    values /= math.log(log_base)
     return _with_data(csr, values.astype(np.float32))
 
 

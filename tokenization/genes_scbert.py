@@ -15,6 +15,8 @@ import scipy.sparse as sp
 from .expression_scbert import InputError
 
 ENSEMBL_ID = re.compile(r"ENS[A-Z]{0,4}G\d{9,}(\.\d+)?(_PAR_Y)?")
+GENOMIC_REGION = re.compile(r"(chr)?[\w.]+[-:_]\d+[-_]\d+")
+LOWER_CASE_SYMBOL = re.compile(r"[A-Z]?[a-z][a-z0-9.-]*")
 # where files of the field keep symbols when var_names are Ensembl ids
 SYMBOL_COLUMNS = (
     "gene_symbols", "gene_symbol", "feature_name", "gene_name", "gene_names", "symbol", "symbols",
@@ -175,7 +177,7 @@ class GeneAlignment:
         if self.n_matched and (force or self.overlap >= minimum):
             return
         ours, theirs = ", ".join(self.first_panel), ", ".join(self.first_names)
-        needed = int(np.ceil(minimum * self.panel_size))
+        needed = max(1, int(np.ceil(minimum * self.panel_size)))
         raise InputError(
             f"The input has {self.n_matched} of the model's {self.panel_size} genes; at least {needed} are "
             f"needed. First names of the input: {theirs}; of the model: {ours}. "
@@ -190,8 +192,9 @@ def _name_hint(names, panel):
             "The input is named by Ensembl ids: put gene symbols in a var column such as gene_symbols, or "
             "give a table of gene names with --gene-table FILE (the HGNC complete set)."
         )
-    with_letters = [name for name in names if any(c.isalpha() for c in name)]
-    if with_letters and all(name != name.upper() for name in with_letters):
+    if sum(bool(GENOMIC_REGION.fullmatch(name)) for name in names) * 2 > len(names):
+        return "The names look like genomic regions (ATAC peaks); this model reads genes."
+    if sum(bool(LOWER_CASE_SYMBOL.fullmatch(name)) for name in names) * 2 > len(names):
         return (
             "The names look like mouse symbols or lower-case ones, which are never guessed: map them to "
             "human gene symbols (orthologs for mouse) first."

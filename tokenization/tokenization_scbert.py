@@ -231,7 +231,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
         -------
         kind : {"counts", "log1p"}
         scale : float or None
-            Row sum of log1p values before their logarithm, if they share one.
+            Row sum of log1p values before their logarithm, if they share one (all genes are there).
         """
         if input not in INPUT_KINDS:
             raise InputError(f"input must be one of {', '.join(INPUT_KINDS)}; found {input!r}.")
@@ -268,19 +268,21 @@ class ScBertTokenizer(PreTrainedTokenizer):
         return matrix, names
 
     def _bin_rows(self, chunk, alignment, kind, scale):
-        modalities = self.feature_modalities
-        if kind == "counts":
-            # float64 keeps bins exact at their edges
-            values = normalize_expression(
-                alignment.apply(chunk), self.target_sum, self.log_base, modalities, dtype=np.float64
-            )
-        else:
-            values = change_log_base(
-                _apply_to_logs(alignment, chunk), self.log_base, scale, target_sum=self.target_sum
-            )
+        values = self._log_values(chunk, alignment, kind, scale)
         if self.binning == "quantile":
             return bin_quantile(values, self.n_bins)
         return bin_floor(values, self.n_bins, self.bin_width)
+
+    def _log_values(self, chunk, alignment, kind, scale):
+        """Rows on the model's log scale, aligned to the panel."""
+        if kind == "log1p" and scale is None:
+            # a part of the genes: what the others held is not known, so the size factor stays
+            return change_log_base(_apply_to_logs(alignment, chunk), self.log_base)
+        # the size factor is taken after alignment, so log1p of all genes goes back to the counts' scale;
+        # float64 keeps bins from counts exact at their edges, float32 admits the rounding of log1p
+        counts, dtype = (chunk, np.float64) if kind == "counts" else (_expm1(chunk), np.float32)
+        aligned = alignment.apply(counts)
+        return normalize_expression(aligned, self.target_sum, self.log_base, self.feature_modalities, dtype)
 
     # bins to batches
 
@@ -397,13 +399,16 @@ def _other_sources(cells, layer):
     return f" The input also has: {', '.join(names)} (--layer NAME)." if names else ""
 
 
+def _expm1(chunk):
+    return sp.csr_matrix((np.expm1(chunk.data, dtype=np.float64), chunk.indices, chunk.indptr), chunk.shape)
+
+
 def _apply_to_logs(alignment, chunk):
     """Align log1p values; genes standing twice are summed as counts."""
     if not alignment.n_duplicates:
         return alignment.apply(chunk)
-    counts = sp.csr_matrix((np.expm1(chunk.data, dtype=np.float64), chunk.indices, chunk.indptr), chunk.shape)
-    aligned = alignment.apply(counts)
-    aligned.data = np.log1p(aligned.data).astype(np.float32)
+    aligned = alignment.apply(_expm1(chunk))
+    aligned.data = np.log1p(aligned.data)
     return aligned
 
 

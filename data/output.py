@@ -1,0 +1,341 @@
+"""Outputs that appear under their final name only when complete.
+
+A file is written beside its final place under a temporary name and moved; a folder is built as
+``DIR.partial`` and renamed. HDF5 never sees a full disk: `_PatientFile` keeps the error for us, because
+h5py answers a failed write with a storm of tracebacks and a crash at exit.
+"""
+
+import contextlib
+import errno
+import io
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import anndata
+import h5py
+
+from ..tokenization import InputError
+
+logger = logging.getLogger(__name__)
+
+PARTIAL = ".partial"
+
+
+def check_output_path(path, overwrite=False, inputs=()):
+    """Refuse an output that exists, cannot be written, or is an input; before any work is done.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        Output file or folder.
+    overwrite : bool
+        Accept an existing one.
+    inputs : sequence of path
+        Files the command reads; none of them may be the output, whatever `overwrite` says.
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    InputError
+    """
+    path = Path(path)
+    for source in inputs:
+        if source is not None and _same_file(path, Path(source)):
+            raise InputError(f"The output {path} is the input itself; give another name with --output.")
+    # a dangling link exists too: os.replace would take its place without a word
+    if os.path.lexists(path) and not overwrite:
+        raise InputError(f"{path} exists already. Give another name, or --overwrite to replace it.")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"The folder {parent} of the output does not exist; make it first.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"The folder {parent} of the output is not writable.")
+    return path
+
+
+def _same_file(path, source):
+    if path.exists() and source.exists():
+        return path.samefile(source)
+    return path.resolve() == source.resolve()
+
+
+@contextlib.contextmanager
+def atomic_path(path, overwrite=False, inputs=()):
+    """A temporary path beside `path`, moved to it when the block ends well and removed when it does not.
+
+    Yields
+    ------
+    pathlib.Path
+        To be written by the caller.
+
+    Examples
+    --------
+    >>> with atomic_path("table.csv", overwrite=True) as temporary:
+    ...     _ = temporary.write_text("gene,score")
+    """
+    path = check_output_path(path, overwrite, inputs)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; the output is a file.")
+    # os.replace on a link would replace the link, not the file it names
+    final = path.resolve()
+    handle, temporary = tempfile.mkstemp(prefix=f".{final.name}.", suffix=PARTIAL, dir=final.parent)
+    os.close(handle)
+    temporary = Path(temporary)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, final)
+    except OSError as error:
+        raise _explain(error, path) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write_h5ad(adata, path, overwrite=False, inputs=(), compression="gzip"):
+    """Write an AnnData so that `path` is either untouched or complete.
+
+    Parameters
+    ----------
+    adata : anndata.AnnData
+    path : str or os.PathLike
+    overwrite : bool
+        Replace an existing file.
+    inputs : sequence of path
+        Files that must not be overwritten in any case.
+
+    Raises
+    ------
+    InputError
+        If the output may not be written there.
+    OSError
+        If writing failed, such as on a full disk: one clear message.
+    """
+    if adata.isbacked:
+        inputs = (*inputs, adata.filename)
+    with atomic_path(path, overwrite, inputs) as temporary, _h5_file(temporary, "w") as file, _quiet():
+        for name, element in _elements(adata).items():
+            anndata.io.write_elem(file, name, element, dataset_kwargs={"compression": compression})
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Slashes in keys, repeated names and the like are the input's; they are not ours to change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _elements(adata):
+    """The parts of an AnnData in writing order; text columns as categories, which may have gaps."""
+    elements = {name: getattr(adata, name).copy() for name in ("obs", "var")}
+    for table in elements.values():
+        adata.strings_to_categoricals(table)
+    for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
+        elements[name] = dict(getattr(adata, name))
+    if adata.X is not None:
+        elements["X"] = adata.X
+    if adata.raw is not None:
+        elements["raw"] = adata.raw
+    return elements
+
+
+def atomic_copy_h5ad(source, path, obs=None, obsm=None, uns=None, overwrite=False):
+    """Copy an h5ad file and add to the copy; X and all else stay as they are, and out of memory.
+
+    Parameters
+    ----------
+    source : str or os.PathLike
+        Existing .h5ad file, left untouched.
+    path : str or os.PathLike
+        Output.
+    obs : dict of str to array [cells], optional
+        Columns to add to (or replace in) `obs`.
+    obsm, uns : dict, optional
+        Elements to add or replace.
+    """
+    with atomic_path(path, overwrite, inputs=(source,)) as temporary:
+        shutil.copyfile(source, temporary)
+        with _h5_file(temporary, "r+") as file, _quiet():
+            _add_elements(file, obs or {}, obsm or {}, uns or {})
+
+
+def _add_elements(file, obs, obsm, uns):
+    if obs:
+        table = anndata.io.read_elem(file["obs"])
+        for name, values in obs.items():
+            table[name] = values
+        anndata.io.write_elem(file, "obs", table)
+    for group, elements in (("obsm", obsm), ("uns", uns)):
+        if elements and group not in file:
+            anndata.io.write_elem(file, group, {})
+        for name, value in elements.items():
+            anndata.io.write_elem(file[group], name, value)
+
+
+@contextlib.contextmanager
+def _h5_file(path, mode):
+    """An h5py file whose failed writes surface once, after HDF5 has closed in peace."""
+    with open(path, "w+b" if mode == "w" else "r+b", buffering=0) as raw:
+        patient = _PatientFile(raw)
+        try:
+            with h5py.File(patient, mode) as file:
+                yield file
+        except Exception:
+            # what HDF5 said after a failed write is only its echo
+            if patient.error is None:
+                raise
+            raise patient.error from None
+        if patient.error is not None:
+            raise patient.error
+
+
+class _PatientFile(io.RawIOBase):
+    """A file that remembers its first failed write and pretends all is well from then on.
+
+    The file is lost by then and will be removed; what counts is that HDF5 comes to its end quietly.
+    """
+
+    def __init__(self, raw):
+        self._raw = raw
+        self.error = None
+
+    def write(self, data):
+        view = memoryview(data).cast("B")
+        end = self._raw.tell() + len(view)
+        try:
+            done = 0
+            while done < len(view) and self.error is None:
+                done += self._raw.write(view[done:])
+        except OSError as error:
+            self.error = error
+        self._raw.seek(end)
+        return len(view)
+
+    def truncate(self, size=None):
+        try:
+            return self._raw.truncate(size) if self.error is None else size
+        except OSError as error:
+            self.error = error
+            return size
+
+    def readinto(self, buffer):
+        return self._raw.readinto(buffer)
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        return self._raw.seek(offset, whence)
+
+    def tell(self):
+        return self._raw.tell()
+
+    def flush(self):
+        """Nothing is buffered."""
+
+    def readable(self):
+        return True
+
+    def writable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+
+def _explain(error, path):
+    """One sentence for the usual causes of a failed write."""
+    reasons = {
+        errno.ENOSPC: "the disk is full; free some space and run the same command again",
+        errno.EDQUOT: "your disk quota is used up; free some space and run the same command again",
+        errno.EFBIG: "the file grew beyond the size allowed here (ulimit -f)",
+        errno.EACCES: "the folder is not writable",
+        errno.EROFS: "the file system is read-only",
+    }
+    reason = reasons.get(error.errno, error.strerror or str(error))
+    return OSError(error.errno, f"Could not write {path}: {reason}. Nothing was left half-written.")
+
+
+def _sync(path):
+    """Bring the file to the disk before it is moved: a crash must not leave an empty one."""
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
+    """Build a folder as ``DIR.partial``; rename it to ``DIR`` when the block ends well.
+
+    When the block fails the partial folder stays, so that its checkpoints can be resumed.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        Final name.
+    overwrite : bool
+        Replace an existing folder, if it holds `marker`: nothing else is ever removed.
+    resume : bool
+        Go on in an existing partial folder; otherwise it is removed first.
+    marker : str
+        File by which a folder is known as one of ours.
+
+    Yields
+    ------
+    pathlib.Path
+        The partial folder.
+
+    Examples
+    --------
+    >>> with partial_folder("model", overwrite=True) as folder:
+    ...     _ = (folder / "config.json").write_text("{}")
+    """
+    path = Path(os.path.abspath(path))
+    check_output_folder(path, overwrite, marker)
+    partial = path.with_name(path.name + PARTIAL)
+    if partial.exists() and not resume:
+        logger.warning("Removing %s, left by an interrupted run (--resume would continue it).", partial)
+        shutil.rmtree(partial)
+    try:
+        partial.mkdir(exist_ok=True)
+        yield partial
+    except OSError as error:
+        raise _explain(error, path) if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
+    _swap(partial, path)
+
+
+def check_output_folder(path, overwrite=False, marker="config.json"):
+    """Refuse an output folder that exists, unless it may be replaced; see `partial_folder`."""
+    path = Path(os.path.abspath(path))
+    check_output_path(path, overwrite)
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir() or path.is_symlink():
+        raise InputError(f"{path} is not a folder of its own; give another name.")
+    if any(path.iterdir()) and not (path / marker).is_file():
+        raise InputError(
+            f"{path} holds other things (there is no {marker} in it), so it is not replaced even with "
+            f"--overwrite; give another name or remove it yourself."
+        )
+
+
+def _swap(partial, path):
+    """Put the finished folder in the place of an older one, which goes last."""
+    if not path.exists():
+        os.replace(partial, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    os.replace(path, old / path.name)
+    os.replace(partial, path)
+    shutil.rmtree(old)
