@@ -1,0 +1,315 @@
+"""Cell types for every cell of an AnnData or a file."""
+
+from __future__ import annotations
+
+import logging
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from ..data.output import atomic_copy_h5ad, atomic_write_h5ad, check_output_path
+from ..tokenization import InputError
+from .loading import LoadedModel, load_model
+from .prediction import predict, probabilities_of
+from .query import BinnedQuery, opened, overlap_numbers, progress_bar
+from .voting import LEIDEN, check_vote, leiden_groups, majority_vote
+
+logger = logging.getLogger(__name__)
+
+UNASSIGNED = "unassigned"
+
+
+def annotate(
+    adata: AnnData,
+    model: str | Path | LoadedModel,
+    threshold: float = 0.5,
+    *,
+    majority_vote: str | None = None,
+    layer: str | None = None,
+    input: str = "auto",
+    batch_size: int | None = None,
+    force: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: bool = True,
+) -> AnnData:
+    """
+    Give every cell a cell type and a confidence.
+
+    Parameters
+    ----------
+    adata
+        Cells, with gene symbols in `var_names`; labels are not needed. Left as it is.
+    model
+        Fine-tuned model folder, or what `load_model` returned.
+    threshold
+        Cells whose largest probability is below it are "unassigned".
+    majority_vote
+        Column of `obs` whose groups get one label each; ``"leiden"`` for fine Leiden clusters (of
+        ``obsm["X_pca"]`` if there is one, else of the model's embeddings).
+    layer
+        Layer that holds the values, or ``"raw"``; X by default.
+    input
+        What the values are: ``"auto"``, ``"counts"`` or ``"log1p"``.
+    batch_size
+        Cells per step; chosen by the memory if left out. It does not change the results.
+    force
+        Go on where less than 30% of the model's genes are found.
+    device, dtype
+        See `load_model`.
+    progress
+        Show bars on stderr.
+
+    Returns
+    -------
+    AnnData
+        A copy, every cell in its place, with ``obs["scbert_cell_type"]``, ``obs["scbert_confidence"]``,
+        ``obsm["scbert_probabilities"]`` (float32 [cells, labels]) and ``uns["scbert"]`` (`labels` in column order,
+        model, threshold, gene overlap, versions). A cell that expresses no gene of the model is "unassigned" with
+        confidence 0. With a vote also ``obs["scbert_majority_vote"]`` and ``obs["scbert_majority_share"]``.
+
+    Raises
+    ------
+    InputError
+        When model, genes or values do not fit; the message says how to mend it.
+
+    Examples
+    --------
+    >>> from scbert.inference import annotate  # doctest: +SKIP
+    >>> annotated = annotate(adata, model="my_model")  # doctest: +SKIP
+    >>> annotated.obs["scbert_cell_type"].value_counts()  # doctest: +SKIP
+    """
+    _check_threshold(threshold)
+    loaded = load_model(model, "annotation", device, dtype)
+    parts, _ = _annotation(adata, loaded, threshold, majority_vote, layer, input, batch_size, force, progress)
+    annotated = adata.to_memory() if adata.isbacked else adata.copy()
+    add_parts(annotated, parts)
+    return annotated
+
+
+def annotate_file(
+    query: str | Path,
+    model: str | Path | LoadedModel,
+    output: str | Path,
+    *,
+    threshold: float = 0.5,
+    majority_vote: str | None = None,
+    layer: str | None = None,
+    input: str = "auto",
+    batch_size: int | None = None,
+    force: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Annotate a file; the output is the input with the columns of `annotate` added.
+
+    The matrix of an .h5ad is read in chunks and copied from file to file, so that memory grows by the probabilities
+    only. The output appears under its name when it is complete. Parameters as in `annotate`, and
+
+    Parameters
+    ----------
+    query
+        .h5ad, .zarr, 10x .h5 or 10x folder.
+    output
+        The .h5ad to write.
+    overwrite
+        Replace an existing output; the query itself is never replaced.
+
+    Returns
+    -------
+    dict
+        Summary: cells, cells per label, gene overlap, device, seconds, notes.
+
+    Raises
+    ------
+    InputError
+        As `annotate`, and when the output exists or is the query.
+    OSError
+        When the output cannot be written.
+    """
+    started = time.monotonic()
+    _check_threshold(threshold)
+    check_output_path(output, overwrite, inputs=(query,))
+    with opened(query, layer) as adata:
+        loaded = load_model(model, "annotation", device, dtype)
+        parts, summary = _annotation(
+            adata, loaded, threshold, majority_vote, layer, input, batch_size, force, progress
+        )
+        write_parts(query, adata, parts, output, overwrite)
+    return {"output": str(output), **summary, "seconds": time.monotonic() - started}
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0 <= threshold <= 1:
+        raise InputError(f"The threshold is {threshold}; it must lie between 0 and 1.")
+
+
+def _annotation(adata, loaded, threshold, vote_key, layer, input, batch_size, force, progress):
+    """Annotation of an AnnData as ``{"obs": ..., "obsm": ..., "uns": ...}``, and a summary."""
+    check_vote(adata, vote_key)
+    query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress)
+    by_embedding = vote_key == LEIDEN and LEIDEN not in adata.obs and "X_pca" not in adata.obsm
+    probabilities, embeddings = _predict_all(query, loaded, batch_size, by_embedding, progress)
+    names = loaded.labels
+    labels, confidence = assign(probabilities, names, threshold)
+    obs = {"scbert_cell_type": _categorical(labels, names), "scbert_confidence": confidence}
+    uns = {
+        "labels": np.array(names, dtype=object),
+        "model": loaded.name,
+        "threshold": float(threshold),
+        "temperature": loaded.temperature,
+        "gene_overlap": overlap_numbers(query.alignment),
+        "versions": versions(),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+    }
+    notes = _notes(adata, query, obs)
+    if vote_key is not None:
+        vote = _vote(adata, vote_key, labels, probabilities, names, embeddings)
+        obs["scbert_majority_vote"] = _categorical(vote.labels, names)
+        obs["scbert_majority_share"] = vote.shares
+        if vote_key == LEIDEN and LEIDEN not in adata.obs:
+            obs["scbert_leiden"] = pd.Categorical(vote.groups.astype(str))
+        uns["majority_vote"] = {"key": vote_key, "ties": len(vote.ties)}
+        notes += _vote_notes(vote)
+    for note in notes:
+        logger.warning(note)
+    parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
+    return parts, _summary(labels, confidence, loaded, query, notes)
+
+
+def _predict_all(query: BinnedQuery, loaded: LoadedModel, batch_size, embed: bool, progress: bool):
+    """Probabilities [cells, labels] and, if asked for, embeddings [cells, hidden]; zeros for empty cells."""
+    probabilities = np.zeros((query.n_cells, len(loaded.labels)), dtype=np.float32)
+    embeddings = np.zeros((query.n_cells, loaded.model.config.hidden_size), dtype=np.float32) if embed else None
+    with progress_bar(query.n_cells, "Annotating", progress) as bar:
+        for start, bins in query.chunks():
+            expressed = np.flatnonzero(np.diff(bins.indptr))
+            bar.update(bins.shape[0] - len(expressed))
+            for rows, logits, vectors in predict(loaded, bins[expressed], batch_size, embed):
+                cells = start + expressed[rows]
+                probabilities[cells] = probabilities_of(logits, loaded.temperature)
+                if embed:
+                    embeddings[cells] = vectors
+                bar.update(len(rows))
+    return probabilities, embeddings
+
+
+def assign(probabilities: np.ndarray, names: list[str], threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Label and confidence of every cell.
+
+    Parameters
+    ----------
+    probabilities
+        [cells, labels]; all zero for a cell without expression.
+    names
+        Labels in the order of the columns.
+    threshold
+        Below it a cell is "unassigned"; a cell with confidence 0 always is.
+
+    Examples
+    --------
+    >>> assign(np.array([[0.9, 0.1], [0.4, 0.3]]), ["B", "T"], 0.5)[0].tolist()
+    ['B', 'unassigned']
+    """
+    confidence = probabilities.max(axis=1)
+    labels = np.array(names, dtype=object)[probabilities.argmax(axis=1)]
+    labels[(confidence < threshold) | (confidence == 0)] = UNASSIGNED
+    return labels, confidence
+
+
+def _categorical(labels: np.ndarray, names: list[str]) -> pd.Categorical:
+    """Labels that occur, in the model's order, "unassigned" last."""
+    present = set(labels)
+    order = [*dict.fromkeys(names), UNASSIGNED] if UNASSIGNED not in names else list(dict.fromkeys(names))
+    return pd.Categorical(labels, categories=[name for name in order if name in present])
+
+
+def _vote(adata, key, labels, probabilities, names, embeddings):
+    if key in adata.obs:
+        groups = adata.obs[key].to_numpy()
+    else:
+        groups = leiden_groups(np.asarray(adata.obsm["X_pca"]) if embeddings is None else embeddings)
+    return majority_vote(labels, groups, probabilities, names)
+
+
+def _vote_notes(vote) -> list[str]:
+    notes = []
+    if vote.ties:
+        shown = "; ".join(f"{group}: {' = '.join(tied)}" for group, tied in list(vote.ties.items())[:5])
+        notes.append(
+            f"{len(vote.ties)} group(s) had a tied vote, won by the label of larger summed probability, the first "
+            f"named ({shown}{'; ...' if len(vote.ties) > 5 else ''})."
+        )
+    alone = int((vote.groups < 0).sum())
+    if alone:
+        notes.append(f"{alone} cell(s) belong to no group and keep their own label in the majority vote.")
+    return notes
+
+
+def _notes(adata: AnnData, query: BinnedQuery, obs: dict) -> list[str]:
+    notes = []
+    if query.n_empty:
+        notes.append(
+            f"{query.n_empty} cell(s) express no gene of the model's panel: unassigned, with confidence 0."
+        )
+    replaced = [name for name in obs if name in adata.obs]
+    if replaced:
+        notes.append(f"Columns of an earlier annotation were replaced: {', '.join(replaced)}.")
+    return notes
+
+
+def _summary(labels, confidence, loaded: LoadedModel, query: BinnedQuery, notes: list[str]) -> dict[str, Any]:
+    counts = pd.Series(labels).value_counts()
+    alignment = query.alignment
+    return {
+        "cells": query.n_cells,
+        "unassigned": int(counts.get(UNASSIGNED, 0)),
+        "mean_confidence": float(confidence.mean()),
+        "genes_found": alignment.n_matched,
+        "genes_of_model": alignment.panel_size,
+        "cells_per_label": {str(label): int(count) for label, count in counts.items()},
+        "gene_overlap": overlap_numbers(alignment),
+        "model": loaded.name,
+        "device": str(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "notes": notes,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a result."""
+    found = {}
+    for package in ("scbert-transformers", "transformers", "torch", "anndata"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def add_parts(adata: AnnData, parts: dict[str, dict]) -> None:
+    """Put ``{"obs": ..., "obsm": ..., "uns": ...}`` into an AnnData."""
+    for slot, elements in parts.items():
+        target = getattr(adata, slot)
+        for name, value in elements.items():
+            target[name] = value
+
+
+def write_parts(query, adata: AnnData, parts: dict[str, dict], output, overwrite: bool) -> None:
+    """Write the query with `parts` added, complete or not at all."""
+    if adata.isbacked:
+        # the handle must not stand open on a file that is copied
+        adata.file.close()
+        atomic_copy_h5ad(query, output, **parts, overwrite=overwrite)
+        return
+    add_parts(adata, parts)
+    atomic_write_h5ad(adata, output, overwrite=overwrite, inputs=(query,))

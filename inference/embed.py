@@ -1,0 +1,124 @@
+"""Embeddings of every cell of an AnnData or a file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+
+from ..data.output import check_output_path
+from .annotate import add_parts, versions, write_parts
+from .loading import LoadedModel, load_model
+from .prediction import predict
+from .query import BinnedQuery, opened, overlap_numbers, progress_bar
+
+KEY = "X_scbert"
+
+
+def embed(
+    adata: AnnData,
+    model: str | Path | LoadedModel,
+    *,
+    layer: str | None = None,
+    input: str = "auto",
+    batch_size: int | None = None,
+    force: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: bool = True,
+) -> AnnData:
+    """
+    Give every cell a vector: the mean of its last hidden states over expressed genes and the trailing token.
+
+    Unexpressed genes are left out of the mean: there are ten times more of them, and they would drown a cell in
+    what all cells share. A cell without any expressed gene gets the trailing token's vector.
+
+    Parameters
+    ----------
+    adata
+        Cells, with gene symbols in `var_names`. Left as it is.
+    model
+        Any scBERT model folder (pretrained or fine-tuned), or what `load_model` returned.
+    layer, input, batch_size, force, device, dtype, progress
+        As in `annotate`.
+
+    Returns
+    -------
+    AnnData
+        A copy with ``obsm["X_scbert"]``, float32 [cells, hidden_size], and ``uns["scbert_embedding"]``.
+
+    Raises
+    ------
+    InputError
+        When model, genes or values do not fit; the message says how to mend it.
+
+    Examples
+    --------
+    >>> from scbert.inference import embed  # doctest: +SKIP
+    >>> adata = embed(adata, model="my_model")  # doctest: +SKIP
+    >>> scanpy.pp.neighbors(adata, use_rep="X_scbert")  # doctest: +SKIP
+    """
+    loaded = load_model(model, "embedding", device, dtype)
+    parts, _ = _embedding(adata, loaded, layer, input, batch_size, force, progress)
+    embedded = adata.to_memory() if adata.isbacked else adata.copy()
+    add_parts(embedded, parts)
+    return embedded
+
+
+def embed_file(
+    query: str | Path,
+    model: str | Path | LoadedModel,
+    output: str | Path,
+    *,
+    layer: str | None = None,
+    input: str = "auto",
+    batch_size: int | None = None,
+    force: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Embed a file: the output is the input with ``obsm["X_scbert"]`` added; see `embed` and `annotate_file`.
+
+    Returns
+    -------
+    dict
+        Summary: cells, size of the vectors, gene overlap, device, seconds.
+    """
+    started = time.monotonic()
+    check_output_path(output, overwrite, inputs=(query,))
+    with opened(query, layer) as adata:
+        loaded = load_model(model, "embedding", device, dtype)
+        parts, summary = _embedding(adata, loaded, layer, input, batch_size, force, progress)
+        write_parts(query, adata, parts, output, overwrite)
+    return {"output": str(output), **summary, "seconds": time.monotonic() - started}
+
+
+def _embedding(adata, loaded: LoadedModel, layer, input, batch_size, force, progress):
+    """Embedding of an AnnData as ``{"obsm": ..., "uns": ...}``, and a summary."""
+    query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress)
+    vectors = np.zeros((query.n_cells, loaded.model.config.hidden_size), dtype=np.float32)
+    with progress_bar(query.n_cells, "Embedding", progress) as bar:
+        for start, bins in query.chunks():
+            for rows, _, batch in predict(loaded, bins, batch_size, embed=True):
+                vectors[start + rows] = batch
+                bar.update(len(rows))
+    overlap = overlap_numbers(query.alignment)
+    about = {"model": loaded.name, "pooling": "mean over expressed genes and the trailing token"}
+    about |= {"gene_overlap": overlap, "versions": versions(), "dtype": str(loaded.dtype).removeprefix("torch.")}
+    summary = {
+        "cells": query.n_cells,
+        "hidden_size": vectors.shape[1],
+        "genes_found": overlap["matched"],
+        "genes_of_model": overlap["panel"],
+        "gene_overlap": overlap,
+        "model": loaded.name,
+        "device": str(loaded.device),
+        "dtype": about["dtype"],
+    }
+    return {"obsm": {KEY: vectors}, "uns": {"scbert_embedding": about}}, summary

@@ -1,0 +1,165 @@
+"""Run a model over binned cells: batches by length, mean embeddings, probabilities."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from .loading import LoadedModel
+
+# activations a batch may take: more on a CPU gains nothing, its caches are long full
+CPU_BATCH_BYTES = 1 << 30
+MAX_BATCH = 256
+
+
+def predict(
+    loaded: LoadedModel, bins: sp.csr_matrix, batch_size: int | None = None, embed: bool = False
+) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]:
+    """
+    Logits and embeddings of binned cells, batch by batch.
+
+    A cell's result depends neither on its batch mates nor on the order: FAVOR+ stabilises per cell, and masked
+    positions contribute exactly nothing. Cells are taken by length, so that batches hold little padding.
+
+    Parameters
+    ----------
+    loaded
+        Model and tokenizer.
+    bins
+        Expression bins [cells, panel], of ``tokenizer.bin_cells``.
+    batch_size
+        Cells per step; chosen by the size of the model and the memory if left out.
+    embed
+        Also return the mean embeddings.
+
+    Yields
+    ------
+    rows
+        Which rows of `bins`, [batch].
+    logits
+        float32 [batch, labels]; None for a model without a head.
+    embeddings
+        float32 [batch, hidden], see `mean_of_expressed`; None unless asked for or the model has no head.
+    """
+    lengths = sequence_lengths(loaded.tokenizer, bins)
+    order = np.argsort(lengths, kind="stable")
+    for rows in _batches(order, lengths, loaded, batch_size):
+        yield rows, *_run(loaded, bins[rows], embed)
+
+
+def sequence_lengths(tokenizer, bins: sp.csr_matrix) -> np.ndarray:
+    """Tokens of every cell, the trailing one included, [cells]."""
+    if tokenizer.keep_zeros:
+        return np.full(bins.shape[0], bins.shape[1] + 1)
+    return np.minimum(np.diff(bins.indptr) + 1, tokenizer.max_length or np.inf).astype(int)
+
+
+def _batches(order, lengths, loaded: LoadedModel, batch_size: int | None) -> Iterator[np.ndarray]:
+    start = 0
+    while start < len(order):
+        size = batch_size
+        if size is None:
+            # ascending lengths: guess by the first cell, then correct by the last of that guess
+            size = pick_batch_size(loaded, lengths[order[start]])
+            size = pick_batch_size(loaded, lengths[order[min(start + size, len(order)) - 1]])
+        yield order[start : start + size]
+        start += size
+
+
+def pick_batch_size(loaded: LoadedModel, length: int) -> int:
+    """Cells of `length` tokens whose activations fit the memory set aside for a batch."""
+    config = loaded.model.config
+    inner = config.num_attention_heads * config.head_dim
+    # floats a token takes at the widest point of a layer: random features of query and key, or a row of scores
+    width = {
+        "favor": 4 * config.num_attention_heads * config.num_random_features,
+        "softmax": config.num_attention_heads * length,
+    }.get(config.attention_type, 8 * inner)
+    token_bytes = 4 * (width + 4 * inner + 2 * config.intermediate_size + 4 * config.hidden_size)
+    memory = CPU_BATCH_BYTES
+    if loaded.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(loaded.device)[0] // 2
+    return int(np.clip(memory // (token_bytes * int(length)), 1, MAX_BATCH))
+
+
+def _run(loaded: LoadedModel, bins: sp.csr_matrix, embed: bool):
+    """Logits and embeddings of one batch; halved where the GPU's memory does not hold it."""
+    try:
+        return _forward(loaded, bins, embed)
+    except torch.OutOfMemoryError:
+        if bins.shape[0] == 1:
+            raise
+    # outside the handler: the failed batch's tensors are freed by now
+    torch.cuda.empty_cache()
+    middle = bins.shape[0] // 2
+    halves = [_run(loaded, part, embed) for part in (bins[:middle], bins[middle:])]
+    return tuple(None if parts[0] is None else np.concatenate(parts) for parts in zip(*halves, strict=True))
+
+
+@torch.inference_mode()
+def _forward(loaded: LoadedModel, bins: sp.csr_matrix, embed: bool):
+    encoded = loaded.tokenizer.encode_bins(bins)
+    inputs = {name: torch.from_numpy(array).to(loaded.device) for name, array in encoded.items()}
+    half = loaded.dtype != torch.float32
+    autocast = torch.autocast(loaded.device.type, loaded.dtype) if half else contextlib.nullcontext()
+    network = loaded.model
+    has_head = hasattr(network, "classifier")
+    with autocast:
+        hidden = (network.scbert if has_head else network)(**inputs).last_hidden_state
+        mask, gene_ids = inputs.get("attention_mask"), inputs.get("gene_ids")
+        logits = network.classifier(hidden, mask, gene_ids) if has_head else None
+    embeddings = mean_of_expressed(hidden, **inputs) if embed or not has_head else None
+    return tuple(None if tensor is None else tensor.float().cpu().numpy() for tensor in (logits, embeddings))
+
+
+def mean_of_expressed(hidden, input_ids, attention_mask=None, **_) -> torch.Tensor:
+    """
+    One vector per cell: the mean of the last hidden states over its expressed genes and the trailing token.
+
+    Unexpressed genes are left out: there are many times more of them, and they would drown the cell in what all
+    cells share. The trailing token gives a cell without any expressed gene a vector too.
+
+    Parameters
+    ----------
+    hidden
+        [batch, length, hidden].
+    input_ids
+        Expression bins [batch, length]; the trailing token is the last one that is no padding.
+    attention_mask
+        [batch, length]; all ones by default.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 [batch, hidden].
+
+    Examples
+    --------
+    >>> hidden = torch.tensor([[[2.0], [7.0], [4.0]]])
+    >>> mean_of_expressed(hidden, torch.tensor([[3, 0, 0]]))
+    tensor([[3.]])
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    trailing = places == (places * attention_mask).argmax(dim=1, keepdim=True)
+    weights = ((input_ids > 0) & attention_mask.bool() | trailing).float()
+    return torch.einsum("bl,blh->bh", weights, hidden.float()) / weights.sum(dim=1, keepdim=True)
+
+
+def probabilities_of(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """
+    Softmax of logits [cells, labels] divided by `temperature`, float32.
+
+    Examples
+    --------
+    >>> probabilities_of(np.array([[0.0, 0.0]], dtype=np.float32))
+    array([[0.5, 0.5]], dtype=float32)
+    """
+    scaled = logits.astype(np.float64) / temperature
+    scaled = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return (scaled / scaled.sum(axis=1, keepdims=True)).astype(np.float32)

@@ -1,0 +1,130 @@
+"""Cells to be annotated or embedded: opened, compared with the model's genes, binned in chunks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from anndata import AnnData
+from tqdm import tqdm
+
+from ..data.read import matrix_rows, read_cells
+from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes
+
+logger = logging.getLogger(__name__)
+
+# bins kept between the checking pass and the model's; above it the file is read twice instead
+KEPT_BYTES = 512 << 20
+CHUNK_SIZE = 4096
+
+
+@contextlib.contextmanager
+def opened(query: str | Path, layer: str | None = None) -> Iterator[AnnData]:
+    """The AnnData of a file: the matrix of an .h5ad stays on disk, other formats are read into memory."""
+    adata = read_cells(query, layer=layer, backed=True)
+    try:
+        yield adata
+    finally:
+        if adata.isbacked:
+            adata.file.close()
+
+
+class BinnedQuery:
+    """
+    The cells of an AnnData as expression bins of a model's panel, chunk by chunk.
+
+    Every value is checked before the first chunk is handed out: a NaN in the last cell is told at once, not after
+    hours of computing.
+
+    Parameters
+    ----------
+    adata
+        In memory or backed.
+    tokenizer
+        The model's.
+    layer, input
+        Where the values stand, and what they are.
+    force
+        Go on where less than 30% of the model's genes are found.
+    progress
+        Show a bar while the cells are read.
+
+    Attributes
+    ----------
+    alignment : GeneAlignment
+        How the genes match.
+    n_cells : int
+    n_empty : int
+        Cells that express no gene of the panel.
+    """
+
+    def __init__(
+        self,
+        adata: AnnData,
+        tokenizer: ScBertTokenizer,
+        layer: str | None = None,
+        input: str = "auto",
+        force: bool = False,
+        progress: bool = True,
+    ):
+        self._tokenizer, self._input = tokenizer, input
+        self._matrix, self._gene_names = matrix_rows(adata, layer)
+        self.n_cells = adata.n_obs
+        self.alignment = align_genes(self._gene_names, tokenizer.gene_panel)
+        self.alignment.check(force=force)
+        logger.log(
+            logging.WARNING if force and self.alignment.overlap < 0.3 else logging.INFO, overlap_report(self.alignment)
+        )
+        self._kept: list[sp.csr_matrix] | None = []
+        self.n_empty, size = 0, 0
+        with progress_bar(self.n_cells, "Reading", progress) as bar:
+            for bins in self._bin():
+                self.n_empty += int((np.diff(bins.indptr) == 0).sum())
+                size += bins.data.nbytes + bins.indices.nbytes + bins.indptr.nbytes
+                if size > KEPT_BYTES:
+                    self._kept = None
+                if self._kept is not None:
+                    self._kept.append(bins)
+                bar.update(bins.shape[0])
+
+    def _bin(self) -> Iterator[sp.csr_matrix]:
+        cells = {"X": self._matrix, "gene_names": self._gene_names}
+        return self._tokenizer.iter_bins(cells, input=self._input, chunk_size=CHUNK_SIZE)
+
+    def chunks(self) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Row of the first cell, and bins [up to 4096 cells, panel], of every chunk in order."""
+        start = 0
+        for bins in self._bin() if self._kept is None else self._kept:
+            yield start, bins
+            start += bins.shape[0]
+
+
+def overlap_report(alignment: GeneAlignment) -> str:
+    """One line on how the genes of the query match the model's panel."""
+    extra = f"; {alignment.n_duplicates} repeated column(s) were summed" if alignment.n_duplicates else ""
+    return (
+        f"{alignment.n_matched:,} of the model's {alignment.panel_size:,} genes found ({alignment.overlap:.1%}), "
+        f"{alignment.n_absent:,} taken as 0, {alignment.n_unused:,} of the query's not used{extra}."
+    )
+
+
+def overlap_numbers(alignment: GeneAlignment) -> dict[str, Any]:
+    """The gene overlap as plain numbers, for `uns` and summaries."""
+    return {
+        "panel": alignment.panel_size,
+        "matched": alignment.n_matched,
+        "absent": alignment.n_absent,
+        "unused": alignment.n_unused,
+        "duplicates": alignment.n_duplicates,
+        "share": float(alignment.overlap),
+    }
+
+
+def progress_bar(total: int, title: str, shown: bool = True) -> tqdm:
+    """A bar of cells on stderr, where that is a terminal."""
+    return tqdm(total=total, desc=title, unit=" cells", disable=None if shown else True, smoothing=0.05)
