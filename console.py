@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import math
 import os
 import signal
@@ -69,6 +70,21 @@ def silence_libraries() -> None:
 
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category)
+
+
+class _SayHandler(logging.Handler):
+    """Writes our own log records as messages, warnings in yellow."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage(), style="yellow" if record.levelno >= logging.WARNING else "")
+
+
+def show_messages() -> None:
+    """Let what the package logs, from INFO on, appear on stderr."""
+    ours = logging.getLogger(__package__)
+    ours.setLevel(logging.INFO)
+    if not any(isinstance(handler, _SayHandler) for handler in ours.handlers):
+        ours.addHandler(_SayHandler())
 
 
 def run(job: Callable[..., Mapping[str, Any] | None], *arguments: Any, as_json: bool, **options: Any) -> None:
