@@ -1,0 +1,115 @@
+"""The job behind `scbert convert`: an original checkpoint and its gene panel in, a model folder out."""
+
+import shutil
+from pathlib import Path
+
+import anndata
+import h5py
+
+from ..data.output import check_output_folder, partial_folder
+from ..modeling_scbert.convert_checkpoint import CheckpointError, convert_checkpoint
+from ..tokenization import InputError, ScBertTokenizer, read_gene_panel
+from ..tokenization.genes_scbert import check_gene_panel, open_text
+
+
+def convert(checkpoint, genes, output, labels=None, overwrite: bool = False) -> dict:
+    """Convert an original scBERT checkpoint into a folder that the Auto classes load.
+
+    Parameters
+    ----------
+    checkpoint : path
+        The original `.pth`, pretrained or fine-tuned.
+    genes : path
+        The gene panel in the checkpoint's order: one symbol a line (`.txt`, `.csv`, compressed or
+        not), or the `var_names` of an `.h5ad`.
+    output : path
+        The folder to write; it appears only when complete.
+    labels : path, optional
+        Class names of a fine-tuned checkpoint, one a line.
+    overwrite : bool
+        Replace an existing model folder.
+
+    Returns
+    -------
+    dict
+        output, the class of the model, genes, layers, parameters and labels.
+
+    Raises
+    ------
+    InputError
+        If a file does not hold what it should or they do not belong together.
+
+    Examples
+    --------
+    >>> convert("panglao_pretrain.pth", "panglao_genes.txt", "scbert-panglao")  # doctest: +SKIP
+    """
+    check_output_folder(output, overwrite)
+    panel = read_panel(genes)
+    names = None if labels is None else read_labels(labels)
+    try:
+        model = convert_checkpoint(checkpoint, num_genes=len(panel), labels=names)
+    except CheckpointError as problem:
+        raise InputError(str(problem)) from problem
+    tokenizer = ScBertTokenizer(gene_panel=panel, n_bins=model.config.vocab_size - 2)
+    save_model_folder(model, tokenizer, output, overwrite)
+    summary = {
+        "output": str(output),
+        "model": type(model).__name__,
+        "genes": len(panel),
+        "layers": model.config.num_hidden_layers,
+        "parameters": model.num_parameters(),
+    }
+    if "Classification" in type(model).__name__:
+        summary["labels"] = list(model.config.id2label.values())
+    return summary
+
+
+def save_model_folder(model, tokenizer, output, overwrite: bool = False) -> None:
+    """Write model and tokenizer to a folder that appears only when complete; nothing is left if it fails."""
+    with partial_folder(output, overwrite) as folder:
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except BaseException:
+            # there is nothing to resume here, unlike in training
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def read_panel(path) -> list[str]:
+    """A gene panel from text (see `read_gene_panel`) or the `var_names` of an `.h5ad`.
+
+    Raises
+    ------
+    InputError
+        If the file is of another kind, or names a gene twice or none.
+    """
+    if Path(path).suffix.lower() not in (".h5ad", ".h5"):
+        return read_gene_panel(path)
+    try:
+        with h5py.File(path, "r") as file:
+            panel = [str(name) for name in anndata.io.read_elem(file["var"]).index]
+    except (KeyError, OSError) as error:
+        if not Path(path).exists():
+            raise
+        raise InputError(f"{path} is not a readable .h5ad with genes in var ({error}).") from error
+    check_gene_panel(panel, path)
+    return panel
+
+
+def read_labels(path) -> list[str]:
+    """Class names, one a line, in the checkpoint's order.
+
+    Raises
+    ------
+    InputError
+        If the file holds none or is no text.
+    """
+    try:
+        with open_text(path) as handle:
+            labels = [line.strip() for line in handle if line.strip()]
+    except (UnicodeDecodeError, EOFError) as error:
+        raise InputError(f"{path} is not a text file with one label a line ({error}).") from error
+    if not labels:
+        raise InputError(f"{path} holds no labels; one per line was needed.")
+    return labels

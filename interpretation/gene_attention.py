@@ -1,0 +1,106 @@
+"""Attention each gene receives in the model's own forward pass, in memory linear in the panel."""
+
+from contextlib import contextmanager
+
+import torch
+
+from ..modeling_scbert.favor_scbert import favor_attention_received
+from ..tokenization import InputError
+
+# queries whose exact attention is held at a time by the softmax type
+QUERIES_AT_ONCE = 512
+
+
+def gene_attention(model, input_ids, attention_mask=None, **inputs) -> torch.Tensor:
+    """Attention each token receives: the column sums of the attention matrix, averaged over heads and layers.
+
+    What is summed is the attention *used in the forward pass*. The columns of a cell add up to its
+    number of (unmasked) tokens, so 1 is the share of a gene that is looked at like any other.
+
+    Parameters
+    ----------
+    model : ScBertModel or a model with a head
+        Of attention type ``"favor"`` or ``"softmax"``.
+    input_ids : torch.Tensor
+        [batch, length] expression bins.
+    attention_mask : torch.Tensor, optional
+        [batch, length], 1 for tokens and 0 for pads; pads neither give nor receive attention.
+    **inputs
+        Further inputs of the model such as `gene_ids`.
+
+    Returns
+    -------
+    torch.Tensor
+        [batch, length] float32, zero at pads.
+
+    Raises
+    ------
+    InputError
+        If the model's attention type defines no such matrix (``"lsh"``) or it has no layers.
+
+    Source: Yang et al. 2022, "attention per gene"; its published code took the attention of a second
+    pass over the already updated residual, which is another quantity.
+
+    Examples
+    --------
+    >>> from scbert import ScBertConfig, ScBertModel
+    >>> config = ScBertConfig(hidden_size=32, num_hidden_layers=1, max_position_embeddings=11)
+    >>> gene_attention(ScBertModel(config).eval(), torch.zeros(2, 11, dtype=torch.long)).shape
+    torch.Size([2, 11])
+    """
+    encoder = model.base_model
+    kind = encoder.config.attention_type
+    if kind not in RECEIVED:
+        raise InputError(
+            f"The model's attention is {kind!r}, which has no attention matrix over genes; attention per gene "
+            f"is defined for {' and '.join(RECEIVED)}. Use attributions instead."
+        )
+    if not len(encoder.layers):
+        raise InputError("The model has no layers, so there is no attention to report.")
+    total = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
+
+    def add(attention, hidden_states):
+        total.add_(RECEIVED[kind](attention, hidden_states, attention_mask).mean(dim=1))
+
+    with torch.no_grad(), _attention_inputs(encoder, add):
+        encoder(input_ids, attention_mask=attention_mask, **inputs)
+    return total / len(encoder.layers)
+
+
+@contextmanager
+def _attention_inputs(encoder, receive):
+    """Call `receive(attention, hidden_states)` as each layer's attention is given its input."""
+    hooks = [
+        layer.attention.register_forward_pre_hook(lambda module, args: receive(module, args[0]))
+        for layer in encoder.layers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _favor_received(attention, hidden_states, attention_mask):
+    query, key, _ = attention.project(hidden_states)
+    epsilon = attention.config.kernel_epsilon
+    return favor_attention_received(query, key, attention.projection_matrix, attention_mask, epsilon)
+
+
+def _softmax_received(attention, hidden_states, attention_mask):
+    shape = (*hidden_states.shape[:-1], -1, attention.config.head_dim)
+    query, key = (p(hidden_states).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+    keep = None if attention_mask is None else attention_mask.bool()
+    received = 0
+    for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+        rows = slice(start, start + QUERIES_AT_ONCE)
+        scores = (query[:, :, rows] @ key.mT).float() * attention.config.head_dim**-0.5
+        if keep is None:
+            received = received + scores.softmax(-1).sum(dim=2)
+            continue
+        weights = scores.masked_fill(~keep[:, None, None, :], torch.finfo(scores.dtype).min).softmax(-1)
+        received = received + (weights * keep[:, None, rows, None]).sum(dim=2)
+    return received
+
+
+RECEIVED = {"favor": _favor_received, "softmax": _softmax_received}
