@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .console import existing, guarded, run, silence_libraries
+from .console import existing, guarded, run, show_messages, silence_libraries
 
 app = typer.Typer(
     name="scbert",
@@ -229,7 +229,100 @@ def embed(
     )
 
 
+@app.command()
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="ORIGINAL.pth", help="Original scBERT checkpoint.", show_default=False)
+    ],
+    genes: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="Its gene panel: a symbol a line, .csv, .gz or .h5ad.", show_default=False
+        ),
+    ],
+    output: OutputFolder,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Class names, one a line (LABEL_0... without).")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Convert an original checkpoint into a model folder."""
+    existing(checkpoint)
+    existing(genes)
+    from .inference.convert import convert as job
+
+    run(job, checkpoint, genes, output, labels=labels, overwrite=overwrite, as_json=json)
+
+
+@app.command()
+def gene2vec(
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="Gene vectors to write: .txt, .gz, .npy.", show_default=False)
+    ],
+    corpus: Annotated[
+        Path | None, typer.Argument(metavar="CORPUS", help="Cells, or a folder of files.", show_default=False)
+    ] = None,
+    import_file: Annotated[
+        Path | None,
+        typer.Option("--import", metavar="FILE", help="Vectors to bring in: text or .npy.", show_default=False),
+    ] = None,
+    genes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Genes to keep to (of an .npy: its genes).")
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Length of a vector.", show_default="200")] = None,
+    cutoff: Annotated[
+        float | None, typer.Option(min=-1, max=1, help="Least correlation of a pair.", show_default="0.9")
+    ] = None,
+    top_pairs: Annotated[
+        int | None, typer.Option(min=1, help="Keep each file's most correlated so many pairs instead.")
+    ] = None,
+    min_cells: Annotated[
+        int | None, typer.Option(min=1, help="Cells that must express a gene.", show_default="20")
+    ] = None,
+    max_cells: Annotated[
+        int | None, typer.Option(min=2, help="Larger files are sampled.", show_default="20000")
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the pairs.", show_default="10")
+    ] = None,
+    layer: Layer = None,
+    input: Input = InputKind.auto,
+    seed: Seed = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads; repeatable with 1 only.", show_default="1")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Train gene vectors on co-expression, or bring foreign ones into our format."""
+    for path in (corpus, import_file, genes):
+        path and existing(path)
+    from .training.run_gene2vec import gene2vec as job
+
+    run(
+        job,
+        output,
+        corpus=corpus,
+        import_file=import_file,
+        genes=genes,
+        size=size,
+        cutoff=cutoff,
+        top_pairs=top_pairs,
+        min_cells=min_cells,
+        max_cells=max_cells,
+        iterations=iterations,
+        layer=layer,
+        input=input.value,
+        seed=seed,
+        workers=workers,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     silence_libraries()
+    show_messages()
     return guarded(lambda: app(args=arguments, prog_name="scbert"))

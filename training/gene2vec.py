@@ -6,13 +6,13 @@ BMC Genomics 2019 (doi 10.1186/s12864-018-5370-x).
 
 import gzip
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..data.output import atomic_path
 from ..tokenization import InputError
 from .coexpression import GenePairs
 
@@ -146,7 +146,7 @@ def _too_few_pairs(pairs: GenePairs, min_count: int) -> str:
 def save_gene_vectors(vectors: GeneVectors, path) -> None:
     """Write vectors as word2vec text, or as `.npy` with the genes beside it in `.genes.txt`.
 
-    The file appears under its name only when complete.
+    An existing file is replaced; the new one appears under its name only when complete.
 
     Parameters
     ----------
@@ -155,21 +155,18 @@ def save_gene_vectors(vectors: GeneVectors, path) -> None:
         `.npy` for the binary form, `.gz` for compressed text.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    if path.suffix == ".npy":
+        with atomic_path(_gene_list_of(path), overwrite=True) as partial:
+            partial.write_text("\n".join(vectors.genes) + "\n")
+    with atomic_path(path, overwrite=True) as partial:
         if path.suffix == ".npy":
             with open(partial, "wb") as file:
                 np.save(file, vectors.matrix)
-            _gene_list_of(path).write_text("\n".join(vectors.genes) + "\n")
-        else:
-            with _open_text(partial, path.suffix == ".gz", "wt") as file:
-                file.write(f"{len(vectors.genes)} {vectors.matrix.shape[1]}\n")
-                for gene, row in zip(vectors.genes, vectors.matrix):
-                    file.write(gene + " " + " ".join(f"{value:.7g}" for value in row) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+            return
+        with _open_text(partial, path.suffix == ".gz", "wt") as file:
+            file.write(f"{len(vectors.genes)} {vectors.matrix.shape[1]}\n")
+            for gene, row in zip(vectors.genes, vectors.matrix):
+                file.write(gene + " " + " ".join(f"{value:.7g}" for value in row) + "\n")
 
 
 def load_gene_vectors(path, genes=None) -> GeneVectors:

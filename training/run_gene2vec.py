@@ -6,10 +6,18 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..data.output import check_output_path
 from ..data.read import read_cells
-from ..tokenization import InputError
-from ..tokenization.expression_scbert import as_csr, detect_input_kind, normalize_expression, to_counts_scale
-from ..tokenization.genes_scbert import read_gene_panel
+from ..tokenization import (
+    InputError,
+    detect_input_kind,
+    gene_names_of,
+    normalize_expression,
+    read_gene_panel,
+    select_matrix,
+    to_counts_scale,
+)
+from ..tokenization.expression_scbert import as_csr
 from .coexpression import GenePairs, coexpressed_pairs, join_pairs
 from .gene2vec import load_gene_vectors, save_gene_vectors, train_gene2vec
 
@@ -80,8 +88,7 @@ def gene2vec(
     output = Path(output)
     if (corpus is None) == (import_file is None):
         raise InputError("Give either a corpus to train on or --import FILE with vectors to bring in.")
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} exists already; choose another name or add --overwrite.")
+    check_output_path(output, overwrite, inputs=(corpus, import_file))
     if import_file is not None:
         return _import_vectors(import_file, output, genes)
     if cutoff is None and top_pairs is None:
@@ -149,25 +156,23 @@ def read_log_expression(path, panel=None, layer=None, input="auto", max_cells=20
     InputError
         If the values are neither counts nor log1p, or fewer than two genes of the panel are there.
     """
-    adata = read_cells(path, layer=layer)
-    values = as_csr(adata.X if layer is None else adata.layers[layer])
-    names = np.asarray(adata.var_names, dtype=object)
+    adata = read_cells(path, layer=layer, backed=True, check=False)
+    matrix, source = select_matrix(adata, layer)
+    names = np.asarray(gene_names_of(source.var, source.var_names), dtype=object)
+    rows = np.random.default_rng(seed).permutation(matrix.shape[0])[:max_cells]
+    values = as_csr(matrix[np.sort(rows)])
     kind = detect_input_kind(values) if input == "auto" else input
-    if values.shape[0] > max_cells:
-        values = values[np.sort(np.random.default_rng(seed).permutation(values.shape[0])[:max_cells])]
     values = to_counts_scale(values, kind)
     if panel is not None:
         kept = np.flatnonzero([name in panel for name in names])
         values, names = values[:, kept], names[kept]
     if len(names) < 2:
-        first = ", ".join(map(str, adata.var_names[:3]))
+        first = ", ".join(map(str, source.var_names[:3]))
         raise InputError(f"It names {len(names)} genes of the panel (its first names: {first}).")
     return normalize_expression(values.tocsr()), names
 
 
 def _import_vectors(source, output: Path, genes) -> dict:
-    if Path(source).resolve() == output.resolve():
-        raise InputError(f"{output} is the file to import; choose another --output.")
     vectors = load_gene_vectors(source, genes)
     save_gene_vectors(vectors, output)
     return _summary(output, None, vectors)
