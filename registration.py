@@ -1,0 +1,116 @@
+"""Makes ``AutoModel``, ``AutoTokenizer`` and ``pipeline`` know scBERT, when they are first imported.
+
+Registering needs our classes, and those need torch: done in ``scbert/__init__.py`` it would make ``import
+scbert`` (and ``scbert --help``) take four seconds. So each registration waits for the module of transformers
+that it writes into: where that is imported already it happens at once, otherwise right after that import.
+Whoever can call ``AutoModel.from_pretrained`` has imported it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def _register_config(ours: ModuleType) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.register("scbert", ours.ScBertConfig, exist_ok=True)
+
+
+def _register_models(ours: ModuleType) -> None:
+    from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+    config = ours.ScBertConfig
+    AutoModel.register(config, ours.ScBertModel, exist_ok=True)
+    AutoModelForMaskedLM.register(config, ours.ScBertForMaskedExpression, exist_ok=True)
+    AutoModelForSequenceClassification.register(config, ours.ScBertForCellClassification, exist_ok=True)
+
+
+def _register_tokenizer(ours: ModuleType) -> None:
+    from transformers import AutoTokenizer
+
+    from .modeling_scbert import ScBertConfig
+
+    AutoTokenizer.register(ScBertConfig, ours.ScBertTokenizer, exist_ok=True)
+
+
+# module of transformers -> (our module that holds the classes, what to do once both are imported)
+_REGISTRATIONS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
+    "transformers.models.auto.configuration_auto": (".modeling_scbert", _register_config),
+    "transformers.models.auto.modeling_auto": (".modeling_scbert", _register_models),
+    "transformers.models.auto.tokenization_auto": (".tokenization", _register_tokenizer),
+}
+
+
+class _AfterImport(MetaPathFinder):
+    """Lets the other finders find transformers' and our modules, and registers after their import.
+
+    Not within: modules of transformers and of ours import each other, so the classes are fetched only when
+    the outermost of these imports has ended and nothing is half imported.
+    """
+
+    def __init__(self) -> None:
+        self.pending = dict(_REGISTRATIONS)
+        self.nesting = threading.local()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] not in ("transformers", __package__):
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _TellingLoader(spec.loader, self)
+                return spec
+        return None
+
+    def register(self) -> None:
+        for theirs in list(self.pending):
+            if theirs in sys.modules and theirs in self.pending:
+                ours, action = self.pending.pop(theirs)
+                action(importlib.import_module(ours, __package__))
+        if not self.pending and self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+
+class _TellingLoader(Loader):
+    """Runs the real loader, then lets the finder register where this was the outermost import."""
+
+    def __init__(self, loader: Loader, finder: _AfterImport) -> None:
+        self.loader = loader
+        self.finder = finder
+
+    def __getattr__(self, name: str) -> Any:
+        # python -m asks the loader for get_code
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # put back first: pickle, inspect and importlib.resources must meet the real loader
+        module.__loader__ = module.__spec__.loader = self.loader
+        nesting = self.finder.nesting
+        nesting.depth = getattr(nesting, "depth", 0) + 1
+        try:
+            self.loader.exec_module(module)
+        finally:
+            nesting.depth -= 1
+        if nesting.depth == 0:
+            self.finder.register()
+
+
+def install() -> None:
+    """Register with what transformers has imported already, and watch for the rest."""
+    finder = _AfterImport()
+    sys.meta_path.insert(0, finder)
+    finder.register()
