@@ -1,0 +1,265 @@
+"""Labelled cells of a fine-tuning run: read, checked, binned and split."""
+
+import logging
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from anndata import AnnData
+
+from ..data.read import read_cells
+from ..data.splits import stratified_split
+from ..tokenization import (
+    InputError,
+    ScBertTokenizer,
+    align_genes,
+    gene_names_of,
+    read_gene_panel,
+    select_matrix,
+)
+from ..tokenization.expression_scbert import as_csr
+from .finetune_arguments import DataArguments
+from .labels import choose_classes, find_labels
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+# scBERT's rule for the full panel; a small panel (or a panel of few expressed genes) would lose its cells
+MIN_GENES = 200
+PANEL_WITH_MIN_GENES = 5000
+
+
+@dataclass
+class LabelledCells:
+    """
+    Cells of one split.
+
+    Attributes
+    ----------
+    bins
+        Expression bins [cells, panel], sparse.
+    targets
+        Class of every cell, [cells] int64.
+    cells
+        Where they stand in their file, [cells] int64.
+    """
+
+    bins: sp.csr_matrix
+    targets: np.ndarray
+    cells: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass
+class FinetuneData:
+    """
+    Everything a run learns from.
+
+    Attributes
+    ----------
+    tokenizer
+        The base's, or one over the chosen panel.
+    classes
+        Labels in the order of the classes.
+    splits
+        ``train``, ``validation``, ``test`` (may be empty) -> cells.
+    sources
+        The AnnData each split is from, for the control.
+    input_kind
+        What the values are: ``"counts"`` or ``"log1p"``.
+    report
+        What was left out and why, and how the genes matched.
+    """
+
+    tokenizer: ScBertTokenizer
+    classes: list[str]
+    splits: dict[str, LabelledCells]
+    sources: dict[str, AnnData]
+    input_kind: str
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def fingerprint(self) -> int:
+        """A checksum of cells, labels and splits: a resumed run must have the same."""
+        checksum = zlib.crc32("\n".join([*self.classes, *self.tokenizer.gene_panel]).encode())
+        for name in SPLITS:
+            part = self.splits[name]
+            for array in (part.bins.indptr, part.bins.indices, part.bins.data, part.targets, part.cells):
+                checksum = zlib.crc32(np.ascontiguousarray(array).tobytes(), checksum)
+        return checksum
+
+
+def load_data(data: DataArguments, tokenizer: ScBertTokenizer | dict[str, Any], seed: int) -> FinetuneData:
+    """
+    Read the reference, choose classes and splits, and bin the cells.
+
+    Parameters
+    ----------
+    data
+        Files, columns and fractions.
+    tokenizer
+        The base's tokenizer, or options for a new one over the panel of the run.
+    seed
+        Decides the splits.
+
+    Raises
+    ------
+    InputError
+        For every fault of the input that a user can mend.
+    """
+    reference = read_cells(data.reference, layer=data.layer)
+    labels = find_labels(reference.obs, data.label_key, data.reference)
+    given = _given_splits(reference, data.test_key)
+    if given is not None:
+        labels[given == ""] = None
+    trainable = labels if given is None else np.where(given != "test", labels, None)
+    classes, report = choose_classes(trainable, data.label_key)
+    report["unlabelled"] = int(sum(label is None for label in labels))
+    targets = _targets(labels, classes)
+    if isinstance(tokenizer, dict):
+        tokenizer = _new_tokenizer(tokenizer, reference, targets >= 0, data)
+    report["genes"] = _gene_report(tokenizer, reference, data)
+    assigned = _assign_splits(targets, given, data, seed)
+    _drop_poor_cells(assigned, reference, tokenizer, data, report, targets)
+    splits, sources = {}, dict.fromkeys(SPLITS, reference)
+    bins = tokenizer.bin_cells(reference, input=data.input, layer=data.layer)
+    for name in SPLITS:
+        cells = np.flatnonzero(assigned == name)
+        splits[name] = LabelledCells(bins[cells], targets[cells], cells)
+    if data.test:
+        splits["test"], sources["test"] = _test_file(data, tokenizer, classes, report)
+    if len(np.unique(splits["train"].targets)) < len(classes):
+        lost = sorted(set(range(len(classes))) - set(splits["train"].targets.tolist()))
+        raise InputError(
+            f"No training cell is left of: {', '.join(classes[i] for i in lost)}. Lower --min-genes, or put "
+            f"cells of every class into the training split."
+        )
+    report["cells"] = {name: len(splits[name]) for name in SPLITS}
+    kind = tokenizer.resolve_input(select_matrix(reference, data.layer)[0], data.input)[0]
+    return FinetuneData(tokenizer, classes, splits, sources, kind, report)
+
+
+def _targets(labels: np.ndarray, classes: list[str]) -> np.ndarray:
+    """Class of every cell, -1 where it has none (or one that is not learnt)."""
+    index = {name: i for i, name in enumerate(classes)}
+    return np.array([index.get(label, -1) for label in labels], dtype=np.int64)
+
+
+def _given_splits(reference: AnnData, test_key: str | None) -> np.ndarray | None:
+    """The split of every cell as the column says, "" where it says nothing; None without a column."""
+    if test_key is None:
+        return None
+    if test_key not in reference.obs:
+        raise InputError(
+            f"There is no column {test_key!r} in obs to split by; it has: {', '.join(reference.obs)}."
+        )
+    column = reference.obs[test_key]
+    words = np.where(column.isna(), "", column.astype(str).str.strip().str.lower())
+    unknown = sorted(set(words) - {*SPLITS, ""})
+    if unknown or not {"train", "test"} <= set(words):
+        raise InputError(
+            f"The column {test_key!r} must say train, test or (optionally) validation for each cell, and "
+            f"have cells of train and of test; it holds: "
+            f"{', '.join(sorted(set(words) - {''})[:10]) or 'nothing'}."
+        )
+    return words
+
+
+def _new_tokenizer(
+    options: dict[str, Any], reference: AnnData, labelled: np.ndarray, data: DataArguments
+) -> ScBertTokenizer:
+    """A tokenizer over the panel file, or over the genes the labelled cells express."""
+    matrix, source = select_matrix(reference, data.layer)
+    names = gene_names_of(source.var, source.var_names)
+    if data.genes:
+        panel = read_gene_panel(data.genes)
+    else:
+        expressed = np.asarray((as_csr(matrix[np.flatnonzero(labelled)]) != 0).sum(axis=0)).ravel() > 0
+        panel = list(dict.fromkeys(name for name, seen in zip(names, expressed, strict=True) if seen))
+    if not panel:
+        raise InputError("No gene is expressed in any labelled cell: the matrix holds zeros only.")
+    try:
+        return ScBertTokenizer(gene_panel=panel, **options)
+    except TypeError as error:
+        raise InputError(f"The recipe's tokenizer options do not work: {error}.") from error
+
+
+def _gene_report(tokenizer: ScBertTokenizer, reference: AnnData, data: DataArguments) -> dict[str, Any]:
+    alignment = tokenizer.align(reference, layer=data.layer)
+    alignment.check()
+    return {
+        "panel": alignment.panel_size,
+        "matched": alignment.n_matched,
+        "duplicates": alignment.n_duplicates,
+        "absent": alignment.n_absent,
+        "unused": alignment.n_unused,
+    }
+
+
+def _assign_splits(
+    targets: np.ndarray, given: np.ndarray | None, data: DataArguments, seed: int
+) -> np.ndarray:
+    """Name of the split of every cell, "" for those of no class."""
+    assigned = np.full(len(targets), "", dtype=object)
+    if given is None:
+        chosen = np.flatnonzero(targets >= 0)
+        test = 0.0 if data.test else data.test_fraction
+        assigned[chosen] = stratified_split(targets[chosen], test, data.validation_fraction, seed=seed)
+        return assigned
+    assigned[targets >= 0] = given[targets >= 0]
+    if "validation" not in set(assigned):
+        training = np.flatnonzero(assigned == "train")
+        assigned[training] = stratified_split(targets[training], 0.0, data.validation_fraction, seed=seed)
+    return assigned
+
+
+def _drop_poor_cells(
+    assigned: np.ndarray,
+    reference: AnnData,
+    tokenizer: ScBertTokenizer,
+    data: DataArguments,
+    report: dict[str, Any],
+    targets: np.ndarray,
+) -> None:
+    """Take training cells with too few expressed genes out of `assigned`."""
+    panel = tokenizer.gene_panel
+    minimum = data.min_genes
+    if minimum is None:
+        minimum = MIN_GENES if len(panel) >= PANEL_WITH_MIN_GENES else 0
+    report["min_genes"] = {"minimum": minimum, "left_out": 0}
+    if not minimum:
+        return
+    matrix, source = select_matrix(reference, data.layer)
+    alignment = align_genes(gene_names_of(source.var, source.var_names), panel)
+    cells = np.flatnonzero(assigned == "train")
+    poor = cells[alignment.apply(as_csr(matrix[cells])).getnnz(axis=1) < minimum]
+    assigned[poor] = ""
+    report["min_genes"]["left_out"] = len(poor)
+    if len(poor) == len(cells):
+        raise InputError(
+            f"Every training cell expresses fewer than {minimum} genes of the panel; lower --min-genes."
+        )
+
+
+def _test_file(
+    data: DataArguments, tokenizer: ScBertTokenizer, classes: list[str], report: dict[str, Any]
+) -> tuple[LabelledCells, AnnData]:
+    """Cells of the test file whose class is among those learnt."""
+    test = read_cells(data.test, layer=data.layer)
+    tokenizer.align(test, layer=data.layer).check()
+    labels = find_labels(test.obs, data.label_key, data.test)
+    targets = _targets(labels, classes)
+    cells = np.flatnonzero(targets >= 0)
+    if not len(cells):
+        raise InputError(
+            f"No cell of the test file {Path(data.test).name} has one of the classes learnt: "
+            f"{', '.join(classes)}."
+        )
+    # a class the model cannot know is no mistake of its; said, and left out of the scores
+    report["test_classes_unknown"] = sorted({label for label in labels if label is not None} - set(classes))
+    bins = tokenizer.bin_cells(test, input=data.input, layer=data.layer)[cells]
+    return LabelledCells(bins, targets[cells], cells), test

@@ -1,0 +1,182 @@
+"""The Trainer of a fine-tuning run: loss, sampling, scores, early stopping, checkpoints."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..data.cell_dataset import CellDataset
+from ..tokenization import InputError
+from .class_balance import OversamplingSampler, class_weights, weighted_loss
+from .collators import DataCollatorForCells
+from .finetune_arguments import FinetuneTrainingArguments
+from .finetune_data import FinetuneData
+
+# an empty file: whatever stands beside it was written to the end
+COMPLETE = "complete"
+
+
+class CellTrainer(Trainer):
+    """`transformers.Trainer` that can draw every class equally often."""
+
+    def __init__(self, *args: Any, oversampler: OversamplingSampler | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.oversampler = oversampler
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        return self.oversampler or super()._get_train_sampler(train_dataset)
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Marks a checkpoint once all its files are written: a process may be killed in the middle."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+class StopOnDivergence(TrainerCallback):
+    """Ends a run whose loss is no longer a number: nothing good can come of it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        losses = [value for name, value in (logs or {}).items() if name in ("loss", "eval_loss", "grad_norm")]
+        if not all(np.isfinite(value) for value in losses):
+            raise InputError(
+                f"Training diverged at step {state.global_step}: the loss is not a number any more. Lower "
+                f"learning_rate (it is {args.learning_rate:g}), or set max_grad_norm, in the recipe."
+            )
+
+
+class ProgressOnStderr(TrainerCallback):
+    """One bar over all steps, on stderr, with the last validation scores."""
+
+    def __init__(self, console: Console | None = None):
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console or Console(stderr=True),
+        )
+        self.task = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and not args.disable_tqdm:
+            self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
+            self.progress.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.task is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self.task is not None and metrics and "eval_macro_f1" in metrics:
+            text = f"epoch {state.epoch:.0f}, validation macro-F1 {metrics['eval_macro_f1']:.3f}"
+            self.progress.update(self.task, description=text)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bar down."""
+        self.progress.stop()
+
+
+def stop_progress(trainer: Trainer) -> None:
+    """Take the bar down after an error too: it would go on drawing over the message."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressOnStderr):
+            callback.stop()
+
+
+def validation_scores(n_classes: int) -> Callable[[Any], dict[str, float]]:
+    """
+    Scores after every epoch, as `Trainer(compute_metrics=...)` wants them.
+
+    Macro-F1 runs over the classes that have a cell in the split, as in `evaluation.classification_metrics`;
+    from the confusion matrix, because it is asked for every epoch.
+    """
+
+    def scores(prediction: Any) -> dict[str, float]:
+        true, predicted = prediction.label_ids, prediction.predictions.argmax(axis=-1)
+        confusion = np.zeros((n_classes, n_classes))
+        np.add.at(confusion, (true, predicted), 1)
+        hits, seen = np.diag(confusion), confusion.sum(axis=1) > 0
+        f1 = 2 * hits / np.maximum(confusion.sum(axis=0) + confusion.sum(axis=1), 1)
+        return {"accuracy": float(hits.sum() / confusion.sum()), "macro_f1": float(f1[seen].mean())}
+
+    return scores
+
+
+def build_trainer(
+    model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainingArguments
+) -> CellTrainer:
+    """
+    Put model, cells and settings together.
+
+    Parameters
+    ----------
+    model
+        `ScBertForCellClassification`, what is frozen has ``requires_grad`` off.
+    data
+        Splits; train and validation are used here, test is not.
+    arguments
+        Settings.
+    """
+    train, validation = (
+        CellDataset(part.bins, part.targets) for part in (data.splits["train"], data.splits["validation"])
+    )
+    targets, n_classes = data.splits["train"].targets, len(data.classes)
+    weights = class_weights(targets, n_classes) if arguments.class_balance == "weights" else None
+    oversample = arguments.class_balance == "oversample"
+    callbacks = [CompleteCheckpoints(), StopOnDivergence(), ProgressOnStderr()]
+    if arguments.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
+    trainer = CellTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=DataCollatorForCells(data.tokenizer),
+        compute_metrics=validation_scores(n_classes),
+        compute_loss_func=weighted_loss(weights),
+        callbacks=callbacks,
+        oversampler=OversamplingSampler(targets, arguments.seed) if oversample else None,
+    )
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    return trainer
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, or None."""
+    checkpoints = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+@torch.no_grad()
+def freeze_for_finetuning(model: PreTrainedModel) -> None:
+    """
+    Leave only the final norm, the block before the last and the head to be trained, as the original does.
+
+    A model of one block trains that block.
+
+    Parameters
+    ----------
+    model
+        `ScBertForCellClassification`; changed in place.
+    """
+    encoder = model.scbert
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(False)
+    for trained in (encoder.final_norm, *encoder.layers[-2:][:1]):
+        for parameter in trained.parameters():
+            parameter.requires_grad_(True)

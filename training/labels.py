@@ -1,0 +1,135 @@
+"""Cell-type labels as they stand in files: missing values, reserved words, rare classes."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..tokenization import InputError
+
+UNASSIGNED = "unassigned"
+# what missing values become when a column has been through text
+MISSING_WORDS = {"", "nan", "none", "<na>"}
+MIN_CELLS_PER_CLASS = 3
+# a column of measurements has nearly as many values as cells
+MAX_SHARE_OF_DISTINCT_NUMBERS = 0.5
+
+
+def find_labels(obs: pd.DataFrame, label_key: str, source: str = "the reference") -> np.ndarray:
+    """
+    Labels of a column of obs as strings, None where a cell has none.
+
+    Parameters
+    ----------
+    obs
+        One row per cell.
+    label_key
+        Its column of cell types.
+    source
+        Where obs comes from, for messages.
+
+    Returns
+    -------
+    numpy.ndarray
+        Object array [cells] of str or None. Missing values, empty text and the reserved word "unassigned" are
+        None; whole numbers are written without a decimal point.
+
+    Raises
+    ------
+    InputError
+        If there is no such column, or it holds measurements instead of classes.
+
+    Examples
+    --------
+    >>> find_labels(pd.DataFrame({"type": ["B", None, "unassigned", "CD8+/CD45RA+"]}), "type").tolist()
+    ['B', None, None, 'CD8+/CD45RA+']
+    """
+    if label_key not in obs:
+        raise InputError(
+            f"There is no column {label_key!r} in obs of {source}; it has: {_listed(obs.columns)}. "
+            f"Name the column of cell types with --label-key."
+        )
+    column = obs[label_key]
+    _refuse_measurements(column, label_key)
+    missing = column.isna().to_numpy()
+    labels = np.array(
+        [None if gone else _as_text(value) for value, gone in zip(column, missing, strict=True)], dtype=object
+    )
+    labels[[label is not None and _is_no_label(label) for label in labels]] = None
+    return labels
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    # a column of whole numbers with gaps is read as floats: 3.0 was 3
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def _is_no_label(label: str) -> bool:
+    return label.lower() in MISSING_WORDS or label.lower() == UNASSIGNED
+
+
+def _refuse_measurements(column: pd.Series, label_key: str) -> None:
+    values = column.dropna()
+    if values.dtype.kind not in "fiu" or len(values) < 20:
+        return
+    if values.nunique() > MAX_SHARE_OF_DISTINCT_NUMBERS * len(values):
+        raise InputError(
+            f"The column {label_key!r} holds numbers, {values.nunique()} different ones in {len(values)} "
+            f"cells ({values.min():g} to {values.max():g}): these are measurements, not cell types. Name a "
+            f"column of classes with --label-key."
+        )
+
+
+def choose_classes(labels: Sequence[str | None], label_key: str) -> tuple[list[str], dict[str, Any]]:
+    """
+    Classes with enough cells to be learnt, and what is left out.
+
+    Parameters
+    ----------
+    labels
+        Output of `find_labels`, [cells].
+    label_key
+        For messages.
+
+    Returns
+    -------
+    classes : list of str
+        Sorted.
+    report : dict
+        ``unlabelled`` (cells), ``rare_classes`` (``{name: cells}``, fewer than three cells, set aside).
+
+    Raises
+    ------
+    InputError
+        If fewer than two classes are left.
+
+    Examples
+    --------
+    >>> choose_classes(["B"] * 3 + ["T"] * 4 + ["Mast", None], "type")
+    (['B', 'T'], {'unlabelled': 1, 'rare_classes': {'Mast': 1}})
+    """
+    counts = Counter(label for label in labels if label is not None)
+    rare = {name: n for name, n in sorted(counts.items()) if n < MIN_CELLS_PER_CLASS}
+    classes = sorted(set(counts) - set(rare))
+    report = {"unlabelled": len(labels) - sum(counts.values()), "rare_classes": rare}
+    if len(classes) >= 2:
+        return classes, report
+    found = f"only {classes[0]!r}" if classes else "none"
+    raise InputError(
+        f"The column {label_key!r} has {found} with at least {MIN_CELLS_PER_CLASS} cells"
+        + (f" ({_listed(rare)} have fewer)" if rare else "")
+        + (f"; {report['unlabelled']} of {len(labels)} cells have no label" if report["unlabelled"] else "")
+        + ". At least two classes are needed to learn to tell them apart."
+    )
+
+
+def _listed(names: Any, limit: int = 10) -> str:
+    names = [str(name) for name in names]
+    shown = ", ".join(name if len(name) <= 40 else name[:39] + "…" for name in names[:limit])
+    return (shown or "nothing") + (f" and {len(names) - limit} more" if len(names) > limit else "")

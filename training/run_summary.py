@@ -1,0 +1,241 @@
+"""Figures of a fine-tuning run: scores of every split beside a control, metrics.json, pictures."""
+
+import json
+import logging
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import Trainer
+
+from ..data.cell_dataset import CellDataset
+from ..evaluation.baselines import LogisticRegressionBaseline
+from ..evaluation.metrics import classification_metrics, plot_confusion
+from ..evaluation.requirements import require
+from .finetune_data import FinetuneData
+from .finetune_trainer import validation_scores
+
+logger = logging.getLogger(__name__)
+
+VERSIONS = ("scbert-transformers", "torch", "transformers", "accelerate", "anndata", "numpy", "scipy")
+# the control is a yardstick, not the job: past this many training cells it learns from a random part
+MAX_CONTROL_CELLS = 10_000
+CONTROL_GRID = (0.01, 0.1, 1.0)
+
+
+def score_splits(trainer: Trainer, data: FinetuneData) -> dict[str, dict[str, Any]]:
+    """
+    Scores of the best weights on validation and, once, on test.
+
+    Returns
+    -------
+    dict
+        Split -> scores; a split without cells is left out. On several processes all of them must call this.
+    """
+    scores = {}
+    for name in ("validation", "test"):
+        part = data.splits[name]
+        if len(part):
+            prediction = trainer.predict(CellDataset(part.bins, part.targets))
+            scores[name] = _scores(part.targets, prediction.predictions.argmax(axis=-1), data.classes)
+    return scores
+
+
+def _scores(targets: np.ndarray, predicted: np.ndarray, classes: list[str]) -> dict[str, Any]:
+    names = np.array(classes, dtype=object)
+    try:
+        scores = classification_metrics(names[targets], names[predicted])
+    except ImportError:
+        # scikit-learn is no part of the light core: the two figures that count need none
+        confusion = np.eye(len(classes))[predicted]
+        prediction = type("Prediction", (), {"label_ids": targets, "predictions": confusion})
+        scores = validation_scores(len(classes))(prediction)
+    return {"cells": len(targets), **scores}
+
+
+def score_control(data: FinetuneData, layer: str | None, seed: int) -> dict[str, Any]:
+    """
+    Logistic regression on log1p CP10k of the same training cells, scored on the same splits.
+
+    Parameters
+    ----------
+    data
+        Splits and their sources.
+    layer
+        Layer that holds the values.
+    seed
+        Of folds, and of the part of the training cells that is taken where there are very many.
+
+    Returns
+    -------
+    dict
+        ``name``, ``C``, ``seconds``, ``notes`` and scores by split; or ``{"skipped": reason}``.
+    """
+    start = time.perf_counter()
+    control = LogisticRegressionBaseline(penalty="l2", grid=CONTROL_GRID, seed=seed, threads=1)
+    train, notes = _slice(data, "train"), []
+    if train.n_obs > MAX_CONTROL_CELLS:
+        chosen = np.random.default_rng(seed).choice(train.n_obs, MAX_CONTROL_CELLS, replace=False)
+        train, notes = (
+            train[np.sort(chosen)].copy(),
+            [f"learnt from {MAX_CONTROL_CELLS} of the training cells"],
+        )
+    try:
+        control.fit(train, _LABEL, layer, data.input_kind)
+    except ImportError as error:
+        return {"skipped": str(error)}
+    result: dict[str, Any] = {"name": "logistic regression (L2, log1p CP10k)", "C": control.C}
+    for name in ("validation", "test"):
+        part = data.splits[name]
+        if len(part):
+            predicted = control.predict(_slice(data, name), layer, data.input_kind)
+            result[name] = {
+                "cells": len(part),
+                **classification_metrics(np.array(data.classes, dtype=object)[part.targets], predicted),
+            }
+    return result | {"seconds": time.perf_counter() - start, "notes": notes + control.notes}
+
+
+_LABEL = "scbert_label"
+
+
+def _slice(data: FinetuneData, split: str) -> Any:
+    """Cells of a split as an AnnData with their cleaned labels."""
+    part = data.splits[split]
+    cells = data.sources[split][part.cells].copy()
+    cells.obs[_LABEL] = np.array(data.classes, dtype=object)[part.targets]
+    return cells
+
+
+def summarise(
+    settings: dict[str, Any],
+    data: FinetuneData,
+    trainer: Trainer,
+    scores: dict[str, Any],
+    control: dict[str, Any],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """
+    Everything a reader of the model has to know, as plain JSON.
+
+    The figures that count stand at the top level: ``test_accuracy``, ``test_macro_f1`` and the control's.
+    """
+    parameters = list(trainer.model.parameters())
+    state = trainer.state
+    history = _history(state.log_history)
+    best = max((row for row in history if "macro_f1" in row), key=lambda row: row["macro_f1"], default={})
+    head = {}
+    for name in ("test", "validation"):
+        for metric in ("accuracy", "macro_f1"):
+            if name in scores:
+                head[f"{name}_{metric}"] = scores[name][metric]
+            if name in control:
+                head[f"control_{name}_{metric}"] = control[name][metric]
+    notes = list(control.get("notes", []))
+    if head.get("control_test_macro_f1", 0) > head.get("test_macro_f1", 1):
+        notes.append("the control, logistic regression, has the higher macro-F1 on the test cells")
+    return {
+        **head,
+        "cells": data.report["cells"],
+        "classes": data.classes,
+        "data": data.report,
+        "model": {
+            "parameters": sum(p.numel() for p in parameters),
+            "trained": sum(p.numel() for p in parameters if p.requires_grad),
+        },
+        "training": {
+            "epochs": state.epoch,
+            "best_epoch": best.get("epoch"),
+            "steps": state.global_step,
+            "processes": trainer.args.world_size,
+            "device": str(trainer.args.device),
+            "history": history,
+        },
+        **scores,
+        "control": control,
+        "seconds": seconds,
+        "settings": settings,
+        "versions": _versions(),
+        "notes": notes,
+    }
+
+
+def _history(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    """One row per logged epoch: loss of training and validation, validation scores."""
+    rows: dict[float, dict[str, float]] = {}
+    names = {"loss": "train_loss", "eval_loss": "validation_loss", "eval_macro_f1": "macro_f1"}
+    names["eval_accuracy"] = "accuracy"
+    for entry in log:
+        found = {names[name]: value for name, value in entry.items() if name in names}
+        if found:
+            rows.setdefault(entry["epoch"], {"epoch": entry["epoch"]}).update(found)
+    return [rows[epoch] for epoch in sorted(rows)]
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in VERSIONS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write metrics.json, confusion.png and learning_curve.png."""
+    text = json.dumps(summary, indent=2, ensure_ascii=False, default=str)
+    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    split = "test" if "test" in summary else "validation"
+    try:
+        if "confusion" in summary[split]:
+            scores = summary[split]
+            title = f"{split}: accuracy {scores['accuracy']:.3f}, macro-F1 {scores['macro_f1']:.3f}"
+            plot_confusion(scores["confusion"], folder / "confusion.png", title)
+        plot_learning_curve(summary["training"]["history"], folder / "learning_curve.png")
+    except ImportError as error:
+        logger.warning("No pictures were drawn: %s", error)
+
+
+def plot_learning_curve(history: list[dict[str, float]], path: Path) -> None:
+    """
+    Loss of training and validation on the left, validation scores on the right, by epoch.
+
+    Parameters
+    ----------
+    history
+        Rows with ``epoch`` and any of ``train_loss``, ``validation_loss``, ``accuracy``, ``macro_f1``.
+    path
+        Picture to write.
+    """
+    figure = require("matplotlib.figure").Figure(figsize=(8, 3.2), layout="constrained")
+    losses, scores = figure.subplots(1, 2)
+    lines = {
+        losses: (("train_loss", "training", "#4477aa"), ("validation_loss", "validation", "#cc6677")),
+        scores: (("accuracy", "accuracy", "#4477aa"), ("macro_f1", "macro-F1", "#cc6677")),
+    }
+    for axes, wanted in lines.items():
+        for name, label, colour in wanted:
+            points = [(row["epoch"], row[name]) for row in history if name in row]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    label=label,
+                    color=colour,
+                    marker="." if len(points) < 30 else None,
+                )
+        axes.set_xlabel("epoch")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    best = max((row for row in history if "macro_f1" in row), key=lambda row: row["macro_f1"], default=None)
+    if best:
+        for axes in (losses, scores):
+            axes.axvline(best["epoch"], color="#999999", linestyle=":", linewidth=1)
+    losses.set_title("cross-entropy", fontsize=10)
+    scores.set_title("validation (dotted: epoch kept)", fontsize=10)
+    figure.savefig(path, dpi=130)
