@@ -36,7 +36,9 @@ __all__ = [
     "__version__",
 ]
 
-registration.install()
+# pytest also imports the repository root under its folder's name: that copy must not register its own classes
+if __name__ == "scbert":
+    registration.install()
 
 
 def __getattr__(name: str):
