@@ -43,6 +43,9 @@ class ScBertConfig(PreTrainedConfig):
         token, weighted by ``modality_loss_weight`` (scMBERT's lambda).
     classifier_hidden_sizes
         Widths of the hidden layers of the classification head; empty for a gene-resolved linear head.
+    classifier_temperature
+        Divides the logits where probabilities are made of them (annotation, pipelines), never in forward; fitted
+        on validation cells. Plain "temperature" is a word of text generation: transformers drops it from configs.
     pooling
         ``"conv"`` reduces each token to one number and keeps genes apart (scBERT); ``"mean"`` averages tokens.
     sparse_prediction
@@ -86,6 +89,7 @@ class ScBertConfig(PreTrainedConfig):
     modality_loss_weight: float | int = 1.0
     classifier_hidden_sizes: list[int] | tuple[int, ...] = (512, 128)
     classifier_dropout: float | int = 0.0
+    classifier_temperature: float | int = 1.0
     pooling: Literal["conv", "mean"] = "conv"
     sparse_prediction: bool = False
     pad_token_id: int | None = 0
@@ -121,6 +125,8 @@ class ScBertConfig(PreTrainedConfig):
             raise ValueError("num_hidden_layers and feature_redraw_interval cannot be negative.")
         if self.kernel_epsilon < 0:
             raise ValueError(f"kernel_epsilon is {self.kernel_epsilon}; it cannot be negative.")
+        if not self.classifier_temperature > 0:
+            raise ValueError(f"classifier_temperature is {self.classifier_temperature}; it must be above 0.")
         if any(size < 1 for size in self.classifier_hidden_sizes):
             raise ValueError(
                 f"classifier_hidden_sizes {self.classifier_hidden_sizes} must all be at least 1."
