@@ -207,10 +207,12 @@ def _per_rows(function, tensors, rotations, attention_mask, chunk_length, *args)
     head = torch.arange(heads, device=mask.device).repeat(batch)
     window = rotations.shape[2] * (length + extra) * 3 * chunk_length
     step = max(1, SCORE_BUDGET.get(mask.device.type, SCORE_BUDGET["cpu"]) // window)
+    # a traced graph must not depend on the number of cells, so there all rows go at once
+    starts = [0] if torch.compiler.is_compiling() else range(0, batch * heads, step)
     recompute = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     pieces = []
-    for i in range(0, batch * heads, step):
-        part = slice(i, i + step)
+    for i in starts:
+        part = slice(None) if torch.compiler.is_compiling() else slice(i, i + step)
         inputs = (*[x[part] for x in rows], rotations[head[part]], mask[part], chunk_length, *args)
         pieces.append(checkpoint(function, *inputs, use_reentrant=False) if recompute else function(*inputs))
     return torch.cat(pieces).unflatten(0, (batch, heads))[:, :, :length]

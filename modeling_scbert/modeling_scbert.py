@@ -212,7 +212,8 @@ class ScBertModel(ScBertPreTrainedModel):
                 hidden_states = layer(hidden_states, attention_mask, output_attentions)
             return hidden_states
         record = output_attentions or kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        if torch.is_grad_enabled() and not record:
+        # a compiled graph cannot hold the recomputing function, and gets the plain form: equal, but memory as usual
+        if torch.is_grad_enabled() and not record and not torch.compiler.is_compiling():
             return reversible_encode(self.layers, hidden_states, attention_mask)
         streams = None
         for layer in self.layers:

@@ -16,7 +16,7 @@ from transformers import (
 import scbert  # noqa: F401 - registers the Auto classes
 from scbert import ScBertConfig, ScBertForCellClassification, ScBertForMaskedExpression, ScBertModel
 
-ATTENTION_TYPES = ["favor", "softmax"]
+ATTENTION_TYPES = ["favor", "softmax", "lsh"]
 MODEL_CLASSES = [ScBertModel, ScBertForMaskedExpression, ScBertForCellClassification]
 AUTO_CLASSES = {
     ScBertModel: AutoModel,
@@ -36,6 +36,8 @@ def tiny_config(attention_type="favor", **settings) -> ScBertConfig:
         "num_attention_heads": 2,
         "head_dim": 8,
         "num_random_features": 20,
+        "lsh_num_buckets": 4,
+        "lsh_chunk_length": 8,
         "intermediate_size": 32,
         "max_position_embeddings": LENGTH,
         "classifier_hidden_sizes": (16,),
@@ -125,11 +127,13 @@ def test_hidden_states_and_attentions(attention_type):
 @every_class
 def test_gradient_checkpointing_gives_equal_gradients(model_class, attention_type):
     model = tiny_model(model_class, attention_type).train()
+    set_seed(1)  # hashing draws random numbers in training
     plain = gradients(model, cells())
     for use_reentrant in (False, True):
         model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         if use_reentrant:
             model.enable_input_require_grads()
+        set_seed(1)
         checkpointed = gradients(model, cells())
         assert plain.keys() == checkpointed.keys()
         for name, gradient in plain.items():
@@ -247,10 +251,11 @@ def test_embeddings_and_decoder_are_not_tied(attention_type, tmp_path):
 @every_attention
 @every_class
 def test_training_overfits_a_few_cells(model_class, attention_type):
-    model = tiny_model(model_class, attention_type, initializer_range=0.1).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    # from a larger start or in larger steps the head's one channel may end below zero everywhere and learn no more
+    model = tiny_model(model_class, attention_type, initializer_range=0.05).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     start = loss_of(model, cells()).item()
-    for _ in range(40):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = loss_of(model, cells())
         loss.backward()
