@@ -59,7 +59,7 @@ class LoadedModel:
     @property
     def temperature(self) -> float:
         """What divides the logits; 1 unless the model was calibrated."""
-        return float(getattr(self.model.config, "temperature", None) or 1.0)
+        return float(self.model.config.classifier_temperature)
 
 
 def load_model(
