@@ -101,7 +101,8 @@ def run(job: Callable[..., Mapping[str, Any] | None], *arguments: Any, as_json: 
         return
     for name, value in summary.items():
         if isinstance(value, str | int | float):
-            say(f"{name.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            say(f"{name.replace('_', ' ')}: {shown}")
 
 
 def plain(value: Any) -> Any:
@@ -162,6 +163,8 @@ def explain(error: Exception) -> str | None:
             f"This needs the package {package}, which is not installed. "
             f"Install it with: pip install 'scbert-transformers[{EXTRAS[package]}]'"
         )
+    if isinstance(error, ImportError) and "scbert-transformers[" in str(error):
+        return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"Out of memory: try a smaller --batch-size. ({error})"
     return None

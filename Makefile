@@ -1,0 +1,50 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: what they use is installed first,
+# into the active virtual environment, or into .venv where none is active.
+PYTHON3 ?= python3
+VENV := $(or $(VIRTUAL_ENV),.venv)
+INSTALLED := $(VENV)/.scbert-installed
+DOCS_INSTALLED := $(VENV)/.scbert-docs-installed
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST_ARGS ?=
+
+.PHONY: demo test quality style benchmark docs clean install
+
+demo: $(INSTALLED)
+	$(VENV)/bin/scbert demo
+
+# pytest by its own script: `python -m pytest` would put the bare folder names on the import path
+test: quality
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+quality: $(INSTALLED)
+	$(VENV)/bin/ruff format --check --quiet .
+	$(VENV)/bin/ruff check --quiet .
+
+style: $(INSTALLED)
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+benchmark: $(INSTALLED)
+	$(VENV)/bin/python -m scbert.benchmarks.tokenizer_speed
+
+docs: $(DOCS_INSTALLED)
+	$(VENV)/bin/mkdocs build --strict
+
+install: $(INSTALLED)
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $$($(PYTHON3) --version) was found: make PYTHON3=python3.11" >&2; exit 1; }
+	$(PYTHON3) -m venv $(VENV)
+
+$(INSTALLED): $(VENV)/pyvenv.cfg setup.cfg pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
+clean:
+	rm -rf build dist site demo *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
