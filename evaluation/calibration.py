@@ -284,7 +284,8 @@ def _checked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or not len(labels):
         raise ValueError(
-            f"scores [cells, classes] and one class index per cell are needed; got {scores.shape} and {labels.shape}"
+            "scores [cells, classes] and one class index per cell are needed; "
+            f"got {scores.shape} and {labels.shape}"
         )
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= scores.shape[1]:
         raise ValueError(f"labels must be class indices between 0 and {scores.shape[1] - 1}")

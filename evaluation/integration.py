@@ -1,8 +1,8 @@
 """
 How well an embedding keeps cell types together and batches mixed, by scIB's definitions.
 
-Luecken et al., Benchmarking atlas-level data integration in single-cell genomics, Nat. Methods 2022; AvgBIO and
-AvgBATCH as in scGPT and scMBERT. Every score lies between 0 and 1, and 1 is best.
+Luecken et al., Benchmarking atlas-level data integration in single-cell genomics, Nat. Methods 2022; AvgBIO
+and AvgBATCH as in scGPT and scMBERT. Every score lies between 0 and 1, and 1 is best.
 """
 
 from collections.abc import Sequence

@@ -35,8 +35,8 @@ def classification_metrics(
         - ``macro_f1``: plain mean of the F1 of every class in `labels`;
         - ``balanced_accuracy``: mean recall of the classes of `labels` that have at least one cell;
         - ``per_class``: ``{label: {"precision", "recall", "f1", "support"}}``;
-        - ``confusion``: ``{"labels": [...], "matrix": [[...]]}``, rows true, columns predicted; the labels are
-          `labels` followed by any other value seen, sorted.
+        - ``confusion``: ``{"labels": [...], "matrix": [[...]]}``, rows true, columns predicted; its labels
+          are `labels` followed by any other value seen, sorted.
 
         Everything is a plain Python number or list, so that it can be written as JSON.
 

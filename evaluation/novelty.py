@@ -1,8 +1,8 @@
 """
 Cells of a type that the reference doesn't hold: scores of novelty, and what a rejection rule achieves.
 
-Every score here grows with novelty, so that one rule serves them all: a cell is novel when its score exceeds a
-threshold.
+Every score here grows with novelty, so that one rule serves them all: a cell is novel when its score
+exceeds a threshold.
 """
 
 from collections.abc import Sequence
@@ -188,7 +188,7 @@ def novel_type_metrics(
     Parameters
     ----------
     y_true
-        True labels of the query cells, [cells]. A cell is *truly novel* when its label is not in `known_labels`.
+        True labels of the query cells, [cells]. A cell is *truly novel* when its label is none of `known_labels`.
     y_pred
         Predicted labels, [cells]. A cell is *predicted novel* when its prediction is `unassigned`.
     known_labels
@@ -199,8 +199,8 @@ def novel_type_metrics(
     Returns
     -------
     dict
-        - ``known_accuracy``: of the truly known cells, the share predicted as exactly their type; a known cell
-          left unassigned is wrong;
+        - ``known_accuracy``: of the truly known cells, the share predicted as exactly their type; a known
+          cell left unassigned is wrong;
         - ``novel_accuracy``: of the *union* of truly novel and predicted novel cells, the share that is both
           (the definition of Yang et al. 2022: it falls when novel cells are missed and when known ones are
           thrown out);

@@ -6,9 +6,9 @@ import evaluate
 from .annotation_scores import annotation_scores
 
 _DESCRIPTION = """
-Scores of cell-type annotation: accuracy, macro-F1 and balanced accuracy, and on request the scores of every class and
-the confusion matrix. The means run over the classes of `labels`, or else those among the references: a prediction that
-is no class of theirs, such as "unassigned", counts as a miss, not as a class.
+Scores of cell-type annotation: accuracy, macro-F1 and balanced accuracy, and on request the scores of every class
+and the confusion matrix. The means run over the classes of `labels`, or else those among the references: a
+prediction that is no class of theirs, such as "unassigned", counts as a miss, not as a class.
 """
 
 _KWARGS_DESCRIPTION = """
@@ -19,7 +19,7 @@ Args:
     details: also return `per_class` and `confusion`.
 Returns:
     accuracy, macro_f1, balanced_accuracy and, with `details`,
-    per_class ({label: {precision, recall, f1, support}}) and confusion ({labels, matrix}; rows are references).
+    per_class ({label: {precision, recall, f1, support}}) and confusion ({labels, matrix}; rows: references).
 Examples:
     >>> metric = evaluate.load("evaluation/cell_annotation_metric")
     >>> metric.compute(predictions=["B", "T", "T", "unassigned"], references=["B", "B", "T", "T"])["accuracy"]
@@ -28,8 +28,10 @@ Examples:
 
 _CITATION = """
 @article{yang2022scbert,
-  title={scBERT as a large-scale pretrained deep language model for cell type annotation of single-cell RNA-seq data},
-  author={Yang, Fan and others}, journal={Nature Machine Intelligence}, volume={4}, pages={852--866}, year={2022}
+  title={scBERT as a large-scale pretrained deep language model for cell type annotation
+         of single-cell RNA-seq data},
+  author={Yang, Fan and others},
+  journal={Nature Machine Intelligence}, volume={4}, pages={852--866}, year={2022}
 }
 """
 

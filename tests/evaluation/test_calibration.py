@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from scbert.evaluation.calibration import (
     brier_score,
     calibration_metrics,

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import scipy.sparse
+
 from scbert.evaluation.integration import (
     best_leiden_clusters,
     graph_connectivity,

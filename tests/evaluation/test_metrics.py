@@ -1,6 +1,7 @@
 """Scores with hand-worked numbers, and the same through the `evaluate` module."""
 
 import pytest
+
 from scbert.evaluation.metrics import METRIC_FOLDER, classification_metrics, plot_confusion
 
 TRUE = ["B", "B", "B", "T", "T", "NK"]

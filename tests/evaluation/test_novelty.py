@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from scbert.evaluation.novelty import (
     MahalanobisNovelty,
     NeighbourNovelty,

@@ -1,0 +1,392 @@
+"""
+The classifiers that stand beside every score as its controls, on log1p CP10k.
+
+All have one interface: `fit(adata, label_key)`, `predict_proba(adata)`, `predict(adata)`, `classes_`, and `notes`,
+what a reader of the score has to know (convergence, a fallback). All are deterministic.
+"""
+
+import inspect
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..tokenization import (
+    InputError,
+    align_genes,
+    detect_input_kind,
+    gene_names_of,
+    normalize_expression,
+    select_matrix,
+    to_counts_scale,
+)
+from ..tokenization.expression_scbert import as_csr
+from .calibration import softmax
+from .requirements import require
+
+UNLABELLED = {"unassigned", "nan", "None", "<NA>", ""}
+C_GRID = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+def log_normalize(adata: Any, layer: str | None = None, input: str = "auto") -> tuple[Any, list[str]]:
+    """
+    Natural log1p of counts per 10,000, and the gene symbols of its columns, each once.
+
+    Parameters
+    ----------
+    adata
+        Cells with raw counts or log1p values in `X` or `layer`; it is not changed.
+    layer
+        A layer's name or ``"raw"``; default `X`.
+    input
+        ``"counts"``, ``"log1p"`` or ``"auto"``.
+
+    Returns
+    -------
+    tuple
+        scipy CSR float32 [cells, genes] and the list of its genes; columns of one name are summed as counts.
+
+    Raises
+    ------
+    InputError
+        When the values are neither counts nor log1p.
+
+    Examples
+    --------
+    >>> import anndata
+    >>> cells = anndata.AnnData(np.array([[1.0, 3.0]], dtype=np.float32))
+    >>> log_normalize(cells)[0].toarray().round(3).tolist()
+    [[7.824, 8.923]]
+    """
+    matrix, source = select_matrix(adata, layer)
+    csr = as_csr(matrix)
+    kind = detect_input_kind(csr) if input == "auto" else input
+    names = gene_names_of(source.var, source.var_names)
+    unique = list(dict.fromkeys(names))
+    counts = align_genes(names, unique).apply(to_counts_scale(csr, kind))
+    if kind == "log1p":
+        # already per 10,000 over all genes of the file; a second size factor over those left would change it.
+        counts = counts.copy()
+        counts.data = np.log1p(counts.data).astype(np.float32)
+        return counts, unique
+    return normalize_expression(counts, target_sum=1e4, log_base=math.e), unique
+
+
+class Baseline:
+    """
+    What the classifiers share: cells in, probabilities out, on the training cells' expressed genes.
+
+    Parameters
+    ----------
+    seed
+        Of everything drawn at random.
+    threads
+        Upper limit for linear algebra and worker processes.
+    """
+
+    name = ""
+
+    def __init__(self, seed: int = 0, threads: int = 1) -> None:
+        self.seed, self.threads = seed, threads
+        self.notes: list[str] = []
+
+    def fit(self, adata: Any, label_key: str, layer: str | None = None, input: str = "auto") -> "Baseline":
+        """
+        Learn from labelled cells; unlabelled ones (missing, "unassigned") are left out. Returns itself.
+
+        Raises
+        ------
+        InputError
+            When `label_key` is no column, or holds fewer than two types.
+        """
+        if label_key not in adata.obs:
+            have = ", ".join(map(str, adata.obs.columns)) or "none"
+            raise InputError(f"There is no column {label_key!r} in obs; it has: {have}.")
+        labels = adata.obs[label_key].astype(object).astype(str).to_numpy()
+        labelled = ~np.isin(labels, list(UNLABELLED))
+        self.classes_ = np.unique(labels[labelled])
+        if len(self.classes_) < 2:
+            found = ", ".join(self.classes_) or "none"
+            raise InputError(f"Column {label_key!r} holds {found} as types; at least two are needed.")
+        matrix, names = log_normalize(adata, layer, input)
+        matrix = matrix[labelled]
+        seen = np.bincount(matrix.indices, minlength=matrix.shape[1]) > 0
+        self.genes = [gene for gene, is_seen in zip(names, seen, strict=True) if is_seen]
+        self.notes = []
+        with require("threadpoolctl").threadpool_limits(self.threads):
+            self._fit(matrix[:, seen], labels[labelled])
+        return self
+
+    def predict_proba(self, adata: Any, layer: str | None = None, input: str = "auto") -> np.ndarray:
+        """Probabilities of cells, float32 [cells, classes], columns as in `classes_`; absent genes are 0."""
+        matrix, names = log_normalize(adata, layer, input)
+        with require("threadpoolctl").threadpool_limits(self.threads):
+            return self._probabilities(matrix, names).astype(np.float32)
+
+    def predict(self, adata: Any, layer: str | None = None, input: str = "auto") -> np.ndarray:
+        """Most probable type of every cell, [cells]."""
+        return self.classes_[self.predict_proba(adata, layer, input).argmax(axis=1)]
+
+    def _fit(self, matrix: Any, labels: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def _probabilities(self, matrix: Any, names: list[str]) -> np.ndarray:
+        alignment = align_genes(names, self.genes)
+        if not alignment.n_matched:
+            raise _no_common_genes(names, self.genes)
+        return self.model.predict_proba(alignment.apply(matrix))
+
+
+def _no_common_genes(names: list[str], genes: list[str]) -> InputError:
+    return InputError(
+        f"None of the {len(names)} genes of the query is among the {len(genes)} of the reference; "
+        f"first names: {', '.join(names[:3])} against {', '.join(genes[:3])}. Give both the same kind of gene names."
+    )
+
+
+class MajorityClass(Baseline):
+    """Always the shares of the types among the training cells: what a score owes to imbalance alone."""
+
+    name = "majority"
+
+    def _fit(self, matrix: Any, labels: np.ndarray) -> None:
+        self.model = require("sklearn.dummy").DummyClassifier(strategy="prior").fit(matrix, labels)
+
+
+class LogisticRegressionBaseline(Baseline):
+    """
+    Logistic regression, L1 (the critics' baseline) or L2, its C chosen by inner cross-validation.
+
+    Parameters
+    ----------
+    penalty
+        ``"l1"``: one classifier per type by liblinear, as in Boiarsky et al. 2024; ``"l2"``: multinomial by
+        L-BFGS, stronger on most of the cells we measured.
+    grid
+        Values of C tried; the best mean macro-F1 wins, of equal ones the smallest. One value: no search.
+    folds
+        Of the inner cross-validation; fewer where the rarest type has fewer cells (at least 2).
+
+    Examples
+    --------
+    >>> model = LogisticRegressionBaseline().fit(train, "cell_type")  # doctest: +SKIP
+    >>> model.predict_proba(test).shape, model.C  # doctest: +SKIP
+    ((2700, 9), 0.3)
+    """
+
+    def __init__(
+        self,
+        penalty: str = "l1",
+        grid: Sequence[float] = C_GRID,
+        folds: int = 3,
+        seed: int = 0,
+        threads: int = 1,
+    ) -> None:
+        super().__init__(seed, threads)
+        self.penalty, self.grid, self.folds = penalty, tuple(grid), folds
+        self.name = f"logistic_{penalty}"
+
+    def _fit(self, matrix: Any, labels: np.ndarray) -> None:
+        self.scores = self._search(matrix, labels) if len(self.grid) > 1 else {}
+        self.C = max(self.grid, key=lambda C: (self.scores[C], -C)) if self.scores else self.grid[0]
+        self.model, converged = _fit_logistic(self.penalty, self.C, self.seed, matrix, labels)
+        if not converged:
+            self.notes.append("logistic regression stopped before it converged")
+
+    def _search(self, matrix: Any, labels: np.ndarray) -> dict[float, float]:
+        """Mean macro-F1 of every C over the inner folds; empty when the rarest type can't be split."""
+        joblib, selection = require("joblib"), require("sklearn.model_selection")
+        folds = min(self.folds, int(np.unique(labels, return_counts=True)[1].min()))
+        if folds < 2:
+            # a type of one cell can't be in both halves: split by the others' frequencies.
+            folds = self.folds
+        splitter = selection.StratifiedKFold(folds, shuffle=True, random_state=self.seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The least populated class")
+            splits = list(splitter.split(matrix, labels))
+        # processes, not threads: liblinear has one random generator per process.
+        tasks = [(C, train, held) for C in self.grid for train, held in splits]
+        values = joblib.Parallel(n_jobs=self.threads)(
+            joblib.delayed(_score_logistic)(self.penalty, C, self.seed, matrix, labels, train, held)
+            for C, train, held in tasks
+        )
+        means = np.reshape(values, (len(self.grid), len(splits))).mean(axis=1)
+        return dict(zip(self.grid, means.tolist(), strict=True))
+
+
+def _fit_logistic(penalty: str, C: float, seed: int, matrix: Any, labels: np.ndarray) -> tuple[Any, bool]:
+    """A fitted classifier, and whether it converged; ten times the iterations when at first it didn't."""
+    linear, exceptions = require("sklearn.linear_model"), require("sklearn.exceptions")
+    for iterations in (200, 2000):
+        if penalty == "l1":
+            one = linear.LogisticRegression(
+                C=C, l1_ratio=1.0, solver="liblinear", max_iter=iterations, random_state=seed
+            )
+            model = require("sklearn.multiclass").OneVsRestClassifier(one)
+        else:
+            model = linear.LogisticRegression(C=C, max_iter=iterations, random_state=seed)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.fit(matrix, labels)
+        if not any(issubclass(warning.category, exceptions.ConvergenceWarning) for warning in caught):
+            return model, True
+    return model, False
+
+
+def _score_logistic(penalty, C, seed, matrix, labels, train, held) -> float:
+    model, _ = _fit_logistic(penalty, C, seed, matrix[train], labels[train])
+    score = require("sklearn.metrics").f1_score
+    return float(score(labels[held], model.predict(matrix[held]), average="macro", zero_division=0.0))
+
+
+class NeighboursBaseline(Baseline):
+    """
+    Votes of the nearest training cells on principal components of the most variable genes.
+
+    Parameters
+    ----------
+    n_neighbors, n_components, n_genes
+        k, number of components, and number of genes kept (largest variance of the log values); each is
+        lowered where there are fewer.
+    """
+
+    name = "knn"
+
+    def __init__(
+        self,
+        n_neighbors: int = 15,
+        n_components: int = 50,
+        n_genes: int = 2000,
+        seed: int = 0,
+        threads: int = 1,
+    ) -> None:
+        super().__init__(seed, threads)
+        self.n_neighbors, self.n_components, self.n_genes = n_neighbors, n_components, n_genes
+
+    def _fit(self, matrix: Any, labels: np.ndarray) -> None:
+        neighbours, decomposition = require("sklearn.neighbors"), require("sklearn.decomposition")
+        mean = np.asarray(matrix.mean(axis=0)).ravel()
+        variance = np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel() - mean**2
+        # stable: of genes with equal variance the first in order, whatever the machine.
+        chosen = np.sort(np.argsort(-variance, kind="stable")[: self.n_genes])
+        self.genes = [self.genes[i] for i in chosen]
+        kept = matrix[:, chosen].toarray()
+        components = min(self.n_components, kept.shape[0] - 1, kept.shape[1])
+        pca = decomposition.PCA(components, svd_solver="covariance_eigh")
+        voters = neighbours.KNeighborsClassifier(min(self.n_neighbors, len(labels)), weights="distance")
+        self.model = _DensePipeline(pca, voters).fit(kept, labels)
+
+
+class _DensePipeline:
+    """PCA, then neighbours, for sparse input."""
+
+    def __init__(self, pca: Any, voters: Any) -> None:
+        self.pca, self.voters = pca, voters
+
+    def fit(self, dense: np.ndarray, labels: np.ndarray) -> "_DensePipeline":
+        self.voters.fit(self.pca.fit_transform(dense), labels)
+        return self
+
+    def predict_proba(self, matrix: Any) -> np.ndarray:
+        return self.voters.predict_proba(self.pca.transform(matrix.toarray()))
+
+
+class CellTypistBaseline(Baseline):
+    """
+    CellTypist trained on the same cells with its defaults.
+
+    Its training passes scikit-learn an argument that newer versions lack; there the same model (one-vs-rest
+    L2 logistic regression with C = 1 on standardised genes, clipped at 10) is fitted here, put into its
+    `Model`, and a note says so. Probabilities are the softmax of CellTypist's decision scores: its own
+    independent ones reach 1 for several types at once, which would leave the choice to their order.
+    """
+
+    name = "celltypist"
+
+    def _fit(self, matrix: Any, labels: np.ndarray) -> None:
+        celltypist = _quiet_celltypist()
+        logistic = require("sklearn.linear_model").LogisticRegression
+        genes = np.array(self.genes)
+        if "multi_class" not in inspect.signature(logistic).parameters:
+            self.model = _celltypist_model(matrix, labels, genes, self.classes_)
+            self.notes.append(
+                "CellTypist's model fitted outside its train(), which this scikit-learn refuses"
+            )
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.model = celltypist.train(
+                matrix, labels=labels, genes=genes, check_expression=False, n_jobs=self.threads
+            )
+
+    def _probabilities(self, matrix: Any, names: list[str]) -> np.ndarray:
+        celltypist, anndata, pandas = _quiet_celltypist(), require("anndata"), require("pandas")
+        if not set(names) & set(self.genes):
+            raise _no_common_genes(names, self.genes)
+        # the query's own genes: CellTypist leaves absent ones out instead of reading them as 0.
+        index = pandas.Index([str(i) for i in range(matrix.shape[0])])
+        query = anndata.AnnData(
+            matrix, obs=pandas.DataFrame(index=index), var=pandas.DataFrame(index=pandas.Index(names))
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            table = celltypist.annotate(query, model=self.model).decision_matrix
+        return softmax(table[list(self.classes_)].to_numpy())
+
+
+def _celltypist_model(matrix: Any, labels: np.ndarray, genes: np.ndarray, classes: np.ndarray) -> Any:
+    """CellTypist's default model of dense standardised cells, one binary regression per type."""
+    linear, models = require("sklearn.linear_model"), require("celltypist.models")
+    scaler = require("sklearn.preprocessing").StandardScaler()
+    scaled = np.minimum(scaler.fit_transform(matrix.toarray()), 10)
+    whole = linear.LogisticRegression(C=1.0, max_iter=1000)
+    # of two types only the second has a row of coefficients, as in scikit-learn.
+    ones = [
+        linear.LogisticRegression(C=1.0, max_iter=1000).fit(scaled, labels == label)
+        for label in (classes if len(classes) > 2 else classes[1:])
+    ]
+    whole.coef_ = np.concatenate([one.coef_ for one in ones])
+    whole.intercept_ = np.concatenate([one.intercept_ for one in ones])
+    whole.classes_, whole.features, whole.n_features_in_ = classes, genes, len(genes)
+    return models.Model(whole, scaler, {"number_celltypes": len(classes)})
+
+
+def _quiet_celltypist() -> Any:
+    # importing it sets up the root logger of the whole process: put that back, and silence its progress.
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        celltypist = require("celltypist")
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    require("celltypist.logger").set_level(logging.ERROR)
+    return celltypist
+
+
+BASELINES = {
+    "majority": MajorityClass,
+    "logistic_l1": LogisticRegressionBaseline,
+    "logistic_l2": lambda **options: LogisticRegressionBaseline(
+        penalty="l2", grid=(0.01, 0.1, 1.0), **options
+    ),
+    "knn": NeighboursBaseline,
+    "celltypist": CellTypistBaseline,
+}
+
+
+def available_baselines() -> list[str]:
+    """
+    Names of the classifiers of `BASELINES` whose libraries are installed.
+
+    Examples
+    --------
+    >>> "logistic_l1" in available_baselines()
+    True
+    """
+    from importlib.util import find_spec
+
+    return [name for name in BASELINES if name != "celltypist" or find_spec("celltypist") is not None]
