@@ -58,8 +58,8 @@ def log_normalize(adata: Any, layer: str | None = None, input: str = "auto") -> 
     --------
     >>> import anndata
     >>> cells = anndata.AnnData(np.array([[1.0, 3.0]], dtype=np.float32))
-    >>> log_normalize(cells)[0].toarray().round(3).tolist()
-    [[7.824, 8.923]]
+    >>> log_normalize(cells)[0].toarray().round(2).astype(str).tolist()
+    [['7.82', '8.92']]
     """
     matrix, source = select_matrix(adata, layer)
     csr = as_csr(matrix)
