@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.cell_dataset import CellDataset
 from ..tokenization import InputError
+from .callbacks import RedrawFeaturesCallback
 from .class_balance import OversamplingSampler, class_weights, weighted_loss
 from .collators import DataCollatorForCells
 from .finetune_arguments import FinetuneTrainingArguments
@@ -138,6 +139,9 @@ def build_trainer(
     weights = class_weights(targets, n_classes) if arguments.class_balance == "weights" else None
     oversample = arguments.class_balance == "oversample"
     callbacks = [CompleteCheckpoints(), StopOnDivergence(), ProgressOnStderr()]
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        # frozen blocks were trained for the features they came with; theirs stay
+        callbacks.append(RedrawFeaturesCallback(arguments.seed))
     if arguments.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
     trainer = CellTrainer(

@@ -1,7 +1,6 @@
 """Figures of a fine-tuning run: scores of every split beside a control, metrics.json, pictures."""
 
 import json
-import logging
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -16,9 +15,6 @@ from ..evaluation.baselines import LogisticRegressionBaseline
 from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..evaluation.requirements import require
 from .finetune_data import FinetuneData
-from .finetune_trainer import validation_scores
-
-logger = logging.getLogger(__name__)
 
 VERSIONS = ("scbert-transformers", "torch", "transformers", "accelerate", "anndata", "numpy", "scipy")
 # the control is a yardstick, not the job: past this many training cells it learns from a random part
@@ -46,13 +42,7 @@ def score_splits(trainer: Trainer, data: FinetuneData) -> dict[str, dict[str, An
 
 def _scores(targets: np.ndarray, predicted: np.ndarray, classes: list[str]) -> dict[str, Any]:
     names = np.array(classes, dtype=object)
-    try:
-        scores = classification_metrics(names[targets], names[predicted])
-    except ImportError:
-        # scikit-learn is no part of the light core: the two figures that count need none
-        confusion = np.eye(len(classes))[predicted]
-        prediction = type("Prediction", (), {"label_ids": targets, "predictions": confusion})
-        scores = validation_scores(len(classes))(prediction)
+    scores = classification_metrics(names[targets], names[predicted])
     return {"cells": len(targets), **scores}
 
 
@@ -72,7 +62,7 @@ def score_control(data: FinetuneData, layer: str | None, seed: int) -> dict[str,
     Returns
     -------
     dict
-        ``name``, ``C``, ``seconds``, ``notes`` and scores by split; or ``{"skipped": reason}``.
+        ``name``, ``C``, ``seconds``, ``notes`` and scores by split.
     """
     start = time.perf_counter()
     control = LogisticRegressionBaseline(penalty="l2", grid=CONTROL_GRID, seed=seed, threads=1)
@@ -83,10 +73,7 @@ def score_control(data: FinetuneData, layer: str | None, seed: int) -> dict[str,
             train[np.sort(chosen)].copy(),
             [f"learnt from {MAX_CONTROL_CELLS} of the training cells"],
         )
-    try:
-        control.fit(train, _LABEL, layer, data.input_kind)
-    except ImportError as error:
-        return {"skipped": str(error)}
+    control.fit(train, _LABEL, layer, data.input_kind)
     result: dict[str, Any] = {"name": "logistic regression (L2, log1p CP10k)", "C": control.C}
     for name in ("validation", "test"):
         part = data.splits[name]
@@ -190,14 +177,10 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     text = json.dumps(summary, indent=2, ensure_ascii=False, default=str)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
     split = "test" if "test" in summary else "validation"
-    try:
-        if "confusion" in summary[split]:
-            scores = summary[split]
-            title = f"{split}: accuracy {scores['accuracy']:.3f}, macro-F1 {scores['macro_f1']:.3f}"
-            plot_confusion(scores["confusion"], folder / "confusion.png", title)
-        plot_learning_curve(summary["training"]["history"], folder / "learning_curve.png")
-    except ImportError as error:
-        logger.warning("No pictures were drawn: %s", error)
+    scores = summary[split]
+    title = f"{split}: accuracy {scores['accuracy']:.3f}, macro-F1 {scores['macro_f1']:.3f}"
+    plot_confusion(scores["confusion"], folder / "confusion.png", title)
+    plot_learning_curve(summary["training"]["history"], folder / "learning_curve.png")
 
 
 def plot_learning_curve(history: list[dict[str, float]], path: Path) -> None:
