@@ -1,5 +1,6 @@
 """Cells to ids: expression bins, gene panels and the tokenizer."""
 
+from .cells_scbert import select_matrix
 from .expression_scbert import (
     InputError,
     bin_floor,
@@ -9,7 +10,7 @@ from .expression_scbert import (
     to_counts_scale,
 )
 from .genes_scbert import GeneAlignment, align_genes, gene_names_of, read_gene_panel, write_gene_panel
-from .tokenization_scbert import ScBertTokenizer, select_matrix
+from .tokenization_scbert import ScBertTokenizer
 
 __all__ = [
     "GeneAlignment",

@@ -2,12 +2,12 @@
 
 import os
 import zlib
-from collections.abc import Mapping
 
 import numpy as np
 import scipy.sparse as sp
 from transformers import BatchEncoding, PreTrainedTokenizer
 
+from .cells_scbert import matrix_and_names, other_sources, sample_rows, stack_chunks
 from .expression_scbert import (
     INPUT_KINDS,
     InputError,
@@ -25,16 +25,13 @@ from .expression_scbert import (
 from .genes_scbert import (
     align_genes,
     check_gene_panel,
-    gene_names_of,
     read_panel_rows,
     write_gene_panel,
 )
 
 BINNINGS = {"floor", "quantile"}
 # cells binned at once: bounds the float64 work space to some 100 MB
-CHUNK_SIZE = 4096
-# cells looked at to tell counts from log1p
-SAMPLE_SIZE = 1024
+CHUNK_SIZE = 2048
 
 
 class ScBertTokenizer(PreTrainedTokenizer):
@@ -197,7 +194,8 @@ class ScBertTokenizer(PreTrainedTokenizer):
         InputError
             If there are no cells, no gene of the panel, or values that are no expression.
         """
-        return _stack(self.iter_bins(cells, gene_names=gene_names, input=input, layer=layer), self)
+        chunks = self.iter_bins(cells, gene_names=gene_names, input=input, layer=layer)
+        return stack_chunks(chunks, len(self.gene_panel), bin_dtype(self.n_bins))
 
     def iter_bins(self, cells, gene_names=None, input="auto", layer=None, chunk_size=CHUNK_SIZE):
         """Like `bin_cells`, in chunks of rows: memory does not grow with the cells of a backed file.
@@ -206,10 +204,10 @@ class ScBertTokenizer(PreTrainedTokenizer):
         ------
         scipy.sparse.csr_matrix [up to chunk_size, panel]
         """
-        matrix, names = self._matrix_and_names(cells, gene_names, layer)
+        matrix, names = matrix_and_names(cells, self.gene_panel, gene_names, layer)
         alignment = align_genes(names, self.gene_panel)
         alignment.check(minimum=0.0)
-        kind, scale = self.resolve_input(matrix, input, hint=_other_sources(cells, layer))
+        kind, scale = self.resolve_input(matrix, input, hint=other_sources(cells, layer))
         for start in range(0, matrix.shape[0], chunk_size):
             chunk = as_csr(matrix[start : start + chunk_size])
             check_values(chunk)
@@ -222,7 +220,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
 
     def align(self, cells, gene_names=None, layer=None):
         """How the genes of `cells` match the panel, as a `GeneAlignment`."""
-        return align_genes(self._matrix_and_names(cells, gene_names, layer)[1], self.gene_panel)
+        return align_genes(matrix_and_names(cells, self.gene_panel, gene_names, layer)[1], self.gene_panel)
 
     def resolve_input(self, matrix, input="auto", hint=""):
         """What kind of values a matrix holds, from a sample of its rows.
@@ -237,35 +235,12 @@ class ScBertTokenizer(PreTrainedTokenizer):
             raise InputError(f"input must be one of {', '.join(INPUT_KINDS)}; found {input!r}.")
         if input == "counts":
             return "counts", None
-        sample = _sample_rows(matrix)
+        sample = sample_rows(matrix)
         try:
             kind = detect_input_kind(sample, self.target_sum) if input == "auto" else input
         except InputError as error:
             raise InputError(f"{error}{hint}") from None
         return kind, log1p_scale(sample, self.target_sum) if kind == "log1p" else None
-
-    def _matrix_and_names(self, cells, gene_names, layer):
-        """The matrix of `cells`, with one name per column."""
-        if isinstance(cells, Mapping):
-            cells, gene_names = cells["X"], cells.get("gene_names") if gene_names is None else gene_names
-        if hasattr(cells, "var_names"):
-            matrix, source = select_matrix(cells, layer)
-            names = gene_names_of(source.var, source.var_names) if gene_names is None else list(gene_names)
-        else:
-            matrix = cells if hasattr(cells, "shape") else np.asarray(cells)
-            matrix = matrix.reshape(1, -1) if len(matrix.shape) == 1 else matrix
-            names = self.gene_panel if gene_names is None else list(gene_names)
-        if hasattr(matrix, "tocsr"):
-            # other sparse layouts cannot be cut by rows; CSR passes through
-            matrix = matrix.tocsr()
-        if len(matrix.shape) != 2 or matrix.shape[0] == 0:
-            raise InputError(f"No cells: the expression matrix has shape {tuple(matrix.shape)}.")
-        if matrix.shape[1] != len(names):
-            raise InputError(
-                f"The matrix has {matrix.shape[1]} columns for {len(names)} gene names; give gene_names with "
-                f"one name per column."
-            )
-        return matrix, names
 
     def _bin_rows(self, chunk, alignment, kind, scale):
         values = self._log_values(chunk, alignment, kind, scale)
@@ -364,41 +339,6 @@ class ScBertTokenizer(PreTrainedTokenizer):
         return padded
 
 
-def select_matrix(adata, layer=None):
-    """Matrix of an AnnData, and the object whose `var` names its columns.
-
-    Parameters
-    ----------
-    adata
-        Anything with `X`, `layers`, `raw`, `var` and `var_names`.
-    layer : str, optional
-        A layer's name, or ``"raw"`` for `adata.raw`.
-    """
-    if layer is None or layer == "X":
-        if adata.X is None:
-            raise InputError(
-                f"The file holds no matrix X.{_other_sources(adata, None) or ' It has no layers.'}"
-            )
-        return adata.X, adata
-    if layer in adata.layers:
-        return adata.layers[layer], adata
-    if layer == "raw" and getattr(adata, "raw", None) is not None:
-        return adata.raw.X, adata.raw
-    have = ", ".join(_source_names(adata)) or "none"
-    raise InputError(f"There is no layer {layer!r} in the input; it has: {have}.")
-
-
-def _source_names(cells):
-    names = list(getattr(cells, "layers", ()))
-    return [*names, "raw"] if getattr(cells, "raw", None) is not None else names
-
-
-def _other_sources(cells, layer):
-    """A sentence on the other matrices of an AnnData, for messages."""
-    names = [name for name in _source_names(cells) if name != layer]
-    return f" The input also has: {', '.join(names)} (--layer NAME)." if names else ""
-
-
 def _expm1(chunk):
     return sp.csr_matrix((np.expm1(chunk.data, dtype=np.float64), chunk.indices, chunk.indptr), chunk.shape)
 
@@ -410,40 +350,6 @@ def _apply_to_logs(alignment, chunk):
     aligned = alignment.apply(_expm1(chunk))
     aligned.data = np.log1p(aligned.data)
     return aligned
-
-
-def _sample_rows(matrix, size=SAMPLE_SIZE):
-    """Four blocks of rows spread over the matrix: files are often sorted by sample."""
-    n = matrix.shape[0]
-    if n <= size:
-        return as_csr(matrix[:])
-    block = size // 4
-    starts = np.linspace(0, n - block, 4).astype(int)
-    return sp.vstack([as_csr(matrix[start : start + block]) for start in starts], format="csr")
-
-
-def _stack(chunks, tokenizer):
-    """CSR rows of all chunks, each freed once copied."""
-    data, indices, lengths = [], [], []
-    for chunk in chunks:
-        data.append(chunk.data)
-        indices.append(chunk.indices.astype(np.int32, copy=False))
-        lengths.append(np.diff(chunk.indptr))
-    lengths = np.concatenate(lengths)
-    indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    shape = (len(lengths), len(tokenizer.gene_panel))
-    return sp.csr_matrix((_join(data, bin_dtype(tokenizer.n_bins)), _join(indices, np.int32), indptr), shape)
-
-
-def _join(parts, dtype):
-    """Concatenate, emptying the list on the way so that at most one copy and a part are held."""
-    joined = np.empty(sum(map(len, parts)), dtype=dtype)
-    place = 0
-    for i, part in enumerate(parts):
-        joined[place : place + len(part)] = part
-        place += len(part)
-        parts[i] = None
-    return joined
 
 
 def _check_options(options, gene_panel, modalities):

@@ -17,7 +17,9 @@ NAMES = st.lists(st.sampled_from(["A", "B", "C", "D", "E", "x", "y"]), min_size=
 @given(names=NAMES, panel=st.permutations(["A", "B", "C", "D", "E"]), data=st.data())
 def test_alignment_equals_dense_reference(names, panel, data):
     rows = data.draw(
-        st.lists(st.lists(st.integers(0, 3), min_size=len(names), max_size=len(names)), min_size=1, max_size=4)
+        st.lists(
+            st.lists(st.integers(0, 3), min_size=len(names), max_size=len(names)), min_size=1, max_size=4
+        )
     )
     dense = np.array(rows)
     expected = np.zeros((len(rows), len(panel)))
