@@ -14,6 +14,8 @@ output no longer depends on its batch mates. The stabilisers are constants to th
 import torch
 from torch import nn
 
+from .favor_engine_scbert import favor_attention_chunked
+
 
 # above this length a full attention matrix is refused: it would take length^2 * heads numbers a layer
 MAX_ATTENTION_MATRIX_LENGTH = 4096
@@ -114,7 +116,8 @@ def favor_attention_naive(
     phi_q, phi_k = favor_feature_maps(query, key, projection_matrix, attention_mask, epsilon)
     context = phi_k.mT @ value.to(phi_k.dtype)
     normaliser = phi_q @ phi_k.sum(dim=2).unsqueeze(-1)
-    return (phi_q @ context / normaliser).to(value.dtype)
+    # a cell without any key gets zeros
+    return (phi_q @ context / normaliser.masked_fill(normaliser == 0, 1)).to(value.dtype)
 
 
 def favor_attention(
@@ -150,7 +153,7 @@ def favor_attention(
     >>> favor_attention(q, k, v, projection).shape
     torch.Size([1, 10, 100, 64])
     """
-    return favor_attention_naive(query, key, value, projection_matrix, attention_mask, epsilon)
+    return favor_attention_chunked(query, key, value, projection_matrix, attention_mask, epsilon)
 
 
 def favor_attention_weights(

@@ -27,15 +27,16 @@ def formula(query, key, value, projection, attention_mask=None, epsilon=1e-4):
 
         def exponents(x):
             x = x / math.sqrt(math.sqrt(d))
-            return torch.stack([w @ x - x @ x / 2 for w in projection])
+            products = torch.stack([w @ x for w in projection])
+            return products - x @ x / 2, products.max()
 
         keys = {(h, j): exponents(key[b, h, j]) for h in range(heads) for j in kept}
-        highest = max(e.max() for e in keys.values())
+        highest = max(largest for _, largest in keys.values())
         for h in range(heads):
-            phi_k = {j: ((keys[h, j] - highest).exp() + epsilon) / math.sqrt(m) for j in kept}
+            phi_k = {j: ((keys[h, j][0] - highest).exp() + epsilon) / math.sqrt(m) for j in kept}
             for i in range(query.shape[2]):
-                e = exponents(query[b, h, i])
-                phi_q = ((e - e.max()).exp() + epsilon) / math.sqrt(m)
+                e, largest = exponents(query[b, h, i])
+                phi_q = ((e - largest).exp() + epsilon) / math.sqrt(m)
                 weights = torch.stack([phi_q @ phi_k[j] for j in kept])
                 weights = weights / weights.sum()
                 outputs[b, h, i] = sum(w * value[b, h, j] for w, j in zip(weights, kept, strict=True))
