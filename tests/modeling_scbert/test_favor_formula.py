@@ -102,6 +102,13 @@ def test_projection_rows_are_orthogonal_within_a_block_and_have_gaussian_norms()
     assert torch.equal(matrix, draw_projection(300, 64, torch.Generator().manual_seed(1)))
 
 
+def test_projection_directions_are_uniform():
+    # without the sign correction of the QR decomposition, entries of the first block's rows lean to one side
+    blocks = torch.stack([draw_projection(4, 4, torch.Generator().manual_seed(s)) for s in range(2000)])
+    assert blocks.mean(0).abs().max() < 0.12
+    assert (blocks.diagonal(dim1=1, dim2=2) > 0).float().mean() == pytest.approx(0.5, abs=0.03)
+
+
 def test_long_attention_matrices_are_refused():
     query = torch.zeros(1, 1, 5000, 4)
     with pytest.raises(ValueError, match="gene_attention"):

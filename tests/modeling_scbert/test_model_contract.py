@@ -318,15 +318,15 @@ def test_the_gene_table_stays_frozen_after_a_reload(tmp_path):
 def test_softmax_and_favor_agree_as_features_grow():
     exact = tiny_model(ScBertModel, "softmax", initializer_range=0.1)
     errors = []
-    for num_features in (8, 64, 4096):
+    for num_features in (16, 512, 16384):
         approximate = tiny_model(
             ScBertModel, "favor", initializer_range=0.1, num_random_features=num_features, kernel_epsilon=0.0
         )
         approximate.load_state_dict(exact.state_dict(), strict=False)
         wanted, got = exact(cells()).last_hidden_state, approximate(cells()).last_hidden_state
         errors.append(((got - wanted).norm() / wanted.norm()).item())
-    # the error of m random features shrinks as m^(-1/2): eightfold from 64 to 4,096
-    assert errors[0] > errors[1] > 4 * errors[2] and errors[2] < 6e-3
+    # the error of m random features shrinks as m^(-1/2): some sixfold a step
+    assert errors[0] > 2 * errors[1] > 6 * errors[2] and errors[2] < 8e-3
 
 
 def test_sparse_prediction_decodes_labelled_positions_only():
@@ -373,7 +373,8 @@ def test_losses_are_those_of_the_task():
 
 
 def test_config_round_trip(tmp_path):
-    config = tiny_config("softmax", classifier_hidden_sizes=(), id2label={0: "B", 1: "CD8+/CD45RA+"})
+    config = tiny_config("softmax", classifier_hidden_sizes=(), num_labels=2)
+    config.id2label = {0: "B", 1: "CD8+/CD45RA+"}
     config.save_pretrained(tmp_path)
     reloaded = AutoConfig.from_pretrained(tmp_path)
     assert reloaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
