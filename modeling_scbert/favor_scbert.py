@@ -43,7 +43,11 @@ def draw_projection(num_features: int, head_dim: int, generator: torch.Generator
     """
     num_blocks = -(-num_features // head_dim)
     gaussians = torch.randn(num_blocks, head_dim, head_dim, generator=generator, device="cpu")
-    directions = torch.linalg.qr(gaussians).Q.mT.reshape(-1, head_dim)[:num_features]
+    rotations, triangles = torch.linalg.qr(gaussians)
+    # lapack leaves the signs to chance of its own; without them the directions are not uniform (Mezzadri 2007), and
+    # the kernel stays off by 6% at d = 8 however many features are drawn
+    rotations = rotations * triangles.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    directions = rotations.mT.reshape(-1, head_dim)[:num_features]
     norms = torch.randn(num_features, head_dim, generator=generator, device="cpu").norm(dim=1)
     return norms[:, None] * directions
 

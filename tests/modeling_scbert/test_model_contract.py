@@ -373,12 +373,12 @@ def test_losses_are_those_of_the_task():
 
 
 def test_config_round_trip(tmp_path):
-    config = tiny_config("softmax", classifier_hidden_sizes=(), num_labels=2)
-    config.id2label = {0: "B", 1: "CD8+/CD45RA+"}
+    labels = {0: "B", 1: "CD8+/CD45RA+"}
+    config = ScBertConfig(attention_type="softmax", classifier_hidden_sizes=(), id2label=labels)
     config.save_pretrained(tmp_path)
     reloaded = AutoConfig.from_pretrained(tmp_path)
     assert reloaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
-    assert reloaded.id2label == {0: "B", 1: "CD8+/CD45RA+"}
+    assert reloaded.id2label == labels and reloaded.num_labels == 2
 
 
 @pytest.mark.parametrize(
