@@ -61,6 +61,14 @@ class ScBertConfig(PreTrainedConfig):
     """
 
     model_type = "scbert"
+    # what an evaluation loop should not gather over the whole set
+    keys_to_ignore_at_inference = (
+        "hidden_states",
+        "attentions",
+        "masked_expression_loss",
+        "modality_loss",
+        "modality_logits",
+    )
 
     vocab_size: int = 7
     hidden_size: int = 200

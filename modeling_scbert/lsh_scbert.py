@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .favor_scbert import MAX_ATTENTION_MATRIX_LENGTH
 
-
 # a position is its own best match, so it may only see itself when there is nothing else: far below every real logit,
 # far above the excluded ones
 SELF_BIAS = -1e5

@@ -1,14 +1,13 @@
 """The scBERT family: a pre-LayerNorm encoder over gene tokens, and its heads."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.pytorch_utils import apply_chunking_to_forward
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -16,99 +15,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_scbert import ScBertConfig
 from .embeddings_scbert import ScBertEmbeddings, ScBertGeneEmbeddings
 from .favor_scbert import ScBertFavorAttention, draw_projection
+from .growth_scbert import GrowthMixin
+from .layers_scbert import ATTENTION_CLASSES, ScBertLayer, ScBertReversibleLayer
 from .lsh_scbert import ScBertLshAttention
 from .reversible_scbert import reversible_encode
-
-
-class ScBertSoftmaxAttention(nn.Module):
-    """Exact multi-head attention, for short sequences and as the yardstick of the approximate ones."""
-
-    def __init__(self, config: ScBertConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        inner_size = config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(inner_size, config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        shape = (*hidden_states.shape[:-1], -1, self.config.head_dim)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (proj(hidden_states).view(shape).transpose(1, 2) for proj in projections)
-        keep = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        if output_attentions:
-            scores = query @ key.mT * self.config.head_dim**-0.5
-            if keep is not None:
-                scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
-            weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-            context = nn.functional.dropout(weights, dropout) @ value
-        else:
-            weights = None
-            context = nn.functional.scaled_dot_product_attention(query, key, value, keep, dropout)
-        return self.o_proj(context.transpose(1, 2).flatten(-2)), weights
-
-
-ATTENTION_CLASSES = {
-    "favor": ScBertFavorAttention,
-    "softmax": ScBertSoftmaxAttention,
-    "lsh": ScBertLshAttention,
-}
-
-
-class ScBertLayer(GradientCheckpointingLayer):
-    """Pre-LayerNorm block: x += attention(norm(x)); x += feed-forward(norm(x))."""
-
-    def __init__(self, config: ScBertConfig, layer_idx: int):
-        super().__init__()
-        self.chunk_size_feed_forward = config.chunk_size_feed_forward
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = ATTENTION_CLASSES[config.attention_type](config, layer_idx)
-        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def attend(self, hidden_states, attention_mask=None, output_attentions=False) -> torch.Tensor:
-        """First residual branch, norm and attention: ``[batch, length, hidden]`` to the same shape."""
-        return self.attention(self.attention_norm(hidden_states), attention_mask, output_attentions)[0]
-
-    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Second residual branch, norm and position-wise network; same shapes."""
-        return apply_chunking_to_forward(self._feed_forward, self.chunk_size_feed_forward, 1, hidden_states)
-
-    def _feed_forward(self, hidden_states):
-        hidden_states = self.activation(self.intermediate(self.ffn_norm(hidden_states)))
-        return self.dropout(self.output(hidden_states))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> torch.Tensor:
-        hidden_states = hidden_states + self.attend(hidden_states, attention_mask, output_attentions)
-        return hidden_states + self.feed_forward(hidden_states)
-
-
-class ScBertReversibleLayer(ScBertLayer):
-    """The same branches on two residual streams: y1 = x1 + attention(x2); y2 = x2 + feed-forward(y1)."""
-
-    def forward(self, hidden_states, attention_mask=None, output_attentions=False, streams=None):
-        """Mean of both streams, and the streams; they start as ``hidden_states``."""
-        first, second = (hidden_states.float(),) * 2 if streams is None else streams
-        dtype = hidden_states.dtype
-        first = first + self.attend(second.to(dtype), attention_mask, output_attentions).float()
-        second = second + self.feed_forward(first.to(dtype)).float()
-        return ((first + second) / 2).to(dtype), (first, second)
 
 
 def align_memory(model: nn.Module, boundary: int = 64):
@@ -123,7 +33,7 @@ def align_memory(model: nn.Module, boundary: int = 64):
             tensor.data = tensor.data.clone()
 
 
-class ScBertPreTrainedModel(PreTrainedModel):
+class ScBertPreTrainedModel(GrowthMixin, PreTrainedModel):
     """Weight initialisation and what `from_pretrained` needs to know of every scBERT class."""
 
     config: ScBertConfig
@@ -142,6 +52,14 @@ class ScBertPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         align_memory(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
+
+    def as_pipeline(self, tokenizer, **options):
+        """This model as the pipeline of its task: cell-type annotation with a classifier, embedding without."""
+        # imported here for speed; being an import of this file, it makes the pipelines travel with every checkpoint
+        from .pipeline_scbert import CellEmbeddingPipeline, CellTypeAnnotationPipeline
+
+        pipeline_class = CellTypeAnnotationPipeline if hasattr(self, "classifier") else CellEmbeddingPipeline
+        return pipeline_class(model=self, tokenizer=tokenizer, **options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -261,9 +179,27 @@ class ScBertModel(ScBertPreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
 
+@dataclass
+class ScBertMaskedExpressionOutput(MaskedLMOutput):
+    """
+    Output of masked expression modelling; with several modalities, also of modality prediction.
+
+    Parameters
+    ----------
+    masked_expression_loss, modality_loss
+        The two parts of ``loss = masked_expression_loss + modality_loss_weight * modality_loss``; scalars.
+    modality_logits
+        ``[batch, length, num_modalities]``.
+    """
+
+    masked_expression_loss: torch.FloatTensor | None = None
+    modality_loss: torch.FloatTensor | None = None
+    modality_logits: torch.FloatTensor | None = None
+
+
 class ScBertForMaskedExpression(ScBertPreTrainedModel):
     """
-    Masked expression modelling: predict the bins of masked genes.
+    Masked expression modelling: predict the bins of masked genes and, with several modalities, every token's modality.
 
     Examples
     --------
@@ -282,6 +218,8 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
         self.loss_type = "ForMaskedLM"
         self.scbert = ScBertModel(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        if config.num_modalities > 1:
+            self.modality_decoder = nn.Linear(config.hidden_size, config.num_modalities)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -300,14 +238,14 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
+    ) -> ScBertMaskedExpressionOutput:
         """
         Encode and decode; arguments as in `ScBertModel`, and ``labels [batch, length]`` with -100 where no loss is
-        taken.
+        taken. The modality of every token, masked or not, is predicted if ``modality_ids`` are given.
 
         Returns
         -------
-        MaskedLMOutput
+        ScBertMaskedExpressionOutput
             ``logits [batch, length, vocab_size]``, or ``[n_labelled, vocab_size]`` with labels and
             ``config.sparse_prediction``.
         """
@@ -320,16 +258,42 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if labels is not None and self.config.sparse_prediction:
+        logits, loss = self._decode_expression(hidden_states, labels, kwargs)
+        parts = {}
+        if self.config.num_modalities > 1 and modality_ids is not None:
+            parts = self._decode_modality(hidden_states, modality_ids, attention_mask, labels, kwargs)
+        if loss is not None and parts:
+            parts["masked_expression_loss"] = loss
+            loss = loss + self.config.modality_loss_weight * parts["modality_loss"]
+        return ScBertMaskedExpressionOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **parts,
+        )
+
+    def _decode_expression(self, hidden_states, labels, kwargs):
+        """Logits, and the loss where there are labels."""
+        if labels is None:
+            return self.decoder(hidden_states), None
+        if self.config.sparse_prediction:
             labelled = labels != -100
             hidden_states, labels = hidden_states[labelled], labels[labelled]
         logits = self.decoder(hidden_states)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return logits, self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+
+    def _decode_modality(self, hidden_states, modality_ids, attention_mask, labels, kwargs):
+        """Logits and mean loss over the unpadded tokens."""
+        logits = self.modality_decoder(hidden_states)
+        targets = modality_ids.expand(hidden_states.shape[:2])
+        if attention_mask is not None:
+            targets = targets.masked_fill(~attention_mask.bool(), -100)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        if labels is not None and kwargs.get("num_items_in_batch") is not None:
+            # the other loss is a share of one mean over all accumulated batches; so must this one be
+            loss = loss * (labels != -100).sum() / kwargs["num_items_in_batch"]
+        return {"modality_loss": loss, "modality_logits": logits}
 
 
 class ScBertClassificationHead(nn.Module):

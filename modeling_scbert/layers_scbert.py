@@ -1,0 +1,102 @@
+"""One block of the encoder: exact attention beside the approximate ones, and the residual layers around them."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import apply_chunking_to_forward
+
+from .configuration_scbert import ScBertConfig
+from .favor_scbert import ScBertFavorAttention
+from .lsh_scbert import ScBertLshAttention
+
+
+class ScBertSoftmaxAttention(nn.Module):
+    """Exact multi-head attention, for short sequences and as the yardstick of the approximate ones."""
+
+    def __init__(self, config: ScBertConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        inner_size = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(inner_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, self.config.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (proj(hidden_states).view(shape).transpose(1, 2) for proj in projections)
+        keep = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        if output_attentions:
+            scores = query @ key.mT * self.config.head_dim**-0.5
+            if keep is not None:
+                scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
+            weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+            context = nn.functional.dropout(weights, dropout) @ value
+        else:
+            weights = None
+            context = nn.functional.scaled_dot_product_attention(query, key, value, keep, dropout)
+        return self.o_proj(context.transpose(1, 2).flatten(-2)), weights
+
+
+ATTENTION_CLASSES = {
+    "favor": ScBertFavorAttention,
+    "softmax": ScBertSoftmaxAttention,
+    "lsh": ScBertLshAttention,
+}
+
+
+class ScBertLayer(GradientCheckpointingLayer):
+    """Pre-LayerNorm block: x += attention(norm(x)); x += feed-forward(norm(x))."""
+
+    def __init__(self, config: ScBertConfig, layer_idx: int):
+        super().__init__()
+        self.chunk_size_feed_forward = config.chunk_size_feed_forward
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = ATTENTION_CLASSES[config.attention_type](config, layer_idx)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def attend(self, hidden_states, attention_mask=None, output_attentions=False) -> torch.Tensor:
+        """First residual branch, norm and attention: ``[batch, length, hidden]`` to the same shape."""
+        return self.attention(self.attention_norm(hidden_states), attention_mask, output_attentions)[0]
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Second residual branch, norm and position-wise network; same shapes."""
+        return apply_chunking_to_forward(self._feed_forward, self.chunk_size_feed_forward, 1, hidden_states)
+
+    def _feed_forward(self, hidden_states):
+        hidden_states = self.activation(self.intermediate(self.ffn_norm(hidden_states)))
+        return self.dropout(self.output(hidden_states))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> torch.Tensor:
+        hidden_states = hidden_states + self.attend(hidden_states, attention_mask, output_attentions)
+        return hidden_states + self.feed_forward(hidden_states)
+
+
+class ScBertReversibleLayer(ScBertLayer):
+    """The same branches on two residual streams: y1 = x1 + attention(x2); y2 = x2 + feed-forward(y1)."""
+
+    def forward(self, hidden_states, attention_mask=None, output_attentions=False, streams=None):
+        """Mean of both streams, and the streams; they start as ``hidden_states``."""
+        first, second = (hidden_states.float(),) * 2 if streams is None else streams
+        dtype = hidden_states.dtype
+        first = first + self.attend(second.to(dtype), attention_mask, output_attentions).float()
+        second = second + self.feed_forward(first.to(dtype)).float()
+        return ((first + second) / 2).to(dtype), (first, second)
