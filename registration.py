@@ -41,11 +41,23 @@ def _register_tokenizer(ours: ModuleType) -> None:
     AutoTokenizer.register(ScBertConfig, ours.ScBertTokenizer, exist_ok=True)
 
 
+def _register_pipelines(ours: ModuleType) -> None:
+    from transformers import AutoModel, AutoModelForSequenceClassification
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    annotation, embedding = ours.CellTypeAnnotationPipeline, ours.CellEmbeddingPipeline
+    PIPELINE_REGISTRY.register_pipeline(
+        "cell-type-annotation", annotation, pt_model=AutoModelForSequenceClassification
+    )
+    PIPELINE_REGISTRY.register_pipeline("cell-embedding", embedding, pt_model=AutoModel)
+
+
 # module of transformers -> (our module that holds the classes, what to do once both are imported)
 _REGISTRATIONS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "transformers.models.auto.configuration_auto": (".modeling_scbert", _register_config),
     "transformers.models.auto.modeling_auto": (".modeling_scbert", _register_models),
     "transformers.models.auto.tokenization_auto": (".tokenization", _register_tokenizer),
+    "transformers.pipelines": (".modeling_scbert.pipeline_scbert", _register_pipelines),
 }
 
 

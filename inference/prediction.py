@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from ..modeling_scbert.pipeline_scbert import mean_of_expressed
 from .loading import LoadedModel
 
 # activations a batch may take: more on a CPU gains nothing, its caches are long full
@@ -114,41 +115,6 @@ def _forward(loaded: LoadedModel, bins: sp.csr_matrix, embed: bool):
         logits = network.classifier(hidden, mask, gene_ids) if has_head else None
     embeddings = mean_of_expressed(hidden, **inputs) if embed or not has_head else None
     return tuple(None if tensor is None else tensor.float().cpu().numpy() for tensor in (logits, embeddings))
-
-
-def mean_of_expressed(hidden, input_ids, attention_mask=None, **_) -> torch.Tensor:
-    """
-    One vector per cell: the mean of the last hidden states over its expressed genes and the trailing token.
-
-    Unexpressed genes are left out: there are many times more of them, and they would drown the cell in what all
-    cells share. The trailing token gives a cell without any expressed gene a vector too.
-
-    Parameters
-    ----------
-    hidden
-        [batch, length, hidden].
-    input_ids
-        Expression bins [batch, length]; the trailing token is the last one that is no padding.
-    attention_mask
-        [batch, length]; all ones by default.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 [batch, hidden].
-
-    Examples
-    --------
-    >>> hidden = torch.tensor([[[2.0], [7.0], [4.0]]])
-    >>> mean_of_expressed(hidden, torch.tensor([[3, 0, 0]]))
-    tensor([[3.]])
-    """
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    places = torch.arange(input_ids.shape[1], device=input_ids.device)
-    trailing = places == (places * attention_mask).argmax(dim=1, keepdim=True)
-    weights = ((input_ids > 0) & attention_mask.bool() | trailing).float()
-    return torch.einsum("bl,blh->bh", weights, hidden.float()) / weights.sum(dim=1, keepdim=True)
 
 
 def probabilities_of(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:

@@ -12,6 +12,9 @@ from .expression_scbert import (
 from .genes_scbert import GeneAlignment, align_genes, gene_names_of, read_gene_panel, write_gene_panel
 from .tokenization_scbert import ScBertTokenizer
 
+# a saved tokenizer carries this code, so that it loads where the package is not installed
+ScBertTokenizer.register_for_auto_class("AutoTokenizer")
+
 __all__ = [
     "GeneAlignment",
     "InputError",

@@ -1,0 +1,180 @@
+"""Hugging Face pipelines over cells: "cell-type-annotation" and "cell-embedding". Pushed with every checkpoint."""
+
+import importlib
+import os
+from types import GeneratorType
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Pipeline
+
+
+class BinnedCells(Dataset):
+    """Rows of a sparse matrix of expression bins [cells, panel], one item a cell."""
+
+    def __init__(self, bins):
+        self.bins = bins
+
+    def __len__(self):
+        return self.bins.shape[0]
+
+    def __getitem__(self, index):
+        return self.bins[index : index + 1]
+
+
+def mean_of_expressed(
+    hidden: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_
+) -> torch.Tensor:
+    """
+    One vector per cell: the mean of the last hidden states over its expressed genes and the trailing token.
+
+    Unexpressed genes are left out: there are many times more of them, and they would drown the cell in what all
+    cells share. The trailing token gives a cell without any expressed gene a vector too.
+
+    Parameters
+    ----------
+    hidden
+        ``[batch, length, hidden]``.
+    input_ids
+        Expression bins ``[batch, length]``; the trailing token is the last one that is no padding.
+    attention_mask
+        ``[batch, length]``; all ones by default.
+
+    Returns
+    -------
+    Float32 tensor ``[batch, hidden]``.
+
+    Examples
+    --------
+    >>> hidden = torch.tensor([[[2.0], [7.0], [4.0]]])
+    >>> mean_of_expressed(hidden, torch.tensor([[3, 0, 0]]))
+    tensor([[3.]])
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    trailing = places == (places * attention_mask).argmax(dim=1, keepdim=True)
+    weights = ((input_ids > 0) & attention_mask.bool() | trailing).float()
+    return torch.einsum("bl,blh->bh", weights, hidden.float()) / weights.sum(dim=1, keepdim=True)
+
+
+class CellPipeline(Pipeline):
+    """
+    What both pipelines share: cells of any kind in, one result per cell out, in order.
+
+    Inputs are many cells: an AnnData, the path of an .h5ad, ``{"X": matrix, "gene_names": [...]}``, a sparse or
+    dense matrix [cells, genes], a list or (streamed) a generator of cells; or one cell, a vector [genes].
+    """
+
+    _load_tokenizer = True
+    _load_processor = _load_image_processor = _load_video_processor = _load_feature_extractor = False
+
+    def _sanitize_parameters(self, gene_names=None, input=None, layer=None, **options):
+        given = {"gene_names": gene_names, "input": input, "layer": layer}
+        return {name: value for name, value in given.items() if value is not None}, {}, options
+
+    def __call__(self, cells, **options):
+        """
+        Run the pipeline.
+
+        Parameters
+        ----------
+        cells
+            See the class.
+        batch_size
+            Cells per step; 1 by default. It does not change the results.
+        gene_names
+            Names of the columns of a matrix or vector; the model's own panel by default.
+        input
+            What the values are: "auto" (default), "counts" or "log1p".
+        layer
+            Layer of the AnnData to take.
+
+        Returns
+        -------
+        A list with one result per cell; for a vector the result itself; for a generator an iterator.
+        """
+        if isinstance(cells, (GeneratorType, list)) or getattr(cells, "ndim", 2) == 1:
+            return super().__call__(cells, **options)
+        binning = self._preprocess_params | self._sanitize_parameters(**options)[0]
+        return list(super().__call__(BinnedCells(self.tokenizer.bin_cells(_read(cells), **binning)), **options))
+
+    def preprocess(self, cell, **binning):
+        bins = cell
+        if getattr(getattr(cell, "dtype", None), "name", "") not in ("int8", "int16") or not hasattr(cell, "indptr"):
+            bins = self.tokenizer.bin_cells(cell, **binning)
+        if bins.shape[0] != 1:
+            raise ValueError(
+                f"A generator or list gives one cell at a time; found {bins.shape[0]}. Pass many cells as one AnnData "
+                "or matrix."
+            )
+        return {name: torch.from_numpy(array) for name, array in self.tokenizer.encode_bins(bins).items()}
+
+    def save_pretrained(self, save_directory, **options):
+        """Save model, tokenizer and code; the configuration names both pipelines."""
+        self.model.save_pretrained(save_directory, **options)
+        self.tokenizer.save_pretrained(save_directory, **options)
+
+
+class CellTypeAnnotationPipeline(CellPipeline):
+    """
+    Cell types with scores: per cell a list of ``{"label", "score"}``, the likeliest first.
+
+    ``top_k`` (5 by default, None for all) says how many. A cell that expresses no gene of the model gets
+    ``[{"label": "unassigned", "score": 0.0}]``.
+
+    Examples
+    --------
+    >>> from transformers import pipeline  # doctest: +SKIP
+    >>> annotator = pipeline("cell-type-annotation", model="my_model")  # doctest: +SKIP
+    >>> annotator(adata, batch_size=16, top_k=1)[0]  # doctest: +SKIP
+    [{'label': 'B cell', 'score': 0.98}]
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not hasattr(self.model, "classifier") or "CellClassification" not in "".join(
+            self.model.config.architectures or ["CellClassification"]
+        ):
+            raise ValueError(
+                "This model has no cell types yet, its classifier would be random: fine-tune it first (scbert finetune)."
+            )
+
+    def _forward(self, inputs):
+        return {"logits": self.model(**inputs).logits, "expressed": (inputs["input_ids"] > 0).any(dim=1)}
+
+    def postprocess(self, outputs, top_k=5):
+        if not outputs["expressed"].item():
+            return [{"label": "unassigned", "score": 0.0}]
+        config = self.model.config
+        scores = (outputs["logits"][0].double() / config.classifier_temperature).softmax(-1)
+        best = scores.topk(min(top_k or config.num_labels, config.num_labels))
+        return [
+            {"label": config.id2label[index], "score": score}
+            for score, index in zip(best.values.tolist(), best.indices.tolist())
+        ]
+
+
+class CellEmbeddingPipeline(CellPipeline):
+    """
+    Embeddings: per cell a float32 array [hidden_size], see `mean_of_expressed`.
+
+    Examples
+    --------
+    >>> from transformers import pipeline  # doctest: +SKIP
+    >>> adata.obsm["X_scbert"] = np.stack(pipeline("cell-embedding", model="my_model")(adata))  # doctest: +SKIP
+    """
+
+    def _forward(self, inputs):
+        return {"embeddings": mean_of_expressed(self.model.base_model(**inputs).last_hidden_state, **inputs)}
+
+    def postprocess(self, outputs):
+        return outputs["embeddings"][0].numpy()
+
+
+def _read(cells):
+    """The AnnData of a path; anything else as it is."""
+    if not isinstance(cells, (str, os.PathLike)):
+        return cells
+    # by name, or loading the checkpoint would demand anndata of those who pass matrices
+    return importlib.import_module("anndata").read_h5ad(cells)
