@@ -41,7 +41,8 @@ def check_run_record(folder: Path, settings: dict[str, Any], data: FinetuneData)
             f"--resume out to start anew."
         )
     if record.get("cells") != data.fingerprint():
+        source = settings.get("reference", settings.get("corpus"))
         raise InputError(
-            f"{folder} was begun with other cells or labels than {settings['reference']} holds now. Leave "
-            f"--resume out to start anew."
+            f"{folder} was begun with other cells or labels than {source} holds now. Leave --resume out to start "
+            f"anew."
         )
