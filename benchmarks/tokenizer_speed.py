@@ -7,6 +7,7 @@ the peak counts them, the imports and the result.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import sys
@@ -25,7 +26,7 @@ def draw_counts(n_cells, n_genes, n_expressed, seed=0):
     indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     indices = np.empty(indptr[-1], dtype=np.int32)
     data = np.empty(indptr[-1], dtype=np.float32)
-    for start, stop in zip(indptr[:-1], indptr[1:]):
+    for start, stop in itertools.pairwise(indptr):
         # sorted distinct genes: gaps between them, scaled to the panel
         gaps = rng.random(stop - start + 1, dtype=np.float32).cumsum()
         places = (gaps[:-1] / gaps[-1] * (n_genes - (stop - start))).astype(np.int32)

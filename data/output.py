@@ -311,7 +311,9 @@ def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
         partial.mkdir(exist_ok=True)
         yield partial
     except OSError as error:
-        raise _explain(error, path) if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _explain(error, path) from None
+        raise
     _swap(partial, path)
 
 

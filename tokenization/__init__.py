@@ -9,6 +9,7 @@ from .expression_scbert import (
     normalize_expression,
     to_counts_scale,
 )
+from .gene_table_scbert import GeneMapping, GeneTable, map_genes
 from .genes_scbert import GeneAlignment, align_genes, gene_names_of, read_gene_panel, write_gene_panel
 from .tokenization_scbert import ScBertTokenizer
 
@@ -17,6 +18,8 @@ ScBertTokenizer.register_for_auto_class("AutoTokenizer")
 
 __all__ = [
     "GeneAlignment",
+    "GeneMapping",
+    "GeneTable",
     "InputError",
     "ScBertTokenizer",
     "align_genes",
@@ -24,6 +27,7 @@ __all__ = [
     "bin_quantile",
     "detect_input_kind",
     "gene_names_of",
+    "map_genes",
     "normalize_expression",
     "read_gene_panel",
     "select_matrix",
