@@ -61,14 +61,14 @@ class ScBertConfig(PreTrainedConfig):
     """
 
     model_type = "scbert"
-    # what an evaluation loop should not gather over the whole set
-    keys_to_ignore_at_inference = (
+    # what an evaluation loop should not gather over the whole set; a list, because the Trainer adds one to it
+    keys_to_ignore_at_inference = [
         "hidden_states",
         "attentions",
         "masked_expression_loss",
         "modality_loss",
         "modality_logits",
-    )
+    ]
 
     vocab_size: int = 7
     hidden_size: int = 200
@@ -118,7 +118,23 @@ class ScBertConfig(PreTrainedConfig):
                 "AutoModelForSequenceClassification": "modeling_scbert.ScBertForCellClassification",
             },
         )
+        if not type(self).__module__.startswith("transformers_modules"):
+            # where the package registers the pipelines, transformers would still ask for trust_remote_code
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+
+    def to_dict(self):
+        """All fields, and the pipelines whose code travels with a checkpoint."""
+        pipelines = {
+            "cell-type-annotation": ("CellTypeAnnotationPipeline", "AutoModelForSequenceClassification"),
+            "cell-embedding": ("CellEmbeddingPipeline", "AutoModel"),
+        }
+        return super().to_dict() | {
+            "custom_pipelines": {
+                task: {"impl": f"pipeline_scbert.{pipeline_class}", "pt": [model_class]}
+                for task, (pipeline_class, model_class) in pipelines.items()
+            }
+        }
 
     def validate_sizes(self):
         """Refuse sizes no model can be built from; run by ``@strict`` after initialisation."""

@@ -93,6 +93,9 @@ class ScBertModel(ScBertPreTrainedModel):
     torch.Size([2, 101, 32])
     """
 
+    # any head's checkpoint is a checkpoint of the encoder
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^decoder\.", r"^modality_decoder\."]
+
     def __init__(self, config: ScBertConfig):
         super().__init__(config)
         self.embeddings = ScBertEmbeddings(config)
