@@ -1,0 +1,187 @@
+"""Pictures of explanations: the SHAP-style summary of contributions, and top genes by cell type."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..evaluation.requirements import require
+
+# more points than this only thicken the swarm
+MAX_CELLS = 2000
+
+
+def plot_summary(
+    contributions: np.ndarray,
+    expression: np.ndarray,
+    gene_names: Sequence[str],
+    path: str | Path | None = None,
+    n_genes: int = 20,
+    title: str | None = None,
+    seed: int = 0,
+) -> Any:
+    """
+    SHAP-style summary ("beeswarm"): one row per gene, one point per cell, coloured by expression.
+
+    Parameters
+    ----------
+    contributions
+        Contribution of every gene to the explained output, [cells, genes]; right is for it, left against it.
+    expression
+        Expression bins or values of the same cells and genes, [cells, genes], dense or scipy sparse. Colours are
+        scaled within a gene from its 5th to its 95th percentile.
+    gene_names
+        [genes].
+    path
+        Where to save the picture; nothing is saved when None.
+    n_genes
+        Genes drawn: those with the largest mean absolute contribution over all cells, which stands beside the
+        name.
+    title
+        Text above the picture, such as the cell type explained.
+    seed
+        Of the 2,000 cells that are drawn when there are more.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        When the shapes differ, or there is no cell.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> figure = plot_summary(rng.normal(size=(50, 3)), rng.integers(0, 5, (50, 3)), ["A", "B", "C"])
+    """
+    contributions = np.asarray(contributions, dtype=np.float64)
+    if (
+        contributions.shape != expression.shape
+        or contributions.shape[1:] != (len(gene_names),)
+        or not len(contributions)
+    ):
+        raise ValueError(
+            f"contributions and expression must both be [cells, {len(gene_names)}] with at least one cell; "
+            f"got {contributions.shape} and {expression.shape}"
+        )
+    importance = np.abs(contributions).mean(axis=0)
+    shown = np.argsort(-importance, kind="stable")[:n_genes]
+    cells = np.arange(len(contributions))
+    if len(cells) > MAX_CELLS:
+        cells = np.sort(np.random.default_rng(seed).choice(cells, MAX_CELLS, replace=False))
+    figure = require("matplotlib.figure", "explain").Figure(
+        figsize=(6.4, 1.4 + 0.3 * len(shown)), layout="constrained"
+    )
+    axes = figure.subplots()
+    axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    points = None
+    for row, gene in enumerate(shown):
+        values = contributions[cells, gene]
+        colours = _scaled(_column(expression, gene)[cells])
+        # the highest expressed on top, so that a few of them stay visible.
+        order = np.argsort(colours, kind="stable")
+        points = axes.scatter(
+            values[order],
+            (row + _swarm(values))[order],
+            c=colours[order],
+            cmap="coolwarm",
+            vmin=0,
+            vmax=1,
+            s=9,
+            linewidths=0,
+            rasterized=True,
+        )
+    labels = [f"{gene_names[gene]}  ({importance[gene]:.2g})" for gene in shown]
+    axes.set_yticks(range(len(shown)), labels, fontsize=8)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlabel("contribution (in brackets: mean absolute value)")
+    axes.set_title(title or "", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    bar = figure.colorbar(points, ax=axes, aspect=40, pad=0.02, ticks=[0, 1])
+    bar.ax.set_yticklabels(["low", "high"])
+    bar.set_label("expression", labelpad=-12)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _column(matrix: Any, index: int) -> np.ndarray:
+    column = matrix[:, [index]]
+    return np.asarray(column.toarray() if hasattr(column, "toarray") else column, dtype=np.float64).ravel()
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    low, high = np.percentile(values, [5, 95])
+    if high <= low:
+        # a gene silent in nearly all cells: the percentiles coincide, its range doesn't.
+        low, high = values.min(), values.max()
+    return np.clip((values - low) / (high - low), 0, 1) if high > low else np.full(len(values), 0.5)
+
+
+def _swarm(values: np.ndarray, n_bins: int = 100, width: float = 0.4) -> np.ndarray:
+    """Offsets that stack points of nearly equal value symmetrically, [points], within `width` of 0."""
+    span = np.ptp(values)
+    bins = (
+        np.zeros(len(values), dtype=int)
+        if span == 0
+        else ((values - values.min()) / span * n_bins).astype(int)
+    )
+    order = np.argsort(bins, kind="stable")
+    starts = np.r_[0, np.flatnonzero(np.diff(bins[order])) + 1]
+    place = np.arange(len(values)) - np.repeat(starts, np.diff(np.r_[starts, len(values)]))
+    # 0, 1, -1, 2, -2, ... from the middle outwards.
+    offsets = np.empty(len(values))
+    offsets[order] = (place + 1) // 2 * np.where(place % 2 == 1, 1, -1)
+    return offsets / max(np.abs(offsets).max(), 1.0) * width
+
+
+def plot_top_genes(
+    table: pd.DataFrame, scores: pd.DataFrame, path: str | Path | None = None, n_top: int = 5
+) -> Any:
+    """
+    Heat map of every type's top genes over all types, z-scored within a gene.
+
+    Parameters
+    ----------
+    table
+        From `markers.top_genes_table`.
+    scores
+        The scores it was made from, [genes, types].
+    path
+        Where to save the picture; nothing is saved when None.
+    n_top
+        Genes drawn of each type; a gene on top of several is drawn once, with the first.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Examples
+    --------
+    >>> from scbert.interpretation.markers import top_genes_table
+    >>> scores = pd.DataFrame({"T": [3.0, 1.0], "B": [1.0, 3.0]}, index=["CD3D", "MS4A1"])
+    >>> figure = plot_top_genes(top_genes_table(scores), scores, n_top=1)
+    """
+    genes = list(dict.fromkeys(table.loc[table["rank"] <= n_top, "gene"]))
+    values = scores.loc[genes].to_numpy(dtype=np.float64)
+    spread = values.std(axis=1, keepdims=True)
+    values = (values - values.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+    limit = max(float(np.abs(values).max(initial=0.0)), 1e-9)
+    figure = require("matplotlib.figure", "explain").Figure(
+        figsize=(2.6 + 0.36 * scores.shape[1], 1.8 + 0.2 * len(genes)), layout="constrained"
+    )
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_xticks(
+        range(scores.shape[1]), [str(name) for name in scores.columns], rotation=45, ha="right", fontsize=8
+    )
+    axes.xaxis.set_tick_params(rotation_mode="anchor")
+    axes.set_yticks(range(len(genes)), genes, fontsize=7)
+    figure.colorbar(image, ax=axes, label="z-score over types", shrink=0.7)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
