@@ -1,0 +1,112 @@
+"""What is built from a clean copy of the tracked files installs and works from any directory."""
+
+import configparser
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA_FILES = ("scbert/training/recipes/scbert.json", "scbert/training/recipes/small.json")
+
+
+def tracked_files():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def setup():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    return config
+
+
+def requirements(text):
+    return [Requirement(line) for line in text.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in tracked_files():
+        path = source / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(target), str(source)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = target.glob("*.whl")
+    return built
+
+
+def test_every_requirement_is_pinned():
+    pins = {
+        Requirement(line).name.lower().replace("_", "-"): Requirement(line).specifier
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    }
+    config = setup()
+    extras = config["options.extras_require"]
+    tested = [config["options"]["install_requires"], *(extras[name] for name in extras if name != "app")]
+    for requirement in (item for text in tested for item in requirements(text)):
+        name = requirement.name.lower().replace("_", "-")
+        if name == "scbert-transformers":
+            continue
+        (pin,) = pins[name]
+        assert pin.operator == "=="
+        assert requirement.specifier.contains(pin.version), f"{requirement} but {name}=={pin.version}"
+
+
+def test_the_changelog_and_the_citation_name_this_version():
+    import scbert
+
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^version: {re.escape(scbert.__version__)}$", citation, re.MULTILINE)
+
+
+def test_the_core_stays_light():
+    heavy = {"scanpy", "gensim", "captum", "gseapy", "celltypist", "mudata", "gradio", "evaluate", "triton"}
+    assert not {item.name for item in requirements(setup()["options"]["install_requires"])} & heavy
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_module_and_data_file(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {f"scbert/{name}" for name in tracked_files() if name.endswith(".py")}
+    modules = {name for name in modules if not name.startswith(("scbert/tests/", "scbert/docs/"))}
+    assert modules | set(DATA_FILES) <= names
+    assert not {name for name in names if "/" not in name}
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"scbert", "scbert_transformers"}
+
+
+@pytest.mark.slow
+def test_the_wheel_works_from_any_directory(wheel, tmp_path):
+    # the dependencies of this environment, but the package from the wheel alone
+    site = tmp_path / "site"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
+    subprocess.run(install, check=True)
+    script = (
+        f"import sys; sys.path.insert(0, {str(site)!r});"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)];"
+        "import scbert; assert scbert.__file__.startswith(sys.path[0]), scbert.__file__;"
+        "from scbert.cli import main; sys.exit(main(['--version']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("scbert ")

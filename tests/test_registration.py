@@ -1,0 +1,72 @@
+"""`import scbert` makes transformers' Auto classes know the model, whatever is imported first."""
+
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+import scbert
+
+FIRST_IMPORTS = {
+    "ours first": "import scbert; from transformers import AutoModel",
+    "theirs first": "from transformers import AutoModel; import scbert",
+    "the package only": "import scbert.modeling_scbert; from transformers import AutoModel",
+    "within their own imports": (
+        "import scbert; from transformers.modeling_layers import GradientCheckpointingLayer;"
+        "from transformers import AutoModel"
+    ),
+    "the tokenizer first": "from scbert import ScBertTokenizer; from transformers import AutoModel",
+}
+LOAD = """
+from transformers import AutoConfig
+config = AutoConfig.from_pretrained({folder!r})
+model = AutoModel.from_config(config)
+import scbert
+assert type(config) is scbert.ScBertConfig and type(model) is scbert.ScBertModel
+import inspect, sys
+inspect.getsource(type(model))
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_config():
+    return scbert.ScBertConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        head_dim=8,
+        intermediate_size=8,
+        max_position_embeddings=12,
+        num_random_features=8,
+        classifier_hidden_sizes=(),
+    )
+
+
+def test_auto_classes_know_the_model(tiny_config):
+    assert type(AutoConfig.for_model("scbert")) is scbert.ScBertConfig
+    for auto, ours in (
+        (AutoModel, scbert.ScBertModel),
+        (AutoModelForMaskedLM, scbert.ScBertForMaskedExpression),
+        (AutoModelForSequenceClassification, scbert.ScBertForCellClassification),
+    ):
+        assert type(auto.from_config(tiny_config)) is ours
+    assert TOKENIZER_MAPPING[scbert.ScBertConfig] is scbert.ScBertTokenizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", FIRST_IMPORTS)
+def test_in_every_order_of_imports(order, tiny_config, tmp_path):
+    tiny_config.save_pretrained(tmp_path)
+    script = FIRST_IMPORTS[order] + LOAD.format(folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names():
+    assert set(scbert.__all__) <= set(dir(scbert))
+    for name in scbert.__all__:
+        assert getattr(scbert, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = scbert.no_such_name
