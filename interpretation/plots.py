@@ -132,11 +132,15 @@ def _swarm(values: np.ndarray, n_bins: int = 100, width: float = 0.4) -> np.ndar
     )
     order = np.argsort(bins, kind="stable")
     starts = np.r_[0, np.flatnonzero(np.diff(bins[order])) + 1]
-    place = np.arange(len(values)) - np.repeat(starts, np.diff(np.r_[starts, len(values)]))
+    sizes = np.diff(np.r_[starts, len(values)])
+    place = np.arange(len(values)) - np.repeat(starts, sizes)
     # 0, 1, -1, 2, -2, ... from the middle outwards.
+    steps = (place + 1) // 2 * np.where(place % 2 == 1, 1, -1)
+    # a bin's height grows with the root of its cells: the pile of silent cells must not flatten the others.
+    heights = width * np.sqrt(sizes / sizes.max()) / np.maximum(sizes // 2, 1)
     offsets = np.empty(len(values))
-    offsets[order] = (place + 1) // 2 * np.where(place % 2 == 1, 1, -1)
-    return offsets / max(np.abs(offsets).max(), 1.0) * width
+    offsets[order] = steps * np.repeat(heights, sizes)
+    return offsets
 
 
 def plot_top_genes(
