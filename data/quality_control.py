@@ -1,0 +1,147 @@
+"""Which cells and genes are good enough to learn from."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..tokenization import InputError
+from ..tokenization.expression_scbert import as_csr
+from .read import CHUNK_SIZE, matrix_rows
+
+MITOCHONDRIAL = "MT-"
+
+
+@dataclass
+class CellQuality:
+    """Measures of every cell, [cells] each; made by `measure_cells`.
+
+    Attributes
+    ----------
+    n_genes : numpy.ndarray of int
+        Expressed genes.
+    total : numpy.ndarray of float
+        Sum of the values.
+    mito_fraction : numpy.ndarray of float, or None
+        Share of the sum in mitochondrial genes (``MT-...``); None if there are none.
+    cells_per_gene : numpy.ndarray of int, [genes]
+        Cells expressing each gene.
+    """
+
+    n_genes: np.ndarray
+    total: np.ndarray
+    mito_fraction: np.ndarray | None
+    cells_per_gene: np.ndarray
+
+
+def measure_cells(adata, layer=None, chunk_size=CHUNK_SIZE):
+    """Count expressed genes, sums and mitochondrial shares, in chunks of cells.
+
+    Parameters
+    ----------
+    adata : anndata.AnnData
+        In memory or backed.
+    layer : str, optional
+
+    Returns
+    -------
+    CellQuality
+    """
+    matrix, names = matrix_rows(adata, layer)
+    mito = np.array([name.startswith(MITOCHONDRIAL) for name in names])
+    n_genes, total, mito_total, per_gene = [], [], [], np.zeros(matrix.shape[1], dtype=np.int64)
+    for start in range(0, matrix.shape[0], chunk_size):
+        chunk = as_csr(matrix[start : start + chunk_size])
+        n_genes.append(np.diff(chunk.indptr))
+        total.append(np.asarray(chunk.sum(1, dtype=np.float64)).ravel())
+        mito_total.append(np.asarray(chunk[:, mito].sum(1, dtype=np.float64)).ravel())
+        per_gene += np.bincount(chunk.indices, minlength=matrix.shape[1])
+    total = np.concatenate(total)
+    share = np.divide(np.concatenate(mito_total), total, out=np.zeros_like(total), where=total > 0)
+    return CellQuality(np.concatenate(n_genes), total, share if mito.any() else None, per_gene)
+
+
+def choose_cells(
+    adata, min_genes=200, max_mito_fraction=None, doublet_key=None, max_doublet_score=0.5, layer=None
+):
+    """Cells worth learning from, and how many each rule leaves out.
+
+    Parameters
+    ----------
+    adata : anndata.AnnData
+    min_genes : int
+        Least number of expressed genes.
+    max_mito_fraction : float, optional
+        Greatest share of mitochondrial counts; not looked at if left out.
+    doublet_key : str, optional
+        Column of `obs` with a doublet score, or a doublet call (true, or the word "doublet").
+    max_doublet_score : float
+        Greatest score.
+    layer : str, optional
+
+    Returns
+    -------
+    keep : numpy.ndarray of bool [cells]
+    report : dict of str to int
+        ``few_genes``, ``mitochondrial``, ``doublets``: cells left out, each counted at the first rule that
+        meets it; ``kept``.
+
+    Raises
+    ------
+    InputError
+        If a rule needs what the data do not hold.
+
+    Examples
+    --------
+    >>> import anndata
+    >>> keep, report = choose_cells(anndata.AnnData(np.eye(3, dtype="float32")), min_genes=1)
+    >>> report
+    {'few_genes': 0, 'mitochondrial': 0, 'doublets': 0, 'kept': 3}
+    """
+    quality = measure_cells(adata, layer)
+    rules = {
+        "few_genes": quality.n_genes < min_genes,
+        "mitochondrial": _above_mito(quality, max_mito_fraction),
+        "doublets": _is_doublet(adata.obs, doublet_key, max_doublet_score),
+    }
+    keep, report = np.ones(adata.n_obs, dtype=bool), {}
+    for name, bad in rules.items():
+        report[name] = int((keep & bad).sum())
+        keep &= ~bad
+    report["kept"] = int(keep.sum())
+    return keep, report
+
+
+def choose_genes(adata, min_cells=3, layer=None):
+    """Genes expressed in at least `min_cells` cells, as a bool array [genes]."""
+    return measure_cells(adata, layer).cells_per_gene >= min_cells
+
+
+def _above_mito(quality, maximum):
+    if maximum is None:
+        return np.zeros(len(quality.total), dtype=bool)
+    if not 0 <= maximum <= 1:
+        raise InputError(f"The greatest mitochondrial share must be from 0 to 1; found {maximum}.")
+    if quality.mito_fraction is None:
+        raise InputError(
+            f"There are no mitochondrial genes (names that begin with {MITOCHONDRIAL}), so their share cannot "
+            f"be limited; leave that rule out."
+        )
+    return quality.mito_fraction > maximum
+
+
+def _is_doublet(obs, key, maximum):
+    if key is None:
+        return np.zeros(len(obs), dtype=bool)
+    if key not in obs:
+        raise InputError(f"There is no column {key!r} in obs; it has: {', '.join(map(str, obs.columns))}.")
+    column = obs[key]
+    if column.dtype.kind == "f":
+        # a cell that was never scored is no doublet
+        return (column > maximum).to_numpy()
+    words = column.astype(str).str.strip().str.lower()
+    if not set(words) <= {"true", "false", "doublet", "singlet", "1", "0", "nan", "none", ""}:
+        raise InputError(
+            f"The column {key!r} is neither a score nor a doublet call (true/false, doublet/singlet); it holds "
+            f"for example {column.iloc[0]!r}."
+        )
+    return words.isin(["true", "doublet", "1"]).to_numpy()
