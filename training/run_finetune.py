@@ -181,8 +181,9 @@ def train(
 
 def save(folder: Path, trainer: CellTrainer, data: FinetuneData, summary: dict[str, Any]) -> None:
     """Write weights, config, code, tokenizer and figures; take away what only training needed."""
-    trainer.model.save_pretrained(folder)
-    data.tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        trainer.model.save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
     write_summary(folder, summary)
     shutil.rmtree(trainer.args.output_dir)
     (folder / RECORD).unlink()

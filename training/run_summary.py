@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from ..data.cell_dataset import CellDataset
 from ..evaluation.baselines import LogisticRegressionBaseline
+from ..evaluation.calibration import fit_temperature
 from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..evaluation.requirements import require
 from .finetune_data import FinetuneData
@@ -19,12 +20,14 @@ from .finetune_data import FinetuneData
 VERSIONS = ("scbert-transformers", "torch", "transformers", "accelerate", "anndata", "numpy", "scipy")
 # the control is a yardstick, not the job: past this many training cells it learns from a random part
 MAX_CONTROL_CELLS = 10_000
+MIN_CELLS_FOR_TEMPERATURE = 50
+TEMPERATURES = (0.2, 10.0)
 CONTROL_GRID = (0.01, 0.1, 1.0)
 
 
 def score_splits(trainer: Trainer, data: FinetuneData) -> dict[str, dict[str, Any]]:
     """
-    Scores of the best weights on validation and, once, on test.
+    Scores of the best weights on validation and, once, on test; fits the temperature on validation.
 
     Returns
     -------
@@ -35,9 +38,34 @@ def score_splits(trainer: Trainer, data: FinetuneData) -> dict[str, dict[str, An
     for name in ("validation", "test"):
         part = data.splits[name]
         if len(part):
-            prediction = trainer.predict(CellDataset(part.bins, part.targets))
-            scores[name] = _scores(part.targets, prediction.predictions.argmax(axis=-1), data.classes)
+            logits = trainer.predict(CellDataset(part.bins, part.targets)).predictions
+            scores[name] = _scores(part.targets, logits.argmax(axis=-1), data.classes)
+            if name == "validation":
+                trainer.model.config.classifier_temperature = temperature_of(logits, part.targets)
     return scores
+
+
+def temperature_of(logits: np.ndarray, targets: np.ndarray) -> float:
+    """
+    What to divide logits by for honest confidences; 1 where the validation cells are too few or too easy to tell.
+
+    Parameters
+    ----------
+    logits
+        Of validation cells, [cells, classes].
+    targets
+        Their classes, [cells].
+
+    Examples
+    --------
+    >>> temperature_of(np.array([[4.0, 0.0]] * 80), np.array([0] * 60 + [1] * 20)) > 3
+    True
+    """
+    if len(targets) < MIN_CELLS_FOR_TEMPERATURE:
+        return 1.0
+    low, high = TEMPERATURES
+    temperature = fit_temperature(logits, targets, TEMPERATURES)
+    return temperature if low * 1.01 < temperature < high / 1.01 else 1.0
 
 
 def _scores(targets: np.ndarray, predicted: np.ndarray, classes: list[str]) -> dict[str, Any]:
@@ -131,6 +159,7 @@ def summarise(
         "data": data.report,
         "model": {
             "parameters": sum(p.numel() for p in parameters),
+            "temperature": trainer.model.config.classifier_temperature,
             "trained": sum(p.numel() for p in parameters if p.requires_grad),
         },
         "training": {
@@ -145,7 +174,7 @@ def summarise(
         "control": control,
         "seconds": seconds,
         "settings": settings,
-        "versions": _versions(),
+        "versions": versions(),
         "notes": notes,
     }
 
@@ -162,7 +191,8 @@ def _history(log: list[dict[str, float]]) -> list[dict[str, float]]:
     return [rows[epoch] for epoch in sorted(rows)]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
     found = {"python": platform.python_version()}
     for package in VERSIONS:
         try:

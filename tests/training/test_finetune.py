@@ -1,0 +1,281 @@
+"""Fine-tuning through the function: what is written, learnt, scored and resumed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
+from scbert.inference import annotate
+from scbert.tokenization import InputError
+from scbert.training import finetune_trainer
+from scbert.training.finetune_arguments import RECIPES, build_arguments, load_recipe, merge_settings
+from scbert.training.pretrained import new_model
+from scbert.training.run_finetune import finetune
+
+MODEL_FILES = ["config.json", "model.safetensors", "gene_panel.txt", "tokenizer_config.json"]
+FIGURES = ["metrics.json", "confusion.png", "learning_curve.png"]
+
+
+@pytest.fixture
+def tune(reference, tiny_recipe, tmp_path):
+    """Fine-tune the tiny recipe; returns the summary and the model folder."""
+
+    def run(name="model", **options):
+        options = {"reference": reference, "label_key": "cell_type", "recipe": tiny_recipe, "seed": 1, **options}
+        return finetune(output=tmp_path / name, **options), tmp_path / name
+
+    return run
+
+
+def weights_of(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+
+
+def assert_equal_weights(first, second, **tolerance):
+    first, second = weights_of(first), weights_of(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], msg=name, **tolerance)
+
+
+EXACT = {"rtol": 0, "atol": 0}
+
+
+def test_the_folder_is_complete_and_learns(tune):
+    _, folder = tune(num_train_epochs=10)
+    for name in MODEL_FILES + FIGURES:
+        assert (folder / name).is_file()
+    assert not folder.with_name("model.partial").exists()
+    assert not (folder / "checkpoints").exists()
+    written = json.loads((folder / "metrics.json").read_text())
+    assert written["cells"] == {"train": 84, "validation": 12, "test": 24}
+    assert written["test_macro_f1"] == written["test"]["macro_f1"] > 0.9
+    assert written["control"]["test"]["cells"] == 24
+    assert written["settings"]["seed"] == 1
+    assert written["data"]["genes"]["matched"] == written["data"]["genes"]["panel"]
+    config = json.loads((folder / "config.json").read_text())
+    assert sorted(config["id2label"].values()) == ["B cell", "T cell", "monocyte"]
+
+
+def test_annotating_the_test_cells_gives_the_score_written(tune, adata, tmp_path):
+    adata.obs["split"] = ["train"] * 80 + ["test"] * 40
+    adata.write_h5ad(tmp_path / "split.h5ad")
+    summary, folder = tune(reference=tmp_path / "split.h5ad", test_key="split")
+    annotated = annotate(adata[80:].copy(), model=folder, threshold=0, progress=False)
+    right = annotated.obs["scbert_cell_type"].astype(str) == annotated.obs["cell_type"].astype(str)
+    assert right.mean() == pytest.approx(summary["test_accuracy"])
+
+
+def test_the_test_split_is_read_once_and_after_training(tune, monkeypatch):
+    sizes = []
+    predict, evaluate = finetune_trainer.CellTrainer.predict, finetune_trainer.CellTrainer.evaluate
+
+    def count(self, dataset, *args, **kwargs):
+        sizes.append(("predict", len(dataset)))
+        return predict(self, dataset, *args, **kwargs)
+
+    def count_evaluate(self, *args, **kwargs):
+        sizes.append(("evaluate", len(self.eval_dataset)))
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(finetune_trainer.CellTrainer, "predict", count)
+    monkeypatch.setattr(finetune_trainer.CellTrainer, "evaluate", count_evaluate)
+    tune()
+    assert sizes == [("evaluate", 12)] * 3 + [("predict", 12), ("predict", 24)]
+
+
+def test_equal_seeds_give_equal_weights(tune):
+    _, first = tune("first")
+    _, second = tune("second")
+    _, third = tune("third", seed=2)
+    assert_equal_weights(first, second, **EXACT)
+    with pytest.raises(AssertionError):
+        assert_equal_weights(first, third, **EXACT)
+
+
+@pytest.mark.parametrize("balance", ["weights", "none"])
+def test_accumulation_does_not_change_the_result(tune, balance):
+    shared = {"class_balance": balance, "num_train_epochs": 1}
+    _, whole = tune("whole", per_device_train_batch_size=16, **shared)
+    _, parts = tune("parts", per_device_train_batch_size=4, gradient_accumulation_steps=4, **shared)
+    assert_equal_weights(whole, parts, rtol=0, atol=1e-4)
+
+
+def test_oversampling_runs(tune):
+    summary, _ = tune(class_balance="oversample", num_train_epochs=10)
+    assert summary["test_macro_f1"] > 0.8
+
+
+def test_the_best_epoch_is_kept(tune):
+    summary, _ = tune(num_train_epochs=6, early_stopping_patience=2, learning_rate=0.03)
+    history = [row["macro_f1"] for row in summary["training"]["history"]]
+    assert summary["validation"]["macro_f1"] == pytest.approx(max(history))
+    assert summary["training"]["best_epoch"] == 1 + int(np.argmax(history))
+    assert len(history) <= summary["training"]["best_epoch"] + 2
+
+
+class Killed(BaseException):
+    """As sudden as a signal."""
+
+
+@pytest.mark.parametrize("balance", ["none", "oversample"])
+def test_resumed_is_the_same_as_never_stopped(tune, tmp_path, monkeypatch, balance):
+    options = {"num_train_epochs": 4, "class_balance": balance}
+    summary, whole = tune("whole", **options)
+    mark = finetune_trainer.CompleteCheckpoints.on_save
+
+    def die_while_saving(self, args, state, control, **kwargs):
+        # the third checkpoint lacks its mark, as when the process is killed in the middle of it
+        if state.global_step > summary["training"]["steps"] / 2:
+            raise Killed
+        mark(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(finetune_trainer.CompleteCheckpoints, "on_save", die_while_saving)
+        tune("stopped", **options)
+    assert not (tmp_path / "stopped").exists()
+    assert (tmp_path / "stopped.partial" / "checkpoints").is_dir()
+    resumed, stopped = tune("stopped", resume=True, **options)
+    assert not (tmp_path / "stopped.partial").exists()
+    assert_equal_weights(whole, stopped, **EXACT)
+    assert resumed["test"] == summary["test"]
+    assert resumed["training"]["history"] == summary["training"]["history"]
+
+
+def test_resume_refuses_another_run(tune, monkeypatch):
+    def die(self, *args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(finetune_trainer.CompleteCheckpoints, "on_save", die)
+        tune()
+    with pytest.raises(InputError, match="other settings \\(learning_rate"):
+        tune(resume=True, learning_rate=0.5)
+    # the same command without --resume begins anew
+    _, folder = tune(num_train_epochs=1)
+    assert folder.is_dir()
+
+
+def test_given_splits_are_kept_to(tune, adata, tmp_path):
+    words = np.array(["train"] * 80 + ["Test"] * 30 + ["other"] * 10, dtype=object)
+    words[110:] = None
+    adata.obs["fold"] = words
+    adata.write_h5ad(tmp_path / "folds.h5ad")
+    summary, _ = tune(reference=tmp_path / "folds.h5ad", test_key="fold")
+    assert summary["cells"]["test"] == 30
+    assert summary["cells"]["train"] + summary["cells"]["validation"] == 80
+    adata.obs["fold"] = ["train"] * 60 + ["fold 2"] * 60
+    adata.write_h5ad(tmp_path / "folds.h5ad")
+    with pytest.raises(InputError, match="train, test or .* fold 2"):
+        tune(reference=tmp_path / "folds.h5ad", test_key="fold", overwrite=True)
+
+
+def test_a_test_file_of_its_own(tune, adata, tmp_path):
+    test = adata[:40].copy()
+    test.obs["cell_type"] = test.obs["cell_type"].astype(str).replace("B cell", "plasma cell")
+    test.write_h5ad(tmp_path / "test.h5ad")
+    summary, _ = tune(test=tmp_path / "test.h5ad")
+    assert summary["data"]["test_classes_unknown"] == ["plasma cell"]
+    assert summary["cells"]["test"] == summary["test"]["cells"] == 26
+
+
+def test_poor_cells_are_left_out_of_training_only(tune, adata, tmp_path):
+    poor = adata.X.tolil()
+    poor[:30, 50:] = 0
+    adata.X = poor.tocsr()
+    adata.write_h5ad(tmp_path / "poor.h5ad")
+    summary, _ = tune(reference=tmp_path / "poor.h5ad", min_genes=60)
+    left_out = summary["data"]["min_genes"]["left_out"]
+    assert 0 < left_out <= 30
+    assert summary["cells"]["train"] == 84 - left_out
+    assert summary["cells"]["test"] == 24
+    with pytest.raises(InputError, match="fewer than 5000 genes"):
+        tune(reference=tmp_path / "poor.h5ad", min_genes=5000, overwrite=True)
+
+
+def test_a_panel_file(tune, gene_panel, tmp_path):
+    (tmp_path / "panel.txt").write_text("\n".join([*gene_panel[:100], "ABSENT1", "ABSENT2"]))
+    summary, folder = tune(genes=tmp_path / "panel.txt")
+    assert summary["data"]["genes"]["panel"] == 102
+    assert summary["data"]["genes"]["absent"] == 2
+    assert len((folder / "gene_panel.txt").read_text().split()) == 102
+
+
+def test_bfloat16_and_every_gene(tune):
+    summary, folder = tune(bf16=True, tokenizer={"keep_zeros": True})
+    assert weights_of(folder)["classifier.out_proj.weight"].dtype == torch.float32
+    losses = [row["train_loss"] for row in summary["training"]["history"]]
+    assert losses[-1] < losses[0]
+
+
+def test_divergence_is_said(tune):
+    with pytest.raises(InputError, match="diverged"):
+        tune(learning_rate=1e30, max_grad_norm=0)
+
+
+@pytest.fixture
+def base(gene_panel, tmp_path):
+    """A pretrained model of three blocks."""
+    torch.manual_seed(0)
+    tokenizer = ScBertTokenizer(gene_panel=gene_panel, n_bins=5)
+    config = ScBertConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        head_dim=8,
+        intermediate_size=16,
+        num_random_features=16,
+        classifier_hidden_sizes=[8],
+        max_position_embeddings=len(gene_panel) + 1,
+    )
+    folder = tmp_path / "base"
+    ScBertForMaskedExpression(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def changed_parts(base, folder):
+    """Modules of the encoder whose weights differ from the base's."""
+    before = ScBertForMaskedExpression.from_pretrained(base).state_dict()
+    after = weights_of(folder)
+    changed = {name for name in after if name in before and not torch.equal(before[name], after[name])}
+    return {".".join(name.split(".")[1:3]) for name in changed}
+
+
+def test_a_base_is_frozen_as_in_the_original(tune, base):
+    summary, folder = tune(base=base)
+    assert changed_parts(base, folder) == {"layers.1", "final_norm.weight", "final_norm.bias"}
+    assert summary["model"]["trained"] < summary["model"]["parameters"]
+
+
+def test_a_base_can_be_trained_wholly(tune, base):
+    _, folder = tune(base=base, train_all=True)
+    parts = changed_parts(base, folder)
+    assert {"layers.0", "layers.1", "layers.2", "embeddings.expression_embeddings"} <= parts
+    # the gene table is a buffer
+    assert "embeddings.gene_embeddings" not in parts
+
+
+def test_a_fine_tuned_model_can_be_a_base(tune):
+    _, first = tune("first")
+    summary, _ = tune("second", base=first, label_key="donor", num_train_epochs=1)
+    assert summary["classes"] == ["donor_1", "donor_2", "donor_3", "donor_4"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.json")))
+def test_shipped_recipes_work(name, gene_panel, tmp_path):
+    given = {"reference": "r.h5ad", "label_key": "k", "output": str(tmp_path / "o"), "recipe": name}
+    settings = merge_settings(given)
+    _, model, training = build_arguments(settings)
+    tokenizer = ScBertTokenizer(gene_panel=gene_panel, **model.tokenizer)
+    network = new_model(model.model, tokenizer, ["a", "b"], training.seed)
+    assert network.config.vocab_size == tokenizer.vocab_size
+
+
+def test_the_paper_recipe_is_the_paper():
+    recipe = load_recipe("scbert")
+    assert recipe["model"] == recipe["tokenizer"] == {}
+    assert (recipe["learning_rate"], recipe["early_stopping_patience"]) == (1e-4, 10)
