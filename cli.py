@@ -256,6 +256,65 @@ def convert(
 
 
 @app.command()
+def pretrain(
+    corpus: Annotated[
+        Path, typer.Argument(metavar="CORPUS", help="Cells, or a folder of files.", show_default=False)
+    ],
+    output: OutputFolder,
+    recipe: Recipe = None,
+    base: Annotated[Path | None, typer.Option(metavar="DIR", help="Model to go on from.")] = None,
+    genes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Gene panel (the expressed genes without it).")
+    ] = None,
+    gene_vectors: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Gene vectors, from gene2vec.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(min=0, help="Passes over the cells.", show_default=False)
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps in place of epochs.", show_default=False)
+    ] = None,
+    batch_size: BatchSize = None,
+    layer: Layer = None,
+    input: Input = InputKind.auto,
+    min_genes: Annotated[
+        int | None, typer.Option(min=0, help="Expressed genes a cell needs.", show_default=False)
+    ] = None,
+    seed: Seed = None,
+    force: Force = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Teach a model to predict hidden expression, without labels."""
+    for path in (corpus, base, genes, gene_vectors):
+        path and existing(path)
+    from .training.run_pretrain import pretrain as job
+
+    run(
+        job,
+        corpus,
+        output,
+        recipe=recipe,
+        base=base,
+        genes=genes,
+        gene_vectors=gene_vectors,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        layer=layer,
+        input=input.value,
+        min_genes=min_genes,
+        seed=seed,
+        force=force,
+        resume=resume,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
 def gene2vec(
     output: Annotated[
         Path, typer.Option(metavar="FILE", help="Gene vectors to write: .txt, .gz, .npy.", show_default=False)
@@ -265,7 +324,9 @@ def gene2vec(
     ] = None,
     import_file: Annotated[
         Path | None,
-        typer.Option("--import", metavar="FILE", help="Vectors to bring in: text or .npy.", show_default=False),
+        typer.Option(
+            "--import", metavar="FILE", help="Vectors to bring in: text or .npy.", show_default=False
+        ),
     ] = None,
     genes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Genes to keep to (of an .npy: its genes).")

@@ -1,15 +1,12 @@
 """The job behind `scbert convert`: an original checkpoint and its gene panel in, a model folder out."""
 
 import shutil
-from pathlib import Path
-
-import anndata
-import h5py
 
 from ..data.output import check_output_folder, partial_folder
+from ..data.read import read_gene_names
 from ..modeling_scbert.convert_checkpoint import CheckpointError, convert_checkpoint
-from ..tokenization import InputError, ScBertTokenizer, read_gene_panel
-from ..tokenization.genes_scbert import check_gene_panel, open_text
+from ..tokenization import InputError, ScBertTokenizer
+from ..tokenization.genes_scbert import open_text
 
 
 def convert(checkpoint, genes, output, labels=None, overwrite: bool = False) -> dict:
@@ -44,7 +41,7 @@ def convert(checkpoint, genes, output, labels=None, overwrite: bool = False) -> 
     >>> convert("panglao_pretrain.pth", "panglao_genes.txt", "scbert-panglao")  # doctest: +SKIP
     """
     check_output_folder(output, overwrite)
-    panel = read_panel(genes)
+    panel = read_gene_names(genes)
     names = None if labels is None else read_labels(labels)
     try:
         model = convert_checkpoint(checkpoint, num_genes=len(panel), labels=names)
@@ -74,27 +71,6 @@ def save_model_folder(model, tokenizer, output, overwrite: bool = False) -> None
             # there is nothing to resume here, unlike in training
             shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-def read_panel(path) -> list[str]:
-    """A gene panel from text (see `read_gene_panel`) or the `var_names` of an `.h5ad`.
-
-    Raises
-    ------
-    InputError
-        If the file is of another kind, or names a gene twice or none.
-    """
-    if Path(path).suffix.lower() not in (".h5ad", ".h5"):
-        return read_gene_panel(path)
-    try:
-        with h5py.File(path, "r") as file:
-            panel = [str(name) for name in anndata.io.read_elem(file["var"]).index]
-    except (KeyError, OSError) as error:
-        if not Path(path).exists():
-            raise
-        raise InputError(f"{path} is not a readable .h5ad with genes in var ({error}).") from error
-    check_gene_panel(panel, path)
-    return panel
 
 
 def read_labels(path) -> list[str]:

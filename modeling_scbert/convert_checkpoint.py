@@ -100,7 +100,9 @@ def read_checkpoint(path) -> dict:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is not None:
-            raise CheckpointError(f"{path} is damaged (its part {broken} fails the checksum); fetch it again.")
+            raise CheckpointError(
+                f"{path} is damaged (its part {broken} fails the checksum); fetch it again."
+            )
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
@@ -110,7 +112,9 @@ def read_checkpoint(path) -> dict:
             "torch.save({'model_state_dict': checkpoint['model_state_dict']}, 'clean.pth')."
         ) from error
     except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} cannot be read as a torch checkpoint ({_first_line(error)}).") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a torch checkpoint ({_first_line(error)})."
+        ) from error
 
 
 def original_state(checkpoint) -> dict[str, torch.Tensor]:
@@ -123,7 +127,9 @@ def original_state(checkpoint) -> dict[str, torch.Tensor]:
     """
     state = checkpoint.get("model_state_dict", checkpoint) if isinstance(checkpoint, dict) else None
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError("The checkpoint has no model_state_dict of tensors; an original scBERT one does.")
+        raise CheckpointError(
+            "The checkpoint has no model_state_dict of tensors; an original scBERT one does."
+        )
     state = {name.removeprefix("module."): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not name.endswith(COUNTER)}
     unknown = [name for name in state if new_name(name) is None]
@@ -207,7 +213,9 @@ def config_of(state: dict[str, torch.Tensor], labels=None) -> ScBertConfig:
     num_random_features, head_dim = _shape(state, f"{first}.0.fn.fast_attention.projection_matrix", 2)
     inner_size, _ = _shape(state, f"{first}.0.fn.to_q.weight", 2)
     if inner_size % head_dim:
-        raise CheckpointError(f"Queries of width {inner_size} do not split into heads of dimension {head_dim}.")
+        raise CheckpointError(
+            f"Queries of width {inner_size} do not split into heads of dimension {head_dim}."
+        )
     classes = {}
     if is_fine_tuned(state):
         num_labels = _shape(state, "to_out.fc3.weight", 2)[0]
@@ -239,7 +247,9 @@ def label_names(labels, num_labels: int) -> list[str]:
         return [f"LABEL_{index}" for index in range(num_labels)]
     labels = list(labels)
     if len(labels) != num_labels:
-        raise CheckpointError(f"{len(labels)} labels are given and the checkpoint tells {num_labels} classes apart.")
+        raise CheckpointError(
+            f"{len(labels)} labels are given and the checkpoint tells {num_labels} classes apart."
+        )
     if len(set(labels)) < num_labels:
         raise CheckpointError("A label stands twice among the labels; every class needs a name of its own.")
     return labels
@@ -273,7 +283,9 @@ def load_exactly(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None
 def _shape(state: dict[str, torch.Tensor], name: str, dimensions: int) -> tuple[int, ...]:
     if name not in state or state[name].dim() != dimensions:
         found = f"has shape {list(state[name].shape)}" if name in state else "is missing"
-        raise CheckpointError(f"{name} {found} in the checkpoint; an original scBERT one holds it as a matrix.")
+        raise CheckpointError(
+            f"{name} {found} in the checkpoint; an original scBERT one holds it as a matrix."
+        )
     return tuple(state[name].shape)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..modeling_scbert import ScBertConfig, ScBertForCellClassification
+from ..modeling_scbert import ScBertConfig, ScBertForCellClassification, ScBertForMaskedExpression
 from ..tokenization import InputError, ScBertTokenizer
 
 # fields of the head, which is new: a recipe may set them over what the base says
@@ -103,13 +103,25 @@ def load_base(folder: str | Path, labels: list[str], changes: dict[str, Any]) ->
     InputError
         If weights are missing, damaged or of another shape: transformers would fill them at random.
     """
-    check_model_folder(folder)
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     head = {name: value for name, value in changes.items() if name in HEAD_FIELDS}
+    return _load(ScBertForCellClassification, folder, "classifier.", **names, **head)
+
+
+def load_masked_model(folder: str | Path) -> PreTrainedModel:
+    """A model of any head to go on pretraining; without the head of masked expression it gets a new one."""
+    return _load(ScBertForMaskedExpression, folder, "decoder.")
+
+
+def _load(
+    model_class: type[PreTrainedModel], folder: str | Path, head: str, **fields: Any
+) -> PreTrainedModel:
+    """Load all weights of the encoder; those named `head...` may be missing, and are then new."""
+    check_model_folder(folder)
     with quiet_transformers():
         try:
-            config = ScBertConfig.from_pretrained(str(folder), **names, **head)
-            model, info = ScBertForCellClassification.from_pretrained(
+            config = ScBertConfig.from_pretrained(str(folder), **fields)
+            model, info = model_class.from_pretrained(
                 str(folder),
                 config=config,
                 dtype=torch.float32,
@@ -119,12 +131,12 @@ def load_base(folder: str | Path, labels: list[str], changes: dict[str, Any]) ->
         # safetensors and torch raise types of their own for a damaged file
         except Exception as error:
             raise InputError(f"The model folder {folder} cannot be loaded: {error}") from error
-    wrong = [name for name in info["missing_keys"] if not name.startswith("classifier.")]
-    wrong += [item[0] for item in info["mismatched_keys"] if not item[0].startswith("classifier.")]
+    wrong = [name for name in info["missing_keys"] if not name.startswith(head)]
+    wrong += [item[0] for item in info["mismatched_keys"] if not item[0].startswith(head)]
     if wrong or info["error_msgs"]:
         raise InputError(
-            f"{len(wrong)} weight(s) of the model folder {folder} are missing or of another shape than its "
-            f"config says (first: {', '.join(sorted(wrong)[:3])}). It is damaged or incomplete: get it anew."
+            f"{len(wrong)} weight(s) of the model folder {folder} are missing or of another shape than its config "
+            f"says (first: {', '.join(sorted(wrong)[:3])}). It is damaged or incomplete: get it anew."
         )
     return model
 
@@ -146,21 +158,36 @@ def new_model(
     seed
         Of the random features, unless `fields` has one; weights follow torch's own generator.
     """
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    return ScBertForCellClassification(new_config(fields, tokenizer, seed, **names))
+
+
+def new_masked_model(fields: dict[str, Any], tokenizer: ScBertTokenizer, seed: int) -> PreTrainedModel:
+    """Like `new_model`, with the head of masked expression modelling."""
+    return ScBertForMaskedExpression(new_config(fields, tokenizer, seed))
+
+
+def new_config(fields: dict[str, Any], tokenizer: ScBertTokenizer, seed: int, **more: Any) -> ScBertConfig:
+    """
+    The configuration of a recipe's fields, with sizes that the tokenizer decides.
+
+    Raises
+    ------
+    InputError
+        If a field is unknown or its value cannot be.
+    """
     modalities = tokenizer.feature_modalities
-    fields = {"seed": seed, **fields} | {
+    unknown = sorted(set(fields) - set(ScBertConfig().to_dict()))
+    if unknown:
+        raise InputError(f"The recipe's model has the unknown field(s) {', '.join(unknown)}.")
+    sizes = {
         "vocab_size": tokenizer.vocab_size,
         "mask_token_id": tokenizer.mask_token_id,
         "max_position_embeddings": len(tokenizer.gene_panel) + 1,
         "num_modalities": 1 if modalities is None else int(max(modalities)) + 1,
-        "id2label": dict(enumerate(labels)),
-        "label2id": {name: i for i, name in enumerate(labels)},
     }
-    unknown = sorted(set(fields) - set(ScBertConfig().to_dict()) - {"id2label", "label2id"})
-    if unknown:
-        raise InputError(f"The recipe's model has the unknown field(s) {', '.join(unknown)}.")
     try:
-        config = ScBertConfig(**fields)
+        return ScBertConfig(**{"seed": seed, **fields, **sizes, **more})
     # @strict raises types of huggingface_hub's own, all of them about values
     except Exception as error:
         raise InputError(f"The recipe's model cannot be built: {error}") from error
-    return ScBertForCellClassification(config)

@@ -179,7 +179,12 @@ def _import_vectors(source, output: Path, genes) -> dict:
 
 
 def _summary(output: Path, pairs: GenePairs | None, vectors, **more) -> dict:
-    summary = {"output": str(output), "genes": len(vectors.genes), "size": int(vectors.matrix.shape[1]), **more}
+    summary = {
+        "output": str(output),
+        "genes": len(vectors.genes),
+        "size": int(vectors.matrix.shape[1]),
+        **more,
+    }
     if pairs is not None:
         summary["pairs"] = len(pairs.pairs)
         summary["pairs_above"] = {str(level): count for level, count in sorted(pairs.pairs_above.items())}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from scbert.inference.convert import convert, read_panel
+from scbert.inference.convert import convert
 from scbert.tokenization import InputError
 
 GENES = [f"GENE{i}" for i in range(23)]
@@ -47,7 +47,9 @@ def leftovers(tmp_path):
     return {path.name for path in tmp_path.iterdir() if path.is_dir()}
 
 
-@pytest.mark.parametrize("labels, auto", [(None, AutoModelForMaskedLM), (3, AutoModelForSequenceClassification)])
+@pytest.mark.parametrize(
+    "labels, auto", [(None, AutoModelForMaskedLM), (3, AutoModelForSequenceClassification)]
+)
 def test_folder_loads_and_reloads_to_the_same_logits(original, genes, tmp_path, labels, auto):
     theirs, path = original(labels)
     summary = convert(path, genes, tmp_path / "model")
@@ -74,15 +76,16 @@ def test_label_file_names_the_classes(original, genes, tmp_path):
     assert summary["labels"] == ["B cell", "CD8+/CD45RA+", "NK"]
 
 
-def test_panels_of_every_kind(tmp_path, genes):
+def test_panels_of_every_kind(original, tmp_path, genes):
+    path = original()[1]
     (tmp_path / "genes.txt.gz").write_bytes(gzip.compress(genes.read_bytes()))
     (tmp_path / "genes.csv").write_text("gene\n" + ",1\n".join(GENES) + ",1\n")
-    anndata.AnnData(np.zeros((1, 23), np.float32), var={"_": range(23)}).write_h5ad(tmp_path / "cells.h5ad")
-    cells = anndata.read_h5ad(tmp_path / "cells.h5ad")
+    cells = anndata.AnnData(np.zeros((1, 23), np.float32))
     cells.var_names = GENES
     cells.write_h5ad(tmp_path / "cells.h5ad")
     for name in ("genes.txt", "genes.txt.gz", "genes.csv", "cells.h5ad"):
-        assert read_panel(tmp_path / name) == GENES
+        convert(path, tmp_path / name, tmp_path / "model", overwrite=True)
+        assert AutoTokenizer.from_pretrained(tmp_path / "model").gene_panel == GENES
 
 
 def test_nothing_is_left_when_it_fails(original, genes, tmp_path, monkeypatch):
@@ -90,8 +93,8 @@ def test_nothing_is_left_when_it_fails(original, genes, tmp_path, monkeypatch):
     (tmp_path / "few.txt").write_text("A\nB\n")
     with pytest.raises(InputError, match="2 genes"):
         convert(path, tmp_path / "few.txt", tmp_path / "model")
-    (tmp_path / "broken.h5ad").write_bytes(b"no")
-    with pytest.raises(InputError, match="not a readable"):
+    (tmp_path / "broken.h5ad").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    with pytest.raises(InputError, match="broken"):
         convert(path, tmp_path / "broken.h5ad", tmp_path / "model")
     truncated = tmp_path / "truncated.pth"
     truncated.write_bytes(path.read_bytes()[:-100])
@@ -99,7 +102,9 @@ def test_nothing_is_left_when_it_fails(original, genes, tmp_path, monkeypatch):
         convert(truncated, genes, tmp_path / "model")
     from scbert.tokenization import ScBertTokenizer
 
-    monkeypatch.setattr(ScBertTokenizer, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(
+        ScBertTokenizer, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
+    )
     with pytest.raises(OSError):
         convert(path, genes, tmp_path / "model")
     assert not leftovers(tmp_path)

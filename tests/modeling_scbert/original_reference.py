@@ -137,7 +137,9 @@ class OriginalScBert(nn.Module):
         self.pos_emb.emb = nn.Embedding(genes + 1, width)
         self.performer = Performer(width, depth, heads, head_dim, features)
         self.norm = nn.LayerNorm(width)
-        self.to_out = nn.Linear(width, vocab) if labels is None else ConvHead(genes + 1, width, labels, hidden)
+        self.to_out = (
+            nn.Linear(width, vocab) if labels is None else ConvHead(genes + 1, width, labels, hidden)
+        )
         with torch.no_grad():
             self.pos_emb.emb.weight[-1] = 0
 

@@ -53,7 +53,7 @@ def test_a_bare_state_dict_will_do(original_reference, save):
 def test_labels_name_the_classes(original_reference, save):
     path = save(original_reference.original_checkpoint(original_reference.make_original(labels=2)))
     assert convert_checkpoint(path, labels=["B", "T"]).config.label2id == {"B": 0, "T": 1}
-    with pytest.raises(CheckpointError, match="3 labels .* 2 classes"):
+    with pytest.raises(CheckpointError, match=r"3 labels .* 2 classes"):
         convert_checkpoint(path, labels=["B", "T", "NK"])
     with pytest.raises(CheckpointError, match="twice"):
         convert_checkpoint(path, labels=["B", "B"])
@@ -72,7 +72,10 @@ def broken_states(state):
     layer = "performer.net.layers.1"
     yield "not the original", {**state, "extra.weight": torch.zeros(2)}
     yield "lacks 1", {k: v for k, v in state.items() if k != "norm.bias"}
-    yield "w1.weight is missing", {k: v for k, v in state.items() if not k.startswith("performer.net.layers.0.1")}
+    yield (
+        "w1.weight is missing",
+        {k: v for k, v in state.items() if not k.startswith("performer.net.layers.0.1")},
+    )
     yield "shape", {**state, f"{layer}.1.norm.weight": torch.zeros(7)}
     yield "not finite", {**state, "norm.weight": torch.full((20,), torch.nan)}
     yield "heads", {**state, "performer.net.layers.0.0.fn.to_q.weight": torch.zeros(25, 20)}
@@ -90,7 +93,7 @@ def test_other_states_are_refused(original_reference, save, case):
 
 def test_wrong_number_of_genes_and_stray_labels(original_reference, save):
     path = save(original_reference.original_checkpoint(original_reference.make_original()))
-    with pytest.raises(CheckpointError, match="22 genes .* 24 rows; 23 genes are needed"):
+    with pytest.raises(CheckpointError, match=r"22 genes .* 24 rows; 23 genes are needed"):
         convert_checkpoint(path, num_genes=22)
     with pytest.raises(CheckpointError, match="pretrained"):
         convert_checkpoint(path, labels=["A"])

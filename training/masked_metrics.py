@@ -1,0 +1,110 @@
+"""Scores of masked expression modelling, beside a control that knows each gene's habits and no cell."""
+
+import numpy as np
+import torch
+
+
+class GeneControl:
+    """
+    Predicts every gene's commonest bin of the training cells, whatever the cell.
+
+    A gene the training cells never express gets the commonest bin of all genes. Its probabilities (for a
+    cross-entropy) are the gene's shares of bins, after adding the shares of all genes as one pseudo-count.
+
+    Parameters
+    ----------
+    bin_counts
+        [genes, vocab_size], see `count_bins`.
+
+    Examples
+    --------
+    >>> control = GeneControl(np.array([[0, 3, 1], [0, 0, 2], [0, 0, 0]]))
+    >>> control.commonest.tolist()
+    [1, 2, 1]
+    """
+
+    def __init__(self, bin_counts: np.ndarray):
+        overall = bin_counts.sum(axis=0) / max(1, bin_counts.sum())
+        smooth = bin_counts + overall
+        self.commonest = torch.from_numpy(smooth.argmax(axis=1))
+        shares = smooth / np.maximum(smooth.sum(axis=1, keepdims=True), 1e-12)
+        self.log_shares = torch.from_numpy(np.log(np.maximum(shares, 1e-12))).float()
+
+
+class MaskedScores:
+    """
+    Gathers cross-entropy over the tokens asked for, and accuracy over those of them that were hidden.
+
+    A token asked for but left in sight (one in ten) counts in the loss, as in training; accuracy would be
+    flattered by it.
+
+    Parameters
+    ----------
+    control
+        Predicts from the gene alone, on the same tokens.
+    vocab_size
+        Number of expression ids.
+    """
+
+    # rows of `totals`: tokens, loss, control's loss; of `by_bin`: hidden tokens, hits, control's hits
+    def __init__(self, control: GeneControl, vocab_size: int):
+        self.control = control
+        self.totals = torch.zeros(3, dtype=torch.float64)
+        self.by_bin = torch.zeros(3, vocab_size, dtype=torch.float64)
+
+    def add(self, logits: torch.Tensor, batch: dict[str, torch.Tensor], mask_token_id: int) -> None:
+        """
+        Add a batch.
+
+        Parameters
+        ----------
+        logits
+            [labelled tokens, vocab_size], in reading order of the labels.
+        batch
+            ``input_ids`` and ``labels`` [batch, length]; ``gene_ids`` of the same shape, or the panel's order.
+        mask_token_id
+            Tells which tokens were hidden.
+        """
+        batch = {name: value.cpu() for name, value in batch.items()}
+        logits = logits.detach().float().cpu()
+        asked = batch["labels"] != -100
+        genes = batch.get("gene_ids")
+        if genes is None:
+            genes = torch.arange(asked.shape[1]).expand(asked.shape)
+        genes, truth = genes[asked], batch["labels"][asked]
+        hidden = batch["input_ids"][asked] == mask_token_id
+        loss = torch.nn.functional.cross_entropy(logits, truth, reduction="sum")
+        self.totals += torch.tensor(
+            [len(truth), loss.item(), -self.control.log_shares[genes, truth].sum().item()],
+            dtype=torch.float64,
+        )
+        right = (logits.argmax(-1) == truth, self.control.commonest[genes] == truth)
+        for row, weight in enumerate((torch.ones_like(truth), *right)):
+            self.by_bin[row] += torch.bincount(
+                truth[hidden], weights=weight[hidden].double(), minlength=self.by_bin.shape[1]
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """
+        Loss, accuracy and accuracy by true bin, each beside the control's.
+
+        Returns
+        -------
+        dict
+            ``loss``, ``control_loss``, ``masked_accuracy``, ``control_masked_accuracy``, their means over bins
+            (``..._bin_mean``), and ``masked_accuracy_bin_3`` and the like for bins that were asked for.
+        """
+        tokens, loss, control_loss = self.totals.tolist()
+        found = {
+            "loss": loss / max(1.0, tokens),
+            "control_loss": control_loss / max(1.0, tokens),
+            "masked_tokens": int(self.by_bin[0].sum()),
+        }
+        asked = self.by_bin[0] > 0
+        for name, hits in (("masked_accuracy", self.by_bin[1]), ("control_masked_accuracy", self.by_bin[2])):
+            by_bin = hits[asked] / self.by_bin[0][asked]
+            found[name] = (hits.sum() / self.by_bin[0].sum().clamp(min=1)).item()
+            found[f"{name}_bin_mean"] = by_bin.mean().item() if len(by_bin) else 0.0
+            for label, value in zip(asked.nonzero().flatten().tolist(), by_bin.tolist()):
+                found[f"{name}_bin_{label}"] = value
+        return found

@@ -1,0 +1,132 @@
+"""The Trainer of a pretraining run: masks, schedule, scores."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .callbacks import RedrawFeaturesCallback, SetEpochCallback
+from .collators import DataCollatorForMaskedExpression
+from .finetune_trainer import CompleteCheckpoints, ProgressOnStderr, StopOnDivergence
+from .masked_metrics import GeneControl, MaskedScores
+from .numbered_cells import NumberedCells, NumberedSampler
+from .pretrain_arguments import PretrainDataArguments, PretrainTrainingArguments
+from .pretrain_data import PretrainData
+from .schedules import cosine_restarts
+
+
+class MaskedExpressionTrainer(Trainer):
+    """
+    `transformers.Trainer` for masked expression modelling.
+
+    Every visit to a cell is numbered, so that masks and order depend on the seed alone and a resumed run repeats
+    an uninterrupted one. Evaluation gathers scores batch by batch and holds no logits of a whole split.
+
+    Parameters
+    ----------
+    control
+        The yardstick that stands beside every score.
+    """
+
+    def __init__(self, *args: Any, control: GeneControl, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.control = control
+        self.scores: MaskedScores | None = None
+        self.sampler = NumberedSampler(len(self.train_dataset), self.args.data_seed or self.args.seed)
+        self.add_callback(SetEpochCallback(self.sampler))
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        return self.sampler
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The cosine restarts where they are asked for, with an epoch as their unit; else transformers' own."""
+        if self.lr_scheduler is None and self.args.cosine_restarts:
+            per_epoch = len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps
+            self.lr_scheduler = cosine_restarts(
+                optimizer or self.optimizer,
+                self.args.learning_rate,
+                steps_per_unit=max(1, per_epoch),
+                **self.args.cosine_restarts,
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss of a batch; its scores are added up, its logits let go."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if self.scores is not None:
+            self.scores.add(outputs.logits, inputs, self.model.config.mask_token_id)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, **kwargs):
+        """transformers' loop, with the scores of all processes among its metrics."""
+        self.scores = MaskedScores(self.control, self.model.config.vocab_size)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, **kwargs)
+        for name in ("totals", "by_bin"):
+            # as objects: some devices have no float64, and float32 holds no large counts exactly
+            setattr(self.scores, name, torch.stack(gather_object([getattr(self.scores, name)])).sum(dim=0))
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self.scores.metrics().items()})
+        self.scores = None
+        return output
+
+
+class PretrainProgress(ProgressOnStderr):
+    """The bar, with the last validation scores of masked expression modelling."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self.task is not None and metrics and "eval_masked_accuracy" in metrics:
+            text = (
+                f"epoch {state.epoch:.0f}, validation loss {metrics['eval_loss']:.3f}, masked accuracy "
+                f"{metrics['eval_masked_accuracy']:.3f} (control {metrics['eval_control_masked_accuracy']:.3f})"
+            )
+            self.progress.update(self.task, description=text)
+
+
+def build_pretrainer(
+    model: PreTrainedModel,
+    data: PretrainData,
+    data_arguments: PretrainDataArguments,
+    arguments: PretrainTrainingArguments,
+) -> MaskedExpressionTrainer:
+    """
+    Put model, cells and settings together.
+
+    Parameters
+    ----------
+    model
+        `ScBertForMaskedExpression`.
+    data
+        Splits, tokenizer and counts.
+    data_arguments
+        Probabilities of the masks.
+    arguments
+        Settings.
+    """
+    trainer = MaskedExpressionTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=NumberedCells(data.train),
+        # other masks than any training visit of these numbers has; the same at every evaluation
+        eval_dataset=NumberedCells(data.validation),
+        data_collator=DataCollatorForMaskedExpression(
+            data.tokenizer,
+            data_arguments.mlm_probability,
+            data_arguments.replace_probability,
+            seed=arguments.data_seed or arguments.seed,
+        ),
+        callbacks=[
+            RedrawFeaturesCallback(arguments.seed),
+            CompleteCheckpoints(),
+            StopOnDivergence(),
+            PretrainProgress(),
+        ],
+        control=GeneControl(data.bin_counts),
+    )
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    return trainer

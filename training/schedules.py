@@ -1,0 +1,74 @@
+"""Learning-rate schedules that transformers does not have."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def cosine_restart_rate(
+    time: int,
+    first_cycle: int = 15,
+    cycle_growth: float = 2.0,
+    warmup: int = 5,
+    min_rate: float = 1e-6,
+    max_rate: float = 1e-4,
+    decay: float = 0.9,
+) -> float:
+    """
+    Learning rate of cosine annealing with warm-up restarts.
+
+    A cycle climbs linearly from `min_rate` over `warmup` units of time and falls along a cosine to `min_rate`
+    again. The cosine part of every next cycle is `cycle_growth` times as long, and its peak is lower by `decay`.
+
+    Parameters
+    ----------
+    time
+        Units of time since the start (the original scBERT steps once an epoch).
+    first_cycle
+        Length of the first cycle, warm-up included.
+    cycle_growth
+        Growth of the cosine part from cycle to cycle.
+    warmup
+        Length of every warm-up.
+    min_rate, max_rate
+        Lowest rate, and the first cycle's highest.
+    decay
+        Factor on the highest rate from cycle to cycle.
+
+    Examples
+    --------
+    >>> [round(cosine_restart_rate(epoch) * 1e4, 2) for epoch in (0, 5, 14, 15, 20)]
+    [0.01, 1.0, 0.03, 0.01, 0.9]
+    """
+    cycle, length = 0, first_cycle
+    while time >= length:
+        time -= length
+        length = int((length - warmup) * cycle_growth) + warmup
+        cycle += 1
+    span = max_rate * decay**cycle - min_rate
+    if time < warmup:
+        return min_rate + span * time / warmup
+    return min_rate + span * (1 + math.cos(math.pi * (time - warmup) / (length - warmup))) / 2
+
+
+def cosine_restarts(optimizer: Optimizer, max_rate: float, steps_per_unit: int, **shape: float) -> LambdaLR:
+    """
+    `cosine_restart_rate` as a scheduler that is stepped with the optimizer.
+
+    Parameters
+    ----------
+    optimizer
+        Whose learning rates are set; groups keep their ratios.
+    max_rate
+        The first cycle's highest rate.
+    steps_per_unit
+        Optimizer steps per unit of time: those of an epoch, as in the original.
+    **shape
+        Further arguments of `cosine_restart_rate`.
+    """
+
+    def factor(step: int) -> float:
+        return cosine_restart_rate(step // steps_per_unit, max_rate=max_rate, **shape) / max_rate
+
+    return LambdaLR(optimizer, factor)
