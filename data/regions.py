@@ -1,0 +1,202 @@
+"""Genomic regions: coordinates read and checked, genome builds told apart, peaks mapped to other regions by overlap."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from ..tokenization import InputError
+
+# chrom:start-end, or with - or _ all through
+REGION = re.compile(r"([\w.]+?)[:\-_](\d+)[\-_](\d+)")
+# one build under its several names, as UCSC has them
+BUILDS = {
+    "hg38": ("grch38", "hg38"),
+    "hg19": ("grch37", "hg19"),
+    "hs1": ("t2t-chm13", "chm13", "hs1"),
+    "mm10": ("grcm38", "mm10"),
+    "mm39": ("grcm39", "mm39"),
+    "mm9": ("mgscv37", "mm9"),
+}
+
+
+def genome_build(name):
+    """UCSC's name of a genome build, from any of its names and with a release behind it.
+
+    Parameters
+    ----------
+    name : str or None
+        Such as ``"GRCh38"``, ``"GRCh38-2020-A"`` or ``"hg38"``.
+
+    Returns
+    -------
+    str or None
+        The name as it came where the build is not known here.
+
+    Examples
+    --------
+    >>> genome_build("GRCh38-2020-A")
+    'hg38'
+    """
+    if not name:
+        return None
+    known = [
+        build
+        for build, prefixes in BUILDS.items()
+        if str(name).lower().replace("_", "-").startswith(prefixes)
+    ]
+    return known[0] if known else str(name)
+
+
+def parse_regions(names, genome=None):
+    """Coordinates of regions named chrom:start-end (or chrom-start-end, chrom_start_end).
+
+    Parameters
+    ----------
+    names : sequence of str [regions]
+    genome : str, optional
+        Genome build: regions must then start on its chromosomes, where it is one whose lengths are known.
+
+    Returns
+    -------
+    pandas.DataFrame [regions]
+        ``chrom`` (with "chr" in front of 1-22, X, Y and the like), ``start``, ``end``; in the order given.
+
+    Raises
+    ------
+    InputError
+        If a name is no region, ends before it starts, or starts beyond the end of its chromosome.
+
+    Examples
+    --------
+    >>> parse_regions(["chr1:100-200", "X-5-9"])
+      chrom  start  end
+    0  chr1    100  200
+    1  chrX      5    9
+    """
+    matches = [REGION.fullmatch(str(name)) for name in names]
+    bad = [str(name) for name, match in zip(names, matches) if match is None]
+    if bad:
+        raise InputError(
+            f"{len(bad)} of {len(matches)} peaks are not named by their region (first: {', '.join(bad[:3])}); "
+            f"chrom:start-end or chrom-start-end is needed, such as chr1:9963-10665. Rename them (var_names)."
+        )
+    table = pd.DataFrame(
+        {
+            "chrom": [_chromosome(match[1]) for match in matches],
+            "start": np.array([int(match[2]) for match in matches], dtype=np.int64),
+            "end": np.array([int(match[3]) for match in matches], dtype=np.int64),
+        }
+    )
+    _refuse(names, table["start"] >= table["end"], "end before they start")
+    lengths = table["chrom"].map(_chromosome_lengths(genome))
+    # callers let peaks run past the end by a few bases; a peak that starts there is of another build
+    _refuse(
+        names,
+        table["start"] >= lengths,
+        f"lie beyond the end of their chromosome in {genome}: say the genome build the peaks were called on",
+    )
+    return table
+
+
+def _chromosome(name):
+    """1 and chr1 are one; MT is chrM; scaffolds keep their names."""
+    bare = name.removeprefix("chr")
+    if bare == "MT":
+        return "chrM"
+    return f"chr{bare}" if re.fullmatch(r"\d{1,2}|[XYMWZ]", bare) else name
+
+
+def _refuse(names, faulty, what):
+    if faulty.any():
+        first = [str(name) for name, bad in zip(names, faulty) if bad][:3]
+        raise InputError(f"{int(faulty.sum())} of {len(faulty)} peaks (first: {', '.join(first)}) {what}.")
+
+
+def _chromosome_lengths(genome):
+    """Lengths by chromosome, from the tables bioframe carries; empty where it has none."""
+    build = genome_build(genome)
+    if build not in BUILDS:
+        return {}
+    return _bioframe().assembly_info(build).chromsizes.to_dict()
+
+
+def _bioframe():
+    try:
+        import bioframe
+    except ImportError:
+        raise InputError(
+            "Peaks are mapped by the library bioframe, which is not installed: "
+            "pip install 'scbert-transformers[multiomics]'."
+        ) from None
+    return bioframe
+
+
+@dataclass
+class RegionMapping:
+    """Which panel region each peak goes to; made by `map_regions`.
+
+    Attributes
+    ----------
+    matrix : scipy.sparse.csr_matrix [peaks, regions]
+        One 1 in the row of a mapped peak, none in that of another.
+    """
+
+    matrix: sp.csr_matrix
+
+    @property
+    def n_mapped(self):
+        """Peaks that overlap a region of the panel."""
+        return self.matrix.nnz
+
+    @property
+    def n_regions(self):
+        """Regions of the panel that some peak overlaps."""
+        return int((np.diff(self.matrix.tocsc().indptr) > 0).sum())
+
+    def __str__(self):
+        peaks, regions = self.matrix.shape
+        return f"{self.n_mapped} of {peaks} peaks overlap {self.n_regions} of the panel's {regions} regions"
+
+
+def map_regions(peaks, regions):
+    """Give every peak the region it overlaps most.
+
+    Parameters
+    ----------
+    peaks, regions : pandas.DataFrame
+        As `parse_regions` returns them, of one genome build.
+
+    Returns
+    -------
+    RegionMapping
+        Of several regions overlapped alike, the first of the panel is taken; a peak is never counted twice.
+
+    Examples
+    --------
+    >>> mapping = map_regions(parse_regions(["chr1:10-30", "chr2:1-5"]), parse_regions(["chr1:20-90"]))
+    >>> str(mapping)
+    "1 of 2 peaks overlap 1 of the panel's 1 regions"
+    """
+    shape = (len(peaks), len(regions))
+    if not len(peaks) or not len(regions):
+        return RegionMapping(sp.csr_matrix(shape, dtype=np.float32))
+    pairs = _bioframe().overlap(
+        peaks, regions, how="inner", return_index=True, return_input=False, return_overlap=True
+    )
+    pairs = pd.DataFrame(
+        {
+            "peak": pairs["index"].to_numpy(dtype=np.int64),
+            "region": pairs["index_"].to_numpy(dtype=np.int64),
+            "length": (pairs["overlap_end"] - pairs["overlap_start"]).to_numpy(dtype=np.int64),
+        }
+    )
+    # regions that only touch end to end share no base
+    pairs = pairs[pairs["length"] > 0].sort_values(
+        ["peak", "length", "region"], ascending=[True, False, True]
+    )
+    best = pairs.drop_duplicates("peak")
+    ones = np.ones(len(best), dtype=np.float32)
+    return RegionMapping(sp.csr_matrix((ones, (best["peak"], best["region"])), shape=shape))
