@@ -38,17 +38,20 @@ def is_10x_folder(folder):
     return any(path.name.removesuffix(".gz").endswith("matrix.mtx") for path in Path(folder).iterdir())
 
 
-def read_10x_folder(folder):
+def read_10x_folder(folder, every_feature=False):
     """Read matrix.mtx, features.tsv (or genes.tsv) and barcodes.tsv, gzip-compressed or not.
 
     Parameters
     ----------
     folder : str or os.PathLike
+    every_feature : bool
+        Keep features other than gene expression, such as peaks.
 
     Returns
     -------
     anndata.AnnData
-        CSR counts; symbols in `var_names`, ids in ``var["gene_ids"]``; gene expression features only.
+        CSR counts; symbols in `var_names`, ids in ``var["gene_ids"]``; gene expression features only, unless
+        asked for all.
     """
     matrix_file = _find(folder, ["matrix.mtx"])
     features_file = _find(folder, ["features.tsv", "genes.tsv"])
@@ -68,7 +71,7 @@ def read_10x_folder(folder):
     # a file of one column holds symbols only
     ids, symbols = columns[0], columns[min(1, len(columns) - 1)]
     kinds = columns[2] if len(columns) > 2 else None
-    return _assemble(matrix, [row[0] for row in barcodes], symbols, ids, kinds)
+    return _assemble(matrix, [row[0] for row in barcodes], symbols, ids, kinds, every_feature=every_feature)
 
 
 def _read_table(path):
@@ -77,17 +80,19 @@ def _read_table(path):
         return [row for row in csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
 
 
-def read_10x_h5(path):
+def read_10x_h5(path, every_feature=False):
     """Read a Cell Ranger .h5 file, of version 3 and later or of version 2 (one genome).
 
     Parameters
     ----------
     path : str or os.PathLike
+    every_feature : bool
+        Keep features other than gene expression, such as peaks.
 
     Returns
     -------
     anndata.AnnData
-        As `read_10x_folder`.
+        As `read_10x_folder`; with ``var["genome"]`` where the file says it.
     """
     with h5py.File(path, "r") as file:
         group = _matrix_group(file, path)
@@ -104,7 +109,9 @@ def read_10x_h5(path):
                 matrix, barcodes, group["gene_names"].asstr()[:], group["genes"].asstr()[:], None
             )
         kinds = features["feature_type"].asstr()[:] if "feature_type" in features else None
-        return _assemble(matrix, barcodes, features["name"].asstr()[:], features["id"].asstr()[:], kinds)
+        genomes = features["genome"].asstr()[:] if "genome" in features else None
+        names, ids = features["name"].asstr()[:], features["id"].asstr()[:]
+        return _assemble(matrix, barcodes, names, ids, kinds, genomes, every_feature)
 
 
 def _matrix_group(file, path):
@@ -118,13 +125,15 @@ def _matrix_group(file, path):
     return file[groups[0]]
 
 
-def _assemble(matrix, barcodes, symbols, ids, kinds):
+def _assemble(matrix, barcodes, symbols, ids, kinds, genomes=None, every_feature=False):
     var = pd.DataFrame({"gene_ids": list(ids)}, index=pd.Index(list(symbols), dtype=object))
     if kinds is not None:
         var["feature_types"] = list(kinds)
+    if genomes is not None:
+        var["genome"] = list(genomes)
     obs = pd.DataFrame(index=pd.Index(list(barcodes), dtype=object))
     adata = anndata.AnnData(matrix, obs=obs, var=var)
-    if kinds is None or GENE_EXPRESSION not in set(kinds):
+    if every_feature or kinds is None or GENE_EXPRESSION not in set(kinds):
         return adata
     expression = (var["feature_types"] == GENE_EXPRESSION).to_numpy()
     if not expression.all():
