@@ -1,19 +1,36 @@
 """The command ``scbert``: one thin function per verb, no logic.
 
-Every verb imports its job only when it runs, hands it the options that were given and prints the summary
-(a dict) that the job returns: as ``name: value`` lines on stderr, or as one JSON line on stdout with
-``--json``. Errors, signals and exit codes are handled in console.py.
+Every verb imports its job only when it runs, hands it the options that were given under their own names and
+prints the summary (a dict) that the job returns: as ``name: value`` lines on stderr, or as one JSON line on
+stdout with ``--json``. Errors, signals and exit codes are handled in console.py.
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import __version__
+from .cli_options import (
+    BatchSize,
+    CacheFrozen,
+    ClassBalance,
+    Force,
+    Input,
+    InputKind,
+    Json,
+    Layer,
+    Model,
+    OutputFile,
+    OutputFolder,
+    Overwrite,
+    Query,
+    Recipe,
+    Resume,
+    Seed,
+)
 from .console import existing, guarded, run, show_messages, silence_libraries
 
 app = typer.Typer(
@@ -22,49 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class InputKind(StrEnum):
-    auto = "auto"
-    counts = "counts"
-    log1p = "log1p"
-
-
-class CacheFrozen(StrEnum):
-    auto = "auto"
-    memory = "memory"
-    disk = "disk"
-    off = "off"
-
-
-class ClassBalance(StrEnum):
-    none = "none"
-    weights = "weights"
-    oversample = "oversample"
-
-
-Query = Annotated[
-    Path,
-    typer.Argument(
-        metavar="QUERY", help="Cells to read: .h5ad, 10x .h5 or folder, .zarr.", show_default=False
-    ),
-]
-Model = Annotated[Path, typer.Option(metavar="DIR", help="Fine-tuned model folder.", show_default=False)]
-OutputFile = Annotated[Path, typer.Option(metavar="FILE", help="The .h5ad to write.", show_default=False)]
-OutputFolder = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.", show_default=False)]
-Recipe = Annotated[
-    str | None, typer.Option(metavar="NAME|FILE", help="Settings: a shipped recipe's name or a .json file.")
-]
-Layer = Annotated[str | None, typer.Option(help="Layer that holds the values (X without it).")]
-Input = Annotated[InputKind, typer.Option(help="What the values are; auto refuses what it cannot tell.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells per step.", show_default=False)]
-Seed = Annotated[
-    int | None, typer.Option(min=0, help="Seed of splits, weights and order.", show_default=False)
-]
-Force = Annotated[bool, typer.Option("--force", help="Go on where few genes of the panel are found.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same command.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
 
 
 def _version(wanted: bool) -> None:
@@ -88,9 +62,10 @@ def demo(
     json: Json = False,
 ) -> None:
     """Fine-tune a small model on real cells, annotate held-out ones and show the scores."""
+    given = locals()
     from .inference.demo import run_demo
 
-    run(run_demo, output=output, as_json=json)
+    run(run_demo, **given)
 
 
 @app.command()
@@ -135,30 +110,11 @@ def finetune(
     json: Json = False,
 ) -> None:
     """Teach a model the cell types of a labelled reference."""
+    given = locals()
     existing(reference)
     from .training.run_finetune import finetune as job
 
-    run(
-        job,
-        reference,
-        label_key,
-        output,
-        base=base,
-        recipe=recipe,
-        epochs=epochs,
-        batch_size=batch_size,
-        test_key=test_key,
-        class_balance=class_balance and class_balance.value,
-        train_all=train_all,
-        layer=layer,
-        input=input.value,
-        min_genes=min_genes,
-        cache_frozen=cache_frozen and cache_frozen.value,
-        seed=seed,
-        resume=resume,
-        overwrite=overwrite,
-        as_json=json,
-    )
+    run(job, **given)
 
 
 @app.command()
@@ -180,23 +136,11 @@ def annotate(
     json: Json = False,
 ) -> None:
     """Give every cell a cell type and a confidence."""
+    given = locals()
     existing(query)
     from .inference.annotate import annotate_file
 
-    run(
-        annotate_file,
-        query,
-        model,
-        output,
-        threshold=threshold,
-        majority_vote=majority_vote,
-        layer=layer,
-        input=input.value,
-        batch_size=batch_size,
-        force=force,
-        overwrite=overwrite,
-        as_json=json,
-    )
+    run(annotate_file, **given)
 
 
 @app.command()
@@ -212,21 +156,11 @@ def embed(
     json: Json = False,
 ) -> None:
     """Write each cell's embedding to obsm["X_scbert"]."""
+    given = locals()
     existing(query)
     from .inference.embed import embed_file
 
-    run(
-        embed_file,
-        query,
-        model,
-        output,
-        layer=layer,
-        input=input.value,
-        batch_size=batch_size,
-        force=force,
-        overwrite=overwrite,
-        as_json=json,
-    )
+    run(embed_file, **given)
 
 
 @app.command()
@@ -248,11 +182,12 @@ def convert(
     json: Json = False,
 ) -> None:
     """Convert an original checkpoint into a model folder."""
+    given = locals()
     existing(checkpoint)
     existing(genes)
     from .inference.convert import convert as job
 
-    run(job, checkpoint, genes, output, labels=labels, overwrite=overwrite, as_json=json)
+    run(job, **given)
 
 
 @app.command()
@@ -288,30 +223,12 @@ def pretrain(
     json: Json = False,
 ) -> None:
     """Teach a model to predict hidden expression, without labels."""
+    given = locals()
     for path in (corpus, base, genes, gene_vectors):
         path and existing(path)
     from .training.run_pretrain import pretrain as job
 
-    run(
-        job,
-        corpus,
-        output,
-        recipe=recipe,
-        base=base,
-        genes=genes,
-        gene_vectors=gene_vectors,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        layer=layer,
-        input=input.value,
-        min_genes=min_genes,
-        seed=seed,
-        force=force,
-        resume=resume,
-        overwrite=overwrite,
-        as_json=json,
-    )
+    run(job, **given)
 
 
 @app.command()
@@ -357,29 +274,32 @@ def gene2vec(
     json: Json = False,
 ) -> None:
     """Train gene vectors on co-expression, or bring foreign ones into our format."""
+    given = locals()
     for path in (corpus, import_file, genes):
         path and existing(path)
     from .training.run_gene2vec import gene2vec as job
 
-    run(
-        job,
-        output,
-        corpus=corpus,
-        import_file=import_file,
-        genes=genes,
-        size=size,
-        cutoff=cutoff,
-        top_pairs=top_pairs,
-        min_cells=min_cells,
-        max_cells=max_cells,
-        iterations=iterations,
-        layer=layer,
-        input=input.value,
-        seed=seed,
-        workers=workers,
-        overwrite=overwrite,
-        as_json=json,
-    )
+    run(job, **given)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Model folder to send.", show_default=False)],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="NAME or OWNER/NAME on the Hub.", show_default=False)
+    ],
+    public: Annotated[
+        bool, typer.Option("--public", help="Show it to everybody (private without it).")
+    ] = False,
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "apache-2.0",
+    message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload model",
+    json: Json = False,
+) -> None:
+    """Send a model, its code and its card to the Hugging Face Hub."""
+    existing(folder)
+    from .model_cards.push import push as job
+
+    run(job, folder, repo_id, public=public, licence=licence, message=message, as_json=json)
 
 
 def main(arguments: list[str] | None = None) -> int:

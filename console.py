@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import math
 import os
@@ -17,6 +16,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,18 @@ def show_messages() -> None:
         ours.addHandler(_SayHandler())
 
 
-def run(job: Callable[..., Mapping[str, Any] | None], *arguments: Any, as_json: bool, **options: Any) -> None:
+def run(job: Callable[..., Mapping[str, Any] | None], /, *, json: bool = False, **options: Any) -> None:
     """Run ``job`` and print the summary it returns.
 
     Options that are None are left out, so that the job's own defaults (or its recipe's) hold. What the
     job prints goes to stderr: stdout holds the JSON line and nothing else.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in options.items()}
+    given = {name: value for name, value in values.items() if value is not None}
     with contextlib.redirect_stdout(sys.stderr):
-        summary = plain(dict(job(*arguments, **given) or {}))
-    if as_json:
-        print(json.dumps(summary, ensure_ascii=False, allow_nan=False), flush=True)
+        summary = plain(dict(job(**given) or {}))
+    if json:
+        print(dumps(summary, ensure_ascii=False, allow_nan=False), flush=True)
         return
     for name, value in summary.items():
         if isinstance(value, str | int | float):

@@ -28,7 +28,7 @@ def fail_with(error):
 
 
 def guarded_failure(error):
-    return console.guarded(lambda: console.run(fail_with(error), as_json=False))
+    return console.guarded(lambda: console.run(fail_with(error), json=False))
 
 
 def test_the_verbs_of_the_contract_exist():
@@ -130,7 +130,7 @@ def test_json_is_the_only_line_on_stdout(capsys):
             "labels": ("é",),
         }
 
-    console.run(job, "file", as_json=True, threshold=0.1, layer=None)
+    console.run(job, path="file", json=True, threshold=0.1, layer=None)
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {
         "cells": 3,
@@ -144,7 +144,7 @@ def test_json_is_the_only_line_on_stdout(capsys):
 
 
 def test_summary_for_people_goes_to_stderr(capsys):
-    console.run(lambda: {"macro_f1": 0.98765432, "cells": 3, "output": "a.h5ad"}, as_json=False)
+    console.run(lambda: {"macro_f1": 0.98765432, "cells": 3, "output": "a.h5ad"}, json=False)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == ["macro f1: 0.9877", "cells: 3", "output: a.h5ad"]

@@ -1,0 +1,50 @@
+"""The options that several verbs share, each declared once."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class InputKind(StrEnum):
+    auto = "auto"
+    counts = "counts"
+    log1p = "log1p"
+
+
+class CacheFrozen(StrEnum):
+    auto = "auto"
+    memory = "memory"
+    disk = "disk"
+    off = "off"
+
+
+class ClassBalance(StrEnum):
+    none = "none"
+    weights = "weights"
+    oversample = "oversample"
+
+
+Query = Annotated[
+    Path,
+    typer.Argument(
+        metavar="QUERY", help="Cells to read: .h5ad, 10x .h5 or folder, .zarr.", show_default=False
+    ),
+]
+Model = Annotated[Path, typer.Option(metavar="DIR", help="Fine-tuned model folder.", show_default=False)]
+OutputFile = Annotated[Path, typer.Option(metavar="FILE", help="The .h5ad to write.", show_default=False)]
+OutputFolder = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.", show_default=False)]
+Recipe = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="Settings: a shipped recipe's name or a .json file.")
+]
+Layer = Annotated[str | None, typer.Option(help="Layer that holds the values (X without it).")]
+Input = Annotated[InputKind, typer.Option(help="What the values are; auto refuses what it cannot tell.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells per step.", show_default=False)]
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Seed of splits, weights and order.", show_default=False)
+]
+Force = Annotated[bool, typer.Option("--force", help="Go on where few genes of the panel are found.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same command.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
