@@ -91,7 +91,7 @@ def group_split(
     """
     names = ["train", "validation", "test"]
     weights = np.array([1.0 - test_fraction - validation_fraction, validation_fraction, test_fraction])
-    if weights.min() < 0 or weights[0] == 0:
+    if min(test_fraction, validation_fraction) < 0 or test_fraction + validation_fraction > 1 - 1e-9:
         raise InputError("The shares of test and validation cells must be from 0 to less than 1 together.")
     used = np.flatnonzero(weights)
     return np.array(names, dtype=object)[used][_place_groups(groups, classes, weights[used], seed)]

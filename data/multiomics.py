@@ -189,6 +189,23 @@ def _recorded_build(adata):
     return recorded.pop() if len(recorded) == 1 else None
 
 
+def feature_modalities(var):
+    """Modality id of every feature, or None where the table names no modality but gene expression.
+
+    Parameters
+    ----------
+    var : pandas.DataFrame [features]
+
+    Returns
+    -------
+    numpy.ndarray [features] of int64, or None
+    """
+    if "feature_types" not in var:
+        return None
+    ids = var["feature_types"].astype(str).map({kind: i for i, kind in enumerate(FEATURE_TYPES)})
+    return ids.to_numpy(dtype=np.int64) if ids.notna().all() and ids.max() > 0 else None
+
+
 def feature_panel(adata, min_cells=1):
     """The features of multi-omic cells as a panel, in the form `ScBertTokenizer` takes.
 
