@@ -118,7 +118,11 @@ def _ncbi_records(reader):
 
 
 def _split(cell):
-    return [name for name in (part.strip() for part in (cell or "").strip('"').split("|")) if name not in ("", "-")]
+    return [
+        name
+        for name in (part.strip() for part in (cell or "").strip('"').split("|"))
+        if name not in ("", "-")
+    ]
 
 
 @dataclass
