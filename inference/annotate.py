@@ -188,7 +188,9 @@ def _annotation(adata, loaded, threshold, vote_key, layer, input, batch_size, fo
 def _predict_all(query: BinnedQuery, loaded: LoadedModel, batch_size, embed: bool, progress: bool):
     """Probabilities [cells, labels] and, if asked for, embeddings [cells, hidden]; zeros for empty cells."""
     probabilities = np.zeros((query.n_cells, len(loaded.labels)), dtype=np.float32)
-    embeddings = np.zeros((query.n_cells, loaded.model.config.hidden_size), dtype=np.float32) if embed else None
+    embeddings = (
+        np.zeros((query.n_cells, loaded.model.config.hidden_size), dtype=np.float32) if embed else None
+    )
     with progress_bar(query.n_cells, "Annotating", progress) as bar:
         for start, bins in query.chunks():
             expressed = np.flatnonzero(np.diff(bins.indptr))

@@ -110,7 +110,11 @@ def _embedding(adata, loaded: LoadedModel, layer, input, batch_size, force, prog
                 bar.update(len(rows))
     overlap = overlap_numbers(query.alignment)
     about = {"model": loaded.name, "pooling": "mean over expressed genes and the trailing token"}
-    about |= {"gene_overlap": overlap, "versions": versions(), "dtype": str(loaded.dtype).removeprefix("torch.")}
+    about |= {
+        "gene_overlap": overlap,
+        "versions": versions(),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+    }
     summary = {
         "cells": query.n_cells,
         "hidden_size": vectors.shape[1],

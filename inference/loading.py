@@ -120,7 +120,11 @@ def _read_config(folder: Path, task: str) -> dict:
     """The folder's config.json, of the right kind for `task`."""
     if not folder.exists():
         partial = folder.with_name(folder.name + ".partial")
-        more = f" There is {partial}, of a run that did not end: continue it with --resume." if partial.exists() else ""
+        more = (
+            f" There is {partial}, of a run that did not end: continue it with --resume."
+            if partial.exists()
+            else ""
+        )
         raise InputError(f"There is no model folder {folder}.{more}")
     if not folder.is_dir():
         raise InputError(
@@ -135,7 +139,9 @@ def _read_config(folder: Path, task: str) -> dict:
     except (ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged: it is not a JSON object ({error}).") from error
     if model_type != "scbert":
-        raise InputError(f"{folder} holds a model of type {model_type!r}; a model of type 'scbert' was needed.")
+        raise InputError(
+            f"{folder} holds a model of type {model_type!r}; a model of type 'scbert' was needed."
+        )
     architectures = config.get("architectures") or []
     if task == "annotation" and architectures != [ScBertForCellClassification.__name__]:
         raise InputError(

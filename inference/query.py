@@ -78,7 +78,8 @@ class BinnedQuery:
         self.alignment = align_genes(self._gene_names, tokenizer.gene_panel)
         self.alignment.check(force=force)
         logger.log(
-            logging.WARNING if force and self.alignment.overlap < 0.3 else logging.INFO, overlap_report(self.alignment)
+            logging.WARNING if force and self.alignment.overlap < 0.3 else logging.INFO,
+            overlap_report(self.alignment),
         )
         self._kept: list[sp.csr_matrix] | None = []
         self.n_empty, size = 0, 0

@@ -97,11 +97,15 @@ class CellPipeline(Pipeline):
         if isinstance(cells, (GeneratorType, list)) or getattr(cells, "ndim", 2) == 1:
             return super().__call__(cells, **options)
         binning = self._preprocess_params | self._sanitize_parameters(**options)[0]
-        return list(super().__call__(BinnedCells(self.tokenizer.bin_cells(_read(cells), **binning)), **options))
+        return list(
+            super().__call__(BinnedCells(self.tokenizer.bin_cells(_read(cells), **binning)), **options)
+        )
 
     def preprocess(self, cell, **binning):
         bins = cell
-        if getattr(getattr(cell, "dtype", None), "name", "") not in ("int8", "int16") or not hasattr(cell, "indptr"):
+        if getattr(getattr(cell, "dtype", None), "name", "") not in ("int8", "int16") or not hasattr(
+            cell, "indptr"
+        ):
             bins = self.tokenizer.bin_cells(cell, **binning)
         if bins.shape[0] != 1:
             raise ValueError(
@@ -137,7 +141,7 @@ class CellTypeAnnotationPipeline(CellPipeline):
             self.model.config.architectures or ["CellClassification"]
         ):
             raise ValueError(
-                "This model has no cell types yet, its classifier would be random: fine-tune it first (scbert finetune)."
+                "This model has no cell types yet, its classifier would be random: fine-tune it first."
             )
 
     def _forward(self, inputs):

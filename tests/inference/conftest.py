@@ -32,7 +32,9 @@ def _strengthen(model):
 def make_model(gene_panel, tmp_path):
     """Function that writes a tiny classifier over `gene_panel` into a folder and returns its path."""
 
-    def make(name="model", panel=gene_panel, model_class=ScBertForCellClassification, tokenizer=None, **options):
+    def make(
+        name="model", panel=gene_panel, model_class=ScBertForCellClassification, tokenizer=None, **options
+    ):
         torch.manual_seed(0)
         folder = tmp_path / name
         tokenizer = ScBertTokenizer(gene_panel=panel, **(tokenizer or {}))

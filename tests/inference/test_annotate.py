@@ -36,7 +36,7 @@ def test_annotation_contract(adata, model_dir):
     labels = annotated.uns["scbert"]["labels"]
     assert list(labels) == load_model(model_dir).labels
     sure = found.max(1) >= 0.5
-    assert 0 < sure.sum()
+    assert sure.sum() > 0
     assert (annotated.obs["scbert_cell_type"][sure] == labels[found.argmax(1)][sure]).all()
     assert (annotated.obs["scbert_cell_type"][~sure] == "unassigned").all()
     assert annotated.uns["scbert"]["threshold"] == 0.5
@@ -102,7 +102,9 @@ def test_gene_order_extra_genes_and_duplicates(adata, model_dir):
     expected = probabilities(annotate(adata, model_dir, progress=False))
     order = np.random.default_rng(0).permutation(adata.n_vars)
     other = anndata.concat(
-        [adata[:, order], anndata.AnnData(np.ones((adata.n_obs, 5), "float32"), obs=adata.obs)], axis=1, merge="same"
+        [adata[:, order], anndata.AnnData(np.ones((adata.n_obs, 5), "float32"), obs=adata.obs)],
+        axis=1,
+        merge="same",
     )
     other.var_names = [*adata.var_names[order], *(f"NOT-IN-PANEL-{i}" for i in range(5))]
     np.testing.assert_allclose(probabilities(annotate(other, model_dir, progress=False)), expected, atol=1e-6)
@@ -118,7 +120,7 @@ def test_gene_order_extra_genes_and_duplicates(adata, model_dir):
 
 def test_low_overlap_is_refused_unless_forced(adata, model_dir, caplog):
     few = adata[:, :80].copy()
-    with pytest.raises(InputError, match="80 of the model's 300 genes.*--force"):
+    with pytest.raises(InputError, match=r"80 of the model's 300 genes.*--force"):
         annotate(few, model_dir)
     with caplog.at_level(logging.WARNING, "scbert"):
         assert annotate(few, model_dir, force=True, progress=False).n_obs == adata.n_obs
@@ -139,8 +141,12 @@ def test_layer_and_raw(adata, model_dir):
     adata.layers["counts"] = adata.X.copy()
     adata.raw = adata
     adata.X = np.full(adata.shape, -1.5)
-    np.testing.assert_array_equal(probabilities(annotate(adata, model_dir, layer="counts", progress=False)), expected)
-    np.testing.assert_array_equal(probabilities(annotate(adata, model_dir, layer="raw", progress=False)), expected)
+    np.testing.assert_array_equal(
+        probabilities(annotate(adata, model_dir, layer="counts", progress=False)), expected
+    )
+    np.testing.assert_array_equal(
+        probabilities(annotate(adata, model_dir, layer="raw", progress=False)), expected
+    )
     with pytest.raises(InputError, match="no layer 'missing'"):
         annotate(adata, model_dir, layer="missing")
 

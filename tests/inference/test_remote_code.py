@@ -8,7 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 from scbert import ScBertForMaskedExpression
 
@@ -91,7 +97,10 @@ def test_works_without_the_package_to_the_bit(adata, make_model, tmp_path):
 @pytest.mark.parametrize("tokenizer", [{}, {"keep_zeros": False}], ids=["every gene", "expressed genes"])
 def test_saved_and_reloaded_logits_are_equal_to_the_bit(adata, make_model, tmp_path, tokenizer):
     first = make_model(tokenizer=tokenizer)
-    model, encoded = AutoModelForSequenceClassification.from_pretrained(first), AutoTokenizer.from_pretrained(first)
+    model, encoded = (
+        AutoModelForSequenceClassification.from_pretrained(first),
+        AutoTokenizer.from_pretrained(first),
+    )
     encoded = encoded(adata[:10], return_tensors="pt")
     model.save_pretrained(tmp_path / "second")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second")
