@@ -9,6 +9,7 @@ from ..tokenization import InputError
 
 # queries whose exact attention is held at a time by the softmax type
 QUERIES_AT_ONCE = 512
+TOKENS_AT_ONCE = 2**15
 
 
 def gene_attention(model, input_ids, attention_mask=None, **inputs) -> torch.Tensor:
@@ -59,26 +60,38 @@ def gene_attention(model, input_ids, attention_mask=None, **inputs) -> torch.Ten
         raise InputError("The model has no layers, so there is no attention to report.")
     total = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
 
-    def add(attention, hidden_states):
-        total.add_(RECEIVED[kind](attention, hidden_states, attention_mask).mean(dim=1))
+    def add(layer, hidden_states):
+        states = layer.attention_norm(hidden_states)
+        # the features of many long cells at once would not fit
+        cells = max(1, TOKENS_AT_ONCE // states.shape[1])
+        for start in range(0, len(states), cells):
+            some = slice(start, start + cells)
+            mask = None if attention_mask is None else attention_mask[some]
+            total[some] += RECEIVED[kind](layer.attention, states[some], mask).mean(dim=1)
 
-    with torch.no_grad(), _attention_inputs(encoder, add):
+    with torch.no_grad(), _layer_inputs(encoder, add):
         encoder(input_ids, attention_mask=attention_mask, **inputs)
     return total / len(encoder.layers)
 
 
 @contextmanager
-def _attention_inputs(encoder, receive):
-    """Call `receive(attention, hidden_states)` as each layer's attention is given its input."""
-    hooks = [
-        layer.attention.register_forward_pre_hook(lambda module, args: receive(module, args[0]))
-        for layer in encoder.layers
-    ]
+def _layer_inputs(encoder, receive):
+    """Call `receive(layer, hidden_states)` with what each layer's attention branch is given.
+
+    The layer is hooked and not its attention, which fast inference passes by.
+    """
+
+    def hook(layer, arguments):
+        # a reversible layer attends on the second of its two streams
+        streams = arguments[3] if len(arguments) > 3 else None
+        receive(layer, arguments[0] if streams is None else streams[1].to(arguments[0].dtype))
+
+    hooks = [layer.register_forward_pre_hook(hook) for layer in encoder.layers]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for each in hooks:
+            each.remove()
 
 
 def _favor_received(attention, hidden_states, attention_mask):

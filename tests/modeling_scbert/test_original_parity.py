@@ -81,6 +81,13 @@ def test_epsilon_is_the_original_one(original_reference, tmp_path):
         assert (model(ids).logits - original(ids).logits).abs().max() > 10 * TOLERANCE
 
 
+def test_the_reference_agrees_with_itself(original_reference):
+    attention = original_reference.make_original(scale=2.0).performer.net.layers[0][0].fn
+    x = torch.randn(2, 30, 20, dtype=torch.float64)
+    for matrix, associative in zip(attention(x), attention(x, longest_matrix=0)):
+        torch.testing.assert_close(matrix, associative, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.slow
 def test_full_length(original_reference, tmp_path):
     pretrained = original_reference.make_original(**original_reference.FULL)
