@@ -101,12 +101,11 @@ def load_model(
         return model
     folder = Path(model)
     config = _read_config(folder, task)
-    for names, what in ((WEIGHT_FILES, "weights"), (TOKENIZER_FILES[:1], "a tokenizer")):
-        if not any((folder / name).is_file() for name in names):
-            raise InputError(
-                f"The model folder {folder} is incomplete: it has no {what} (none of {', '.join(names)}). "
-                "Copy the whole folder again, or repeat the command that made it."
-            )
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise InputError(
+            f"The model folder {folder} is incomplete: it has no weights (none of {', '.join(WEIGHT_FILES)}). "
+            "Copy the whole folder again, or repeat the command that made it."
+        )
     tokenizer = _load_tokenizer(folder)
     network = _load_weights(folder, task, config)
     _check_match(folder, network, tokenizer)
