@@ -44,6 +44,15 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells per step.", sh
 Seed = Annotated[
     int | None, typer.Option(min=0, help="Seed of splits, weights and order.", show_default=False)
 ]
+GeneTable = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|hgnc", help="Table of other gene names; 'hgnc' downloads the HGNC complete set once."
+    ),
+]
+GenesReport = Annotated[
+    Path | None, typer.Option(metavar="FILE.csv", help="Write which genes matched, and how.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Go on where few genes of the panel are found.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same command.")]

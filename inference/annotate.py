@@ -37,6 +37,7 @@ def annotate(
     device: str | None = None,
     dtype: str | None = None,
     progress: bool = True,
+    gene_table: str | Path | None = None,
 ) -> AnnData:
     """
     Give every cell a cell type and a confidence.
@@ -64,6 +65,9 @@ def annotate(
         See `load_model`.
     progress
         Show bars on stderr.
+    gene_table
+        Table of other gene names (HGNC complete set, NCBI gene_info), or ``"hgnc"`` to download it once; names
+        are matched exactly without it.
 
     Returns
     -------
@@ -86,7 +90,9 @@ def annotate(
     """
     _check_threshold(threshold)
     loaded = load_model(model, "annotation", device, dtype)
-    parts, _ = _annotation(adata, loaded, threshold, majority_vote, layer, input, batch_size, force, progress)
+    parts, _ = _annotation(
+        adata, loaded, threshold, majority_vote, layer, input, batch_size, force, progress, gene_table
+    )
     annotated = adata.to_memory() if adata.isbacked else adata.copy()
     add_parts(annotated, parts)
     return annotated
@@ -107,6 +113,8 @@ def annotate_file(
     device: str | None = None,
     dtype: str | None = None,
     progress: bool = True,
+    gene_table: str | Path | None = None,
+    genes_report: str | Path | None = None,
 ) -> dict[str, Any]:
     """
     Annotate a file; the output is the input with the columns of `annotate` added.
@@ -122,6 +130,8 @@ def annotate_file(
         The .h5ad to write.
     overwrite
         Replace an existing output; the query itself is never replaced.
+    genes_report
+        CSV file to write: every gene matched, renamed, ambiguous, unused or absent.
 
     Returns
     -------
@@ -138,10 +148,22 @@ def annotate_file(
     started = time.monotonic()
     _check_threshold(threshold)
     check_output_path(output, overwrite, inputs=(query,))
+    if genes_report is not None:
+        check_output_path(genes_report, overwrite, inputs=(query, output, gene_table))
     with opened(query, layer) as adata:
         loaded = load_model(model, "annotation", device, dtype)
         parts, summary = _annotation(
-            adata, loaded, threshold, majority_vote, layer, input, batch_size, force, progress
+            adata,
+            loaded,
+            threshold,
+            majority_vote,
+            layer,
+            input,
+            batch_size,
+            force,
+            progress,
+            gene_table,
+            genes_report,
         )
         write_parts(query, adata, parts, output, overwrite)
     return {"output": str(output), **summary, "seconds": time.monotonic() - started}
@@ -152,10 +174,22 @@ def _check_threshold(threshold: float) -> None:
         raise InputError(f"The threshold is {threshold}; it must lie between 0 and 1.")
 
 
-def _annotation(adata, loaded, threshold, vote_key, layer, input, batch_size, force, progress):
+def _annotation(
+    adata,
+    loaded,
+    threshold,
+    vote_key,
+    layer,
+    input,
+    batch_size,
+    force,
+    progress,
+    gene_table=None,
+    genes_report=None,
+):
     """Annotation of an AnnData as ``{"obs": ..., "obsm": ..., "uns": ...}``, and a summary."""
     check_vote(adata, vote_key)
-    query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress)
+    query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
     by_embedding = vote_key == LEIDEN and LEIDEN not in adata.obs and "X_pca" not in adata.obsm
     probabilities, embeddings = _predict_all(query, loaded, batch_size, by_embedding, progress)
     names = loaded.labels

@@ -29,6 +29,7 @@ def embed(
     device: str | None = None,
     dtype: str | None = None,
     progress: bool = True,
+    gene_table: str | Path | None = None,
 ) -> AnnData:
     """
     Give every cell a vector: the mean of its last hidden states over expressed genes and the trailing token.
@@ -42,7 +43,7 @@ def embed(
         Cells, with gene symbols in `var_names`. Left as it is.
     model
         Any scBERT model folder (pretrained or fine-tuned), or what `load_model` returned.
-    layer, input, batch_size, force, device, dtype, progress
+    layer, input, batch_size, force, device, dtype, progress, gene_table
         As in `annotate`.
 
     Returns
@@ -62,7 +63,7 @@ def embed(
     >>> scanpy.pp.neighbors(adata, use_rep="X_scbert")  # doctest: +SKIP
     """
     loaded = load_model(model, "embedding", device, dtype)
-    parts, _ = _embedding(adata, loaded, layer, input, batch_size, force, progress)
+    parts, _ = _embedding(adata, loaded, layer, input, batch_size, force, progress, gene_table)
     embedded = adata.to_memory() if adata.isbacked else adata.copy()
     add_parts(embedded, parts)
     return embedded
@@ -81,6 +82,8 @@ def embed_file(
     device: str | None = None,
     dtype: str | None = None,
     progress: bool = True,
+    gene_table: str | Path | None = None,
+    genes_report: str | Path | None = None,
 ) -> dict[str, Any]:
     """
     Embed a file: the output is the input with ``obsm["X_scbert"]`` added; see `embed` and `annotate_file`.
@@ -92,16 +95,22 @@ def embed_file(
     """
     started = time.monotonic()
     check_output_path(output, overwrite, inputs=(query,))
+    if genes_report is not None:
+        check_output_path(genes_report, overwrite, inputs=(query, output, gene_table))
     with opened(query, layer) as adata:
         loaded = load_model(model, "embedding", device, dtype)
-        parts, summary = _embedding(adata, loaded, layer, input, batch_size, force, progress)
+        parts, summary = _embedding(
+            adata, loaded, layer, input, batch_size, force, progress, gene_table, genes_report
+        )
         write_parts(query, adata, parts, output, overwrite)
     return {"output": str(output), **summary, "seconds": time.monotonic() - started}
 
 
-def _embedding(adata, loaded: LoadedModel, layer, input, batch_size, force, progress):
+def _embedding(
+    adata, loaded: LoadedModel, layer, input, batch_size, force, progress, gene_table=None, genes_report=None
+):
     """Embedding of an AnnData as ``{"obsm": ..., "uns": ...}``, and a summary."""
-    query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress)
+    query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
     vectors = np.zeros((query.n_cells, loaded.model.config.hidden_size), dtype=np.float32)
     with progress_bar(query.n_cells, "Embedding", progress) as bar:
         for start, bins in query.chunks():

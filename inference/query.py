@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..data.read import matrix_rows, read_cells
 from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes
+from .gene_report import name_genes
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class BinnedQuery:
         Go on where less than 30% of the model's genes are found.
     progress
         Show a bar while the cells are read.
+    gene_table, genes_report
+        See `name_genes`.
 
     Attributes
     ----------
@@ -71,9 +74,12 @@ class BinnedQuery:
         input: str = "auto",
         force: bool = False,
         progress: bool = True,
+        gene_table: str | Path | None = None,
+        genes_report: str | Path | None = None,
     ):
         self._tokenizer, self._input = tokenizer, input
-        self._matrix, self._gene_names = matrix_rows(adata, layer)
+        self._matrix, names = matrix_rows(adata, layer)
+        self._gene_names = name_genes(names, tokenizer.gene_panel, gene_table, genes_report)
         self.n_cells = adata.n_obs
         self.alignment = align_genes(self._gene_names, tokenizer.gene_panel)
         self.alignment.check(force=force)

@@ -31,7 +31,7 @@ def make_cells(n_cells=120, n_genes=300, seed=0):
     rng = np.random.default_rng(seed)
     genes = make_gene_panel(n_genes)
     types = np.array(list(MARKERS))[np.arange(n_cells) % len(MARKERS)]
-    means = np.tile(rng.lognormal(1.2, 0.7, size=len(genes)), (n_cells, 1))
+    means = np.tile(rng.lognormal(1.0, 0.8, size=len(genes)), (n_cells, 1))
     for cell_type, markers in MARKERS.items():
         columns = [genes.index(gene) for gene in markers]
         means[:, columns] = np.where((types == cell_type)[:, None], 15.0, 0.3)

@@ -1,0 +1,53 @@
+"""Gene names of a query brought to the model's, with a report for the user."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.gene_table import load_gene_table
+from ..data.output import atomic_path
+from ..tokenization import map_genes
+
+logger = logging.getLogger(__name__)
+
+
+def name_genes(
+    gene_names: Sequence[str],
+    gene_panel: Sequence[str],
+    gene_table: str | Path | None = None,
+    report: str | Path | None = None,
+) -> list[str]:
+    """
+    Names of the query's genes in the model's words.
+
+    Parameters
+    ----------
+    gene_names
+        Of the query's columns.
+    gene_panel
+        Of the model.
+    gene_table
+        Table of other names (HGNC complete set or NCBI gene_info), ``"hgnc"`` to download it once; names are
+        matched exactly without it.
+    report
+        CSV file to write: every gene matched, renamed, ambiguous, unused or absent.
+
+    Returns
+    -------
+    list of str
+        One name per column.
+    """
+    mapping = map_genes(gene_names, gene_panel, None if gene_table is None else load_gene_table(gene_table))
+    if report is not None:
+        # consent to replace it was asked for before any work was done
+        with atomic_path(report, overwrite=True) as temporary:
+            mapping.write(temporary)
+    if gene_table is not None:
+        counts = mapping.counts
+        logger.info(
+            f"By the gene table {counts.get('renamed', 0):,} gene(s) were renamed; {counts.get('ambiguous', 0):,} "
+            f"ambiguous one(s) were left out."
+        )
+    return mapping.names
