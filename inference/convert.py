@@ -7,6 +7,7 @@ from ..data.read import read_gene_names
 from ..modeling_scbert.convert_checkpoint import CheckpointError, convert_checkpoint
 from ..tokenization import InputError, ScBertTokenizer
 from ..tokenization.genes_scbert import open_text
+from .loading import quiet_transformers
 
 
 def convert(checkpoint, genes, output, labels=None, overwrite: bool = False) -> dict:
@@ -65,8 +66,9 @@ def save_model_folder(model, tokenizer, output, overwrite: bool = False) -> None
     """Write model and tokenizer to a folder that appears only when complete; nothing is left if it fails."""
     with partial_folder(output, overwrite) as folder:
         try:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            with quiet_transformers():
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
         except BaseException:
             # there is nothing to resume here, unlike in training
             shutil.rmtree(folder, ignore_errors=True)

@@ -78,6 +78,10 @@ class ModelArguments:
             "the block before the last and the head."
         },
     )
+    frozen_layers: int = field(
+        default=0,
+        metadata={"help": "First layers of a base to keep as they are when every other weight is trained."},
+    )
     model: dict | str = field(
         default_factory=dict, metadata={"help": "JSON: fields of ScBertConfig, for a model without a base."}
     )
@@ -221,22 +225,26 @@ def build_arguments(
         raise InputError(f"These settings do not work: {error}") from error
 
 
-def parse_command_line(arguments: list[str]) -> dict[str, Any]:
+def parse_command_line(
+    arguments: list[str], kinds: tuple[type, ...] = ARGUMENT_TYPES, module: str = "run_finetune"
+) -> dict[str, Any]:
     """
     Read ``[recipe.json] --name value ...`` into the settings that were given.
 
-    Any field of the three dataclasses is an option, hence all of `transformers.TrainingArguments`.
+    Any field of the dataclasses `kinds` is an option, hence all of `transformers.TrainingArguments`.
     """
     recipe = {"recipe": arguments[0]} if arguments and not arguments[0].startswith("-") else {}
     parser = HfArgumentParser(
-        ARGUMENT_TYPES,
-        prog="python -m scbert.training.run_finetune",
+        kinds,
+        prog=f"python -m scbert.training.{module}",
         usage="%(prog)s [RECIPE.json] [--name value ...]",
         formatter_class=argparse.HelpFormatter,
     )
     for action in parser._actions:
         # what is not given stays out, so that the recipe decides
         action.default, action.required = argparse.SUPPRESS, False
+        # of `dict | str` HfArgumentParser keeps the dict, which reads no text
+        action.type = json.loads if action.type is dict else action.type
     return {**recipe, **vars(parser.parse_args(arguments[len(recipe) :]))}
 
 

@@ -1,6 +1,5 @@
 """Settings of a pretraining run: dataclasses for HfArgumentParser; recipes in recipes/pretrain/."""
 
-import argparse
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -97,6 +96,8 @@ class PretrainTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = False
     restore_callback_states_from_checkpoint: bool = True
     dataloader_pin_memory: bool = False
+    # every weight takes part in every step; a frozen gene table is no weight
+    ddp_find_unused_parameters: bool | None = False
     per_device_eval_batch_size: int = 0
     cosine_restarts: dict | str = field(
         default_factory=dict,
@@ -174,21 +175,6 @@ def pretrain_arguments(
         raise
     except (ValueError, TypeError) as error:
         raise InputError(f"These settings do not work: {error}") from error
-
-
-def parse_command_line(arguments: list[str]) -> dict[str, Any]:
-    """Read ``[recipe.json] --name value ...`` into the settings that were given."""
-    recipe = {"recipe": arguments[0]} if arguments and not arguments[0].startswith("-") else {}
-    parser = HfArgumentParser(
-        ARGUMENT_TYPES,
-        prog="python -m scbert.training.run_pretrain",
-        usage="%(prog)s [RECIPE.json] [--name value ...]",
-        formatter_class=argparse.HelpFormatter,
-    )
-    for action in parser._actions:
-        # what is not given stays out, so that the recipe decides
-        action.default, action.required = argparse.SUPPRESS, False
-    return {**recipe, **vars(parser.parse_args(arguments[len(recipe) :]))}
 
 
 def _recipe_file(recipe: str) -> Path:

@@ -34,7 +34,7 @@ class MaskedExpressionTrainer(Trainer):
     def __init__(self, *args: Any, control: GeneControl, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.control = control
-        self.scores: MaskedScores | None = None
+        self.scores = MaskedScores(control, self.model.config.vocab_size)
         self.sampler = NumberedSampler(len(self.train_dataset), self.args.data_seed or self.args.seed)
         self.add_callback(SetEpochCallback(self.sampler))
 
@@ -56,22 +56,29 @@ class MaskedExpressionTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss of a batch; its scores are added up, its logits let go."""
         inputs = self._prepare_inputs(inputs)
+        inputs["labels"] = inputs["labels"].masked_fill(self._filled_up(len(inputs["labels"])), -100)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if self.scores is not None:
-            self.scores.add(outputs.logits, inputs, self.model.config.mask_token_id)
+        self.scores.add(outputs.logits, inputs, self.model.config.mask_token_id)
         return loss.detach(), None, None
+
+    def _filled_up(self, batch_size: int) -> torch.Tensor:
+        """Cells of this batch that several processes only repeat to have equally many, [batch, 1] bool."""
+        batch = self.batches_seen * self.args.world_size + self.args.process_index
+        self.batches_seen += 1
+        places = batch * self.args.eval_batch_size + torch.arange(batch_size, device=self.args.device)
+        return (places >= self.cells_to_score)[:, None]
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, **kwargs):
         """transformers' loop, with the scores of all processes among its metrics."""
         self.scores = MaskedScores(self.control, self.model.config.vocab_size)
+        self.batches_seen, self.cells_to_score = 0, len(dataloader.dataset)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, **kwargs)
         for name in ("totals", "by_bin"):
             # as objects: some devices have no float64, and float32 holds no large counts exactly
             setattr(self.scores, name, torch.stack(gather_object([getattr(self.scores, name)])).sum(dim=0))
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in self.scores.metrics().items()})
-        self.scores = None
         return output
 
 

@@ -19,13 +19,14 @@ from transformers import PreTrainedModel, set_seed
 
 from ..data.output import check_output_folder, partial_folder
 from ..tokenization import InputError
+from .finetune_arguments import parse_command_line
 from .finetune_trainer import last_checkpoint, stop_progress
 from .gene2vec import assign_gene_vectors, load_gene_vectors
 from .pretrain_arguments import (
+    ARGUMENT_TYPES,
     PretrainDataArguments,
     PretrainModelArguments,
     PretrainTrainingArguments,
-    parse_command_line,
     pretrain_arguments,
     pretrain_settings,
 )
@@ -193,8 +194,9 @@ def summarise(
 
 def save(folder: Path, trainer: MaskedExpressionTrainer, data: PretrainData, summary: dict[str, Any]) -> None:
     """Write weights, config, code, tokenizer and figures; take away what only training needed."""
-    trainer.model.save_pretrained(folder)
-    data.tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        trainer.model.save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
     text = json.dumps(summary, indent=2, ensure_ascii=False, default=str)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
     shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
@@ -204,7 +206,7 @@ def save(folder: Path, trainer: MaskedExpressionTrainer, data: PretrainData, sum
 def main() -> int:
     """Entry of ``python -m scbert.training.run_pretrain``; returns the exit code."""
     try:
-        summary = pretrain(**parse_command_line(sys.argv[1:]))
+        summary = pretrain(**parse_command_line(sys.argv[1:], ARGUMENT_TYPES, "run_pretrain"))
     except (InputError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
