@@ -308,6 +308,36 @@ def push(
     run(job, folder, repo_id, public=public, licence=licence, message=message, as_json=json)
 
 
+@app.command()
+def combine(
+    cells: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CELLS",
+            help="Cells: RNA (with --atac), .h5mu, 10x multiome .h5, or .h5ad with var['feature_types'].",
+            show_default=False,
+        ),
+    ],
+    output: OutputFile,
+    atac: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Peaks of the same cells, paired by cell name.")
+    ] = None,
+    genome: Annotated[str | None, typer.Option(help="Genome build of the peaks, such as GRCh38.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Model whose regions the peaks are mapped to.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Bring RNA and ATAC of the same cells into one file, for the other commands to read."""
+    given = locals()
+    for path in (cells, atac, model):
+        path and existing(path)
+    from .data.multiomics import combine_files
+
+    run(combine_files, **given)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     silence_libraries()

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ..tokenization import InputError
+from ..tokenization import InputError, ScBertTokenizer
+from .output import atomic_write_h5ad, check_output_path
 from .read import read_cells
 from .read_10x import is_10x_folder, read_10x_folder, read_10x_h5
 from .regions import genome_build, map_regions, parse_regions
@@ -88,6 +89,46 @@ def _read_mudata(path):
     if not h5py.is_hdf5(path):
         raise InputError(f"{path} is no HDF5 file; a MuData .h5mu was needed.")
     return modalities_of(mudata.read_h5mu(path))
+
+
+def combine_files(cells, output, atac=None, genome=None, model=None, overwrite=False):
+    """Write the modalities of the same cells as one .h5ad, for every other command to read.
+
+    Parameters
+    ----------
+    cells, atac, genome
+        As for `read_multiomics`, `cells` being its path.
+    output : str or os.PathLike
+        The .h5ad to write.
+    model : str or os.PathLike, optional
+        Folder of a model: peaks are mapped to its regions.
+    overwrite : bool
+        Replace an existing output.
+
+    Returns
+    -------
+    dict
+        Cells, features by type, genome build, and how the peaks were mapped.
+    """
+    inputs = [source for source in (cells, atac) if source is not None]
+    check_output_path(output, overwrite, inputs)
+    adata = read_multiomics(cells, atac, genome)
+    if model is not None:
+        tokenizer = ScBertTokenizer.from_pretrained(model)
+        if tokenizer.feature_modalities is None:
+            raise InputError(
+                f"The model {model} knows one modality only, so there are no regions to map peaks to."
+            )
+        build = tokenizer.init_kwargs.get("genome_build")
+        adata = map_peaks(adata, tokenizer.gene_panel, tokenizer.feature_modalities, build)
+    atomic_write_h5ad(adata, output, overwrite, inputs)
+    return {
+        "output": str(output),
+        "cells": adata.n_obs,
+        "features": adata.var["feature_types"].value_counts().to_dict(),
+        "genome_build": adata.uns.get("genome_build"),
+        "peak_mapping": adata.uns.get("peak_mapping"),
+    }
 
 
 def modalities_of(mdata):
@@ -204,6 +245,27 @@ def feature_modalities(var):
         return None
     ids = var["feature_types"].astype(str).map({kind: i for i, kind in enumerate(FEATURE_TYPES)})
     return ids.to_numpy(dtype=np.int64) if ids.notna().all() and ids.max() > 0 else None
+
+
+def common_build(paths):
+    """The genome build that files record, or None where none does.
+
+    Raises
+    ------
+    InputError
+        If they record several: their regions are not comparable.
+    """
+    builds = {}
+    for path in paths:
+        build = read_cells(path, backed=True, check=False).uns.get("genome_build")
+        if build:
+            builds.setdefault(genome_build(build), str(path))
+    if len(builds) > 1:
+        found = "; ".join(f"{build}: {path}" for build, path in builds.items())
+        raise InputError(
+            f"The files are of several genome builds ({found}). Lift all peaks over to one of them."
+        )
+    return next(iter(builds), None)
 
 
 def feature_panel(adata, min_cells=1):

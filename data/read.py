@@ -80,6 +80,11 @@ def _read_any(path, backed):
         return anndata.read_zarr(str(path))
     if not h5py.is_hdf5(path):
         raise InputError(_not_hdf5(path))
+    if path.suffix == ".h5mu":
+        # the reader of several modalities is built on this one
+        from .multiomics import read_multiomics
+
+        return read_multiomics(path)
     if _is_10x_h5(path):
         return read_10x_h5(path)
     return anndata.read_h5ad(path, backed="r" if backed else None)

@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
 
+from ..data.multiomics import feature_modalities
 from ..data.read import read_cells
 from ..data.splits import stratified_split
 from ..tokenization import (
@@ -180,6 +181,11 @@ def _new_tokenizer(
     else:
         expressed = np.asarray((as_csr(matrix[np.flatnonzero(labelled)]) != 0).sum(axis=0)).ravel() > 0
         panel = list(dict.fromkeys(name for name, seen in zip(names, expressed, strict=True) if seen))
+        modalities = feature_modalities(source.var)
+        if modalities is not None:
+            of_feature = dict(zip(names, modalities.tolist(), strict=True))
+            build = {"genome_build": reference.uns.get("genome_build")}
+            options = {**options, **build, "feature_modalities": [of_feature[name] for name in panel]}
     if not panel:
         raise InputError("No gene is expressed in any labelled cell: the matrix holds zeros only.")
     try:

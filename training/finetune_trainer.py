@@ -166,6 +166,14 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def freeze_first_layers(model: PreTrainedModel, n_layers: int) -> None:
+    """Keep the first layers from being trained (scMBERT keeps one); embeddings and all else are trained."""
+    depth = len(model.scbert.layers)
+    if not 0 <= n_layers <= depth:
+        raise InputError(f"frozen_layers is {n_layers}; the model has {depth} layers.")
+    model.scbert.layers[:n_layers].requires_grad_(False)
+
+
 @torch.no_grad()
 def freeze_for_finetuning(model: PreTrainedModel) -> None:
     """

@@ -46,13 +46,20 @@ class MaskedScores:
         Number of expression ids.
     """
 
-    # rows of `totals`: tokens, loss, control's loss; of `by_bin`: hidden tokens, hits, control's hits
+    # rows of `totals`: tokens, loss, control's loss, and tokens and loss of modality prediction;
+    # of `by_bin`: hidden tokens, hits, control's hits
     def __init__(self, control: GeneControl, vocab_size: int):
         self.control = control
-        self.totals = torch.zeros(3, dtype=torch.float64)
+        self.totals = torch.zeros(5, dtype=torch.float64)
         self.by_bin = torch.zeros(3, vocab_size, dtype=torch.float64)
 
-    def add(self, logits: torch.Tensor, batch: dict[str, torch.Tensor], mask_token_id: int) -> None:
+    def add(
+        self,
+        logits: torch.Tensor,
+        batch: dict[str, torch.Tensor],
+        mask_token_id: int,
+        modality_loss: torch.Tensor | None = None,
+    ) -> None:
         """
         Add a batch.
 
@@ -64,6 +71,8 @@ class MaskedScores:
             ``input_ids`` and ``labels`` [batch, length]; ``gene_ids`` of the same shape, or the panel's order.
         mask_token_id
             Tells which tokens were hidden.
+        modality_loss
+            Mean over the batch's tokens, where modalities are predicted as well.
         """
         batch = {name: value.cpu() for name, value in batch.items()}
         logits = logits.detach().float().cpu()
@@ -74,10 +83,12 @@ class MaskedScores:
         genes, truth = genes[asked], batch["labels"][asked]
         hidden = batch["input_ids"][asked] == mask_token_id
         loss = torch.nn.functional.cross_entropy(logits, truth, reduction="sum")
-        self.totals += torch.tensor(
-            [len(truth), loss.item(), -self.control.log_shares[genes, truth].sum().item()],
-            dtype=torch.float64,
-        )
+        known = -self.control.log_shares[genes, truth].sum().item()
+        modality = [0, 0.0]
+        if modality_loss is not None:
+            tokens = int(batch.get("attention_mask", torch.ones_like(batch["labels"])).sum())
+            modality = [tokens, tokens * modality_loss.item()]
+        self.totals += torch.tensor([len(truth), loss.item(), known, *modality], dtype=torch.float64)
         right = (logits.argmax(-1) == truth, self.control.commonest[genes] == truth)
         for row, weight in enumerate((torch.ones_like(truth), *right)):
             self.by_bin[row] += torch.bincount(
@@ -92,14 +103,17 @@ class MaskedScores:
         -------
         dict
             ``loss``, ``control_loss``, ``masked_accuracy``, ``control_masked_accuracy``, their means over bins
-            (``..._bin_mean``), and ``masked_accuracy_bin_3`` and the like for bins that were asked for.
+            (``..._bin_mean``), and ``masked_accuracy_bin_3`` and the like for bins that were asked for; and
+            ``modality_loss`` where modalities are predicted.
         """
-        tokens, loss, control_loss = self.totals.tolist()
+        tokens, loss, control_loss, modality_tokens, modality_loss = self.totals.tolist()
         found = {
             "loss": loss / max(1.0, tokens),
             "control_loss": control_loss / max(1.0, tokens),
             "masked_tokens": int(self.by_bin[0].sum()),
         }
+        if modality_tokens:
+            found["modality_loss"] = modality_loss / modality_tokens
         asked = self.by_bin[0] > 0
         for name, hits in (("masked_accuracy", self.by_bin[1]), ("control_masked_accuracy", self.by_bin[2])):
             by_bin = hits[asked] / self.by_bin[0][asked]

@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..data.cell_dataset import CellDataset
+from ..data.multiomics import common_build, feature_modalities
 from ..data.read import matrix_rows, read_cells, read_gene_names
 from ..tokenization import InputError, ScBertTokenizer
 from ..tokenization.genes_scbert import MINIMUM_OVERLAP
@@ -117,7 +118,11 @@ def _new_tokenizer(
     options: dict[str, Any], files: list[Path], data: PretrainDataArguments
 ) -> ScBertTokenizer:
     """A tokenizer over the panel file, or over the genes some cell of the corpus expresses."""
-    panel = read_gene_names(data.genes) if data.genes else _expressed_genes(files, data)
+    modalities = {}
+    panel = read_gene_names(data.genes) if data.genes else _expressed_genes(files, data, modalities)
+    if any(modalities.values()):
+        options = {**options, "feature_modalities": [modalities[name] for name in panel]}
+        options["genome_build"] = common_build(files)
     if not data.genes:
         logger.info("The panel is the %d genes the corpus expresses; --genes FILE gives another.", len(panel))
     try:
@@ -126,17 +131,20 @@ def _new_tokenizer(
         raise InputError(f"The recipe's tokenizer options do not work: {error}.") from error
 
 
-def _expressed_genes(files: list[Path], data: PretrainDataArguments) -> list[str]:
-    """Genes with a count anywhere, in order of appearance."""
+def _expressed_genes(files: list[Path], data: PretrainDataArguments, modalities: dict[str, int]) -> list[str]:
+    """Genes with a count anywhere, in order of appearance; ``modalities`` is filled by name."""
     found: dict[str, None] = {}
     for path in files:
         try:
-            matrix, names = matrix_rows(read_cells(path, layer=data.layer), data.layer)
+            adata = read_cells(path, layer=data.layer)
+            matrix, names = matrix_rows(adata, data.layer)
         except InputError:
             # said, once, when the file is binned
             continue
         seen = np.asarray((matrix != 0).sum(axis=0)).ravel() > 0
         found.update(dict.fromkeys(name for name, is_seen in zip(names, seen) if is_seen))
+        ids = feature_modalities(adata.var) if len(names) == adata.n_vars else None
+        modalities.update(zip(names, [0] * len(names) if ids is None else ids.tolist()))
     if not found:
         raise InputError(f"No gene is expressed in any cell of {data.corpus}.")
     return list(found)

@@ -59,7 +59,8 @@ class MaskedExpressionTrainer(Trainer):
         inputs["labels"] = inputs["labels"].masked_fill(self._filled_up(len(inputs["labels"])), -100)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        self.scores.add(outputs.logits, inputs, self.model.config.mask_token_id)
+        mask_token_id = self.model.config.mask_token_id
+        self.scores.add(outputs.logits, inputs, mask_token_id, outputs.get("modality_loss"))
         return loss.detach(), None, None
 
     def _filled_up(self, batch_size: int) -> torch.Tensor:

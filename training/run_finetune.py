@@ -32,6 +32,7 @@ from .finetune_data import FinetuneData, load_data
 from .finetune_trainer import (
     CellTrainer,
     build_trainer,
+    freeze_first_layers,
     freeze_for_finetuning,
     last_checkpoint,
     stop_progress,
@@ -129,7 +130,9 @@ def build_model(arguments: ModelArguments, data: FinetuneData, seed: int) -> Pre
     if not arguments.base:
         return new_model(arguments.model, data.tokenizer, data.classes, seed)
     model = load_base(arguments.base, data.classes, arguments.model)
-    if not arguments.train_all:
+    if arguments.train_all:
+        freeze_first_layers(model, arguments.frozen_layers)
+    else:
         freeze_for_finetuning(model)
     return model
 
