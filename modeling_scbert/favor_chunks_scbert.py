@@ -1,5 +1,5 @@
 """
-Steps of FAVOR+ attention on one chunk of positions: what favor_engine_scbert.py and chunked_inference_scbert.py loop over.
+Steps of FAVOR+ attention on one chunk of positions: what the engine and chunked inference loop over.
 
 Logarithms are to base 2, with log2(e) folded into the projection, so that a feature costs one product and one
 ``exp2`` in place. Everything that scales a whole position (the |x'|^2/2 term, the stabiliser, the mask) is applied to
@@ -55,6 +55,37 @@ def _cache_bytes() -> int:
     except (AttributeError, OSError, ValueError):
         size = 0
     return min(size, 4 * DEFAULT_CHUNK_BYTES) if size >= 1 << 20 else 4 * DEFAULT_CHUNK_BYTES
+
+
+def joined_heads(x: torch.Tensor, dtype: torch.dtype, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Chunk ``[batch, heads, length, d]`` as a contiguous ``[batch * heads, length, d]``, masked to zero."""
+    x = x.to(dtype)
+    if keep is not None:
+        x = x.masked_fill(~keep[:, None, :, None], 0)
+    return x.reshape(-1, *x.shape[2:]).contiguous()
+
+
+def keep_column(keep: torch.Tensor | None, heads: int) -> torch.Tensor | None:
+    """Mask ``[batch, length]`` as ``[batch * heads, length, 1]``."""
+    return None if keep is None else keep.repeat_interleave(heads, 0).unsqueeze(-1)
+
+
+def cell_groups(cells: int, length: int, chunk_size: int) -> list[slice]:
+    """Cells that share a chunk: one at a time when long, several when short."""
+    size = max(1, chunk_size // max(1, length))
+    return [slice(start, min(start + size, cells)) for start in range(0, cells, size)]
+
+
+def chunk_bounds(length: int, chunk_size: int, keep: torch.Tensor | None = None) -> list[tuple[int, int]]:
+    """Chunk boundaries; with a mask, none after the last position in use."""
+    if keep is not None:
+        used = keep.any(0).nonzero()
+        length = int(used[-1]) + 1 if len(used) else 0
+    return [(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size)]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 class FeatureChunks:

@@ -17,7 +17,12 @@ from .favor_chunks_scbert import (
     FeatureChunks,
     KeyContext,
     attend,
+    cell_groups,
+    chunk_bounds,
     chunk_positions,
+    compute_dtype,
+    joined_heads,
+    keep_column,
     key_backward,
     per_head,
     query_backward,
@@ -68,43 +73,12 @@ def favor_attention_chunked(
     >>> favor_attention_chunked(q, k, v, torch.randn(44, 16)).shape
     torch.Size([2, 4, 100, 16])
     """
-    if chunk_size is None:
-        chunk_size = chunk_positions(query.shape[1], projection_matrix.shape[0], query.device)
     if attention_mask is not None:
         attention_mask = attention_mask.bool()
-    output, *_ = _favor_forward(query, key, value, projection_matrix, attention_mask, epsilon, chunk_size)
+    output, *_ = _favor_forward(
+        query, key, value, projection_matrix, attention_mask, epsilon, chunk_size or 0
+    )
     return output.transpose(1, 2)
-
-
-def _joined(x: torch.Tensor, start: int, stop: int, dtype: torch.dtype, keep=None) -> torch.Tensor:
-    """Chunk ``[batch, heads, start:stop, d]`` as a contiguous ``[batch * heads, stop - start, d]``, masked to zero."""
-    chunk = x[:, :, start:stop].to(dtype)
-    if keep is not None:
-        chunk = chunk.masked_fill(~keep[:, None, start:stop, None], 0)
-    return chunk.reshape(-1, stop - start, x.shape[-1]).contiguous()
-
-
-def _keep_column(keep: torch.Tensor | None, start: int, stop: int, heads: int) -> torch.Tensor | None:
-    """Mask of a chunk as ``[batch * heads, stop - start, 1]``."""
-    return None if keep is None else keep[:, start:stop].repeat_interleave(heads, 0).unsqueeze(-1)
-
-
-def _groups(cells: int, length: int, chunk_size: int) -> list[slice]:
-    """Cells that share a chunk: one at a time when long, several when short."""
-    size = max(1, chunk_size // max(1, length))
-    return [slice(start, min(start + size, cells)) for start in range(0, cells, size)]
-
-
-def _starts(length: int, chunk_size: int, keep: torch.Tensor | None = None) -> list[tuple[int, int]]:
-    """Chunk boundaries; with a mask, none after the last position in use."""
-    if keep is not None:
-        used = keep.any(0).nonzero()
-        length = int(used[-1]) + 1 if len(used) else 0
-    return [(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size)]
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::favor_attention", mutates_args=())
@@ -117,25 +91,26 @@ def _favor_forward(
     epsilon: float,
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output [B, Lq, H, dv]; context table [B * H, m, dv + 1]; key max [B]; query max and normaliser [B, H, Lq]."""
+    """Zero as ``chunk_size``: by the cache. Output [B, Lq, H, dv]; context table [B * H, m, dv + 1]; key max [B]; query max and normaliser [B, H, Lq]."""
     cells, heads, length, _ = query.shape
-    width, dtype = value.shape[-1], _compute_dtype(query.dtype)
+    width, dtype = value.shape[-1], compute_dtype(query.dtype)
+    chunk_size = chunk_size or chunk_positions(heads, projection_matrix.shape[0], query.device)
     output = value.new_empty(cells, length, heads, width)
     table, key_max, query_max, normaliser = _empty_state(query, value, projection_matrix)
     with torch.autocast(query.device.type, enabled=False):
         features = FeatureChunks(projection_matrix, dtype)
-        for group in _groups(cells, max(length, key.shape[2]), chunk_size):
+        for group in cell_groups(cells, max(length, key.shape[2]), chunk_size):
             keep = None if attention_mask is None else attention_mask[group]
             rows = slice(group.start * heads, group.stop * heads)
             context = KeyContext(features, group.stop - group.start, heads, width)
-            for start, stop in _starts(key.shape[2], chunk_size, keep):
-                chunk = (_joined(x[group], start, stop, dtype, keep) for x in (key, value))
-                context.add(*chunk, _keep_column(keep, start, stop, heads))
+            for start, stop in chunk_bounds(key.shape[2], chunk_size, keep):
+                used = None if keep is None else keep[:, start:stop]
+                chunk = (joined_heads(x[group, :, start:stop], dtype, used) for x in (key, value))
+                context.add(*chunk, keep_column(used, heads))
             table[rows], key_max[group] = context.finish(epsilon)
-            for start, stop in _starts(length, chunk_size):
-                joined, row_max = attend(
-                    features, _joined(query[group], start, stop, dtype), table[rows], epsilon
-                )
+            for start, stop in chunk_bounds(length, chunk_size):
+                chunk = joined_heads(query[group, :, start:stop], dtype)
+                joined, row_max = attend(features, chunk, table[rows], epsilon)
                 joined = joined.unflatten(0, (-1, heads)).transpose(1, 2)
                 output[group, start:stop] = joined[..., :-1] / joined[..., -1:]
                 normaliser[group, :, start:stop] = joined[..., -1].mT
@@ -146,7 +121,7 @@ def _favor_forward(
 def _empty_state(query, value, projection_matrix) -> tuple[torch.Tensor, ...]:
     """What the forward keeps for the backward: context table, key max, query max, normaliser."""
     cells, heads, length, _ = query.shape
-    new = torch.empty(0, dtype=_compute_dtype(query.dtype), device=query.device).new_empty
+    new = torch.empty(0, dtype=compute_dtype(query.dtype), device=query.device).new_empty
     table = new(cells * heads, projection_matrix.shape[0], value.shape[-1] + 1)
     return table, new(cells), new(cells, heads, length), new(cells, heads, length)
 
@@ -176,28 +151,28 @@ def _favor_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value, each stored as [B, L, H, d]."""
     cells, heads, length, _ = query.shape
-    dtype = _compute_dtype(query.dtype)
+    dtype = compute_dtype(query.dtype)
+    chunk_size = chunk_size or chunk_positions(heads, projection_matrix.shape[0], query.device)
     grads = [x.new_zeros(cells, x.shape[2], heads, x.shape[3]) for x in (query, key, value)]
     with torch.autocast(query.device.type, enabled=False):
         features = FeatureChunks(projection_matrix, dtype)
-        for group in _groups(cells, max(length, key.shape[2]), chunk_size):
+        for group in cell_groups(cells, max(length, key.shape[2]), chunk_size):
             keep = None if attention_mask is None else attention_mask[group]
             rows = slice(group.start * heads, group.stop * heads)
             table_grad = torch.zeros_like(table[rows])
-            for start, stop in _starts(length, chunk_size):
-                chunk = [
-                    _joined(x[group], start, stop, dtype)
-                    for x in (query, grad.transpose(1, 2), output.transpose(1, 2))
-                ]
+            for start, stop in chunk_bounds(length, chunk_size):
+                whole = (query, grad.transpose(1, 2), output.transpose(1, 2))
+                chunk = [joined_heads(x[group, :, start:stop], dtype) for x in whole]
                 saved = [
                     x[group, :, start:stop].reshape(-1, stop - start, 1) for x in (query_max, normaliser)
                 ]
                 dq = query_backward(features, *chunk, *saved, table[rows], table_grad, epsilon)
                 grads[0][group, start:stop] = dq.unflatten(0, (-1, heads)).transpose(1, 2)
             stabiliser = per_head(key_max[group], heads)
-            for start, stop in _starts(key.shape[2], chunk_size, keep):
-                chunk = [_joined(x[group], start, stop, dtype, keep) for x in (key, value)]
-                column = _keep_column(keep, start, stop, heads)
+            for start, stop in chunk_bounds(key.shape[2], chunk_size, keep):
+                used = None if keep is None else keep[:, start:stop]
+                chunk = [joined_heads(x[group, :, start:stop], dtype, used) for x in (key, value)]
+                column = keep_column(used, heads)
                 dk, dv = key_backward(features, *chunk, column, stabiliser, table_grad, epsilon)
                 grads[1][group, start:stop] = dk.unflatten(0, (-1, heads)).transpose(1, 2)
                 grads[2][group, start:stop] = dv.unflatten(0, (-1, heads)).transpose(1, 2)

@@ -6,6 +6,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import apply_chunking_to_forward
 
+from .chunked_inference_scbert import layer_in_chunks, runs_in_chunks
 from .configuration_scbert import ScBertConfig
 from .favor_scbert import ScBertFavorAttention
 from .lsh_scbert import ScBertLshAttention
@@ -86,6 +87,8 @@ class ScBertLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> torch.Tensor:
+        if runs_in_chunks(self, hidden_states, output_attentions):
+            return layer_in_chunks(self, hidden_states, attention_mask)
         hidden_states = hidden_states + self.attend(hidden_states, attention_mask, output_attentions)
         return hidden_states + self.feed_forward(hidden_states)
 
