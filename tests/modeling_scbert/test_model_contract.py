@@ -119,8 +119,7 @@ def test_hidden_states_and_attentions(attention_type):
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, LENGTH))
     assert model(cells()).hidden_states is None and model(cells()).attentions is None
     torch.testing.assert_close(outputs.logits, model(cells()).logits, rtol=1e-5, atol=1e-5)
-    as_tuple = model(cells(), return_dict=False)
-    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], model(cells()).logits)
+    assert torch.equal(model(cells(), return_dict=False)[0], model(cells()).logits)
 
 
 @every_attention
@@ -209,8 +208,7 @@ def test_loading_in_another_dtype(model_class, attention_type, dtype, tmp_path):
     wanted = first_output(model, cells())
     assert (output.float() - wanted).norm() <= tolerance * wanted.norm()
     if attention_type == "favor" and dtype != torch.float64:
-        projection = inner.layers[0].attention.projection_matrix
-        assert projection.dtype == torch.float32
+        assert inner.layers[0].attention.projection_matrix.dtype == torch.float32
 
 
 @every_attention
@@ -348,9 +346,8 @@ def test_redrawn_features_depend_on_the_seed_alone():
     for a, b in zip(first.layers, second.layers, strict=True):
         assert torch.equal(a.attention.projection_matrix, b.attention.projection_matrix)
     assert not torch.equal(first.layers[0].attention.projection_matrix, before)
-    assert not torch.equal(
-        first.layers[0].attention.projection_matrix, first.layers[1].attention.projection_matrix
-    )
+    redrawn = [layer.attention.projection_matrix for layer in first.layers]
+    assert not torch.equal(*redrawn)
 
 
 def test_published_size():
