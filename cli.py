@@ -87,6 +87,12 @@ def finetune(
         float | None, typer.Option(min=0, help="Passes over the cells.", show_default=False)
     ] = None,
     batch_size: BatchSize = None,
+    genes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Gene panel without a base (expressed genes if left out).")
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Labelled cells to test on, in a file of their own.")
+    ] = None,
     test_key: Annotated[
         str | None,
         typer.Option(help="Column of obs that says 'train', 'validation' or 'test' for each cell."),
@@ -113,7 +119,9 @@ def finetune(
 ) -> None:
     """Teach a model the cell types of a labelled reference."""
     given = locals()
-    existing(reference)
+    for path in (reference, base, genes, test):
+        if path is not None:
+            existing(path)
     from .training.run_finetune import finetune as job
 
     run(job, **given)
