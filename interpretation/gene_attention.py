@@ -21,7 +21,7 @@ def gene_attention(model, input_ids, attention_mask=None, **inputs) -> torch.Ten
     Parameters
     ----------
     model : ScBertModel or a model with a head
-        Of attention type ``"favor"`` or ``"softmax"``.
+        Of any attention type; for ``"lsh"`` in evaluation mode, whose hash is fixed.
     input_ids : torch.Tensor
         [batch, length] expression bins.
     attention_mask : torch.Tensor, optional
@@ -37,7 +37,7 @@ def gene_attention(model, input_ids, attention_mask=None, **inputs) -> torch.Ten
     Raises
     ------
     InputError
-        If the model's attention type defines no such matrix (``"lsh"``) or it has no layers.
+        If the model has no layers.
 
     Source: Yang et al. 2022, "attention per gene"; its published code took the attention of a second
     pass over the already updated residual, which is another quantity.
@@ -51,11 +51,6 @@ def gene_attention(model, input_ids, attention_mask=None, **inputs) -> torch.Ten
     """
     encoder = model.base_model
     kind = encoder.config.attention_type
-    if kind not in RECEIVED:
-        raise InputError(
-            f"The model's attention is {kind!r}, which has no attention matrix over genes; attention per gene "
-            f"is defined for {' and '.join(RECEIVED)}. Use attributions instead."
-        )
     if not len(encoder.layers):
         raise InputError("The model has no layers, so there is no attention to report.")
     total = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
@@ -116,4 +111,8 @@ def _softmax_received(attention, hidden_states, attention_mask):
     return received
 
 
-RECEIVED = {"favor": _favor_received, "softmax": _softmax_received}
+def _lsh_received(attention, hidden_states, attention_mask):
+    return attention.received(hidden_states, attention_mask)
+
+
+RECEIVED = {"favor": _favor_received, "softmax": _softmax_received, "lsh": _lsh_received}

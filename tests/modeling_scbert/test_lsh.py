@@ -5,6 +5,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from scbert import ScBertConfig, ScBertModel
+from scbert.interpretation.gene_attention import gene_attention
 from scbert.modeling_scbert import lsh_scbert
 from scbert.modeling_scbert.lsh_scbert import (
     draw_rotations,
@@ -13,7 +14,6 @@ from scbert.modeling_scbert.lsh_scbert import (
     lsh_probs_naive,
     shared_query_key_probs,
 )
-
 
 CHUNK = 16
 
@@ -194,6 +194,5 @@ def test_model_round_trip_and_attentions(tmp_path):
     outputs = model(cells, output_attentions=True)
     assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 2, 81, 81)] * 2
     torch.testing.assert_close(outputs.last_hidden_state, model(cells)[0])
-    layer = model.layers[0]
-    received = layer.attention.received(layer.attention_norm(model.embeddings(cells)))
-    torch.testing.assert_close(received, outputs.attentions[0].sum(2), rtol=1e-4, atol=1e-4)
+    expected = torch.stack(outputs.attentions).mean(dim=(0, 2)).sum(dim=1)
+    torch.testing.assert_close(gene_attention(model, cells), expected, rtol=1e-4, atol=1e-4)
