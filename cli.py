@@ -17,14 +17,22 @@ from .cli_options import (
     BatchSize,
     CacheFrozen,
     ClassBalance,
+    CorpusFolder,
+    DoubletKey,
     Force,
     GenesReport,
     GeneTable,
     Input,
     InputKind,
     Json,
+    KeepDuplicates,
     Layer,
+    MaxMito,
+    MinCells,
+    MinGenes,
     Model,
+    NumProc,
+    ObsColumns,
     OutputFile,
     OutputFolder,
     Overwrite,
@@ -32,6 +40,10 @@ from .cli_options import (
     Recipe,
     Resume,
     Seed,
+    ShardCells,
+    Sources,
+    Strict,
+    Verify,
 )
 from .console import existing, guarded, run, show_messages, silence_libraries
 
@@ -88,7 +100,8 @@ def finetune(
     ] = None,
     batch_size: BatchSize = None,
     genes: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Gene panel without a base (expressed genes if left out).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Gene panel without a base (expressed genes if left out)."),
     ] = None,
     test: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Labelled cells to test on, in a file of their own.")
@@ -314,6 +327,33 @@ def push(
     from .model_cards.push import push as job
 
     run(job, folder, repo_id, public=public, licence=licence, message=message, as_json=json)
+
+
+@app.command()
+def build(
+    sources: Sources,
+    output: CorpusFolder = None,
+    layer: Layer = None,
+    input: Input = InputKind.auto,
+    min_genes: MinGenes = 200,
+    min_cells: MinCells = 1,
+    max_mito_fraction: MaxMito = None,
+    doublet_key: DoubletKey = None,
+    columns: ObsColumns = None,
+    keep_duplicates: KeepDuplicates = False,
+    shard_cells: ShardCells = 16_384,
+    num_proc: NumProc = 1,
+    strict: Strict = False,
+    verify: Verify = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Bring many files of cells into one corpus to train on, or verify one."""
+    given = locals()
+    from .data.corpus import build_corpus as job
+
+    run(job, **given)
 
 
 @app.command()

@@ -57,3 +57,29 @@ Force = Annotated[bool, typer.Option("--force", help="Go on where few genes of t
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same command.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
+
+# of `build`
+Sources = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="SRC...", help="Files or folders of cells, or a manifest .csv.", show_default=False
+    ),
+]
+CorpusFolder = Annotated[Path | None, typer.Option("--output", metavar="CORPUS", help="The folder to write.")]
+MinGenes = Annotated[int, typer.Option(min=0, help="Expressed genes a cell needs.")]
+MinCells = Annotated[int, typer.Option(min=1, help="Cells of a file that must express a gene.")]
+MaxMito = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Greatest mitochondrial share of a cell.", show_default=False),
+]
+DoubletKey = Annotated[
+    str | None, typer.Option(help="Column of obs with doublet scores or calls: those cells are left out.")
+]
+ObsColumns = Annotated[
+    list[str] | None, typer.Option("--column", help="Column of obs to keep, repeatable (all without it).")
+]
+KeepDuplicates = Annotated[bool, typer.Option("--keep-duplicates", help="Keep cells found more than once.")]
+ShardCells = Annotated[int, typer.Option(min=1, help="Cells of a shard.")]
+NumProc = Annotated[int, typer.Option(min=1, help="Files worked on side by side.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at a file that cannot be used.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Compare a corpus (SRC) with its checksums.")]

@@ -33,7 +33,7 @@ class CellQuality:
     cells_per_gene: np.ndarray
 
 
-def measure_cells(adata, layer=None, chunk_size=CHUNK_SIZE):
+def measure_cells(adata, layer=None, chunk_size=CHUNK_SIZE, on_chunk=None):
     """Count expressed genes, sums and mitochondrial shares, in chunks of cells.
 
     Parameters
@@ -41,6 +41,10 @@ def measure_cells(adata, layer=None, chunk_size=CHUNK_SIZE):
     adata : anndata.AnnData
         In memory or backed.
     layer : str, optional
+    chunk_size : int
+        Cells per chunk.
+    on_chunk : callable, optional
+        Called with every chunk (CSR) in turn, so that a large file need not be read again for another measure.
 
     Returns
     -------
@@ -51,6 +55,8 @@ def measure_cells(adata, layer=None, chunk_size=CHUNK_SIZE):
     n_genes, total, mito_total, per_gene = [], [], [], np.zeros(matrix.shape[1], dtype=np.int64)
     for start in range(0, matrix.shape[0], chunk_size):
         chunk = as_csr(matrix[start : start + chunk_size])
+        if on_chunk is not None:
+            on_chunk(chunk)
         n_genes.append(np.diff(chunk.indptr))
         total.append(np.asarray(chunk.sum(1, dtype=np.float64)).ravel())
         mito_total.append(np.asarray(chunk[:, mito].sum(1, dtype=np.float64)).ravel())
@@ -61,7 +67,13 @@ def measure_cells(adata, layer=None, chunk_size=CHUNK_SIZE):
 
 
 def choose_cells(
-    adata, min_genes=200, max_mito_fraction=None, doublet_key=None, max_doublet_score=0.5, layer=None
+    adata,
+    min_genes=200,
+    max_mito_fraction=None,
+    doublet_key=None,
+    max_doublet_score=0.5,
+    layer=None,
+    quality=None,
 ):
     """Cells worth learning from, and how many each rule leaves out.
 
@@ -77,6 +89,8 @@ def choose_cells(
     max_doublet_score : float
         Greatest score.
     layer : str, optional
+    quality : CellQuality, optional
+        What `measure_cells` found, where it is known already.
 
     Returns
     -------
@@ -97,7 +111,7 @@ def choose_cells(
     >>> report
     {'few_genes': 0, 'mitochondrial': 0, 'doublets': 0, 'kept': 3}
     """
-    quality = measure_cells(adata, layer)
+    quality = measure_cells(adata, layer) if quality is None else quality
     rules = {
         "few_genes": quality.n_genes < min_genes,
         "mitochondrial": _above_mito(quality, max_mito_fraction),

@@ -1,0 +1,96 @@
+"""What a corpus says of itself: corpus.json, its genes, its shards and their checksums."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..tokenization import InputError
+from ..tokenization.genes_scbert import read_panel_rows
+from .corpus_shards import checksum
+
+MANIFEST = "corpus.json"
+GENES = "genes.txt"
+FORMAT = 1
+
+
+def is_corpus(path):
+    """Whether a folder was made by `scbert build`."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def read_manifest(folder):
+    """The manifest of a corpus, with its genes.
+
+    Parameters
+    ----------
+    folder : str or os.PathLike
+
+    Returns
+    -------
+    dict
+        ``sources`` (per file: report and shards), ``cells``, ``genes`` (names in the order of the gene ids),
+        ``modalities``, and what it was built with.
+
+    Raises
+    ------
+    InputError
+        If it is none, or damaged, or of a later format.
+    """
+    folder = Path(folder)
+    if not is_corpus(folder):
+        raise InputError(f"{folder} is no corpus: there is no {MANIFEST} in it. Make one with scbert build.")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["format"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{folder / MANIFEST} is damaged ({error}); build the corpus anew.") from error
+    if version != FORMAT:
+        raise InputError(f"{folder} is a corpus of format {version}; this version reads format {FORMAT}.")
+    rows = read_panel_rows(folder / GENES)
+    manifest["genes"] = [row[0] for row in rows]
+    manifest["modalities"] = [int(row[1]) if len(row) > 1 else 0 for row in rows]
+    return manifest
+
+
+def shards_of(manifest):
+    """All shards of a manifest in order, each with the facts of its source."""
+    return [
+        {**shard, "kind": source["kind"], "whole": source["whole"], "source": source["path"]}
+        for source in manifest["sources"]
+        for shard in source["shards"]
+    ]
+
+
+def verify_corpus(folder):
+    """Read every shard and compare it with its checksum.
+
+    Returns
+    -------
+    dict
+        ``corpus``, ``shards``, ``cells``, ``bytes``.
+
+    Raises
+    ------
+    InputError
+        Naming every file that is missing or differs.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    expected = {shard["file"]: shard["sha256"] for shard in shards_of(manifest)}
+    expected[GENES] = manifest["genes_sha256"]
+    bad = []
+    for name, wanted in expected.items():
+        path = folder / name
+        if not path.is_file():
+            bad.append(f"{name} is missing")
+        elif checksum(path) != wanted:
+            bad.append(f"{name} differs from its checksum")
+    if bad:
+        raise InputError(
+            f"{len(bad)} of {len(expected)} file(s) of {folder} are not as they were built: "
+            f"{'; '.join(bad[:10])}. Bring back an intact copy, or build the corpus anew."
+        )
+    shards = shards_of(manifest)
+    size = sum(shard["bytes"] for shard in shards)
+    return {"corpus": str(folder), "shards": len(shards), "cells": manifest["cells"], "bytes": size}

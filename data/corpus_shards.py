@@ -1,0 +1,367 @@
+"""One file of cells into shards of a corpus: looked through once, then written.
+
+Both steps leave a record beside the corpus that is being built, so that a killed build goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import scipy.sparse as sp
+
+from ..tokenization import InputError, align_genes
+from ..tokenization.cells_scbert import sample_rows
+from ..tokenization.expression_scbert import (
+    as_csr,
+    check_values,
+    detect_input_kind,
+    is_integer_valued,
+    log1p_scale,
+)
+from .multiomics import feature_modalities
+from .quality_control import choose_cells, measure_cells
+from .read import CHUNK_SIZE, matrix_rows, read_cells
+
+LISTS = {"gene_ids": pa.list_(pa.int32()), "values": pa.list_(pa.float32())}
+NAMES = {"cell": pa.string(), "file": pa.string()}
+ARROW_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "string": pa.string()}
+
+
+@dataclass(frozen=True)
+class QualityRules:
+    """Which cells and genes of a file are taken; see `choose_cells`."""
+
+    min_genes: int = 200
+    min_cells: int = 1
+    max_mito_fraction: float | None = None
+    doublet_key: str | None = None
+    max_doublet_score: float = 0.5
+
+
+@dataclass
+class Scan:
+    """What one look through a file found.
+
+    Attributes
+    ----------
+    facts : dict
+        ``genes`` (names to be taken), ``modalities``, ``genome_build``, ``obs`` (column -> kind), ``kind`` and
+        ``whole`` (counts or log1p, the latter of all genes or of a part), ``cells`` and the report of the rules.
+    keep : numpy.ndarray of bool [cells]
+    hashes : numpy.ndarray of uint64 [cells]
+        Equal where genes and values of two cells are.
+    """
+
+    facts: dict
+    keep: np.ndarray
+    hashes: np.ndarray
+
+
+def scan_file(source, input, rules, record):
+    """Look through a file in bounded memory; the result is kept in `record` and read from there the next time.
+
+    Parameters
+    ----------
+    source : Source
+    input : {"auto", "counts", "log1p"}
+    rules : QualityRules
+    record : pathlib.Path
+        An .npz file.
+
+    Returns
+    -------
+    Scan
+
+    Raises
+    ------
+    InputError
+        If the file is damaged, or holds no expression.
+    """
+    if record.exists():
+        with np.load(record) as stored:
+            return Scan(json.loads(str(stored["facts"])), stored["keep"], stored["hashes"])
+    with _opened(source) as adata, _damage(source.path):
+        scan = _scan(adata, source, input, rules)
+    with replaced(record) as handle:
+        np.savez(handle, facts=json.dumps(scan.facts), keep=scan.keep, hashes=scan.hashes)
+    return scan
+
+
+def _scan(adata, source, input, rules):
+    matrix, names = matrix_rows(adata, source.layer)
+    sample = sample_rows(matrix)
+    kind = detect_input_kind(sample) if input == "auto" else input
+    gene_hashes = np.array([_hash_of(name) for name in names], dtype=np.uint64)
+    hashes = []
+
+    def look(chunk):
+        check_values(chunk)
+        if input == "auto" and kind == "counts" and not is_integer_valued(chunk):
+            raise InputError("Some cells have fractions, others whole-number counts: say which with --input.")
+        hashes.append(hash_cells(chunk, gene_hashes))
+
+    quality = measure_cells(adata, source.layer, on_chunk=look)
+    keep, report = choose_cells(
+        adata,
+        rules.min_genes,
+        rules.max_mito_fraction,
+        rules.doublet_key,
+        rules.max_doublet_score,
+        quality=quality,
+    )
+    taken = quality.cells_per_gene >= max(1, rules.min_cells)
+    modalities = feature_modalities(adata.var) if len(names) == adata.n_vars else None
+    modalities = np.zeros(len(names), dtype=int) if modalities is None else modalities
+    facts = {
+        "genes": [name for name, is_taken in zip(names, taken) if is_taken],
+        "modalities": modalities[taken].tolist(),
+        "genome_build": adata.uns.get("genome_build"),
+        "obs": {str(name): _kind_of(adata.obs[name]) for name in adata.obs.columns},
+        "kind": kind,
+        "whole": kind == "counts" or log1p_scale(sample) is not None,
+        "cells": int(adata.n_obs),
+        "rules": report,
+    }
+    return Scan(facts, keep, np.concatenate(hashes))
+
+
+def _hash_of(name):
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def hash_cells(chunk, gene_hashes):
+    """A number of 64 bits for every cell, decided by its genes and values in whatever order.
+
+    Parameters
+    ----------
+    chunk : scipy.sparse.csr_matrix [cells, genes]
+    gene_hashes : numpy.ndarray of uint64 [genes]
+
+    Examples
+    --------
+    >>> cells = sp.csr_matrix(np.array([[1, 2], [2, 1], [1, 2]], dtype=np.float32))
+    >>> a, b, c = hash_cells(cells, np.array([5, 6], dtype=np.uint64))
+    >>> bool(a == c), bool(a == b)
+    (True, False)
+    """
+    values = chunk.data.astype(np.float32).view(np.uint32).astype(np.uint64)
+    values *= np.uint64(0x9E3779B97F4A7C15)
+    values ^= gene_hashes[chunk.indices]
+    # the finalizer of splitmix64: neighbouring inputs come out unrelated, so that sums seldom collide
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        values ^= values >> np.uint64(shift)
+        values *= np.uint64(factor)
+    values ^= values >> np.uint64(31)
+    sums = np.zeros(chunk.shape[0], dtype=np.uint64)
+    rows = np.flatnonzero(np.diff(chunk.indptr))
+    if len(rows):
+        sums[rows] = np.add.reduceat(values, chunk.indptr[rows])
+    return sums
+
+
+def _kind_of(column):
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.cat.categories
+    if pd.api.types.is_bool_dtype(column.dtype):
+        return "bool"
+    return {"i": "int", "u": "int", "f": "float"}.get(getattr(column.dtype, "kind", "O"), "string")
+
+
+def corpus_schema(scans, sources, columns=None):
+    """The columns of a corpus: expression, names, and what the obs tables and the manifest hold.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+    sources : sequence of Source
+    columns : sequence of str, optional
+        Of obs, to be kept; all of them if left out.
+
+    Returns
+    -------
+    pyarrow.Schema
+    """
+    kinds = {"dataset": {"string"}}
+    for scan in scans:
+        for name, kind in scan.facts["obs"].items():
+            if columns is None or name in columns:
+                kinds.setdefault(name, set()).add(kind)
+    for source in sources:
+        kinds.update({name: {"string"} for name in source.columns})
+    if columns is not None and set(columns) - set(kinds):
+        raise InputError(f"No file has a column {', '.join(sorted(set(columns) - set(kinds)))} in obs.")
+    clash = sorted(set(kinds) & {*LISTS, *NAMES})
+    if clash:
+        raise InputError(
+            f"The obs column(s) {', '.join(clash)} bear a name that a corpus needs; rename them."
+        )
+    fields = {name: ARROW_TYPES[_common_kind(found)] for name, found in kinds.items()}
+    return pa.schema({**LISTS, **NAMES, **fields})
+
+
+def _common_kind(kinds):
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return "float" if kinds == {"int", "float"} else "string"
+
+
+def write_file(source, rows, facts, genes, schema, folder, prefix, shard_cells):
+    """Write chosen cells of a file as shards; one that is there already is left as it is.
+
+    Parameters
+    ----------
+    source : Source
+    rows : numpy.ndarray of int
+        Cells, ascending.
+    facts : dict
+        Of its `Scan`.
+    genes : sequence of str
+        The genes of the corpus, in order.
+    schema : pyarrow.Schema
+    folder : pathlib.Path
+    prefix : str
+        The shards are called ``PREFIX-00000.arrow`` and so on.
+    shard_cells : int
+
+    Returns
+    -------
+    list of dict
+        ``file``, ``cells``, ``values``, ``bytes`` and ``sha256`` of every shard.
+    """
+    written = []
+    with contextlib.ExitStack() as stack:
+        batches = None
+        for number, start in enumerate(range(0, len(rows), shard_cells)):
+            path = folder / f"{prefix}-{number:05d}.arrow"
+            record = path.with_suffix(".json")
+            if not record.exists():
+                if batches is None:
+                    adata = stack.enter_context(_opened(source))
+                    batches = _Batches(adata, source, facts, genes, schema)
+                shard = rows[start : start + shard_cells]
+                with _damage(source.path):
+                    found = _write_shard(path, batches.of(shard), schema)
+                with replaced(record) as handle:
+                    handle.write(json.dumps({"file": path.name, "cells": len(shard), **found}).encode())
+            written.append(json.loads(record.read_text()))
+    return written
+
+
+def _write_shard(path, batches, schema):
+    n_values = 0
+    with replaced(path) as handle, pa.ipc.new_stream(handle, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+            n_values += len(batch.column("values").values)
+    return {"values": n_values, "bytes": path.stat().st_size, "sha256": checksum(path)}
+
+
+class _Batches:
+    """Cells of one open file as Arrow record batches."""
+
+    def __init__(self, adata, source, facts, genes, schema):
+        self.matrix, names = matrix_rows(adata, source.layer)
+        # a gene that too few cells of this file express stays out of it, though another file may bring it in
+        own = set(facts["genes"])
+        self.alignment = align_genes([name if name in own else "" for name in names], genes)
+        self.kind, self.schema = facts["kind"], schema
+        self.obs, self.cells = adata.obs, adata.obs_names.to_numpy().astype(str)
+        self.constants = {"file": source.path.name, **source.columns}
+        if "dataset" not in adata.obs:
+            self.constants.setdefault("dataset", source.path.stem)
+
+    def of(self, rows):
+        """Record batches of up to CHUNK_SIZE cells."""
+        for start in range(0, len(rows), CHUNK_SIZE):
+            chosen = rows[start : start + CHUNK_SIZE]
+            yield self._batch(chosen, self._values(chosen))
+
+    def _values(self, rows):
+        # a slice is cheap on disk; a list of rows is not
+        values = as_csr(self.matrix[int(rows[0]) : int(rows[-1]) + 1])
+        if values.shape[0] > len(rows):
+            values = values[rows - rows[0]]
+        if self.kind == "counts" or not self.alignment.n_duplicates:
+            return self.alignment.apply(values)
+        # genes standing twice are summed as counts
+        counts = sp.csr_matrix((np.expm1(values.data), values.indices, values.indptr), values.shape)
+        aligned = self.alignment.apply(counts)
+        aligned.data = np.log1p(aligned.data)
+        return aligned
+
+    def _batch(self, rows, values):
+        offsets = pa.array(values.indptr.astype(np.int32))
+        arrays = {
+            "gene_ids": pa.ListArray.from_arrays(offsets, pa.array(values.indices.astype(np.int32))),
+            "values": pa.ListArray.from_arrays(offsets, pa.array(values.data.astype(np.float32))),
+            "cell": pa.array(self.cells[rows]),
+        }
+        for field in self.schema:
+            if field.name in arrays:
+                continue
+            if field.name in self.constants:
+                arrays[field.name] = pa.array([self.constants[field.name]] * len(rows), field.type)
+            elif field.name in self.obs:
+                arrays[field.name] = _column(self.obs[field.name].iloc[rows], field.type)
+            else:
+                arrays[field.name] = pa.nulls(len(rows), field.type)
+        return pa.record_batch([arrays[name] for name in self.schema.names], schema=self.schema)
+
+
+def _column(values, kind):
+    values = values.astype(object)
+    missing = values.isna().to_numpy()
+    if kind == pa.string():
+        values = values.astype(str)
+    return pa.array(values.to_numpy(), kind, mask=missing)
+
+
+@contextlib.contextmanager
+def _opened(source):
+    adata = read_cells(source.path, layer=source.layer, backed=True)
+    try:
+        yield adata
+    finally:
+        if adata.isbacked:
+            adata.file.close()
+
+
+@contextlib.contextmanager
+def _damage(path):
+    """A block of a file that cannot be read is the file's fault; a full disk and the like are not."""
+    try:
+        yield
+    except OSError as error:
+        # h5py reports damage without a number of the system's
+        if error.errno is not None:
+            raise
+        raise InputError(
+            f"{path} cannot be read to its end; it is damaged or cut short ({error})."
+        ) from error
+
+
+@contextlib.contextmanager
+def replaced(path):
+    """A binary file that takes the place of `path` when the block ends well, and is on the disk by then."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def checksum(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

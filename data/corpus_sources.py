@@ -1,0 +1,114 @@
+"""Where the cells of a corpus come from: files, folders of files, or a manifest table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from ..tokenization import InputError
+from .read_10x import is_10x_folder
+
+CELL_FILES = ("*.h5ad", "*.h5", "*.h5mu", "*.zarr")
+TABLES = (".csv", ".tsv")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of cells.
+
+    Attributes
+    ----------
+    path : pathlib.Path
+    layer : str or None
+        Layer that holds the values, ``"raw"``, or None for X.
+    columns : dict of str to str
+        What is said of all its cells alike: dataset, donor, species and the like.
+    """
+
+    path: Path
+    layer: str | None = None
+    columns: dict = field(default_factory=dict)
+
+    def stamp(self):
+        """Size and time of the last change: another file under the same name has another stamp."""
+        if not self.path.exists():
+            return []
+        paths = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
+        facts = [path.stat() for path in paths]
+        return [sum(fact.st_size for fact in facts), max((fact.st_mtime_ns for fact in facts), default=0)]
+
+
+def find_sources(paths, layer=None):
+    """The files named by `paths`, in order.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        Files of cells, folders of them, and manifests: a .csv or .tsv table with a column ``path`` (relative
+        to the table), ``layer`` if wanted, and any further columns (``dataset``, ``donor``, ``species``),
+        which are noted with each of the file's cells.
+    layer : str, optional
+        Of files for which no manifest names one.
+
+    Returns
+    -------
+    list of Source
+
+    Raises
+    ------
+    InputError
+        If nothing is found, a manifest cannot be understood, or a file is named twice.
+
+    Examples
+    --------
+    >>> [source.path.name for source in find_sources(["a.h5ad", "b.h5ad"])]
+    ['a.h5ad', 'b.h5ad']
+    """
+    sources = []
+    for path in map(Path, paths):
+        if path.suffix in TABLES:
+            sources += _read_manifest(path, layer)
+        elif path.is_dir() and path.suffix != ".zarr" and not is_10x_folder(path):
+            sources += [_source(found, layer) for found in _files_in(path)]
+        else:
+            sources.append(_source(path, layer))
+    seen = {}
+    for source in sources:
+        key = (source.path.resolve(), source.layer)
+        if key in seen:
+            raise InputError(f"{source.path} is named twice among the sources; name it once.")
+        seen[key] = source
+    return sources
+
+
+def _source(path, layer, columns=None):
+    return Source(path, layer, columns or {})
+
+
+def _files_in(folder):
+    found = {path for pattern in CELL_FILES for path in folder.glob(pattern)}
+    found |= {path for path in folder.iterdir() if path.is_dir() and is_10x_folder(path)}
+    if not found:
+        raise InputError(f"{folder} holds no file of cells ({', '.join(CELL_FILES)}, or a 10x folder).")
+    return sorted(found)
+
+
+def _read_manifest(path, layer):
+    try:
+        table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The manifest {path} cannot be read as a table ({error}).") from error
+    if "path" not in table or table["path"].isna().any() or table.empty:
+        raise InputError(
+            f"The manifest {path} needs a column 'path' that names a file in every row; its columns are: "
+            f"{', '.join(map(str, table.columns))}."
+        )
+    sources = []
+    for row in table.to_dict("records"):
+        known = {name: value for name, value in row.items() if isinstance(value, str) and value}
+        # a path joined to an absolute one is the latter
+        file = path.parent / known.pop("path")
+        sources.append(_source(file, known.pop("layer", layer), known))
+    return sources
