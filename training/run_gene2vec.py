@@ -7,13 +7,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.output import check_output_path
-from ..data.read import read_cells
+from ..data.read import read_cells, read_gene_names
+from ..data.read_10x import is_10x_folder
 from ..tokenization import (
     InputError,
     detect_input_kind,
     gene_names_of,
     normalize_expression,
-    read_gene_panel,
     select_matrix,
     to_counts_scale,
 )
@@ -93,20 +93,10 @@ def gene2vec(
         return _import_vectors(import_file, output, genes)
     if cutoff is None and top_pairs is None:
         cutoff = 0.9
-    panel = None if genes is None else set(read_gene_panel(genes))
+    panel = None if genes is None else set(read_gene_names(genes))
     limits = {"cutoff": cutoff, "top_pairs": top_pairs, "min_cells": min_cells}
-    parts, skipped = [], []
-    for path in corpus_files(corpus):
-        try:
-            expression, names = read_log_expression(path, panel, layer, input, max_cells, seed)
-        except InputError as problem:
-            logger.warning("%s is left out: %s", path.name, problem)
-            skipped.append(path.name)
-            continue
-        with tqdm(total=None, unit=" genes", desc=f"correlating {path.name}") as bar:
-            parts.append(coexpressed_pairs(expression, names, progress=bar.update, **limits))
-    if not parts:
-        raise InputError(f"No file of {corpus} could be used; {len(skipped)} were left out, named above.")
+    source = {"panel": panel, "layer": layer, "input": input, "max_cells": max_cells, "seed": seed}
+    parts, skipped = _pairs_of_files(corpus_files(corpus), source, limits)
     pairs = join_pairs(parts)
     with tqdm(total=(iterations + 1) * len(pairs.pairs), unit=" pairs", desc="training gene2vec") as bar:
         vectors = train_gene2vec(
@@ -116,13 +106,32 @@ def gene2vec(
     return _summary(output, pairs, vectors, files=len(parts), skipped=skipped)
 
 
+def _pairs_of_files(files: list[Path], source: dict, limits: dict) -> tuple[list[GenePairs], list[str]]:
+    """Pairs of every file that can be used, and the names of those that cannot."""
+    parts, skipped = [], []
+    for path in files:
+        try:
+            expression, names = read_log_expression(path, **source)
+        except InputError as problem:
+            if len(files) == 1:
+                raise
+            logger.warning("%s is left out: %s", path.name, problem)
+            skipped.append(path.name)
+            continue
+        with tqdm(total=None, unit=" genes", desc=f"correlating {path.name}") as bar:
+            parts.append(coexpressed_pairs(expression, names, progress=bar.update, **limits))
+    if not parts:
+        raise InputError(f"None of the {len(skipped)} files can be used, for the reasons named above.")
+    return parts, skipped
+
+
 def corpus_files(corpus) -> list[Path]:
     """The files of cells of a corpus: itself, or those in the folder, by name.
 
     Parameters
     ----------
     corpus : path
-        A file, or a folder of `.h5ad`, `.h5` or `.zarr`.
+        A file (or 10x matrix folder), or a folder of `.h5ad`, `.h5` or `.zarr`.
 
     Raises
     ------
@@ -130,7 +139,7 @@ def corpus_files(corpus) -> list[Path]:
         If the folder holds none.
     """
     corpus = Path(corpus)
-    if corpus.is_file() or corpus.suffix == ".zarr":
+    if corpus.is_file() or corpus.suffix == ".zarr" or is_10x_folder(corpus):
         return [corpus]
     found = sorted(path for pattern in CELL_FILES for path in corpus.glob(pattern))
     if not found:

@@ -1,4 +1,6 @@
 import gzip
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -190,3 +192,23 @@ def test_wrong_vectors_are_refused(panel, size, problem):
     )
     with pytest.raises(InputError, match=problem):
         assign_gene_vectors(ScBertModel(config), panel, GeneVectors(["A"], np.ones((1, size), np.float32)))
+
+
+MEMORY = """
+import resource
+import numpy as np
+import scipy.sparse as sp
+from scbert.training.coexpression import coexpressed_pairs
+
+rng = np.random.default_rng(0)
+cells = sp.random(3000, 20_000, 0.1, format="csr", dtype=np.float32, random_state=rng)
+found = coexpressed_pairs(cells, [f"G{i}" for i in range(20_000)], cutoff=None, top_pairs=1_000_000)
+assert len(found.pairs) == 1_000_000 and len(found.genes) == 20_000
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_twenty_thousand_genes_fit_into_four_gib():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 4.0
