@@ -20,8 +20,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from ..inference.loading import load_model, quiet_transformers
 from ..tokenization import InputError
+from ..training.pretrained import load_masked_model, load_tokenizer, quiet_transformers
 from .card import GENERATED, METRICS, build_card, public_metrics
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ def push(
     """
     folder = Path(folder)
     _check_name(repo_id)
-    load_model(folder, task="embedding", device="cpu")
+    load_masked_model(folder)
+    load_tokenizer(folder)
     missing = [name for name in CODE if not (folder / name).is_file()]
     if missing:
         raise InputError(
