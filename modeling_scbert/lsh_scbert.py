@@ -188,9 +188,11 @@ def _received(query_key, rotations, mask, chunk_length):
     """Attention every position receives, summed over the unmasked queries; float32 [n, length]."""
     plan = plan_hashing(query_key, rotations, mask, chunk_length)
     scores = _window_scores(query_key, plan, chunk_length)
-    total = _rows(scores.logsumexp(-1, keepdim=True).flatten(2, 3), plan.undo).logsumexp(1, keepdim=True)
-    total = _rows(total.masked_fill(~mask[:, None, :, None], torch.inf), plan.order)
-    given = torch.exp(scores - total.view(*scores.shape[:4], 1)).sum(3)
+    total = scores.logsumexp(-1, keepdim=True)
+    # a round's share of its query; a difference of logits as far down as a lone position's would be rounded
+    share = _rows(total.flatten(2, 3), plan.undo).softmax(dim=1) * mask[:, None, :, None]
+    share = _rows(share, plan.order).view_as(total)
+    given = (torch.exp(scores - total) * share).sum(3)
     before, own, after = given.split(chunk_length, dim=-1)
     own[:, :, :-1] += before[:, :, 1:]
     own[:, :, 1:] += after[:, :, :-1]
