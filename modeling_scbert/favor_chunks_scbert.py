@@ -12,7 +12,6 @@ import os
 
 import torch
 
-
 LOG2_E = math.log2(math.e)
 # features are left unshifted while their largest logarithm (base 2) stays within this bound: a float32 holds 2^126
 LOG2_LIMIT = 48.0
@@ -184,7 +183,7 @@ class KeyContext:
             self.shift = self.shift + drift
 
     def finish(self, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The context table ``[cells * heads, m, dv + 1]`` under the final stabiliser, and the stabiliser ``[cells]``."""
+        """The context table ``[cells * heads, m, dv + 1]`` under the final stabiliser, and that, ``[cells]``."""
         self.maximum = torch.where(self.maximum.isinf(), self.shift, self.maximum)
         self.table.mul_(per_head((self.shift - self.maximum).exp2_(), self.heads))
         return self.table.add_(self.sums, alpha=epsilon), self.maximum

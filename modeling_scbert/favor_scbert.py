@@ -16,7 +16,6 @@ from torch import nn
 
 from .favor_engine_scbert import favor_attention_chunked
 
-
 # above this length a full attention matrix is refused: it would take length^2 * heads numbers a layer
 MAX_ATTENTION_MATRIX_LENGTH = 4096
 
