@@ -8,6 +8,7 @@ Pretrain a model by masked expression modelling: ``scbert pretrain``, or
 import contextlib
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -199,6 +200,10 @@ def save(folder: Path, trainer: MaskedExpressionTrainer, data: PretrainData, sum
         data.tokenizer.save_pretrained(folder)
     text = json.dumps(summary, indent=2, ensure_ascii=False, default=str)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    logs = Path(trainer.args.output_dir) / "runs"
+    if logs.is_dir():
+        # tensorboard's own place for them lies among the checkpoints
+        os.replace(logs, folder / "runs")
     shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     (folder / RECORD).unlink()
 

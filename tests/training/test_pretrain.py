@@ -201,6 +201,12 @@ def test_schedules(corpus, tmp_path):
     np.testing.assert_allclose(rates, 3e-3 * np.array([1, 0.75, 0.5, 0.25]), rtol=1e-6)
 
 
+def test_logs_of_tensorboard_stay(corpus, tmp_path):
+    pytest.importorskip("tensorboard")
+    pretrain(corpus, tmp_path / "model", max_steps=2, report_to="tensorboard", **QUICK)
+    assert list((tmp_path / "model" / "runs").rglob("events.out.tfevents.*"))
+
+
 @pytest.mark.parametrize(
     "options, problem",
     [
