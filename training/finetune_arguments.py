@@ -114,6 +114,8 @@ class FinetuneTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = False
     restore_callback_states_from_checkpoint: bool = True
     dataloader_pin_memory: bool = False
+    # whatever is trained is part of every forward
+    ddp_find_unused_parameters: bool = False
     per_device_eval_batch_size: int = 0
     early_stopping_patience: int = field(
         default=10, metadata={"help": "Epochs without a better validation macro-F1 before the end; 0: never."}

@@ -270,11 +270,15 @@ def test_stopped_by_a_signal_then_the_same_command(reference, tiny_recipe, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_learn_as_one_does(reference, tiny_recipe, tmp_path):
+def test_two_processes_learn_as_one_does(adata, tiny_recipe, tmp_path):
     """Half the cells per process and step: the same steps as one process with twice the batch."""
+    # whole batches: processes fill an incomplete one with cells from the start
+    adata.obs["split"] = ["train"] * 80 + ["validation"] * 16 + ["test"] * 24
+    reference = tmp_path / "reference.h5ad"
+    adata.write_h5ad(reference)
     one, two = tmp_path / "one", tmp_path / "two"
     shared = [str(tiny_recipe), "--reference", str(reference), "--label_key", "cell_type", "--seed", "1"]
-    shared += ["--class_balance", "weights", "--num_train_epochs", "2"]
+    shared += ["--test_key", "split", "--class_balance", "weights", "--num_train_epochs", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     module = ["-m", "scbert.training.run_finetune"]
     alone = [sys.executable, *module, *shared, "--output", str(one), "--per_device_train_batch_size", "16"]
