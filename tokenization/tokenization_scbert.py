@@ -216,7 +216,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
                     f"Cells from row {start} on have fractions, while earlier ones are whole-number counts: "
                     f"say what the values are with --input counts or --input log1p."
                 )
-            yield self._bin_rows(chunk, alignment, kind, scale)
+            yield self.bin_rows(chunk, alignment, kind, scale is not None)
 
     def align(self, cells, gene_names=None, layer=None):
         """How the genes of `cells` match the panel, as a `GeneAlignment`."""
@@ -242,15 +242,16 @@ class ScBertTokenizer(PreTrainedTokenizer):
             raise InputError(f"{error}{hint}") from None
         return kind, log1p_scale(sample, self.target_sum) if kind == "log1p" else None
 
-    def _bin_rows(self, chunk, alignment, kind, scale):
-        values = self._log_values(chunk, alignment, kind, scale)
+    def bin_rows(self, chunk, alignment, kind="counts", whole=True):
+        """Bins of rows [cells, genes of `alignment`] whose `kind` is known; log1p of all genes is `whole`."""
+        values = self._log_values(chunk, alignment, kind, whole)
         if self.binning == "quantile":
             return bin_quantile(values, self.n_bins)
         return bin_floor(values, self.n_bins, self.bin_width)
 
-    def _log_values(self, chunk, alignment, kind, scale):
+    def _log_values(self, chunk, alignment, kind, whole):
         """Rows on the model's log scale, aligned to the panel."""
-        if kind == "log1p" and scale is None:
+        if kind == "log1p" and not whole:
             # a part of the genes: what the others held is not known, so the size factor stays
             return change_log_base(_apply_to_logs(alignment, chunk), self.log_base)
         # the size factor is taken after alignment, so log1p of all genes goes back to the counts' scale;
