@@ -27,6 +27,7 @@ from .favor_chunks_scbert import (
     per_head,
     query_backward,
 )
+from .favor_triton_scbert import give_up, triton_backward, triton_forward, triton_serves
 
 
 # the checkpoint's own copy of this file, loaded as remote code, must not take over the installed one's operators
@@ -92,6 +93,12 @@ def _favor_forward(
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Zero as ``chunk_size``: by the cache. Output [B, Lq, H, dv]; context table [B * H, m, dv + 1]; key max [B]; query max and normaliser [B, H, Lq]."""
+    if triton_serves(query, value):
+        try:
+            return triton_forward(query, key, value, projection_matrix, attention_mask, epsilon)
+        except Exception as error:
+            # whatever a compiler or driver raises: the portable engine serves every device
+            give_up(error)
     cells, heads, length, _ = query.shape
     width, dtype = value.shape[-1], compute_dtype(query.dtype)
     chunk_size = chunk_size or chunk_positions(heads, projection_matrix.shape[0], query.device)
@@ -150,6 +157,9 @@ def _favor_backward(
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value, each stored as [B, L, H, d]."""
+    if triton_serves(query, value):
+        state = (output, table, key_max, query_max, normaliser)
+        return triton_backward(grad, query, key, value, projection_matrix, attention_mask, *state, epsilon)
     cells, heads, length, _ = query.shape
     dtype = compute_dtype(query.dtype)
     chunk_size = chunk_size or chunk_positions(heads, projection_matrix.shape[0], query.device)
