@@ -119,7 +119,7 @@ def draw(folder: Path, cells: AnnData, annotated: AnnData, scores: dict[str, Any
     right = f"{scores['accuracy']:.0%} right"
     plot_embedding(
         annotated.obsm["X_umap"],
-        {"sorted type (truth)": annotated.obs[LABEL_KEY], f"scBERT's annotation ({right})": predicted},
+        {"reference type": annotated.obs[LABEL_KEY], f"scBERT's annotation ({right})": predicted},
         folder / "umap.png",
         background=cells.obsm["X_umap"][cells.obs["split"] != "test"],
         title=f"{annotated.n_obs} held-out PBMCs; in grey the cells learnt from",
