@@ -1,5 +1,5 @@
 """
-FAVOR+ attention on CUDA: launches the kernels of favor_kernels_scbert.py.
+FAVOR+ attention on CUDA: launches the kernels of favor_kernels_scbert.py and its backward.
 
 Same function, same saved tensors as the portable engine, which it stands in for on CUDA (and under Triton's
 interpreter, ``TRITON_INTERPRET=1``, where the kernels are tested on a CPU). Float32 is computed in float32 (three
@@ -12,13 +12,8 @@ import os
 
 import torch
 
-from .favor_kernels_scbert import (
-    context_gradient_kernel,
-    key_gradient_kernel,
-    key_kernel,
-    query_gradient_kernel,
-    query_kernel,
-)
+from .favor_gradient_kernels_scbert import context_gradient_kernel, key_gradient_kernel, query_gradient_kernel
+from .favor_kernels_scbert import key_kernel, query_kernel
 
 
 try:
