@@ -20,7 +20,6 @@ from .favor_chunks_scbert import (
     keep_column,
 )
 
-
 # cells a layer takes at once on an accelerator, where kernels work on whole sequences
 ACCELERATOR_CELLS = 8
 

@@ -29,7 +29,6 @@ from .favor_chunks_scbert import (
 )
 from .favor_triton_scbert import give_up, triton_backward, triton_forward, triton_serves
 
-
 # the checkpoint's own copy of this file, loaded as remote code, must not take over the installed one's operators
 _NAMESPACE = "scbert" if __name__.startswith("scbert.") else __name__.replace(".", "_").replace("-", "_")
 
@@ -92,7 +91,10 @@ def _favor_forward(
     epsilon: float,
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Zero as ``chunk_size``: by the cache. Output [B, Lq, H, dv]; context table [B * H, m, dv + 1]; key max [B]; query max and normaliser [B, H, Lq]."""
+    """
+    Output [B, Lq, H, dv]; and for the backward: context table [B * H, m, dv + 1], key max [B], query max and normaliser
+    [B, H, Lq]. With zero as ``chunk_size`` the cache decides.
+    """
     if triton_serves(query, value):
         try:
             return triton_forward(query, key, value, projection_matrix, attention_mask, epsilon)

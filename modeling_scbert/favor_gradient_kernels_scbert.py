@@ -2,7 +2,6 @@
 
 from .favor_kernels_scbert import half_square, load_rows, row_logarithms
 
-
 try:
     import triton
     import triton.language as tl
@@ -15,7 +14,9 @@ except ImportError:
 
 
 @triton.jit
-def joined_gradient(GRAD, OUT, DENOMINATOR, base, row_stride, saved, positions, widths, DV: tl.constexpr, keep):
+def joined_gradient(
+    GRAD, OUT, DENOMINATOR, base, row_stride, saved, positions, widths, DV: tl.constexpr, keep
+):
     """Gradients of numerator [rows, dv] and denominator [rows]; zero in rows that are not kept."""
     grad = load_rows(GRAD, base, row_stride, positions, widths, DV, keep).to(tl.float32)
     out = load_rows(OUT, base, row_stride, positions, widths, DV, keep).to(tl.float32)

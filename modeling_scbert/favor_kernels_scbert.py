@@ -3,7 +3,7 @@ Triton kernels of FAVOR+ attention: key pass and query pass. favor_triton_scbert
 favor_gradient_kernels_scbert.py.
 
 The random features of a tile live in registers only. Logarithms are to base 2 with log2(e) folded into the projection
-``W [m, d]``; in half precision the projection comes as the sum of two halves (``W + W_LOW``), so that only q and k carry
+``W [m, d]``; in half precision the projection is the sum of two halves (``W + W_LOW``), so that only q and k carry
 their own rounding. Passes that sum over positions keep features in rows, [features, positions], and split the positions
 over programs; passes that give one row per position loop over tiles of features. 266 features are five tiles of 64.
 """
@@ -163,7 +163,7 @@ def query_kernel(
     for first in range(0, FEATURES, BLOCK_M):
         features = first + tl.arange(0, BLOCK_M)
         real = features < FEATURES
-        w, logs = row_logarithms(q, W, W_LOW, features, dims, D, real, HAS_LOW, PRECISION)
+        _, logs = row_logarithms(q, W, W_LOW, features, dims, D, real, HAS_LOW, PRECISION)
         logs = tl.where(real[None, :], logs, float("-inf"))
         higher = tl.maximum(maximum, tl.max(logs, 1))
         rescale = tl.exp2(maximum - higher)

@@ -15,7 +15,6 @@ import torch
 from .favor_gradient_kernels_scbert import context_gradient_kernel, key_gradient_kernel, query_gradient_kernel
 from .favor_kernels_scbert import key_kernel, query_kernel
 
-
 try:
     import triton
 except ImportError:
@@ -64,7 +63,11 @@ class _Launch:
             # the interpreter cannot multiply bfloat16
             self.dtype = torch.float16
         self.batch, self.heads, _, self.dim = query.shape
-        self.rows, self.features, self.width = self.batch * self.heads, len(projection_matrix), value.shape[-1]
+        self.rows, self.features, self.width = (
+            self.batch * self.heads,
+            len(projection_matrix),
+            value.shape[-1],
+        )
         # |x'|^2 / 2 = scale |x|^2 to base 2
         self.scale = math.log2(math.e) / 2 * self.dim**-0.5
         matrix = projection_matrix.float() * (self.dim**-0.25 * math.log2(math.e))

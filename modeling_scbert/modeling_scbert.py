@@ -12,6 +12,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .alignment_scbert import align_memory
 from .configuration_scbert import ScBertConfig
 from .embeddings_scbert import ScBertEmbeddings, ScBertGeneEmbeddings
 from .favor_scbert import ScBertFavorAttention, draw_projection
@@ -19,18 +20,6 @@ from .growth_scbert import GrowthMixin
 from .layers_scbert import ATTENTION_CLASSES, ScBertLayer, ScBertReversibleLayer
 from .lsh_scbert import ScBertLshAttention
 from .reversible_scbert import reversible_encode
-
-
-def align_memory(model: nn.Module, boundary: int = 64):
-    """
-    Copy CPU weights that start off a cache line, in place.
-
-    Weights mapped from a safetensors file start wherever its header ends, and there matrix products take another
-    path: the logits of a reloaded model differed in the last bit from those of the model that was saved.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % boundary:
-            tensor.data = tensor.data.clone()
 
 
 class ScBertPreTrainedModel(GrowthMixin, PreTrainedModel):
@@ -103,6 +92,9 @@ class ScBertModel(ScBertPreTrainedModel):
         self.layers = nn.ModuleList([layer_class(config, index) for index in range(config.num_hidden_layers)])
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
+        # stands in for the embeddings and the first layers where training keeps what frozen ones put out: a callable
+        # (input_ids, attention_mask, gene_ids, modality_ids) -> (hidden states, layers they have passed)
+        self.prefix = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -127,9 +119,9 @@ class ScBertModel(ScBertPreTrainedModel):
                 matrix = layer.attention.projection_matrix
                 matrix.copy_(draw_projection(*matrix.shape, generator))
 
-    def _encode(self, hidden_states, attention_mask, output_attentions, kwargs):
+    def _encode(self, hidden_states, attention_mask, output_attentions, kwargs, first_layer=0):
         if not self.config.reversible:
-            for layer in self.layers:
+            for layer in self.layers[first_layer:]:
                 hidden_states = layer(hidden_states, attention_mask, output_attentions)
             return hidden_states
         record = output_attentions or kwargs.get("output_hidden_states", self.config.output_hidden_states)
@@ -177,8 +169,15 @@ class ScBertModel(ScBertPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        hidden_states = self.embeddings(input_ids, gene_ids, modality_ids, inputs_embeds)
-        hidden_states = self._encode(hidden_states, attention_mask, bool(output_attentions), kwargs)
+        records = output_attentions or kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        first_layer = 0
+        if self.prefix is None or records or input_ids is None:
+            hidden_states = self.embeddings(input_ids, gene_ids, modality_ids, inputs_embeds)
+        else:
+            hidden_states, first_layer = self.prefix(input_ids, attention_mask, gene_ids, modality_ids)
+        hidden_states = self._encode(
+            hidden_states, attention_mask, bool(output_attentions), kwargs, first_layer
+        )
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
 

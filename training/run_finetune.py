@@ -37,6 +37,7 @@ from .finetune_trainer import (
     last_checkpoint,
     stop_progress,
 )
+from .frozen_prefix import attach_frozen_prefix
 from .pretrained import check_model_folder, load_base, load_tokenizer, new_model, quiet_transformers
 from .run_record import RECORD, check_run_record, write_run_record
 from .run_summary import score_control, score_splits, summarise, write_summary
@@ -174,11 +175,17 @@ def train(
 ) -> CellTrainer:
     """Train to the best validation macro-F1; the trainer that comes back holds the best weights."""
     trainer = build_trainer(model, data, arguments)
+    n_cells = len(data.splits["train"]) + len(data.splits["validation"])
+    # one process that drives several GPUs copies the model to each
+    storage = arguments.cache_frozen if arguments.n_gpu <= 1 else "off"
+    cache = attach_frozen_prefix(model.scbert, storage, n_cells, arguments.output_dir)
     try:
         with quiet_transformers():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         stop_progress(trainer)
+        if cache is not None:
+            cache.detach()
     return trainer
 
 
