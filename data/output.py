@@ -334,11 +334,22 @@ def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
     try:
         partial.mkdir(exist_ok=True)
         yield partial
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _explain(error, path) from None
+    except Exception as error:
+        if _disk_is_full(error):
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(
+                errno.ENOSPC, f"{_explain(full, path).strerror} What was finished is in {partial} (--resume)."
+            ) from None
         raise
     _swap(partial, path)
+
+
+def _disk_is_full(error):
+    """torch and safetensors report a full disk in types and words of their own."""
+    signs = ("no space left on device", "os error 28", "disk quota exceeded")
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        sign in str(error).lower() for sign in signs
+    )
 
 
 def check_output_folder(path, overwrite=False, marker="config.json"):

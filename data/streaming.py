@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,46 @@ def open_corpus(folder, tokenizer):
     for shard in shards:
         shard.check()
     return shards
+
+
+@dataclass(frozen=True)
+class CorpusPart:
+    """What a corpus holds of one file, for measures taken file by file; see `corpus_parts`."""
+
+    folder: Path
+    facts: dict
+    genes: list
+
+    @property
+    def name(self):
+        """Name of the file the cells came from."""
+        return Path(self.facts["path"]).name
+
+    def sample(self, max_cells=None, seed=0):
+        """Cells drawn at random, in ascending order.
+
+        Returns
+        -------
+        values : scipy.sparse.csr_matrix [cells, genes]
+            The genes expressed here: of those that only other files hold, nothing is known.
+        names : list of str [genes]
+        kind : {"counts", "log1p"}
+        """
+        alignment = align_genes(self.genes, self.genes)
+        shards = [Shard(self.folder, {**self.facts, **shard}, alignment) for shard in self.facts["shards"]]
+        starts = np.cumsum([0, *(shard.n_cells for shard in shards)])
+        rows = np.sort(np.random.default_rng(seed).permutation(starts[-1])[:max_cells])
+        parts = zip(shards, starts, np.split(rows, np.searchsorted(rows, starts[1:-1])))
+        values = sp.vstack([shard.rows(own - start) for shard, start, own in parts if len(own)], format="csr")
+        own = np.flatnonzero(np.bincount(values.indices, minlength=len(self.genes)))
+        return values[:, own], [self.genes[i] for i in own], self.facts["kind"]
+
+
+def corpus_parts(folder):
+    """The files that a corpus was made of, as far as they brought cells in, as `CorpusPart`."""
+    manifest = read_manifest(folder)
+    sources = [source for source in manifest["sources"] if source["shards"]]
+    return [CorpusPart(Path(folder), source, manifest["genes"]) for source in sources]
 
 
 class BinnedCells(Dataset):

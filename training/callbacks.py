@@ -1,8 +1,18 @@
 """What training does between steps that the Trainer does not know of."""
 
-from transformers import TrainerCallback
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+
+import torch
+from accelerate.utils import reduce
+from transformers import Trainer, TrainerCallback
 
 from .numbered_cells import NumberedSampler
+
+logger = logging.getLogger(__name__)
 
 
 class RedrawFeaturesCallback(TrainerCallback):
@@ -42,3 +52,49 @@ class SetEpochCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         # a float: whole at an epoch's begin, a fraction where a run is resumed
         self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+class SaveOnTerminate(TrainerCallback):
+    """After SIGTERM in any process, ends the step, has a checkpoint written, and leaves with exit code 143."""
+
+    def __init__(self):
+        self.asked = False
+
+    def receive(self, signum, frame):
+        """Note the signal; a second one ends the process at once."""
+        if self.asked:
+            raise SystemExit(128 + signum)
+        self.asked = True
+        logger.warning("SIGTERM: a checkpoint is written after this step.")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            # the signal may reach the processes in different steps: all stop after the same one
+            asked = torch.tensor([float(self.asked)], device=args.device)
+            self.asked = bool(reduce(asked, "sum").item())
+        if self.asked:
+            control.should_save = True
+            control.should_evaluate = False
+        return control
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.asked:
+            logger.warning("Saved at step %d; --resume goes on from there.", state.global_step)
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def saving_on_terminate(trainer: Trainer) -> Iterator[None]:
+    """Let SIGTERM save a checkpoint while `trainer` trains; see `SaveOnTerminate`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    callback = SaveOnTerminate()
+    # the last one, so that a checkpoint is marked as complete before it acts
+    trainer.add_callback(callback)
+    previous = signal.signal(signal.SIGTERM, callback.receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        trainer.remove_callback(callback)

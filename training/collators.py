@@ -89,7 +89,11 @@ class DataCollatorForMaskedExpression:
             self.mlm_probability,
             self.replace_probability,
         )
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        if "draw" in items[0]:
+            # so that a batch that goes wrong can be named
+            tensors["draw"] = torch.tensor([item["draw"] for item in items])
+        return tensors
 
     def _uniform(self, items: Sequence[dict[str, Any]], counts: np.ndarray) -> np.ndarray:
         """Two random numbers for every expressed token of the batch, [tokens, 2]."""

@@ -34,6 +34,13 @@ class NumberedCells(Dataset):
     def __getitem__(self, draw: int) -> dict[str, Any]:
         return {**self.cells[draw % len(self.cells)], "draw": int(draw)}
 
+    def __getitems__(self, draws: list[int]) -> list[dict[str, Any]]:
+        places = [draw % len(self.cells) for draw in draws]
+        # cells on disk are read a batch at a time
+        together = getattr(self.cells, "__getitems__", None)
+        items = together(places) if together else [self.cells[place] for place in places]
+        return [{**item, "draw": int(draw)} for item, draw in zip(items, draws)]
+
 
 class NumberedSampler(Sampler[int]):
     """

@@ -23,7 +23,9 @@ SHORT_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_bat
 class PretrainDataArguments:
     """Which cells are learnt from, and where the model goes."""
 
-    corpus: str = field(default=None, metadata={"help": "Cells: a file, or a folder of files."})
+    corpus: str = field(
+        default=None, metadata={"help": "A corpus of scbert build, a file, or a folder of files."}
+    )
     output: str = field(default=None, metadata={"help": "The model folder to write."})
     genes: str | None = field(
         default=None, metadata={"help": "Gene panel file, without a base; the expressed genes if left out."}
@@ -39,6 +41,10 @@ class PretrainDataArguments:
     )
     replace_probability: float = field(
         default=0.9, metadata={"help": "Probability that a gene asked for is hidden."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read neighbouring cells together, in bounded memory: for files too large for it."},
     )
     force: bool = field(default=False, metadata={"help": "Take files with few genes of the panel too."})
     resume: bool = field(default=False, metadata={"help": "Continue an interrupted run of the same command."})

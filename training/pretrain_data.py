@@ -114,6 +114,13 @@ def count_bins(bins: sp.csr_matrix, vocab_size: int) -> np.ndarray:
     return np.bincount(flat, minlength=n_genes * vocab_size).reshape(n_genes, vocab_size)
 
 
+def least_genes(min_genes: int | None, tokenizer: ScBertTokenizer) -> int:
+    """Expressed genes a cell needs: what was asked for, or scBERT's rule where the panel is large."""
+    if min_genes is not None:
+        return min_genes
+    return MIN_GENES if len(tokenizer.gene_panel) >= PANEL_WITH_MIN_GENES else 0
+
+
 def _new_tokenizer(
     options: dict[str, Any], files: list[Path], data: PretrainDataArguments
 ) -> ScBertTokenizer:
@@ -154,9 +161,7 @@ def _bin_files(
     files: list[Path], tokenizer: ScBertTokenizer, data: PretrainDataArguments, overlap: float
 ) -> tuple[sp.csr_matrix, dict[str, Any]]:
     """Bins of all usable cells, and a report by file; files that cannot be used are named and left out."""
-    minimum = data.min_genes
-    if minimum is None:
-        minimum = MIN_GENES if len(tokenizer.gene_panel) >= PANEL_WITH_MIN_GENES else 0
+    minimum = least_genes(data.min_genes, tokenizer)
     parts, report = [], {"files": {}, "left_out": {}, "min_genes": minimum}
     for path in files:
         try:

@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..data.streaming import StreamOrder
+from ..tokenization import InputError
 from .callbacks import RedrawFeaturesCallback, SetEpochCallback
 from .collators import DataCollatorForMaskedExpression
 from .finetune_trainer import CompleteCheckpoints, ProgressOnStderr, StopOnDivergence
@@ -29,17 +31,65 @@ class MaskedExpressionTrainer(Trainer):
     ----------
     control
         The yardstick that stands beside every score.
+    streaming
+        Take cells in a `StreamOrder`; else each epoch in an order of its own, from anywhere.
     """
 
-    def __init__(self, *args: Any, control: GeneControl, **kwargs: Any):
+    def __init__(self, *args: Any, control: GeneControl, streaming: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.control = control
         self.scores = MaskedScores(control, self.model.config.vocab_size)
-        self.sampler = NumberedSampler(len(self.train_dataset), self.args.data_seed or self.args.seed)
+        self.streaming = streaming
+        seed = self.args.data_seed or self.args.seed
+        self.sampler = (
+            self._stream_order(seed) if streaming else NumberedSampler(len(self.train_dataset), seed)
+        )
         self.add_callback(SetEpochCallback(self.sampler))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         return self.sampler
+
+    def _stream_order(self, seed: int) -> StreamOrder:
+        args = self.args
+        return StreamOrder(
+            len(self.train_dataset), args.train_batch_size, seed, args.process_index, args.world_size,
+            args.dataloader_num_workers, numbered=True,
+        )  # fmt: skip
+
+    def get_train_dataloader(self) -> DataLoader:
+        """transformers' own, or for a stream one that knows its process: accelerate must not deal out again."""
+        if not self.streaming:
+            return super().get_train_dataloader()
+        args = self.args
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        self.draws = inputs.pop("draw", None)
+        return inputs
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """transformers' step; a loss that is no number ends the run and names its cells."""
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            cells = self.train_dataset.cells
+            places = sorted((self.draws % len(cells)).tolist())
+            raise InputError(
+                f"The loss is {loss.item()} in step {self.state.global_step + 1}, process "
+                f"{self.args.process_index}, in the batch of the cells {cells.rows[places].tolist()} (counted in "
+                f"the corpus). Nothing of it was learnt. Look at these cells, or lower learning_rate (it is "
+                f"{self.args.learning_rate:g}) or set max_grad_norm in the recipe; --resume goes on from the last "
+                f"checkpoint."
+            )
+        return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """The cosine restarts where they are asked for, with an epoch as their unit; else transformers' own."""
@@ -134,6 +184,7 @@ def build_pretrainer(
             PretrainProgress(),
         ],
         control=GeneControl(data.bin_counts),
+        streaming=data_arguments.streaming,
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..data.corpus_manifest import is_corpus
 from ..data.output import check_output_path
 from ..data.read import read_cells, read_gene_names
 from ..data.read_10x import is_10x_folder
+from ..data.streaming import CorpusPart, corpus_parts
 from ..tokenization import (
     InputError,
     detect_input_kind,
@@ -53,7 +55,7 @@ def gene2vec(
     output : path
         Word2vec text (`.gz` too) or `.npy`.
     corpus : path, optional
-        A file of cells or a folder of them.
+        A corpus of `scbert build`, a file of cells or a folder of them.
     import_file : path, optional
         Word2vec text, `SYMBOL<TAB>numbers`, or `.npy` with `genes` as its list of symbols.
     genes : path, optional
@@ -96,7 +98,8 @@ def gene2vec(
     panel = None if genes is None else set(read_gene_names(genes))
     limits = {"cutoff": cutoff, "top_pairs": top_pairs, "min_cells": min_cells}
     source = {"panel": panel, "layer": layer, "input": input, "max_cells": max_cells, "seed": seed}
-    parts, skipped = _pairs_of_files(corpus_files(corpus), source, limits)
+    files = corpus_parts(corpus) if is_corpus(corpus) else corpus_files(corpus)
+    parts, skipped = _pairs_of_files(files, source, limits)
     pairs = join_pairs(parts)
     with tqdm(total=(iterations + 1) * len(pairs.pairs), unit=" pairs", desc="training gene2vec") as bar:
         vectors = train_gene2vec(
@@ -152,7 +155,7 @@ def read_log_expression(path, panel=None, layer=None, input="auto", max_cells=20
 
     Parameters
     ----------
-    path : path
+    path : path, or CorpusPart
     panel : set of str, optional
         Keep these genes only; the size factor is taken after that, as in the model's own input.
     layer, input
@@ -165,20 +168,29 @@ def read_log_expression(path, panel=None, layer=None, input="auto", max_cells=20
     InputError
         If the values are neither counts nor log1p, or fewer than two genes of the panel are there.
     """
-    adata = read_cells(path, layer=layer, backed=True, check=False)
-    matrix, source = select_matrix(adata, layer)
-    names = np.asarray(gene_names_of(source.var, source.var_names), dtype=object)
-    rows = np.random.default_rng(seed).permutation(matrix.shape[0])[:max_cells]
-    values = as_csr(matrix[np.sort(rows)])
-    kind = detect_input_kind(values) if input == "auto" else input
-    values = to_counts_scale(values, kind)
+    if isinstance(path, CorpusPart):
+        if layer or input != "auto":
+            raise InputError("--layer and --input belong to scbert build: the corpus knows what it holds.")
+        values, names, kind = path.sample(max_cells, seed)
+    else:
+        values, names, kind = _sample_file(path, layer, input, max_cells, seed)
+    values, names = to_counts_scale(values, kind), np.asarray(names, dtype=object)
+    first = ", ".join(map(str, names[:3]))
     if panel is not None:
         kept = np.flatnonzero([name in panel for name in names])
         values, names = values[:, kept], names[kept]
     if len(names) < 2:
-        first = ", ".join(map(str, source.var_names[:3]))
         raise InputError(f"It names {len(names)} genes of the panel (its first names: {first}).")
     return normalize_expression(values.tocsr()), names
+
+
+def _sample_file(path, layer, input, max_cells, seed):
+    adata = read_cells(path, layer=layer, backed=True, check=False)
+    matrix, source = select_matrix(adata, layer)
+    rows = np.random.default_rng(seed).permutation(matrix.shape[0])[:max_cells]
+    values = as_csr(matrix[np.sort(rows)])
+    kind = detect_input_kind(values) if input == "auto" else input
+    return values, gene_names_of(source.var, source.var_names), kind
 
 
 def _import_vectors(source, output: Path, genes) -> dict:

@@ -18,8 +18,11 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 
+from ..data.corpus_manifest import is_corpus
 from ..data.output import check_output_folder, partial_folder
 from ..tokenization import InputError
+from .callbacks import saving_on_terminate
+from .corpus_data import load_corpus_data
 from .finetune_arguments import parse_command_line
 from .finetune_trainer import last_checkpoint, stop_progress
 from .gene2vec import assign_gene_vectors, load_gene_vectors
@@ -97,9 +100,8 @@ def load_data(
         check_model_folder(model.base)
         if data.genes:
             raise InputError("--genes chooses the panel of a new model; a base has its own. Leave one out.")
-    return load_pretrain_data(
-        data, load_tokenizer(model.base) if model.base else model.tokenizer, training.seed
-    )
+    load = load_corpus_data if data.streaming or is_corpus(data.corpus) else load_pretrain_data
+    return load(data, load_tokenizer(model.base) if model.base else model.tokenizer, training.seed)
 
 
 def build_model(
@@ -156,7 +158,7 @@ def train_and_save(
 def train(trainer: MaskedExpressionTrainer, checkpoint: Path | None) -> MaskedExpressionTrainer:
     """Train to the end, from a checkpoint if there is one."""
     try:
-        with quiet_transformers():
+        with quiet_transformers(), saving_on_terminate(trainer):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         stop_progress(trainer)
