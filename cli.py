@@ -45,6 +45,7 @@ from .cli_options import (
     Strict,
     Verify,
 )
+from .cli_studies import evaluate
 from .console import existing, guarded, run, show_messages, silence_libraries
 
 app = typer.Typer(
@@ -384,6 +385,9 @@ def combine(
     from .data.multiomics import combine_files
 
     run(combine_files, **given)
+
+
+app.command()(evaluate)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -38,6 +38,10 @@ OutputFolder = Annotated[Path, typer.Option(metavar="DIR", help="The folder to w
 Recipe = Annotated[
     str | None, typer.Option(metavar="NAME|FILE", help="Settings: a shipped recipe's name or a .json file.")
 ]
+LabelKey = Annotated[str, typer.Option(help="Column of obs that holds the cell types.", show_default=False)]
+Report = Annotated[
+    Path | None, typer.Option(metavar="FILE.html", help="Write one HTML file with tables and pictures.")
+]
 Layer = Annotated[str | None, typer.Option(help="Layer that holds the values (X without it).")]
 Input = Annotated[InputKind, typer.Option(help="What the values are; auto refuses what it cannot tell.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells per step.", show_default=False)]

@@ -17,7 +17,7 @@ LEVELS = (
     {"data", "evaluation"},
     {"training"},
     {"inference", "interpretation", "model_cards", "benchmarks", "evaluation/run_benchmark"},
-    {"cli", "cli_options", "console", "registration", "__init__", "__main__"},
+    {"cli", "cli_options", "cli_studies", "console", "registration", "__init__", "__main__"},
 )
 THIRD_PARTY = {
     "modeling_scbert": {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "triton"},

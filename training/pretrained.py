@@ -113,6 +113,25 @@ def load_masked_model(folder: str | Path) -> PreTrainedModel:
     return _load(ScBertForMaskedExpression, folder, "decoder.")
 
 
+def load_classifier(folder: str | Path) -> PreTrainedModel:
+    """
+    A fine-tuned model in evaluation mode, every weight from its folder.
+
+    Raises
+    ------
+    InputError
+        If the folder is incomplete, or its model has no cell types yet.
+    """
+    architectures = check_model_folder(folder).get("architectures") or []
+    if architectures != [ScBertForCellClassification.__name__]:
+        raise InputError(
+            f"The model in {folder} ({', '.join(architectures) or 'no architecture named'}) has no cell types "
+            f"yet. Teach it some first, with `scbert finetune REF.h5ad --label-key KEY --base {folder}`."
+        )
+    # no tensor's name begins so: none may be missing
+    return _load(ScBertForCellClassification, folder, "\0").eval()
+
+
 def _load(
     model_class: type[PreTrainedModel], folder: str | Path, head: str, **fields: Any
 ) -> PreTrainedModel:

@@ -1,0 +1,73 @@
+"""The verbs that judge and explain a model; registered by cli.py, and as thin as its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import Json, LabelKey, Layer, OutputFolder, Overwrite, Recipe, Report, Seed
+from .console import existing, run
+
+PROTOCOL_HELP = (
+    "cross-validation, leave-one-out (with --group-key), reference-size, few-shot, zero-shot (with --base), "
+    "class-imbalance, novel-types, marker-deletion or hyperparameters."
+)
+
+
+def evaluate(
+    protocol: Annotated[str, typer.Argument(metavar="PROTOCOL", help=PROTOCOL_HELP, show_default=False)],
+    cells: Annotated[
+        list[Path], typer.Argument(metavar="CELLS...", help="Labelled cells.", show_default=False)
+    ],
+    label_key: LabelKey,
+    output: OutputFolder,
+    group_key: Annotated[
+        str | None, typer.Option(help="Column of the groups to leave out, such as dataset or donor.")
+    ] = None,
+    label_map: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Other names for types: columns from and to.")
+    ] = None,
+    recipe: Recipe = None,
+    base: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Pretrained model; its ablations join the controls.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(min=0, help="Passes over the cells.", show_default=False)
+    ] = None,
+    settings: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Settings that go over the recipe's.")
+    ] = None,
+    variants: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Further models: names and their settings.")
+    ] = None,
+    controls: Annotated[
+        str | None, typer.Option(help="Controls, separated by commas.", show_default="those installed")
+    ] = None,
+    folds: Annotated[int | None, typer.Option(min=1, help="Folds or draws.", show_default="5")] = None,
+    folds_from: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of fold files to run instead.")
+    ] = None,
+    validate_on_group: Annotated[
+        bool, typer.Option("--validate-on-group", help="Stop early on a held-out group (leave-one-out).")
+    ] = False,
+    markers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Genes that marker-deletion deletes, one a line.")
+    ] = None,
+    max_cells: Annotated[
+        int | None, typer.Option(min=20, help="Take a part of the cells.", show_default=False)
+    ] = None,
+    report: Report = None,
+    layer: Layer = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Compare a model with its controls, on the same folds."""
+    given = locals()
+    for path in (*cells, label_map, base, variants, folds_from, markers):
+        path and existing(path)
+    from .evaluation.run_benchmark import run_benchmark
+
+    run(run_benchmark, **given)

@@ -1,0 +1,190 @@
+"""Scores over folds: means, Wilcoxon tests against the model in question, warnings where a control wins."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .requirements import require
+from .tables import TextTable
+
+SCORES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy"}
+NOVELTY = {
+    "known_accuracy": "known acc.",
+    "novel_accuracy": "novel acc. (union)",
+    "auroc_max_probability": "AUROC max prob.",
+    "auroc_entropy": "entropy",
+    "auroc_energy": "energy",
+    "auroc_mahalanobis": "Mahalanobis",
+    "auroc_neighbours": "neighbours",
+}
+# below this a difference of means is rounding
+TIE = 5e-4
+
+
+def wilcoxon_p(first: Sequence[float], second: Sequence[float]) -> float:
+    """
+    Two-sided p-value of Wilcoxon's signed-rank test over paired folds; 1 where no fold differs.
+
+    With n folds it cannot fall below 2 / 2^n: five folds never reach 0.05.
+
+    Examples
+    --------
+    >>> wilcoxon_p([1, 2, 3, 4, 5], [0, 0, 0, 0, 0])
+    0.0625
+    """
+    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    differences = differences[np.isfinite(differences)]
+    if not len(differences) or not differences.any():
+        return 1.0
+    return float(require("scipy.stats").wilcoxon(differences).pvalue)
+
+
+def summarise_folds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Mean and spread over folds of every contestant in every setting.
+
+    Parameters
+    ----------
+    rows
+        One per fold, setting and contestant: ``fold, setting, model, control`` (bool), ``accuracy, macro_f1,
+        balanced_accuracy, seconds``, and in the novel-type protocol the keys of `NOVELTY`. The contestant of the
+        first row is the model in question.
+
+    Returns
+    -------
+    list of dict
+        ``setting, model, control, folds``, ``NAME`` and ``NAME_sd`` for every score (sd over folds, of n - 1;
+        NaN for one fold), ``p_value`` (macro-F1 against the model in question; NaN for itself) and ``beats``:
+        whether it is a control whose mean macro-F1 (or known accuracy) is higher.
+
+    Examples
+    --------
+    >>> scores = {"accuracy": 0.9, "balanced_accuracy": 0.9, "seconds": 1.0}
+    >>> rows = [{"fold": "1", "setting": "", "model": m, "control": c, "macro_f1": f, **scores}
+    ...         for m, c, f in [("scBERT", False, 0.8), ("knn", True, 0.9)]]
+    >>> summarise_folds(rows)[1]["beats"]
+    True
+    """
+    names = [*SCORES, "seconds", *(name for name in (*NOVELTY, "ece", "ece_before") if name in rows[0])]
+    main, result = rows[0]["model"], []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        here = [row for row in rows if row["setting"] == setting]
+        own = {row["fold"]: row["macro_f1"] for row in here if row["model"] == main}
+        for model in dict.fromkeys(row["model"] for row in here):
+            mine = [row for row in here if row["model"] == model]
+            entry = {"setting": setting, "model": model, "control": mine[0]["control"], "folds": len(mine)}
+            for name in names:
+                values = np.array([row.get(name, np.nan) for row in mine], dtype=np.float64)
+                entry[name], entry[f"{name}_sd"] = _mean(values), _spread(values)
+            paired = [(row["macro_f1"], own[row["fold"]]) for row in mine if row["fold"] in own]
+            entry["p_value"] = float("nan") if model == main else wilcoxon_p(*zip(*paired))
+            entry["beats"] = bool(mine[0]["control"]) and entry["macro_f1"] > _mean(list(own.values())) + TIE
+            result.append(entry)
+    return result
+
+
+def warnings_of(summary: Sequence[dict[str, Any]]) -> list[str]:
+    """
+    One sentence for every setting in which a control has the higher mean macro-F1.
+
+    Examples
+    --------
+    >>> warnings_of([{"setting": "", "model": "scBERT", "macro_f1": 0.8, "beats": False, "p_value": 1.0}])
+    []
+    """
+    found = []
+    for setting in dict.fromkeys(entry["setting"] for entry in summary):
+        here = [entry for entry in summary if entry["setting"] == setting]
+        winners = [entry for entry in here if entry["beats"]]
+        if winners:
+            best = max(winners, key=lambda entry: entry["macro_f1"])
+            more = f" (and {len(winners) - 1} more)" if len(winners) > 1 else ""
+            found.append(
+                f"{setting + ': ' if setting else ''}the control {best['model']}{more} beats "
+                f"{here[0]['model']}: macro-F1 {best['macro_f1']:.3f} against {here[0]['macro_f1']:.3f}."
+            )
+    return found
+
+
+def score_tables(summary: Sequence[dict[str, Any]], title: str) -> list[TextTable]:
+    """The summary as tables: all scores of one setting, or one score over many settings; ⚠ where a control wins."""
+    settings = list(dict.fromkeys(entry["setting"] for entry in summary))
+    if len(settings) > 1:
+        return [
+            _over_settings(summary, settings, score, f"{title}: {SCORES[score]}")
+            for score in ("macro_f1", "accuracy")
+        ]
+    heading = f"{title}, {settings[0]}" if settings[0] else title
+    tables = [_one_setting(summary, heading)]
+    if "known_accuracy" in summary[0]:
+        tables.append(_novelty(summary, f"{heading}: types left out"))
+    return tables
+
+
+def _one_setting(summary: Sequence[dict[str, Any]], title: str) -> TextTable:
+    rows = [
+        [
+            _name(entry),
+            *(_value(entry, score) for score in SCORES),
+            _number(entry.get("ece", np.nan)),
+            "" if np.isnan(entry["p_value"]) else f"{entry['p_value']:.2g}",
+            f"{entry['seconds']:.0f}",
+        ]
+        for entry in summary
+    ]
+    columns = ["model", *SCORES.values(), "ECE", "p (Wilcoxon)", "s/fold"]
+    return TextTable(f"{title} ({_folds(summary)})", columns, rows, _marked(summary))
+
+
+def _over_settings(summary, settings: list[str], score: str, title: str) -> TextTable:
+    by_place = {(entry["model"], entry["setting"]): entry for entry in summary}
+    models = list(dict.fromkeys(entry["model"] for entry in summary))
+    rows = []
+    for model in models:
+        entries = [by_place.get((model, setting)) for setting in settings]
+        warned = ["⚠ " if entry and entry["beats"] else "" for entry in entries]
+        cells = [mark + _value(entry, score) if entry else "" for mark, entry in zip(warned, entries)]
+        rows.append([model, *cells])
+    marked = frozenset(number for number, row in enumerate(rows) if any("⚠" in cell for cell in row))
+    return TextTable(f"{title} ({_folds(summary)})", ["model", *settings], rows, marked)
+
+
+def _novelty(summary: Sequence[dict[str, Any]], title: str) -> TextTable:
+    rows = [
+        [entry["model"], *("" if np.isnan(entry[name]) else _value(entry, name) for name in NOVELTY)]
+        for entry in summary
+    ]
+    return TextTable(title, ["model", *NOVELTY.values()], rows)
+
+
+def _folds(summary: Sequence[dict[str, Any]]) -> str:
+    folds = max(entry["folds"] for entry in summary)
+    return f"mean ± sd of {folds} folds" if folds > 1 else "one fold"
+
+
+def _marked(summary: Sequence[dict[str, Any]]) -> frozenset[int]:
+    return frozenset(number for number, entry in enumerate(summary) if entry["beats"])
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return ("⚠ " if entry["beats"] else "") + entry["model"]
+
+
+def _value(entry: dict[str, Any], score: str) -> str:
+    spread = entry[f"{score}_sd"]
+    return _number(entry[score]) + ("" if np.isnan(spread) else f" ± {spread:.3f}")
+
+
+def _number(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.3f}"
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    finite = np.asarray(values)[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+def _spread(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.std(ddof=1)) if len(finite) > 1 else float("nan")

@@ -1,0 +1,122 @@
+"""Labelled cells of one or several files, brought together for a benchmark."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from ...data.read import read_cells
+from ...tokenization import InputError, align_genes, detect_input_kind, gene_names_of, select_matrix
+from ...tokenization.expression_scbert import as_csr
+from ...training.labels import choose_classes, find_labels
+
+LABEL, DATASET, SPLIT = "label", "dataset", "split"
+
+
+def load_benchmark_cells(
+    paths: Sequence[str | Path],
+    label_key: str,
+    label_map: str | Path | None = None,
+    layer: str | None = None,
+    max_cells: int | None = None,
+    seed: int = 0,
+) -> anndata.AnnData:
+    """
+    Read labelled cells; of several files the genes that all of them have.
+
+    Parameters
+    ----------
+    paths
+        Files of cells.
+    label_key
+        Column of obs with the types; or one for each file, separated by commas.
+    label_map
+        CSV with the columns ``from`` and ``to``: other names for types. Types that it lacks are left out.
+    layer
+        Layer that holds the values.
+    max_cells
+        A random part of the labelled cells, the same share of every type, where there are more.
+    seed
+        Decides that part.
+
+    Returns
+    -------
+    anndata.AnnData
+        Values as they stand in the files (CSR float32), ``obs["label"]`` (str) and, with several files,
+        ``obs["dataset"]`` (their names) beside the columns of the files.
+
+    Raises
+    ------
+    InputError
+        When files share no genes, hold different kinds of values, or no two types have three cells.
+    """
+    keys = [key.strip() for key in label_key.split(",")]
+    if len(keys) not in (1, len(paths)):
+        raise InputError(f"{len(keys)} label keys for {len(paths)} files: give one, or one for each file.")
+    keys = keys * len(paths) if len(keys) == 1 else keys
+    names = None if label_map is None else _read_label_map(label_map)
+    parts = [_read_one(path, key, names, layer, len(paths) > 1) for path, key in zip(paths, keys)]
+    cells = parts[0] if len(parts) == 1 else _join(parts)
+    classes, _ = choose_classes(cells.obs[LABEL].tolist(), label_key)
+    cells = cells[cells.obs[LABEL].isin(classes).to_numpy()]
+    if max_cells and cells.n_obs > max_cells:
+        cells = cells[_stratified_part(cells.obs[LABEL].to_numpy(), max_cells, seed)]
+    return cells.copy()
+
+
+def _read_label_map(path: str | Path) -> dict[str, str]:
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if not {"from", "to"} <= set(table.columns):
+        raise InputError(f"{path} needs the columns from and to; it has: {', '.join(table.columns)}.")
+    return dict(zip(table["from"], table["to"]))
+
+
+def _read_one(path, key, names, layer, several: bool) -> anndata.AnnData:
+    """One file with its types in obs["label"] as None or str, each gene once."""
+    source = read_cells(path, layer=layer)
+    labels = find_labels(source.obs, key, str(path))
+    if names is not None:
+        labels = np.array([names.get(label) for label in labels], dtype=object)
+    matrix, of = select_matrix(source, layer)
+    genes = gene_names_of(of.var, of.var_names)
+    unique = list(dict.fromkeys(genes))
+    values = as_csr(matrix)
+    if len(unique) < len(genes):
+        values = align_genes(genes, unique).apply(values)
+    kept = np.array([label is not None for label in labels], dtype=bool)
+    obs = source.obs.loc[kept].copy()
+    obs[LABEL] = labels[kept]
+    stem = Path(path).name.partition(".")[0]
+    if several:
+        obs[DATASET] = stem
+        obs.index = [f"{stem}:{name}" for name in obs.index]
+    cells = anndata.AnnData(sp.csr_matrix(values[np.flatnonzero(kept)], dtype=np.float32), obs=obs)
+    cells.var_names = unique
+    if not cells.obs_names.is_unique:
+        cells.obs_names_make_unique()
+    return cells
+
+
+def _join(parts: list[anndata.AnnData]) -> anndata.AnnData:
+    kinds = {detect_input_kind(part.X) for part in parts}
+    if len(kinds) > 1:
+        raise InputError(f"The files hold different kinds of values ({', '.join(sorted(kinds))}).")
+    if any(not part.n_obs for part in parts):
+        raise InputError("A file has no labelled cell: check the label keys and the label map.")
+    joined = anndata.concat(parts, join="inner", merge="first")
+    if not joined.n_vars:
+        raise InputError("The files share no gene name.")
+    return joined
+
+
+def _stratified_part(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Sorted rows of about n cells, the same share of each type and at least ten."""
+    rng, chosen = np.random.default_rng(seed), []
+    for name in np.unique(labels):
+        rows = np.flatnonzero(labels == name)
+        size = min(len(rows), max(10, round(n * len(rows) / len(labels))))
+        chosen.append(rng.choice(rows, size, replace=False))
+    return np.sort(np.concatenate(chosen))

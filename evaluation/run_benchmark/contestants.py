@@ -1,0 +1,306 @@
+"""What is compared: scBERT as its recipe trains it, its ablations, and the plain controls."""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+from transformers import set_seed
+
+from ...modeling_scbert import ScBertForMaskedExpression
+from ...tokenization import InputError
+from ...training import run_finetune
+from ...training.classifier_outputs import classifier_outputs
+from ...training.pretrained import load_masked_model, load_tokenizer, quiet_transformers
+from ...training.run_summary import temperature_of
+from ..baselines import BASELINES, LogisticRegressionBaseline
+from ..calibration import choose_threshold, softmax
+from .cells import LABEL, SPLIT
+from .protocols import TEST, TRAIN, VALIDATION, Fold
+
+logger = logging.getLogger(__name__)
+
+# few cells are repeated up to this many, or an epoch would be a single step; and fine-tuning sets types of one
+# or two cells aside
+CELLS_OF_AN_EPOCH = 320
+MIN_CELLS = 3
+NEIGHBOURS = 15
+DEFAULT_CONTROLS = ("logistic_l1", "logistic_l2", "knn", "celltypist", "majority")
+
+
+@dataclass
+class Outputs:
+    """
+    What a contestant says of a fold's test cells.
+
+    Attributes
+    ----------
+    classes, probabilities
+        Types learnt, and [test cells, types].
+    seconds
+        Of training and prediction.
+    logits, embeddings, train_embeddings, train_labels
+        Of scBERT only, for calibration and novelty.
+    temperature, threshold
+        Fitted on validation cells.
+    notes
+        What a reader of the score has to know.
+    """
+
+    classes: list[str]
+    probabilities: np.ndarray
+    seconds: float
+    logits: np.ndarray | None = None
+    embeddings: np.ndarray | None = None
+    train_embeddings: np.ndarray | None = None
+    train_labels: np.ndarray | None = None
+    temperature: float = 1.0
+    threshold: float = 0.5
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """Most probable type of every test cell."""
+        return np.array(self.classes, dtype=object)[self.probabilities.argmax(axis=1)]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A name in the table and the function that learns a fold: ``run(cells, fold, seed) -> Outputs``."""
+
+    name: str
+    run: Callable[[anndata.AnnData, Fold, int], Outputs]
+    is_control: bool
+
+
+def control(name: str, threads: int = 2) -> Contestant:
+    """One of `evaluation.baselines.BASELINES`; it learns from the training and the validation cells."""
+
+    def run(cells: anndata.AnnData, fold: Fold, seed: int) -> Outputs:
+        started = time.perf_counter()
+        train, test = cells[np.isin(fold.split, [TRAIN, VALIDATION])], cells[fold.split == TEST]
+        options: dict[str, Any] = {"seed": seed, "threads": threads}
+        model = BASELINES[name](**options)
+        if isinstance(model, LogisticRegressionBaseline) and train.obs[LABEL].value_counts().min() < 2:
+            # one cell of a type cannot be held out to choose C
+            model = LogisticRegressionBaseline(model.penalty, grid=(1.0,), **options)
+        model.fit(train, LABEL)
+        probabilities = model.predict_proba(test)
+        seconds = time.perf_counter() - started
+        return Outputs([str(c) for c in model.classes_], probabilities, seconds, notes=list(model.notes))
+
+    return Contestant(name, run, is_control=True)
+
+
+def scbert(name: str, settings: dict[str, Any], work: Path, is_control: bool = False) -> Contestant:
+    """
+    Fine-tune with these settings (``recipe``, ``base``, and what goes over the recipe), in a folder for scratch.
+
+    ``draws`` above 1 averages the probabilities over as many draws of the random features.
+    """
+
+    def run(cells: anndata.AnnData, fold: Fold, seed: int) -> Outputs:
+        started = time.perf_counter()
+        given = dict(settings)
+        draws = int(given.pop("draws", 1))
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            model, data = _train(cells, fold, given, work, seed)
+            # asked of the cells as they are: fine-tuning's own test leaves types out that it did not learn
+            asked = data.tokenizer.bin_cells(cells[fold.split == TEST])
+            outputs = _outputs(model, data, asked, draws)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        outputs.seconds = time.perf_counter() - started
+        return outputs
+
+    return Contestant(name, run, is_control)
+
+
+def _train(cells: anndata.AnnData, fold: Fold, settings: dict[str, Any], work: Path, seed: int):
+    """The model that `scbert finetune` would leave, without its control, and the binned cells."""
+    part, few = _with_copies(cells, fold)
+    part.write_h5ad(work / "cells.h5ad", compression=None)
+    options = {"seed": seed, "disable_tqdm": True, **settings}
+    if few:
+        # validation cells that are copies cannot stop anything
+        options["early_stopping_patience"] = 0
+    paths = {"reference": work / "cells.h5ad", "label_key": LABEL, "output": work / "model"}
+    _, data_arguments, model_arguments, training = run_finetune.parse(
+        {**paths, "test_key": SPLIT, "min_genes": 0, **options}
+    )
+    set_seed(training.seed)
+    data = run_finetune.load(data_arguments, model_arguments, training)
+    model = run_finetune.build_model(model_arguments, data, training.seed)
+    return run_finetune.train(model, data, training, None).model, data
+
+
+def _with_copies(cells: anndata.AnnData, fold: Fold) -> tuple[anndata.AnnData, bool]:
+    """The fold's cells; without validation cells the training cells stand in, and are repeated for training."""
+    rows = [np.flatnonzero(fold.split == name) for name in (TRAIN, VALIDATION, TEST)]
+    few = not len(rows[1])
+    if few:
+        labels = cells.obs[LABEL].to_numpy()[rows[0]]
+        names, counts = np.unique(labels, return_counts=True)
+        size = max(MIN_CELLS, CELLS_OF_AN_EPOCH // len(names))
+        repeated = [np.resize(rows[0][labels == name], max(size, n)) for name, n in zip(names, counts)]
+        rows[1], rows[0] = rows[0], np.concatenate(repeated)
+    chosen = np.concatenate(rows)
+    split = np.repeat([TRAIN, VALIDATION, TEST], [len(r) for r in rows])
+    types = cells.obs[LABEL].astype(str).to_numpy()[chosen]
+    obs = pd.DataFrame({LABEL: pd.Categorical(types), SPLIT: pd.Categorical(split)})
+    obs.index = obs.index.astype(str)
+    return anndata.AnnData(cells.X[chosen], obs=obs, var=pd.DataFrame(index=cells.var_names)), few
+
+
+def _outputs(model: torch.nn.Module, data: Any, asked: Any, draws: int) -> Outputs:
+    train, validation = data.splits[TRAIN], data.splits[VALIDATION]
+    of_validation, _ = classifier_outputs(model, data.tokenizer, validation.bins)
+    temperature = temperature_of(of_validation, validation.targets)
+    _, learnt = classifier_outputs(model, data.tokenizer, train.bins)
+    logits, embeddings = classifier_outputs(model, data.tokenizer, asked)
+    probabilities = softmax(logits, temperature)
+    for draw in range(1, draws):
+        model.base_model.redraw_features(draw)
+        again, _ = classifier_outputs(model, data.tokenizer, asked)
+        probabilities = probabilities + softmax(again, temperature)
+    chosen = choose_threshold(softmax(of_validation, temperature), validation.targets)
+    return Outputs(
+        classes=data.classes,
+        probabilities=probabilities / draws,
+        seconds=0.0,
+        logits=logits,
+        embeddings=embeddings,
+        train_embeddings=learnt,
+        train_labels=np.array(data.classes, dtype=object)[train.targets],
+        temperature=temperature,
+        threshold=max(0.5, chosen.threshold),
+    )
+
+
+def frozen_neighbours(name: str, folder: Path, is_control: bool = False) -> Contestant:
+    """Zero-shot: votes of the nearest training cells in the embeddings of a model that nothing was taught."""
+
+    def run(cells: anndata.AnnData, fold: Fold, seed: int) -> Outputs:
+        from sklearn.neighbors import KNeighborsClassifier
+
+        started = time.perf_counter()
+        model, tokenizer = load_masked_model(folder), load_tokenizer(folder)
+        bins = tokenizer.bin_cells(cells)
+        train, test = np.isin(fold.split, [TRAIN, VALIDATION]), fold.split == TEST
+        _, learnt = classifier_outputs(model, tokenizer, bins[np.flatnonzero(train)])
+        _, asked = classifier_outputs(model, tokenizer, bins[np.flatnonzero(test)])
+        voters = KNeighborsClassifier(min(NEIGHBOURS, int(train.sum())), weights="distance")
+        voters.fit(learnt, cells.obs[LABEL].to_numpy()[train].astype(str))
+        probabilities = voters.predict_proba(asked)
+        return Outputs([str(c) for c in voters.classes_], probabilities, time.perf_counter() - started)
+
+    return Contestant(name, run, is_control)
+
+
+def write_ablation(base: str | Path, folder: Path, kind: str, seed: int) -> Path:
+    """
+    A base with a part taken away, as a model folder.
+
+    Parameters
+    ----------
+    base
+        Pretrained model folder.
+    folder
+        Where to write.
+    kind
+        ``"no pretraining"``: new weights, the gene table kept; ``"random genes"``: a random gene table of the
+        same spread, the other weights kept; ``"nothing learnt"``: both new.
+    seed
+        Of what is drawn.
+    """
+    model = load_masked_model(base)
+    genes = model.base_model.embeddings.gene_embeddings.weight
+    kept = genes.detach().clone()
+    if kind in ("no pretraining", "nothing learnt"):
+        torch.manual_seed(seed)
+        model = ScBertForMaskedExpression(model.config)
+        genes = model.base_model.embeddings.gene_embeddings.weight
+    with torch.no_grad():
+        if kind == "no pretraining":
+            genes.copy_(kept)
+        elif kind == "random genes":
+            drawn = torch.randn(kept.shape, generator=torch.Generator().manual_seed(seed))
+            genes[:-1] = (drawn * kept[:-1].std() + kept[:-1].mean())[:-1]
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        load_tokenizer(base).save_pretrained(folder)
+    return folder
+
+
+def contestants(
+    protocol: str,
+    recipes: list[str],
+    base: str | None,
+    settings: dict[str, Any],
+    variants: dict[str, dict[str, Any]],
+    controls: list[str],
+    work: Path,
+    seed: int,
+) -> list[Contestant]:
+    """
+    Everything that runs on every fold, the model in question first.
+
+    Parameters
+    ----------
+    protocol
+        Name of the protocol: ``"zero-shot"`` compares models that are not trained.
+    recipes
+        Names or files; the first is the one in question.
+    base
+        Pretrained model; without one scBERT starts from random weights, which is the no-pretraining control.
+    settings
+        Over every recipe, such as ``{"epochs": 5}``.
+    variants
+        Name -> settings over the first recipe's.
+    controls
+        Names of `BASELINES`.
+    work
+        Scratch folder.
+    seed
+        Of the ablations.
+    """
+    found = []
+    if base:
+        kinds = ("nothing learnt",) if protocol == "zero-shot" else ("no pretraining", "random genes")
+        ablated = {kind: write_ablation(base, work / kind.replace(" ", "_"), kind, seed) for kind in kinds}
+    if protocol == "zero-shot":
+        if not base:
+            raise InputError("The zero-shot protocol compares embeddings of a pretrained model: give --base.")
+        found.append(frozen_neighbours("scBERT embeddings, kNN", Path(base)))
+        found.append(frozen_neighbours("untrained embeddings, kNN", ablated["nothing learnt"], True))
+    else:
+        common = {**settings, **({"base": base} if base else {})}
+        for recipe in recipes:
+            name = "scBERT" if len(recipes) == 1 else f"scBERT ({Path(recipe).stem})"
+            found.append(scbert(name, {"recipe": recipe, **common}, work / "run"))
+        for name, more in variants.items():
+            found.append(scbert(name, _merged({"recipe": recipes[0], **common}, more), work / "run"))
+        if base:
+            first = {"recipe": recipes[0], **common}
+            # frozen random weights would be no fair control: all of them are trained
+            untrained = {**first, "base": str(ablated["no pretraining"]), "train_all": True}
+            found.append(scbert("scBERT, no pretraining", untrained, work / "run", True))
+            shuffled = {**first, "base": str(ablated["random genes"])}
+            found.append(scbert("scBERT, random genes", shuffled, work / "run", True))
+    return found + [control(name) for name in controls]
+
+
+def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """`more` over `settings`, within ``model`` and ``tokenizer`` field by field."""
+    nested = {
+        name: {**settings.get(name, {}), **more[name]} for name in ("model", "tokenizer") if name in more
+    }
+    return {**settings, **more, **nested}

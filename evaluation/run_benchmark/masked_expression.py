@@ -1,0 +1,58 @@
+"""Masked expression on a benchmark's test cells: a pretrained base beside each gene's commonest bin."""
+
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import torch
+
+from ...data.cell_dataset import CellDataset
+from ...training.collators import DataCollatorForMaskedExpression
+from ...training.pretrained import load_masked_model, load_tokenizer
+from ..commonest_bin import CommonestBin
+from .protocols import TEST, TRAIN, Fold
+
+MAX_CELLS = 500
+BATCH = 16
+
+
+@torch.inference_mode()
+def masked_accuracy(base: str | Path, cells: anndata.AnnData, fold: Fold, seed: int = 0) -> dict[str, Any]:
+    """
+    Share of masked genes of the fold's test cells whose bin the base names, and what the gene alone achieves.
+
+    Parameters
+    ----------
+    base
+        Pretrained model folder.
+    cells, fold
+        The commonest bins are counted in the fold's training cells; at most 500 test cells are asked about.
+    seed
+        Of the masks.
+
+    Returns
+    -------
+    dict
+        ``base`` and ``commonest_bin`` (accuracies over the same masked tokens), ``tokens``.
+    """
+    model, tokenizer = load_masked_model(base).eval(), load_tokenizer(base)
+    bins = tokenizer.bin_cells(cells)
+    control = CommonestBin().fit(bins[np.flatnonzero(fold.split == TRAIN)])
+    rows = np.flatnonzero(fold.split == TEST)
+    rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MAX_CELLS])
+    dataset = CellDataset(bins, rows=rows)
+    collate = DataCollatorForMaskedExpression(tokenizer, seed=seed)
+    right = guessed = tokens = 0
+    for start in range(0, len(rows), BATCH):
+        batch = collate([dataset[i] for i in range(start, min(start + BATCH, len(rows)))])
+        labels = batch.pop("labels")
+        masked = labels != -100
+        genes = batch.get("gene_ids")
+        genes = torch.arange(labels.shape[1]).expand(labels.shape) if genes is None else genes
+        # labels would let a sparse head leave tokens out
+        predicted = model(**batch).logits.argmax(dim=-1)
+        right += int((predicted[masked] == labels[masked]).sum())
+        guessed += int((control.predict(genes[masked].numpy()) == labels[masked].numpy()).sum())
+        tokens += int(masked.sum())
+    return {"base": right / max(tokens, 1), "commonest_bin": guessed / max(tokens, 1), "tokens": tokens}

@@ -1,0 +1,98 @@
+"""Scores of one contestant on one fold."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from ..calibration import calibration_metrics, expected_calibration_error
+from ..metrics import classification_metrics
+from ..novelty import (
+    MahalanobisNovelty,
+    NeighbourNovelty,
+    energy_score,
+    entropy_score,
+    max_probability_score,
+    novel_type_metrics,
+    novelty_auroc,
+    reject,
+)
+from .contestants import Contestant, Outputs
+from .protocols import Fold
+
+# scBERT's rule: cells below this confidence are unassigned
+THRESHOLD = 0.5
+
+
+def fold_scores(contestant: Contestant, outputs: Outputs, fold: Fold, true: np.ndarray) -> dict[str, Any]:
+    """
+    One row of results.
+
+    Parameters
+    ----------
+    contestant, outputs
+        Who, and what it said of the test cells.
+    fold
+        Of the test cells.
+    true
+        Their types, [test cells].
+
+    Returns
+    -------
+    dict
+        Scores over the test cells whose type was learnt; with a novel type also the keys of
+        `comparison.NOVELTY`, over all test cells; for scBERT ``ece`` and ``ece_before`` the temperature.
+    """
+    known = np.isin(true, outputs.classes)
+    scores = classification_metrics(true[known], outputs.predicted[known])
+    row = {
+        "fold": fold.name,
+        "setting": fold.setting,
+        "model": contestant.name,
+        "control": contestant.is_control,
+        "cells": {"train": int((fold.split == "train").sum()), "test": len(true)},
+        **{name: scores[name] for name in ("accuracy", "macro_f1", "balanced_accuracy")},
+        "per_class": scores["per_class"],
+        "confusion": scores["confusion"],
+        "seconds": outputs.seconds,
+        "notes": outputs.notes,
+    }
+    if find_spec("torchmetrics") is not None:
+        row |= _calibration(outputs, true, known)
+    if fold.novel is not None:
+        row |= novelty_scores(outputs, true)
+    return row
+
+
+def _calibration(outputs: Outputs, true: np.ndarray, known: np.ndarray) -> dict[str, Any]:
+    column = {name: number for number, name in enumerate(outputs.classes)}
+    targets = np.array([column[label] for label in true[known]])
+    if len(outputs.classes) < 2 or not len(targets):
+        return {}
+    row: dict[str, Any] = {"ece": expected_calibration_error(outputs.probabilities[known], targets)}
+    if outputs.logits is not None:
+        row["ece_before"] = calibration_metrics(outputs.logits[known], targets)["ece"]
+        row |= {"temperature": outputs.temperature, "threshold": outputs.threshold}
+    return row
+
+
+def novelty_scores(outputs: Outputs, true: np.ndarray) -> dict[str, Any]:
+    """
+    Known and novel accuracy by the rule "confidence below 0.5", and AUROC of every novelty score there is.
+
+    ``at_fitted_threshold`` holds the accuracies at the threshold that validation cells chose.
+    """
+    is_novel = ~np.isin(true, outputs.classes)
+    certainty = max_probability_score(outputs.probabilities)
+    called = reject(outputs.predicted, certainty, 1 - THRESHOLD)
+    row = dict(novel_type_metrics(true, called, outputs.classes))
+    found = {"max_probability": certainty, "entropy": entropy_score(outputs.probabilities)}
+    if outputs.logits is not None:
+        fitted = reject(outputs.predicted, certainty, 1 - outputs.threshold)
+        row["at_fitted_threshold"] = novel_type_metrics(true, fitted, outputs.classes)
+        found["energy"] = energy_score(outputs.logits)
+        distance = MahalanobisNovelty().fit(outputs.train_embeddings, outputs.train_labels)
+        found["mahalanobis"] = distance.score(outputs.embeddings)
+        near = NeighbourNovelty().fit(outputs.train_embeddings)
+        found["neighbours"] = near.score(outputs.embeddings)
+    return row | {f"auroc_{name}": novelty_auroc(score, is_novel) for name, score in found.items()}
