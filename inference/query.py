@@ -13,21 +13,22 @@ import scipy.sparse as sp
 from anndata import AnnData
 from tqdm import tqdm
 
-from ..data.read import matrix_rows, read_cells
+from ..data.file_cells import FileCells, open_cells
+from ..data.read import matrix_rows
 from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes
 from .gene_report import name_genes
 
 logger = logging.getLogger(__name__)
 
 # bins kept between the checking pass and the model's; above it the file is read twice instead
-KEPT_BYTES = 512 << 20
+KEPT_BYTES = 128 << 20
 CHUNK_SIZE = 4096
 
 
 @contextlib.contextmanager
-def opened(query: str | Path, layer: str | None = None) -> Iterator[AnnData]:
-    """The AnnData of a file: the matrix of an .h5ad stays on disk, other formats are read into memory."""
-    adata = read_cells(query, layer=layer, backed=True)
+def opened(query: str | Path, layer: str | None = None) -> Iterator[AnnData | FileCells]:
+    """The cells of a file: matrices of an .h5ad stay on disk, other formats are read into memory."""
+    adata = open_cells(query, layer=layer)
     try:
         yield adata
     finally:
@@ -68,7 +69,7 @@ class BinnedQuery:
 
     def __init__(
         self,
-        adata: AnnData,
+        adata: AnnData | FileCells,
         tokenizer: ScBertTokenizer,
         layer: str | None = None,
         input: str = "auto",

@@ -1,0 +1,130 @@
+"""An .h5ad file opened without loading it: obs and var in memory, every matrix left on disk.
+
+A backed AnnData keeps X on disk and still loads all layers, obsm and obsp, so that memory grows with the cells.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import anndata
+import h5py
+
+from ..tokenization import select_matrix
+from .read import read_cells
+
+MATRICES = {"array", "csr_matrix", "csc_matrix"}
+
+
+class FileCells:
+    """
+    What reading cells needs of an AnnData, over an open .h5ad file.
+
+    Parameters
+    ----------
+    path
+        An .h5ad file as anndata has written it since 0.7.
+
+    Attributes
+    ----------
+    obs, var : pandas.DataFrame
+    X : anndata sparse dataset or h5py.Dataset
+        None if there is none.
+    layers, obsm : Mapping
+        Matrices stay on disk until a part of them is taken.
+    raw
+        Its `X`, `var` and `var_names`, or None.
+    isbacked : bool
+        True, as a backed AnnData says.
+    """
+
+    isbacked = True
+
+    def __init__(self, path: str | Path):
+        self._file = h5py.File(path, "r")
+        try:
+            self.obs = anndata.io.read_elem(self._file["obs"])
+            self.var = anndata.io.read_elem(self._file["var"])
+            self.n_obs, self.n_vars = len(self.obs), len(self.var)
+            self.obs_names, self.var_names = self.obs.index, self.var.index
+            self.X = _matrix(self._file["X"]) if "X" in self._file else None
+            self.layers = _Matrices(self._file.get("layers", {}))
+            self.obsm = _Matrices(self._file.get("obsm", {}))
+            self.raw = _raw(self._file["raw"]) if "raw" in self._file else None
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def file(self):
+        """The open file; `file.close()` as for a backed AnnData."""
+        return self._file
+
+
+class _Matrices(Mapping):
+    """Matrices of a group by name, opened when asked for."""
+
+    def __init__(self, group):
+        self._group = group
+
+    def __getitem__(self, name):
+        return _matrix(self._group[name])
+
+    def __iter__(self):
+        return iter(self._group)
+
+    def __len__(self):
+        return len(self._group)
+
+
+def _matrix(element):
+    """A matrix on disk that gives its rows by slice."""
+    if element.attrs.get("encoding-type") not in MATRICES:
+        raise TypeError(f"{element.name} is no matrix of a known encoding")
+    return element if isinstance(element, h5py.Dataset) else anndata.io.sparse_dataset(element)
+
+
+def _raw(group):
+    var = anndata.io.read_elem(group["var"])
+    return SimpleNamespace(X=_matrix(group["X"]), var=var, var_names=var.index)
+
+
+def open_cells(path, layer=None):
+    """
+    Open cells with as little in memory as their format allows.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        .h5ad (stays on disk), or any other format of `read_cells` (read into memory).
+    layer : str, optional
+        Layer whose values will be used, or ``"raw"``; checked here.
+
+    Returns
+    -------
+    FileCells or anndata.AnnData
+        Where `isbacked`, to be closed by ``file.close()``.
+
+    Raises
+    ------
+    InputError
+        As `read_cells`.
+
+    Examples
+    --------
+    >>> cells = open_cells("cells.h5ad", layer="counts")  # doctest: +SKIP
+    """
+    try:
+        cells = FileCells(path)
+    # of another format, older, or damaged: read_cells reads it or says what is wrong
+    except Exception:
+        return read_cells(path, layer=layer, backed=True)
+    if cells.n_obs == 0 or cells.n_vars == 0 or not hasattr(cells.obs, "columns"):
+        cells.file.close()
+        return read_cells(path, layer=layer, backed=True)
+    try:
+        select_matrix(cells, layer)
+    except BaseException:
+        cells.file.close()
+        raise
+    return cells
