@@ -43,6 +43,7 @@ from .cli_options import (
     ShardCells,
     Sources,
     Strict,
+    Threshold,
     Verify,
 )
 from .cli_studies import evaluate
@@ -146,9 +147,7 @@ def annotate(
     query: Query,
     model: Model,
     output: OutputFile,
-    threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Cells below this confidence are 'unassigned'.")
-    ] = 0.5,
+    threshold: Threshold = None,
     majority_vote: Annotated[
         str | None, typer.Option(metavar="KEY|leiden", help="Give each group of this obs column one label.")
     ] = None,

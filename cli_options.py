@@ -42,6 +42,15 @@ LabelKey = Annotated[str, typer.Option(help="Column of obs that holds the cell t
 Report = Annotated[
     Path | None, typer.Option(metavar="FILE.html", help="Write one HTML file with tables and pictures.")
 ]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Cells below this confidence are 'unassigned'.",
+        show_default="the model's, chosen on its validation cells, or 0.5",
+    ),
+]
 Layer = Annotated[str | None, typer.Option(help="Layer that holds the values (X without it).")]
 Input = Annotated[InputKind, typer.Option(help="What the values are; auto refuses what it cannot tell.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells per step.", show_default=False)]

@@ -17,7 +17,7 @@ from ..tokenization import InputError
 from .loading import LoadedModel, load_model
 from .prediction import predict, probabilities_of
 from .query import BinnedQuery, opened, overlap_numbers, progress_bar
-from .voting import LEIDEN, check_vote, leiden_groups, majority_vote
+from .voting import LEIDEN, MIXED_SHARE, check_vote, leiden_groups, majority_vote
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ UNASSIGNED = "unassigned"
 def annotate(
     adata: AnnData,
     model: str | Path | LoadedModel,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     *,
     majority_vote: str | None = None,
     layer: str | None = None,
@@ -49,7 +49,8 @@ def annotate(
     model
         Fine-tuned model folder, or what `load_model` returned.
     threshold
-        Cells whose largest probability is below it are "unassigned".
+        Cells whose largest probability is below it are "unassigned". Default: what fine-tuning chose on its
+        validation cells and stored in the config; 0.5 where it had nothing to choose it on.
     majority_vote
         Column of `obs` whose groups get one label each; ``"leiden"`` for fine Leiden clusters (of
         ``obsm["X_pca"]`` if there is one, else of the model's embeddings).
@@ -75,7 +76,9 @@ def annotate(
         A copy, every cell in its place, with ``obs["scbert_cell_type"]``, ``obs["scbert_confidence"]``,
         ``obsm["scbert_probabilities"]`` (float32 [cells, labels]) and ``uns["scbert"]`` (`labels` in column order,
         model, threshold, gene overlap, versions). A cell that expresses no gene of the model is "unassigned" with
-        confidence 0. With a vote also ``obs["scbert_majority_vote"]`` and ``obs["scbert_majority_share"]``.
+        confidence 0. With a vote also ``obs["scbert_majority_vote"]``, ``obs["scbert_majority_share"]`` (of the
+        winner in the group) and ``obs["scbert_majority_confidence"]`` (mean probability of the winner), and a row
+        for each group in ``uns["scbert"]["majority_vote"]``.
 
     Raises
     ------
@@ -103,7 +106,7 @@ def annotate_file(
     model: str | Path | LoadedModel,
     output: str | Path,
     *,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     majority_vote: str | None = None,
     layer: str | None = None,
     input: str = "auto",
@@ -169,8 +172,8 @@ def annotate_file(
     return {"output": str(output), **summary, "seconds": time.monotonic() - started}
 
 
-def _check_threshold(threshold: float) -> None:
-    if not 0 <= threshold <= 1:
+def _check_threshold(threshold: float | None) -> None:
+    if threshold is not None and not 0 <= threshold <= 1:
         raise InputError(f"The threshold is {threshold}; it must lie between 0 and 1.")
 
 
@@ -189,6 +192,7 @@ def _annotation(
 ):
     """Annotation of an AnnData as ``{"obs": ..., "obsm": ..., "uns": ...}``, and a summary."""
     check_vote(adata, vote_key)
+    threshold = loaded.threshold if threshold is None else threshold
     query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
     by_embedding = vote_key == LEIDEN and LEIDEN not in adata.obs and "X_pca" not in adata.obsm
     probabilities, embeddings = _predict_all(query, loaded, batch_size, by_embedding, progress)
@@ -209,9 +213,12 @@ def _annotation(
         vote = _vote(adata, vote_key, labels, probabilities, names, embeddings)
         obs["scbert_majority_vote"] = _categorical(vote.labels, names)
         obs["scbert_majority_share"] = vote.shares
+        obs["scbert_majority_confidence"] = vote.confidences
         if vote_key == LEIDEN and LEIDEN not in adata.obs:
             obs["scbert_leiden"] = pd.Categorical(vote.groups.astype(str))
-        uns["majority_vote"] = {"key": vote_key, "ties": len(vote.ties)}
+        # arrays and no data frame: a group or label may have a name that is no HDF5 key
+        columns = {name: vote.table[name].to_numpy() for name in vote.table}
+        uns["majority_vote"] = {"key": vote_key, "ties": len(vote.ties), "mixed": len(vote.mixed), **columns}
         notes += _vote_notes(vote)
     for note in notes:
         logger.warning(note)
@@ -284,6 +291,15 @@ def _vote_notes(vote) -> list[str]:
         notes.append(
             f"{len(vote.ties)} group(s) had a tied vote, won by the label of larger summed probability, the first "
             f"named ({shown}{'; ...' if len(vote.ties) > 5 else ''})."
+        )
+    if len(vote.mixed):
+        shown = "; ".join(
+            f"{row.group}: {row.label} {row.share:.0%}, then {row.runner_up}"
+            for row in vote.mixed.head(5).itertuples()
+        )
+        notes.append(
+            f"{len(vote.mixed)} of {len(vote.table)} groups are mixed, their winner has less than "
+            f"{MIXED_SHARE:.0%} of the cells ({shown}{'; ...' if len(vote.mixed) > 5 else ''})."
         )
     alone = int((vote.groups < 0).sum())
     if alone:

@@ -61,6 +61,12 @@ class LoadedModel:
         """What divides the logits; 1 unless the model was calibrated."""
         return float(self.model.config.classifier_temperature)
 
+    @property
+    def threshold(self) -> float:
+        """Confidence below which a cell is "unassigned": chosen on validation cells, or 0.5."""
+        chosen = self.model.config.unassigned_threshold
+        return 0.5 if chosen is None else float(chosen)
+
 
 def load_model(
     model: str | Path | LoadedModel,

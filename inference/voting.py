@@ -14,6 +14,9 @@ from ..tokenization import InputError
 logger = logging.getLogger(__name__)
 
 LEIDEN = "leiden"
+# a group whose winner has a smaller share holds more than one kind of cell
+MIXED_SHARE = 0.6
+TABLE_COLUMNS = ["group", "label", "cells", "share", "confidence", "runner_up"]
 # over-clustering, as celltypist does before its majority vote: small groups of one type each
 RESOLUTIONS = ((1_000, 2), (5_000, 5), (20_000, 10), (40_000, 15), (100_000, 20), (200_000, 25), (np.inf, 30))
 
@@ -33,12 +36,24 @@ class Vote:
         The groups, [cells]; -1 without one.
     ties
         Groups whose vote was tied, with the tied labels.
+    confidences
+        Mean probability that the group's cells give the winning label, [cells]; of a group that stays
+        "unassigned" their mean largest probability. NaN for cells without a group.
+    table
+        One row per group: ``group, label, cells, share, confidence, runner_up`` (the second label, or "").
     """
 
     labels: np.ndarray
     shares: np.ndarray
     groups: np.ndarray
     ties: dict[str, list[str]]
+    confidences: np.ndarray
+    table: pd.DataFrame
+
+    @property
+    def mixed(self) -> pd.DataFrame:
+        """Rows of the groups in which the winner has less than 60% of the cells."""
+        return self.table[self.table["share"] < MIXED_SHARE]
 
 
 def majority_vote(labels: np.ndarray, groups, probabilities: np.ndarray, names: list[str]) -> Vote:
@@ -68,6 +83,7 @@ def majority_vote(labels: np.ndarray, groups, probabilities: np.ndarray, names: 
     codes, group_names = pd.factorize(pd.Series(groups).reset_index(drop=True))
     labels = np.asarray(labels, dtype=object)
     winners, shares, ties = labels.copy(), np.full(len(labels), np.nan, dtype=np.float32), {}
+    confidences, rows_of_table = np.full(len(labels), np.nan, dtype=np.float32), []
     column = {name: index for index, name in enumerate(names)}
     order = np.argsort(codes, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1):
@@ -78,10 +94,17 @@ def majority_vote(labels: np.ndarray, groups, probabilities: np.ndarray, names: 
         sums = probabilities[rows].sum(axis=0, dtype=np.float64)
         # no column stands for "unassigned": it wins only outright
         tied.sort(key=lambda label: (-sums[column[label]], column[label]) if label in column else (1.0, 0))
+        group, winner = str(group_names[codes[rows[0]]]), tied[0]
         if len(tied) > 1:
-            ties[str(group_names[codes[rows[0]]])] = tied
-        winners[rows], shares[rows] = tied[0], votes.iloc[0] / len(rows)
-    return Vote(winners, shares, codes, ties)
+            ties[group] = tied
+        winners[rows], shares[rows] = winner, votes.iloc[0] / len(rows)
+        of_winner = probabilities[rows][:, column[winner]] if winner in column else probabilities[rows].max(1)
+        confidences[rows] = of_winner.mean()
+        others = [label for label in votes.index if label != winner]
+        second = tied[1] if len(tied) > 1 else (others or [""])[0]
+        rows_of_table.append((group, winner, len(rows), shares[rows[0]], confidences[rows[0]], second))
+    table = pd.DataFrame(rows_of_table, columns=TABLE_COLUMNS)
+    return Vote(winners, shares, codes, ties, confidences, table)
 
 
 def check_vote(adata: AnnData, key: str | None) -> None:

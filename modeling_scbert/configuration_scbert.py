@@ -46,6 +46,9 @@ class ScBertConfig(PreTrainedConfig):
     classifier_temperature
         Divides the logits where probabilities are made of them (annotation, pipelines), never in forward; fitted
         on validation cells. Plain "temperature" is a word of text generation: transformers drops it from configs.
+    unassigned_threshold
+        Confidence below which annotation calls a cell "unassigned" unless told otherwise; chosen on validation
+        cells. None: 0.5, scBERT's rule.
     pooling
         ``"conv"`` reduces each token to one number and keeps genes apart (scBERT); ``"mean"`` averages tokens.
     sparse_prediction
@@ -98,6 +101,7 @@ class ScBertConfig(PreTrainedConfig):
     classifier_hidden_sizes: list[int] | tuple[int, ...] = (512, 128)
     classifier_dropout: float | int = 0.0
     classifier_temperature: float | int = 1.0
+    unassigned_threshold: float | int | None = None
     pooling: Literal["conv", "mean"] = "conv"
     sparse_prediction: bool = False
     pad_token_id: int | None = 0
@@ -151,6 +155,10 @@ class ScBertConfig(PreTrainedConfig):
             raise ValueError(f"kernel_epsilon is {self.kernel_epsilon}; it cannot be negative.")
         if not self.classifier_temperature > 0:
             raise ValueError(f"classifier_temperature is {self.classifier_temperature}; it must be above 0.")
+        if self.unassigned_threshold is not None and not 0 <= self.unassigned_threshold <= 1:
+            raise ValueError(
+                f"unassigned_threshold is {self.unassigned_threshold}; it must lie between 0 and 1."
+            )
         if any(size < 1 for size in self.classifier_hidden_sizes):
             raise ValueError(
                 f"classifier_hidden_sizes {self.classifier_hidden_sizes} must all be at least 1."

@@ -126,6 +126,19 @@ class FinetuneTrainingArguments(TrainingArguments):
             "help": "none, weights (loss weighted by inverse class size) or oversample (rare classes)."
         },
     )
+    assigned_precision: float = field(
+        default=0.95,
+        metadata={
+            "help": "Wanted share of right labels among the assigned cells; chooses the threshold of 'unassigned' "
+            "on validation cells, never below 0.5."
+        },
+    )
+    gene_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Chance of an expressed gene to be hidden from a training step; against overfitting."
+        },
+    )
     cache_frozen: str = field(
         default="auto", metadata={"help": "Where frozen layers' outputs are kept: auto, memory, disk or off."}
     )
@@ -139,6 +152,12 @@ class FinetuneTrainingArguments(TrainingArguments):
                 raise InputError(
                     f"{name} must be one of {', '.join(choices)}; found {getattr(self, name)!r}."
                 )
+        if not 0 < self.assigned_precision <= 1:
+            raise InputError(
+                f"assigned_precision must be above 0 and at most 1; found {self.assigned_precision}."
+            )
+        if not 0 <= self.gene_dropout < 1:
+            raise InputError(f"gene_dropout must be from 0 to below 1; found {self.gene_dropout}.")
         if not self.per_device_eval_batch_size:
             self.per_device_eval_batch_size = 2 * self.per_device_train_batch_size
         super().__post_init__()

@@ -4,6 +4,7 @@ import json
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import Trainer
 
 from ..data.cell_dataset import CellDataset
 from ..evaluation.baselines import LogisticRegressionBaseline
-from ..evaluation.calibration import fit_temperature
+from ..evaluation.calibration import calibration_metrics, choose_threshold, fit_temperature, softmax
 from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..evaluation.requirements import require
 from .finetune_data import FinetuneData
@@ -22,27 +23,86 @@ VERSIONS = ("scbert-transformers", "torch", "transformers", "accelerate", "annda
 MAX_CONTROL_CELLS = 10_000
 MIN_CELLS_FOR_TEMPERATURE = 50
 TEMPERATURES = (0.2, 10.0)
+# scBERT's threshold of "unassigned"; a chosen one is never lower, for types nobody taught end up below it
+DEFAULT_THRESHOLD = 0.5
 CONTROL_GRID = (0.01, 0.1, 1.0)
 
 
 def score_splits(trainer: Trainer, data: FinetuneData) -> dict[str, dict[str, Any]]:
     """
-    Scores of the best weights on validation and, once, on test; fits the temperature on validation.
+    Scores of the best weights on validation and, once, on test; fits temperature and threshold on validation.
 
     Returns
     -------
     dict
-        Split -> scores; a split without cells is left out. On several processes all of them must call this.
+        Split -> scores, with ``calibration`` before and after the temperature (where torchmetrics is installed)
+        and what the threshold of "unassigned" does; a split without cells is left out. On several processes all
+        of them must call this.
     """
-    scores = {}
+    scores, config = {}, trainer.model.config
     for name in ("validation", "test"):
         part = data.splits[name]
         if len(part):
             logits = trainer.predict(CellDataset(part.bins, part.targets)).predictions
             scores[name] = _scores(part.targets, logits.argmax(axis=-1), data.classes)
             if name == "validation":
-                trainer.model.config.classifier_temperature = temperature_of(logits, part.targets)
+                config.classifier_temperature = temperature_of(logits, part.targets)
+                config.unassigned_threshold = threshold_of(
+                    softmax(logits, config.classifier_temperature),
+                    part.targets,
+                    trainer.args.assigned_precision,
+                )
+            scores[name] |= _confidence_scores(logits, part.targets, config)
     return scores
+
+
+def threshold_of(probabilities: np.ndarray, targets: np.ndarray, precision: float) -> float | None:
+    """
+    Confidence below which cells should stay unassigned, for a wanted precision; None: nothing to choose it on.
+
+    Parameters
+    ----------
+    probabilities
+        Of validation cells, after the temperature, [cells, classes].
+    targets
+        Their classes, [cells].
+    precision
+        Wanted share of right labels among the assigned.
+
+    Returns
+    -------
+    float or None
+        At least 0.5. None with fewer than 50 cells, or where no threshold reaches the precision.
+
+    Examples
+    --------
+    >>> sure, unsure = [[0.9, 0.1]] * 60, [[0.7, 0.3]] * 20
+    >>> round(threshold_of(np.array(sure + unsure), np.array([0] * 60 + [1] * 20), 0.95), 2)
+    0.8
+    """
+    if len(targets) < MIN_CELLS_FOR_TEMPERATURE:
+        return None
+    chosen = choose_threshold(probabilities, targets, precision, default=DEFAULT_THRESHOLD)
+    return max(DEFAULT_THRESHOLD, chosen.threshold) if chosen.reached else None
+
+
+def _confidence_scores(logits: np.ndarray, targets: np.ndarray, config: Any) -> dict[str, Any]:
+    temperature, threshold = config.classifier_temperature, config.unassigned_threshold
+    probabilities = softmax(logits, temperature)
+    assigned = probabilities.max(axis=1) >= (DEFAULT_THRESHOLD if threshold is None else threshold)
+    right = probabilities.argmax(axis=1) == targets
+    result: dict[str, Any] = {
+        "assigned": {
+            "share": float(assigned.mean()),
+            "accuracy": float(right[assigned].mean()) if assigned.any() else None,
+        }
+    }
+    if find_spec("torchmetrics") is not None:
+        result["calibration"] = {
+            "before": calibration_metrics(logits, targets),
+            "after": calibration_metrics(logits, targets, temperature),
+        }
+    return result
 
 
 def temperature_of(logits: np.ndarray, targets: np.ndarray) -> float:
@@ -160,6 +220,7 @@ def summarise(
         "model": {
             "parameters": sum(p.numel() for p in parameters),
             "temperature": trainer.model.config.classifier_temperature,
+            "unassigned_threshold": trainer.model.config.unassigned_threshold,
             "trained": sum(p.numel() for p in parameters if p.requires_grad),
         },
         "training": {

@@ -19,9 +19,9 @@ from ...tokenization import InputError
 from ...training import run_finetune
 from ...training.classifier_outputs import classifier_outputs
 from ...training.pretrained import load_masked_model, load_tokenizer, quiet_transformers
-from ...training.run_summary import temperature_of
+from ...training.run_summary import DEFAULT_THRESHOLD, temperature_of, threshold_of
 from ..baselines import BASELINES, LogisticRegressionBaseline
-from ..calibration import choose_threshold, softmax
+from ..calibration import softmax
 from .cells import LABEL, SPLIT
 from .protocols import TEST, TRAIN, VALIDATION, Fold
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 CELLS_OF_AN_EPOCH = 320
 MIN_CELLS = 3
 NEIGHBOURS = 15
+ASSIGNED_PRECISION = 0.95
 DEFAULT_CONTROLS = ("logistic_l1", "logistic_l2", "knn", "celltypist", "majority")
 
 
@@ -171,7 +172,7 @@ def _outputs(model: torch.nn.Module, data: Any, asked: Any, draws: int) -> Outpu
         model.base_model.redraw_features(draw)
         again, _ = classifier_outputs(model, data.tokenizer, asked)
         probabilities = probabilities + softmax(again, temperature)
-    chosen = choose_threshold(softmax(of_validation, temperature), validation.targets)
+    threshold = threshold_of(softmax(of_validation, temperature), validation.targets, ASSIGNED_PRECISION)
     return Outputs(
         classes=data.classes,
         probabilities=probabilities / draws,
@@ -181,7 +182,7 @@ def _outputs(model: torch.nn.Module, data: Any, asked: Any, draws: int) -> Outpu
         train_embeddings=learnt,
         train_labels=np.array(data.classes, dtype=object)[train.targets],
         temperature=temperature,
-        threshold=max(0.5, chosen.threshold),
+        threshold=DEFAULT_THRESHOLD if threshold is None else threshold,
     )
 
 

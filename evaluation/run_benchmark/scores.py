@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ...training.run_summary import DEFAULT_THRESHOLD
 from ..calibration import calibration_metrics, expected_calibration_error
 from ..metrics import classification_metrics
 from ..novelty import (
@@ -19,9 +20,6 @@ from ..novelty import (
 )
 from .contestants import Contestant, Outputs
 from .protocols import Fold
-
-# scBERT's rule: cells below this confidence are unassigned
-THRESHOLD = 0.5
 
 
 def fold_scores(contestant: Contestant, outputs: Outputs, fold: Fold, true: np.ndarray) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def novelty_scores(outputs: Outputs, true: np.ndarray) -> dict[str, Any]:
     """
     is_novel = ~np.isin(true, outputs.classes)
     certainty = max_probability_score(outputs.probabilities)
-    called = reject(outputs.predicted, certainty, 1 - THRESHOLD)
+    called = reject(outputs.predicted, certainty, 1 - DEFAULT_THRESHOLD)
     row = dict(novel_type_metrics(true, called, outputs.classes))
     found = {"max_probability": certainty, "entropy": entropy_score(outputs.probabilities)}
     if outputs.logits is not None:
