@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -19,20 +20,46 @@ from .class_balance import OversamplingSampler, class_weights, weighted_loss
 from .collators import DataCollatorForCells
 from .finetune_arguments import FinetuneTrainingArguments
 from .finetune_data import FinetuneData
+from .length_groups import LengthGroupedSampler
 
 # an empty file: whatever stands beside it was written to the end
 COMPLETE = "complete"
 
 
 class CellTrainer(Trainer):
-    """`transformers.Trainer` that can draw every class equally often."""
+    """`transformers.Trainer` with a sampler of its own."""
 
-    def __init__(self, *args: Any, oversampler: OversamplingSampler | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, train_sampler: Sampler[int] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.oversampler = oversampler
+        self.train_sampler = train_sampler
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
-        return self.oversampler or super()._get_train_sampler(train_dataset)
+        return self.train_sampler or super()._get_train_sampler(train_dataset)
+
+
+class ThinnedCells(CellDataset):
+    """
+    Training cells that lose a random part of their expressed genes, another one every time.
+
+    Parameters
+    ----------
+    bins, targets
+        As in `CellDataset`.
+    gene_dropout
+        Chance of an expressed gene to be read as not expressed, 0 to below 1. Drawn from torch's generator, whose
+        state checkpoints hold.
+    """
+
+    def __init__(self, bins: sp.csr_matrix, targets: np.ndarray, gene_dropout: float):
+        super().__init__(bins, targets)
+        self.gene_dropout = gene_dropout
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        if not self.gene_dropout:
+            return item
+        kept = torch.rand(len(item["row"]["indices"])).numpy() >= self.gene_dropout
+        return item | {"row": {name: values[kept] for name, values in item["row"].items()}}
 
 
 class CompleteCheckpoints(TrainerCallback):
@@ -132,12 +159,10 @@ def build_trainer(
     arguments
         Settings.
     """
-    train, validation = (
-        CellDataset(part.bins, part.targets) for part in (data.splits["train"], data.splits["validation"])
-    )
-    targets, n_classes = data.splits["train"].targets, len(data.classes)
+    learnt, validation = data.splits["train"], data.splits["validation"]
+    train = ThinnedCells(learnt.bins, learnt.targets, arguments.gene_dropout)
+    targets, n_classes = learnt.targets, len(data.classes)
     weights = class_weights(targets, n_classes) if arguments.class_balance == "weights" else None
-    oversample = arguments.class_balance == "oversample"
     callbacks = [CompleteCheckpoints(), StopOnDivergence(), ProgressOnStderr()]
     if all(parameter.requires_grad for parameter in model.parameters()):
         # frozen blocks were trained for the features they came with; theirs stay
@@ -148,16 +173,29 @@ def build_trainer(
         model=model,
         args=arguments,
         train_dataset=train,
-        eval_dataset=validation,
+        eval_dataset=CellDataset(validation.bins, validation.targets),
         data_collator=DataCollatorForCells(data.tokenizer),
         compute_metrics=validation_scores(n_classes),
         compute_loss_func=weighted_loss(weights),
         callbacks=callbacks,
-        oversampler=OversamplingSampler(targets, arguments.seed) if oversample else None,
+        train_sampler=choose_sampler(train, data, arguments),
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     return trainer
+
+
+def choose_sampler(
+    train: CellDataset, data: FinetuneData, arguments: FinetuneTrainingArguments
+) -> Sampler[int] | None:
+    """Rare classes drawn more often, or cells of like length together; None for the Trainer's own shuffling."""
+    if arguments.class_balance == "oversample":
+        return OversamplingSampler(data.splits["train"].targets, arguments.seed)
+    if data.tokenizer.keep_zeros:
+        return None
+    # a whole step's cells are of like length, however the step is cut into micro-batches and processes
+    batch_size = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    return LengthGroupedSampler(train.lengths, batch_size, arguments.seed)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
