@@ -46,7 +46,7 @@ from .cli_options import (
     Threshold,
     Verify,
 )
-from .cli_studies import evaluate
+from .cli_studies import evaluate, explain
 from .console import existing, guarded, run, show_messages, silence_libraries
 
 app = typer.Typer(
@@ -387,6 +387,7 @@ def combine(
 
 
 app.command()(evaluate)
+app.command()(explain)
 
 
 def main(arguments: list[str] | None = None) -> int:

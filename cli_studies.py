@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import Json, LabelKey, Layer, OutputFolder, Overwrite, Recipe, Report, Seed
+from .cli_options import (
+    Force,
+    Input,
+    InputKind,
+    Json,
+    LabelKey,
+    Layer,
+    Model,
+    OutputFolder,
+    Overwrite,
+    Query,
+    Recipe,
+    Report,
+    Seed,
+)
 from .console import existing, run
 
 PROTOCOL_HELP = (
@@ -71,3 +85,44 @@ def evaluate(
     from .evaluation.run_benchmark import run_benchmark
 
     run(run_benchmark, **given)
+
+
+def explain(
+    query: Query,
+    model: Model,
+    output: OutputFolder,
+    label_key: Annotated[
+        str | None, typer.Option(help="Column of true types, for differential expression.")
+    ] = None,
+    cells_per_type: Annotated[
+        int | None, typer.Option(min=1, help="Cells explained of each type.", show_default="20")
+    ] = None,
+    n_top: Annotated[
+        int | None, typer.Option("--top", min=1, help="Genes listed of each type.", show_default="20")
+    ] = None,
+    n_steps: Annotated[
+        int | None, typer.Option("--steps", min=2, help="Steps of the gradients.", show_default="32")
+    ] = None,
+    markers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Marker table: PanglaoDB, CellMarker, or your own.")
+    ] = None,
+    marker_names: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Names of the types in the marker table.")
+    ] = None,
+    gene_sets: Annotated[
+        Path | None, typer.Option(metavar="FILE.gmt", help="Gene sets for enrichment, offline.")
+    ] = None,
+    layer: Layer = None,
+    input: Input = InputKind.auto,
+    force: Force = False,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Say which genes decide on each cell type, by three explanations, and which of them to trust."""
+    given = locals()
+    for path in (query, markers, marker_names, gene_sets):
+        path and existing(path)
+    from .interpretation.explain import explain as job
+
+    run(job, **given)

@@ -1,0 +1,119 @@
+"""The deletion test: an explanation is to be trusted if removing its genes hurts more than removing random ones."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+
+from ..evaluation.calibration import softmax
+from ..tokenization import ScBertTokenizer
+from ..training.classifier_outputs import classifier_outputs
+
+COLUMNS = ["explanation", "genes_removed", "probability", "drop", "random_drop", "ratio", "cells_hurt_more"]
+
+
+def deletion_test(
+    model: torch.nn.Module,
+    tokenizer: ScBertTokenizer,
+    bins: sp.csr_matrix,
+    targets: np.ndarray,
+    explanations: Mapping[str, np.ndarray],
+    n_genes: int = 20,
+    n_random: int = 3,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """
+    Fall of the target's probability when a cell loses its top genes, beside losing as many random ones.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The classifier.
+    bins
+        [cells, panel].
+    targets
+        Class of every cell whose probability is watched, [cells].
+    explanations
+        Name -> scores [cells, panel]; a cell's `n_genes` expressed genes of the highest score are removed.
+    n_genes
+        How many genes each cell loses (all it expresses where there are fewer).
+    n_random
+        Draws of random expressed genes that are averaged.
+    seed
+        Of the draws.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per explanation: ``probability`` of the whole cells, ``drop`` by the explanation's genes,
+        ``random_drop``, their ``ratio``, and the share of cells that the explanation hurts more than chance
+        (``cells_hurt_more``).
+
+    Examples
+    --------
+    >>> deletion_test(model, tokenizer, bins, targets, {"attention": weights})  # doctest: +SKIP
+    """
+    targets = np.asarray(targets)
+
+    def probability(cells: sp.csr_matrix) -> np.ndarray:
+        logits, _ = classifier_outputs(model, tokenizer, cells)
+        return softmax(logits)[np.arange(len(targets)), targets]
+
+    whole = probability(bins)
+    rng = np.random.default_rng(seed)
+    draws = [whole - probability(remove_top(bins, rng.random(bins.shape), n_genes)) for _ in range(n_random)]
+    by_chance = np.mean(draws, axis=0)
+    rows = []
+    for name, scores in explanations.items():
+        drop = whole - probability(remove_top(bins, scores, n_genes))
+        ratio = float(drop.mean() / by_chance.mean()) if by_chance.mean() > 1e-9 else float("nan")
+        hurt = float((drop > by_chance).mean())
+        rows.append([name, n_genes, whole.mean(), drop.mean(), by_chance.mean(), ratio, hurt])
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def remove_top(bins: sp.csr_matrix, scores: np.ndarray, n_genes: int) -> sp.csr_matrix:
+    """
+    Cells without their `n_genes` expressed genes of the highest score.
+
+    Examples
+    --------
+    >>> bins = sp.csr_matrix(np.array([[3, 0, 1, 2]], dtype=np.int8))
+    >>> remove_top(bins, np.array([[0.1, 0.9, 0.2, 0.3]]), 2).toarray().tolist()
+    [[3, 0, 0, 0]]
+    """
+    kept = bins.copy()
+    for row in range(bins.shape[0]):
+        place = slice(bins.indptr[row], bins.indptr[row + 1])
+        best = np.argsort(-scores[row, bins.indices[place]], kind="stable")[:n_genes]
+        kept.data[place.start + best] = 0
+    kept.eliminate_zeros()
+    return kept
+
+
+def verdict(table: pd.DataFrame) -> str:
+    """
+    Which explanation to trust, in a sentence.
+
+    Examples
+    --------
+    >>> row = ["shap", 20, 0.9, 0.4, 0.1, 4.0, 0.8]
+    >>> verdict(pd.DataFrame([row], columns=COLUMNS))
+    'Deletion test: trust shap (its 20 genes cost 0.400 of probability, random ones 0.100).'
+    """
+    trusted = table[(table["drop"] > table["random_drop"]) & (table["cells_hurt_more"] > 0.5)]
+    removed, chance = int(table["genes_removed"].iloc[0]), table["random_drop"].iloc[0]
+    if not len(trusted):
+        return (
+            f"Deletion test: no explanation is to be trusted; {removed} random genes cost {chance:.3f} of "
+            f"probability, the best explanation's {table['drop'].max():.3f}."
+        )
+    best = trusted.loc[trusted["drop"].idxmax()]
+    failed = sorted(set(table["explanation"]) - set(trusted["explanation"]))
+    more = f"; not {' nor '.join(failed)}, no better than chance" if failed else ""
+    return (
+        f"Deletion test: trust {best['explanation']} (its {removed} genes cost {best['drop']:.3f} of "
+        f"probability, random ones {chance:.3f}){more}."
+    )
