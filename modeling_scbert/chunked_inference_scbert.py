@@ -70,48 +70,91 @@ def layer_in_chunks(
     >>> layer_in_chunks(layer, torch.randn(1, 50, 32)).shape
     torch.Size([1, 50, 32])
     """
-    output = torch.empty_like(hidden_states)
     if hidden_states.device.type != "cpu":
-        for start in range(0, len(output), ACCELERATOR_CELLS):
-            group = slice(start, start + ACCELERATOR_CELLS)
-            keep = None if attention_mask is None else attention_mask[group]
-            residual = hidden_states[group] + layer.attend(hidden_states[group], keep)
-            torch.add(residual, layer.feed_forward(residual), out=output[group])
-        return output
-    attention = layer.attention
-    projection = attention.projection_matrix
-    heads = attention.config.num_attention_heads
-    chunk_size = chunk_size or chunk_positions(heads, len(projection), hidden_states.device)
-    features = FeatureChunks(projection, compute_dtype(hidden_states.dtype))
+        return _cells_in_turn(layer, hidden_states, attention_mask)
+    output = torch.empty_like(hidden_states)
+    steps = LayerSteps(layer, hidden_states.dtype)
+    chunk_size = chunk_size or steps.chunk_size
     for group in cell_groups(*hidden_states.shape[:2], chunk_size):
         keep = None if attention_mask is None else attention_mask[group].bool()
-        _group_in_chunks(layer, features, hidden_states[group], keep, chunk_size, output[group])
+        table, _ = steps.context(hidden_states[group], keep, chunk_size)
+        for start, stop in chunk_bounds(hidden_states.shape[1], chunk_size):
+            chunk = hidden_states[group, start:stop]
+            joined, *_ = steps.attend(steps.query(chunk), table)
+            residual = steps.residual(chunk, steps.quotient(joined))
+            torch.add(residual, layer.feed_forward(residual), out=output[group, start:stop])
     return output
 
 
-def _group_in_chunks(layer, features, hidden_states, keep, chunk_size, output):
-    attention, epsilon = layer.attention, layer.attention.config.kernel_epsilon
-    cells, length, _ = hidden_states.shape
-    heads, width = attention.config.num_attention_heads, attention.config.head_dim
+def _cells_in_turn(layer, hidden_states, attention_mask) -> torch.Tensor:
+    """A few cells at a time, each with its whole sequence."""
+    output = torch.empty_like(hidden_states)
+    for start in range(0, len(output), ACCELERATOR_CELLS):
+        group = slice(start, start + ACCELERATOR_CELLS)
+        keep = None if attention_mask is None else attention_mask[group]
+        residual = hidden_states[group] + layer.attend(hidden_states[group], keep)
+        torch.add(residual, layer.feed_forward(residual), out=output[group])
+    return output
 
-    def split(x, keep=None):
-        return joined_heads(x.unflatten(-1, (heads, width)).transpose(1, 2), features.dtype, keep)
 
-    context = KeyContext(features, cells, heads, width)
-    for start, stop in chunk_bounds(length, chunk_size, keep):
-        chunk_keep = None if keep is None else keep[:, start:stop]
-        normed = layer.attention_norm(hidden_states[:, start:stop])
-        key, value = (split(project(normed), chunk_keep) for project in (attention.k_proj, attention.v_proj))
+class LayerSteps:
+    """
+    The pieces of a FAVOR+ block that work on one chunk of positions.
+
+    Parameters
+    ----------
+    layer
+        `ScBertLayer`.
+    dtype
+        Of the hidden states; features are computed in at least float32.
+    """
+
+    def __init__(self, layer: torch.nn.Module, dtype: torch.dtype):
+        config, projection = layer.attention.config, layer.attention.projection_matrix
+        self.layer, self.attention = layer, layer.attention
+        self.heads, self.width, self.epsilon = (
+            config.num_attention_heads,
+            config.head_dim,
+            config.kernel_epsilon,
+        )
+        self.features = FeatureChunks(projection, compute_dtype(dtype))
+        self.chunk_size = chunk_positions(self.heads, len(projection), projection.device)
+
+    def split(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """``[cells, length, inner]`` to ``[cells * heads, length, width]``, zero where not kept."""
+        return joined_heads(x.unflatten(-1, (self.heads, -1)).transpose(1, 2), self.features.dtype, keep)
+
+    def key_value(self, chunk: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a chunk of hidden states."""
+        normed = self.layer.attention_norm(chunk)
+        return self.split(self.attention.k_proj(normed), keep), self.split(
+            self.attention.v_proj(normed), keep
+        )
+
+    def query(self, chunk: torch.Tensor) -> torch.Tensor:
+        """Queries of a chunk of hidden states."""
+        return self.split(self.attention.q_proj(self.layer.attention_norm(chunk)))
+
+    def context(self, hidden_states, keep, chunk_size) -> tuple[torch.Tensor, torch.Tensor]:
+        """Context table and key maximum of a group of cells, see `KeyContext.finish`."""
+        context = KeyContext(self.features, len(hidden_states), self.heads, self.width)
+        for start, stop in chunk_bounds(hidden_states.shape[1], chunk_size, keep):
+            used = None if keep is None else keep[:, start:stop]
+            key, value = self.key_value(hidden_states[:, start:stop], used)
+            with torch.autocast("cpu", enabled=False):
+                context.add(key, value, keep_column(used, self.heads))
+        return context.finish(self.epsilon)
+
+    def attend(self, query: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See favor_chunks_scbert.attend."""
         with torch.autocast("cpu", enabled=False):
-            context.add(key, value, keep_column(chunk_keep, heads))
-    table, _ = context.finish(epsilon)
+            return attend(self.features, query, table, self.epsilon)
 
-    for start, stop in chunk_bounds(length, chunk_size):
-        chunk = hidden_states[:, start:stop]
-        query = attention.q_proj(layer.attention_norm(chunk))
-        with torch.autocast("cpu", enabled=False):
-            joined, _ = attend(features, split(query), table, epsilon)
-            joined = joined.unflatten(0, (cells, heads)).transpose(1, 2)
-            attended = (joined[..., :-1] / joined[..., -1:]).flatten(-2).to(query.dtype)
-        chunk = chunk + attention.o_proj(attended)
-        torch.add(chunk, layer.feed_forward(chunk), out=output[:, start:stop])
+    def quotient(self, joined: torch.Tensor) -> torch.Tensor:
+        """Numerator over normaliser, heads side by side: ``[cells, length, inner]``."""
+        joined = joined.unflatten(0, (-1, self.heads)).transpose(1, 2)
+        return (joined[..., :-1] / joined[..., -1:]).flatten(-2)
+
+    def residual(self, chunk: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The chunk after the first residual branch."""
+        return chunk + self.attention.o_proj(attended.to(self.attention.o_proj.weight.dtype))

@@ -105,6 +105,8 @@ class FeatureChunks:
         # d x_log / dx without the change of base, [m, d]
         self.gradient_matrix = projection_matrix.to(dtype) * self.dim**-0.25
         self.matrix = (self.gradient_matrix * LOG2_E).T.contiguous()
+        # what the buffer of features holds
+        self.current = None
         self._buffers = {}
 
     def buffer(self, name: str, rows: int, columns: int) -> torch.Tensor:
@@ -124,7 +126,8 @@ class FeatureChunks:
             x.view(rows, self.dim), self.matrix, out=self.buffer("features", rows, self.matrix.shape[1])
         )
         half_square = x.square().sum(-1, keepdim=True).mul_(LOG2_E / 2 * self.dim**-0.5)
-        return logs.view(*x.shape[:2], -1), half_square
+        self.current = logs.view(*x.shape[:2], -1)
+        return self.current, half_square
 
     def products(self, left: torch.Tensor, right: torch.Tensor, name: str) -> torch.Tensor:
         """Batched matrix product into the buffer ``name``."""
@@ -199,14 +202,14 @@ def _with_ones(value: torch.Tensor) -> torch.Tensor:
 
 def attend(
     features: FeatureChunks, query: torch.Tensor, table: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Query pass over one chunk.
 
     Parameters
     ----------
     features
-        The buffers and the projection.
+        The buffers and the projection; ``features.current`` holds this chunk's afterwards, for `query_backward`.
     query
         Contiguous ``[cells * heads, length, d]``.
     table
@@ -216,21 +219,21 @@ def attend(
 
     Returns
     -------
-    ``[numerator, normaliser]`` ``[cells * heads, length, dv + 1]``, in a buffer that the next chunk reuses, and the
-    stabiliser ``[cells * heads, length, 1]`` to base 2.
+    ``[numerator, normaliser]`` ``[cells * heads, length, dv + 1]``, in a buffer that the next chunk reuses; the
+    stabiliser ``[cells * heads, length, 1]`` to base 2; what the features are multiplied by, of the same shape.
     """
     logs, half_square = features.logarithms(query)
     row_max = logs.amax(-1, keepdim=True)
-    scale = _position_scale(logs, row_max, half_square)
+    scale = position_scale(logs, row_max, half_square)
     joined = features.products(logs.exp2_(), table, "joined")
     joined.mul_(scale).add_(table.sum(1, keepdim=True), alpha=epsilon)
     # a cell without keys has no normaliser: its output is zero
     normaliser = joined[..., -1:]
     normaliser.masked_fill_(normaliser == 0, 1)
-    return joined, row_max
+    return joined, row_max, scale
 
 
-def _position_scale(logs: torch.Tensor, stabiliser: torch.Tensor, half_square: torch.Tensor) -> torch.Tensor:
+def position_scale(logs: torch.Tensor, stabiliser: torch.Tensor, half_square: torch.Tensor) -> torch.Tensor:
     """What exp2(logs) must be multiplied by, per position; shifts ``logs`` in place only where they would overflow."""
     if stabiliser.abs().amax() > LOG2_LIMIT:
         logs.sub_(stabiliser)
@@ -241,25 +244,26 @@ def _position_scale(logs: torch.Tensor, stabiliser: torch.Tensor, half_square: t
 def query_backward(
     features: FeatureChunks,
     query: torch.Tensor,
-    grad: torch.Tensor,
-    output: torch.Tensor,
-    query_max: torch.Tensor,
-    normaliser: torch.Tensor,
+    exponentials: torch.Tensor,
+    scale: torch.Tensor,
+    joined: torch.Tensor,
     table: torch.Tensor,
     table_grad: torch.Tensor,
     epsilon: float,
 ) -> torch.Tensor:
     """
-    Backward of `attend` and its division over one chunk; adds to ``table_grad``.
+    Backward of `attend` over one chunk; adds to ``table_grad``.
 
     Parameters
     ----------
     features
         The buffers and the projection.
-    query, grad, output
-        Contiguous ``[cells * heads, length, .]``: the chunk, the gradient of the output, the output.
-    query_max, normaliser
-        What the forward saved, ``[cells * heads, length, 1]``.
+    query
+        The chunk, ``[cells * heads, length, d]``.
+    exponentials, scale
+        The chunk's features, ``[cells * heads, length, m]``, and what they are multiplied by, ``[..., length, 1]``.
+    joined
+        Gradient of ``[numerator, normaliser]``, see `joined_gradient`; overwritten.
     table, table_grad
         Context and its gradient so far, ``[cells * heads, m, dv + 1]``.
     epsilon
@@ -269,19 +273,20 @@ def query_backward(
     -------
     Gradient of the query chunk, ``[cells * heads, length, d]``, in a buffer that the next chunk reuses.
     """
-    # gradient of [numerator, normaliser]
-    joined = grad.new_empty(*grad.shape[:-1], grad.shape[-1] + 1)
-    torch.div(grad, normaliser, out=joined[..., :-1])
-    torch.sum((grad * output).div_(normaliser).neg_(), -1, keepdim=True, out=joined[..., -1:])
     table_grad.add_(joined.sum(1, keepdim=True), alpha=epsilon)
-
-    logs, half_square = features.logarithms(query)
-    joined.mul_(_position_scale(logs, query_max, half_square))
-    exponentials = logs.exp2_()
+    joined.mul_(scale)
     table_grad.baddbmm_(exponentials.mT, joined)
     feature_grad = features.products(joined, table.mT, "feature_grad").mul_(exponentials)
     # this sum is also -eps * (joined . sum of table), but that difference loses small gradients to rounding
     return _input_gradient(features, feature_grad, feature_grad.sum(-1, keepdim=True), query)
+
+
+def joined_gradient(grad: torch.Tensor, output: torch.Tensor, normaliser: torch.Tensor) -> torch.Tensor:
+    """Gradient of ``[numerator, normaliser]`` from that of their quotient, the output."""
+    joined = grad.new_empty(*grad.shape[:-1], grad.shape[-1] + 1)
+    torch.div(grad, normaliser, out=joined[..., :-1])
+    torch.sum((joined[..., :-1] * output).neg_(), -1, keepdim=True, out=joined[..., -1:])
+    return joined
 
 
 def key_backward(
@@ -314,7 +319,7 @@ def key_backward(
     Gradients of the key and value chunks; the former in a buffer that the next chunk reuses.
     """
     logs, half_square = features.logarithms(key)
-    scale = _position_scale(logs, key_max, half_square)
+    scale = position_scale(logs, key_max, half_square)
     if keep is not None:
         scale.mul_(keep)
     exponentials = logs.exp2_()

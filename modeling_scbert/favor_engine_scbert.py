@@ -21,10 +21,12 @@ from .favor_chunks_scbert import (
     chunk_bounds,
     chunk_positions,
     compute_dtype,
+    joined_gradient,
     joined_heads,
     keep_column,
     key_backward,
     per_head,
+    position_scale,
     query_backward,
 )
 from .favor_triton_scbert import give_up, triton_backward, triton_forward, triton_serves
@@ -119,7 +121,7 @@ def _favor_forward(
             table[rows], key_max[group] = context.finish(epsilon)
             for start, stop in chunk_bounds(length, chunk_size):
                 chunk = joined_heads(query[group, :, start:stop], dtype)
-                joined, row_max = attend(features, chunk, table[rows], epsilon)
+                joined, row_max, _ = attend(features, chunk, table[rows], epsilon)
                 joined = joined.unflatten(0, (-1, heads)).transpose(1, 2)
                 output[group, start:stop] = joined[..., :-1] / joined[..., -1:]
                 normaliser[group, :, start:stop] = joined[..., -1].mT
@@ -165,7 +167,11 @@ def _favor_backward(
     cells, heads, length, _ = query.shape
     dtype = compute_dtype(query.dtype)
     chunk_size = chunk_size or chunk_positions(heads, projection_matrix.shape[0], query.device)
-    grads = [x.new_zeros(cells, x.shape[2], heads, x.shape[3]) for x in (query, key, value)]
+    # only keys that no chunk reaches, beyond the last one in use, are left to be zero
+    grads = [x.new_empty(cells, x.shape[2], heads, x.shape[3]) for x in (query, key, value)]
+    if attention_mask is not None:
+        for unreached in grads[1:]:
+            unreached.zero_()
     with torch.autocast(query.device.type, enabled=False):
         features = FeatureChunks(projection_matrix, dtype)
         for group in cell_groups(cells, max(length, key.shape[2]), chunk_size):
@@ -178,7 +184,12 @@ def _favor_backward(
                 saved = [
                     x[group, :, start:stop].reshape(-1, stop - start, 1) for x in (query_max, normaliser)
                 ]
-                dq = query_backward(features, *chunk, *saved, table[rows], table_grad, epsilon)
+                logs, half_square = features.logarithms(chunk[0])
+                scale = position_scale(logs, saved[0], half_square)
+                joined = joined_gradient(*chunk[1:], saved[1])
+                dq = query_backward(
+                    features, chunk[0], logs.exp2_(), scale, joined, table[rows], table_grad, epsilon
+                )
                 grads[0][group, start:stop] = dq.unflatten(0, (-1, heads)).transpose(1, 2)
             stabiliser = per_head(key_max[group], heads)
             for start, stop in chunk_bounds(key.shape[2], chunk_size, keep):

@@ -7,6 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from .chunked_inference_scbert import layer_in_chunks, runs_in_chunks
+from .chunked_training_scbert import train_in_chunks, trains_in_chunks
 from .configuration_scbert import ScBertConfig
 from .favor_scbert import ScBertFavorAttention
 from .lsh_scbert import ScBertLshAttention
@@ -68,6 +69,18 @@ class ScBertLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.keeps_nothing = False
+
+    def __call__(self, hidden_states, *args, **kwargs):
+        checkpointed = self.gradient_checkpointing and not isinstance(self, ScBertReversibleLayer)
+        if not (checkpointed and trains_in_chunks(self, hidden_states, any(args[1:2]))):
+            return super().__call__(hidden_states, *args, **kwargs)
+        # in chunks, a layer keeps no more than a checkpoint would: checkpointed as well, it would run forward twice
+        self.gradient_checkpointing, self.keeps_nothing = False, True
+        try:
+            return super().__call__(hidden_states, *args, **kwargs)
+        finally:
+            self.gradient_checkpointing, self.keeps_nothing = True, False
 
     def attend(self, hidden_states, attention_mask=None, output_attentions=False) -> torch.Tensor:
         """First residual branch, norm and attention: ``[batch, length, hidden]`` to the same shape."""
@@ -89,6 +102,8 @@ class ScBertLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         if runs_in_chunks(self, hidden_states, output_attentions):
             return layer_in_chunks(self, hidden_states, attention_mask)
+        if trains_in_chunks(self, hidden_states, output_attentions):
+            return train_in_chunks(self, hidden_states, attention_mask)
         hidden_states = hidden_states + self.attend(hidden_states, attention_mask, output_attentions)
         return hidden_states + self.feed_forward(hidden_states)
 
