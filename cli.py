@@ -27,17 +27,20 @@ from .cli_options import (
     Json,
     KeepDuplicates,
     Layer,
+    MajorityVote,
     MaxMito,
     MinCells,
     MinGenes,
     Model,
     NumProc,
     ObsColumns,
+    OneDnn,
     OutputFile,
     OutputFolder,
     Overwrite,
     Query,
     Recipe,
+    Report,
     Resume,
     Seed,
     ShardCells,
@@ -68,6 +71,7 @@ def _scbert(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    onednn: OneDnn = False,
 ) -> None:
     """Cell-type annotation of single cells with scBERT models."""
 
@@ -148,9 +152,8 @@ def annotate(
     model: Model,
     output: OutputFile,
     threshold: Threshold = None,
-    majority_vote: Annotated[
-        str | None, typer.Option(metavar="KEY|leiden", help="Give each group of this obs column one label.")
-    ] = None,
+    majority_vote: MajorityVote = None,
+    report: Report = None,
     layer: Layer = None,
     input: Input = InputKind.auto,
     batch_size: BatchSize = None,

@@ -42,6 +42,9 @@ LabelKey = Annotated[str, typer.Option(help="Column of obs that holds the cell t
 Report = Annotated[
     Path | None, typer.Option(metavar="FILE.html", help="Write one HTML file with tables and pictures.")
 ]
+MajorityVote = Annotated[
+    str | None, typer.Option(metavar="KEY|leiden", help="Give each group of this obs column one label.")
+]
 Threshold = Annotated[
     float | None,
     typer.Option(
@@ -96,3 +99,22 @@ ShardCells = Annotated[int, typer.Option(min=1, help="Cells of a shard.")]
 NumProc = Annotated[int, typer.Option(min=1, help="Files worked on side by side.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at a file that cannot be used.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Compare a corpus (SRC) with its checksums.")]
+
+
+def _use_onednn(wanted: bool) -> bool:
+    if wanted:
+        from .modeling_scbert.cpu_matmul_scbert import use_onednn
+
+        use_onednn()
+    return wanted
+
+
+OneDnn = Annotated[
+    bool,
+    typer.Option(
+        "--onednn",
+        envvar="SCBERT_ONEDNN",
+        callback=_use_onednn,
+        help="On a CPU, let oneDNN do the matrix products if it is found exact and faster (AMD processors).",
+    ),
+]
