@@ -88,3 +88,35 @@ def _handle(name: str, colour: str, marker: str) -> Any:
     label = name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 1] + "…"
     line = require("matplotlib.lines").Line2D
     return line([], [], color=colour, marker=marker, linestyle="", markersize=6, label=label)
+
+
+def umap_of(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
+    """
+    Two dimensions of cells for a picture, by scanpy's UMAP; up to three cells are returned on a line.
+
+    Parameters
+    ----------
+    vectors
+        A representation of the cells, [cells, features].
+    seed
+        Of UMAP.
+
+    Returns
+    -------
+    numpy.ndarray
+        [cells, 2].
+
+    Examples
+    --------
+    >>> umap_of(np.random.default_rng(0).normal(size=(30, 4))).shape
+    (30, 2)
+    """
+    if len(vectors) <= 3:
+        return np.stack([np.arange(len(vectors)), np.zeros(len(vectors))], axis=1).astype(float)
+    scanpy, anndata = require("scanpy", "scanpy"), require("anndata")
+    cells = anndata.AnnData(obsm={"X": np.asarray(vectors, dtype=np.float32)})
+    neighbours = min(15, len(vectors) - 1)
+    scanpy.pp.neighbors(cells, n_neighbors=neighbours, use_rep="X", random_state=seed)
+    # a random start: the spectral one fails on very few cells
+    scanpy.tl.umap(cells, random_state=seed, init_pos="random" if len(vectors) < 50 else "spectral")
+    return np.asarray(cells.obsm["X_umap"])

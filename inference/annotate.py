@@ -17,6 +17,7 @@ from ..tokenization import InputError
 from .loading import LoadedModel, load_model
 from .prediction import predict, probabilities_of
 from .query import BinnedQuery, opened, overlap_numbers, progress_bar
+from .report import write_annotation_report
 from .voting import LEIDEN, MIXED_SHARE, check_vote, leiden_groups, majority_vote
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ def annotate_file(
     progress: bool = True,
     gene_table: str | Path | None = None,
     genes_report: str | Path | None = None,
+    report: str | Path | None = None,
 ) -> dict[str, Any]:
     """
     Annotate a file; the output is the input with the columns of `annotate` added.
@@ -135,6 +137,8 @@ def annotate_file(
         Replace an existing output; the query itself is never replaced.
     genes_report
         CSV file to write: every gene matched, renamed, ambiguous, unused or absent.
+    report
+        HTML file to write: tables and pictures of the annotation.
 
     Returns
     -------
@@ -153,6 +157,8 @@ def annotate_file(
     check_output_path(output, overwrite, inputs=(query,))
     if genes_report is not None:
         check_output_path(genes_report, overwrite, inputs=(query, output, gene_table))
+    if report is not None:
+        check_output_path(report, overwrite, inputs=(query, output))
     with opened(query, layer) as adata:
         loaded = load_model(model, "annotation", device, dtype)
         parts, summary = _annotation(
@@ -168,6 +174,9 @@ def annotate_file(
             gene_table,
             genes_report,
         )
+        if report is not None:
+            # before the output: writing closes the query
+            write_annotation_report(report, adata, parts, summary, overwrite)
         write_parts(query, adata, parts, output, overwrite)
     return {"output": str(output), **summary, "seconds": time.monotonic() - started}
 

@@ -1,0 +1,148 @@
+"""The report of an annotation: what `scbert annotate --report` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from ..data.output import atomic_path
+from ..evaluation.embedding_plot import plot_embedding, umap_of
+from ..evaluation.report import Section, report_html
+from ..evaluation.requirements import require
+from ..evaluation.tables import TextTable
+
+# more cells make a UMAP slow and no clearer
+MAX_CELLS_DRAWN = 5000
+
+
+def write_annotation_report(
+    path: str | Path, adata: AnnData, parts: dict[str, dict], summary: dict[str, Any], overwrite: bool = False
+) -> None:
+    """
+    Write one HTML file: cells per type, gene overlap, confidence by type and by cluster, a UMAP.
+
+    Parameters
+    ----------
+    path
+        Where.
+    adata
+        The query; ``obsm["X_umap"]`` is drawn if there is one.
+    parts, summary
+        The annotation, of `inference.annotate`.
+    overwrite
+        Replace an existing file.
+    """
+    obs, about = parts["obs"], parts["uns"]["scbert"]
+    labels, confidence = np.asarray(obs["scbert_cell_type"]).astype(str), obs["scbert_confidence"]
+    pictures = {
+        "Confidence of the cells of every type; the line is the threshold.": plot_confidence(
+            labels, confidence, about["threshold"]
+        ),
+        "Genes of the model found in the query.": plot_overlap(summary["gene_overlap"]),
+    }
+    tables = [_types(labels, confidence)]
+    if "majority_vote" in about:
+        tables.append(_groups(about["majority_vote"]))
+    xy, chosen, source = _coordinates(adata, parts["obsm"]["scbert_probabilities"])
+    if xy is not None:
+        panels = {"cell type": labels[chosen]}
+        if "scbert_majority_vote" in obs:
+            panels["majority vote"] = np.asarray(obs["scbert_majority_vote"]).astype(str)[chosen]
+        pictures[f"Cells by predicted type: {source}."] = plot_embedding(xy, panels)
+    facts = {
+        "model": summary["model"],
+        "cells": f"{summary['cells']:,}",
+        "unassigned": f"{summary['unassigned']:,} (confidence below {about['threshold']:.3g})",
+        "genes found": f"{summary['genes_found']:,} of {summary['genes_of_model']:,}",
+        "temperature": f"{about['temperature']:.3g}",
+        **{f"version of {name}": version for name, version in about["versions"].items()},
+    }
+    sections = [
+        Section("Cell types", warnings=summary["notes"], tables=tables),
+        Section("Pictures", pictures=pictures),
+        Section("How it was made", facts=facts),
+    ]
+    with atomic_path(path, overwrite) as temporary:
+        Path(temporary).write_text(report_html("scBERT: annotation", sections), encoding="utf-8")
+
+
+def plot_confidence(labels: np.ndarray, confidence: np.ndarray, threshold: float) -> Any:
+    """Box plots of the confidence, a row per label, the commonest on top."""
+    names = list(pd.Series(labels).value_counts().index)
+    figure = require("matplotlib.figure").Figure(figsize=(5.2, 1.2 + 0.32 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    values = [confidence[labels == name] for name in names]
+    axes.boxplot(
+        values, orientation="horizontal", tick_labels=names, flierprops={"markersize": 2}, widths=0.6
+    )
+    axes.axvline(threshold, color="#cc6677", linestyle="--", linewidth=1)
+    axes.set(xlim=(0, 1.01), xlabel="confidence (largest probability)")
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_overlap(overlap: dict[str, Any]) -> Any:
+    """One bar of the model's genes: found and absent, and the query's that it does not use."""
+    figure = require("matplotlib.figure").Figure(figsize=(5.2, 1.9), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(["model"], [overlap["matched"]], color="#44aa99", label="in both")
+    axes.barh(["model"], [overlap["absent"]], left=[overlap["matched"]], color="#dddddd", label="taken as 0")
+    axes.barh(["query"], [overlap["matched"]], color="#44aa99")
+    axes.barh(["query"], [overlap["unused"]], left=[overlap["matched"]], color="#88ccee", label="not used")
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    axes.invert_yaxis()
+    axes.set_xlabel("genes")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _types(labels: np.ndarray, confidence: np.ndarray) -> TextTable:
+    rows = []
+    for name, count in pd.Series(labels).value_counts().items():
+        values = confidence[labels == name]
+        rows.append(
+            [
+                name,
+                f"{count:,}",
+                f"{count / len(labels):.1%}",
+                f"{values.mean():.3f}",
+                f"{np.median(values):.3f}",
+            ]
+        )
+    columns = ["cell type", "cells", "share", "mean confidence", "median"]
+    return TextTable(f"{len(labels):,} cells", columns, rows)
+
+
+def _groups(vote: dict[str, Any]) -> TextTable:
+    """Every group's vote; those with a winner of less than 60% are marked."""
+    from .voting import MIXED_SHARE
+
+    rows = [
+        [str(group), str(label), f"{cells:,}", f"{share:.0%}", f"{sure:.3f}", str(second)]
+        for group, label, cells, share, sure, second in zip(
+            *(vote[name] for name in ("group", "label", "cells", "share", "confidence", "runner_up"))
+        )
+    ]
+    mixed = frozenset(i for i, share in enumerate(vote["share"]) if share < MIXED_SHARE)
+    columns = ["group", "majority vote", "cells", "winning share", "confidence", "second"]
+    return TextTable(f"Groups of {vote['key']}", columns, rows, mixed)
+
+
+def _coordinates(adata: AnnData, probabilities: np.ndarray):
+    """Places of the cells drawn, which they are, and what the places are; None where scanpy is not installed."""
+    n_cells = adata.n_obs
+    chosen = np.sort(np.random.default_rng(0).permutation(n_cells)[:MAX_CELLS_DRAWN])
+    if "X_umap" in adata.obsm:
+        return np.asarray(adata.obsm["X_umap"])[chosen, :2], chosen, "the query's own UMAP"
+    try:
+        if "X_pca" in adata.obsm:
+            return umap_of(np.asarray(adata.obsm["X_pca"])[chosen]), chosen, "UMAP of the query's PCA"
+        # square roots of probabilities: a distance that does not let the sure cells fall into one point
+        return umap_of(np.sqrt(probabilities[chosen])), chosen, "UMAP of the probabilities"
+    except ImportError:
+        return None, chosen, ""
