@@ -74,6 +74,13 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same command.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout.")]
 
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Processes that share the cells; restartable with --resume.", show_default=False
+    ),
+]
+
 # of `build`
 Sources = Annotated[
     list[Path],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,8 +15,9 @@ from anndata import AnnData
 
 from ..data.output import atomic_copy_h5ad, atomic_write_h5ad, check_output_path
 from ..tokenization import InputError
+from .annotate_processes import main, sharded_prediction
 from .loading import LoadedModel, load_model
-from .prediction import predict, probabilities_of
+from .prediction import predict_cells
 from .query import BinnedQuery, opened, overlap_numbers, progress_bar
 from .report import write_annotation_report
 from .voting import LEIDEN, MIXED_SHARE, check_vote, leiden_groups, majority_vote
@@ -120,6 +122,8 @@ def annotate_file(
     gene_table: str | Path | None = None,
     genes_report: str | Path | None = None,
     report: str | Path | None = None,
+    processes: int | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """
     Annotate a file; the output is the input with the columns of `annotate` added.
@@ -139,6 +143,9 @@ def annotate_file(
         CSV file to write: every gene matched, renamed, ambiguous, unused or absent.
     report
         HTML file to write: tables and pictures of the annotation.
+    processes, resume
+        Have so many processes predict, in shards that stand in ``OUTPUT.partial`` until the output is written; go
+        on with the shards of an interrupted run.
 
     Returns
     -------
@@ -159,6 +166,19 @@ def annotate_file(
         check_output_path(genes_report, overwrite, inputs=(query, output, gene_table))
     if report is not None:
         check_output_path(report, overwrite, inputs=(query, output))
+    predict_all = _predict_all
+    if processes is not None or resume:
+        settings = {"layer": layer, "input": input, "gene_table": gene_table, "batch_size": batch_size}
+        predict_all = sharded_prediction(
+            query,
+            model,
+            output,
+            1 if processes is None else processes,
+            resume,
+            device=device,
+            dtype=dtype,
+            **settings,
+        )
     with opened(query, layer) as adata:
         loaded = load_model(model, "annotation", device, dtype)
         parts, summary = _annotation(
@@ -173,11 +193,14 @@ def annotate_file(
             progress,
             gene_table,
             genes_report,
+            predict_all,
         )
         if report is not None:
             # before the output: writing closes the query
             write_annotation_report(report, adata, parts, summary, overwrite)
         write_parts(query, adata, parts, output, overwrite)
+    if predict_all is not _predict_all:
+        predict_all.finish()
     return {"output": str(output), **summary, "seconds": time.monotonic() - started}
 
 
@@ -198,13 +221,15 @@ def _annotation(
     progress,
     gene_table=None,
     genes_report=None,
+    predict_all=None,
 ):
     """Annotation of an AnnData as ``{"obs": ..., "obsm": ..., "uns": ...}``, and a summary."""
     check_vote(adata, vote_key)
     threshold = loaded.threshold if threshold is None else threshold
     query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
     by_embedding = vote_key == LEIDEN and LEIDEN not in adata.obs and "X_pca" not in adata.obsm
-    probabilities, embeddings = _predict_all(query, loaded, batch_size, by_embedding, progress)
+    predict_all = predict_all or _predict_all
+    probabilities, embeddings = predict_all(query, loaded, batch_size, by_embedding, progress)
     names = loaded.labels
     labels, confidence = assign(probabilities, names, threshold)
     obs = {"scbert_cell_type": _categorical(labels, names), "scbert_confidence": confidence}
@@ -243,14 +268,10 @@ def _predict_all(query: BinnedQuery, loaded: LoadedModel, batch_size, embed: boo
     )
     with progress_bar(query.n_cells, "Annotating", progress) as bar:
         for start, bins in query.chunks():
-            expressed = np.flatnonzero(np.diff(bins.indptr))
-            bar.update(bins.shape[0] - len(expressed))
-            for rows, logits, vectors in predict(loaded, bins[expressed], batch_size, embed):
-                cells = start + expressed[rows]
-                probabilities[cells] = probabilities_of(logits, loaded.temperature)
-                if embed:
-                    embeddings[cells] = vectors
-                bar.update(len(rows))
+            cells = slice(start, start + bins.shape[0])
+            probabilities[cells], vectors = predict_cells(loaded, bins, batch_size, embed, bar.update)
+            if embed:
+                embeddings[cells] = vectors
     return probabilities, embeddings
 
 
@@ -374,3 +395,7 @@ def write_parts(query, adata: AnnData, parts: dict[str, dict], output, overwrite
         return
     add_parts(adata, parts)
     atomic_write_h5ad(adata, output, overwrite=overwrite, inputs=(query,))
+
+
+if __name__ == "__main__":
+    sys.exit(main(annotate_file))

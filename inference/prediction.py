@@ -52,6 +52,38 @@ def predict(
         yield rows, *_run(loaded, bins[rows], embed)
 
 
+def predict_cells(
+    loaded: LoadedModel,
+    bins: sp.csr_matrix,
+    batch_size: int | None = None,
+    embed: bool = False,
+    on_batch=None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """
+    Probabilities [cells, labels] and, if asked for, embeddings [cells, hidden]; zeros for cells without expression.
+
+    Parameters
+    ----------
+    loaded, bins, batch_size, embed
+        As in `predict`.
+    on_batch : callable, optional
+        Called with the number of cells that are done.
+    """
+    probabilities = np.zeros((bins.shape[0], len(loaded.labels)), dtype=np.float32)
+    embeddings = (
+        np.zeros((bins.shape[0], loaded.model.config.hidden_size), dtype=np.float32) if embed else None
+    )
+    expressed = np.flatnonzero(np.diff(bins.indptr))
+    done = on_batch or (lambda n_cells: None)
+    done(bins.shape[0] - len(expressed))
+    for rows, logits, vectors in predict(loaded, bins[expressed], batch_size, embed):
+        probabilities[expressed[rows]] = probabilities_of(logits, loaded.temperature)
+        if embed:
+            embeddings[expressed[rows]] = vectors
+        done(len(rows))
+    return probabilities, embeddings
+
+
 def sequence_lengths(tokenizer, bins: sp.csr_matrix) -> np.ndarray:
     """Tokens of every cell, the trailing one included, [cells]."""
     if tokenizer.keep_zeros:

@@ -1,0 +1,291 @@
+"""Annotating many cells with several processes, shard by shard: what is finished stays.
+
+The shards are files in ``OUTPUT.partial`` until the output is written. Processes are started here
+(``scbert annotate --processes N``) or by a launcher (``accelerate launch -m scbert.inference.annotate``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from accelerate import PartialState
+
+from ..data.corpus_shards import replaced
+from ..data.read import matrix_rows
+from ..tokenization import InputError, align_genes
+from ..tokenization.expression_scbert import as_csr
+from .gene_report import name_genes
+from .loading import LoadedModel, load_model
+from .prediction import predict_cells
+from .query import CHUNK_SIZE, BinnedQuery, opened, progress_bar
+
+logger = logging.getLogger(__name__)
+
+SHARD_CELLS = 2 * CHUNK_SIZE
+RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class ShardedRun:
+    """What every process of a run has to know; a restarted run must have the same.
+
+    Attributes
+    ----------
+    query, model : str
+    stamps : list
+        Size and time of the last change of both.
+    layer, input, gene_table, device, dtype, batch_size
+        As in `annotate_file`.
+    shard_cells : int
+        Cells of a shard, the unit of restarts.
+    embed : bool
+        Whether embeddings are wanted too.
+    """
+
+    query: str
+    model: str
+    stamps: list
+    layer: str | None
+    input: str
+    gene_table: str | None
+    device: str | None
+    dtype: str | None
+    batch_size: int | None
+    shard_cells: int
+    embed: bool = False
+
+
+def launched() -> tuple[int, int]:
+    """Number of this process and of all, where a launcher (accelerate, torchrun) started several; else 0 and 1."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+class ShardedPrediction:
+    """
+    Probabilities of all cells from shards that several processes write; stands in for one process's loop.
+
+    Parameters
+    ----------
+    run
+        What is to be done.
+    output
+        The final output; the shards stand in ``OUTPUT.partial`` beside it.
+    processes
+        How many to start; a launcher's processes are used as they are.
+    resume
+        Take over finished shards of an interrupted run.
+    """
+
+    def __init__(self, run: ShardedRun, output: str | Path, processes: int = 1, resume: bool = False):
+        self.run, self.processes, self.resume = run, processes, resume
+        self.folder = Path(output).with_name(f"{Path(output).name}.partial")
+
+    def __call__(
+        self, query: BinnedQuery, loaded: LoadedModel, batch_size: int | None, embed: bool, progress: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Probabilities [cells, labels] and, if asked for, embeddings [cells, hidden]."""
+        run = ShardedRun(**{**asdict(self.run), "embed": embed})
+        shards = list(shard_paths(run, self.folder, query.n_cells))
+        rank, world_size = launched()
+        if rank == 0:
+            self._prepare(run)
+        if world_size > 1:
+            # no shard is written before the folder is this run's
+            PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+            write_shards(run, self.folder, rank, world_size, loaded)
+            if rank:
+                raise SystemExit(0)
+        else:
+            self._work(run, shards, query.n_cells, progress)
+        while not all(path.exists() for path in shards):
+            # the launcher ends this process where another fails
+            time.sleep(0.2)
+        hidden_size = loaded.model.config.hidden_size if embed else 0
+        return _merged(shards, query.n_cells, len(loaded.labels), hidden_size)
+
+    def _prepare(self, run):
+        record = self.folder / RECORD
+        if self.folder.exists() and not self.resume:
+            logger.warning(
+                "Removing %s, left by an interrupted run (--resume would continue it).", self.folder
+            )
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(exist_ok=True)
+        if record.exists():
+            before = json.loads(record.read_text())
+            changed = sorted(name for name, value in asdict(run).items() if before.get(name) != value)
+            if changed:
+                raise InputError(
+                    f"{self.folder} was begun with another {', '.join(changed)}. Go on with the same command, or "
+                    f"leave --resume out to start anew."
+                )
+        record.write_text(json.dumps(asdict(run)))
+
+    def _work(self, run, shards, n_cells, progress):
+        """Start the processes and wait for them; one that fails ends all."""
+        context = multiprocessing.get_context("spawn")
+        problems = context.SimpleQueue()
+        workers = [
+            context.Process(target=_worker, args=(run, self.folder, i, self.processes, problems), daemon=True)
+            for i in range(min(self.processes, len(shards)))
+        ]
+        try:
+            for worker in workers:
+                worker.start()
+            with progress_bar(n_cells, "Annotating", progress) as bar:
+                while any(worker.is_alive() for worker in workers):
+                    time.sleep(0.1)
+                    bar.update(min(n_cells, run.shard_cells * sum(path.exists() for path in shards)) - bar.n)
+                    _check(workers, problems, self.folder)
+            _check(workers, problems, self.folder)
+        finally:
+            for worker in workers:
+                worker.terminate()
+
+    def finish(self) -> None:
+        """Take the shards away once the output stands."""
+        if launched()[0] == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _check(workers, problems, folder):
+    for worker in workers:
+        if worker.exitcode:
+            if not problems.empty():
+                raise InputError(problems.get())
+            raise InputError(
+                f"A process of this run ended with code {worker.exitcode}"
+                f"{' (killed; perhaps for want of memory)' if worker.exitcode == -9 else ''}. What is finished is "
+                f"in {folder}: the same command with --resume goes on from there."
+            )
+
+
+def _worker(run, folder, rank, world_size, problems):
+    try:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+        write_shards(run, folder, rank, world_size)
+    except (InputError, OSError) as problem:
+        problems.put(str(problem))
+        sys.exit(1)
+
+
+def shard_paths(run: ShardedRun, folder: Path, n_cells: int) -> Iterator[Path]:
+    """Files of all shards, in order."""
+    for start in range(0, n_cells, run.shard_cells):
+        yield folder / f"cells-{start:012d}.npz"
+
+
+def write_shards(
+    run: ShardedRun, folder: Path, rank: int, world_size: int, loaded: LoadedModel | None = None
+) -> None:
+    """
+    Predict every `world_size`-th shard from number `rank` on; those that are there already are left as they are.
+
+    Parameters
+    ----------
+    run, folder
+        See `ShardedPrediction`.
+    loaded
+        The model, where this process has it; it is loaded otherwise.
+    """
+    loaded = (
+        load_model(run.model, "annotation", _device(run.device, rank), run.dtype)
+        if loaded is None
+        else loaded
+    )
+    with opened(run.query, run.layer) as adata:
+        matrix, names = matrix_rows(adata, run.layer)
+        names = name_genes(names, loaded.tokenizer.gene_panel, run.gene_table)
+        alignment = align_genes(names, loaded.tokenizer.gene_panel)
+        kind, scale = loaded.tokenizer.resolve_input(matrix, run.input)
+        for path in list(shard_paths(run, folder, matrix.shape[0]))[rank::world_size]:
+            if path.exists():
+                continue
+            start = int(path.stem.rpartition("-")[2])
+            stop = min(start + run.shard_cells, matrix.shape[0])
+            rows = as_csr(matrix[start:stop])
+            bins = sp.csr_matrix(loaded.tokenizer.bin_rows(rows, alignment, kind, scale is not None))
+            probabilities, embeddings = predict_cells(loaded, bins, run.batch_size, run.embed)
+            arrays = {"probabilities": probabilities, **({"embeddings": embeddings} if run.embed else {})}
+            with replaced(path) as handle:
+                np.savez(handle, **arrays)
+
+
+def _device(device, rank):
+    """The GPUs of a machine in turn, unless a device was named."""
+    if device is None and torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
+    return device
+
+
+def _merged(shards, n_cells, n_labels, hidden_size):
+    probabilities = np.empty((n_cells, n_labels), dtype=np.float32)
+    embeddings = np.empty((n_cells, hidden_size), dtype=np.float32) if hidden_size else None
+    start = 0
+    for path in shards:
+        with np.load(path) as stored:
+            rows = slice(start, start + len(stored["probabilities"]))
+            probabilities[rows] = stored["probabilities"]
+            if hidden_size:
+                embeddings[rows] = stored["embeddings"]
+        start = rows.stop
+    return probabilities, embeddings
+
+
+def sharded_prediction(
+    query, model, output, processes, resume, *, layer, input, gene_table, device, dtype, batch_size
+) -> ShardedPrediction:
+    """The `ShardedPrediction` of the options of `annotate_file`."""
+    if isinstance(model, LoadedModel):
+        raise InputError("Several processes load the model themselves: give its folder.")
+    if processes < 1:
+        raise InputError(f"The number of processes must be 1 or more; found {processes}.")
+    stamps = [[Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in (query, model)]
+    table = None if gene_table is None else str(gene_table)
+    run = ShardedRun(
+        str(query), str(model), stamps, layer, input, table, device, dtype, batch_size, SHARD_CELLS
+    )
+    return ShardedPrediction(run, output, processes, resume)
+
+
+def main(annotate_file: Any, arguments: list[str] | None = None) -> int:
+    """Entry of ``accelerate launch -m scbert.inference.annotate``; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="scbert.inference.annotate", description="See scbert annotate --help."
+    )
+    parser.add_argument("query")
+    for name in ("model", "output"):
+        parser.add_argument(f"--{name}", required=True)
+    for name, kind in (("threshold", float), ("batch-size", int)):
+        parser.add_argument(f"--{name}", type=kind)
+    for name in ("majority-vote", "layer", "gene-table", "dtype", "device"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--input", default="auto", choices=["auto", "counts", "log1p"])
+    for name in ("force", "overwrite", "resume"):
+        parser.add_argument(f"--{name}", action="store_true")
+    options = vars(parser.parse_args(arguments))
+    rank, world_size = launched()
+    options["device"] = options["device"] or _device(None, rank)
+    try:
+        summary = annotate_file(**options, processes=world_size)
+    except (InputError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    print(
+        json.dumps({name: value for name, value in summary.items() if isinstance(value, str | int | float)})
+    )
+    return 0
