@@ -93,7 +93,7 @@ def _figure(caption: str, picture: Any) -> str:
         data = Path(picture).read_bytes()
     else:
         buffer = io.BytesIO()
-        picture.savefig(buffer, format="png", dpi=110)
+        picture.savefig(buffer, format="png", dpi=92)
         data = buffer.getvalue()
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     text = escape(caption, quote=True)

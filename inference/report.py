@@ -17,6 +17,7 @@ from ..evaluation.tables import TextTable
 
 # more cells make a UMAP slow and no clearer
 MAX_CELLS_DRAWN = 5000
+MAX_GROUPS_DRAWN = 60
 
 
 def write_annotation_report(
@@ -47,6 +48,10 @@ def write_annotation_report(
     tables = [_types(labels, confidence)]
     if "majority_vote" in about:
         tables.append(_groups(about["majority_vote"]))
+        groups = _group_of_cells(adata, obs, about["majority_vote"]["key"])
+        if len(set(groups)) <= MAX_GROUPS_DRAWN:
+            caption = "Confidence of the cells of every group; the line is the threshold."
+            pictures[caption] = plot_confidence(groups, confidence, about["threshold"])
     xy, chosen, source = _coordinates(adata, parts["obsm"]["scbert_probabilities"])
     if xy is not None:
         panels = {"cell type": labels[chosen]}
@@ -131,6 +136,11 @@ def _groups(vote: dict[str, Any]) -> TextTable:
     mixed = frozenset(i for i, share in enumerate(vote["share"]) if share < MIXED_SHARE)
     columns = ["group", "majority vote", "cells", "winning share", "confidence", "second"]
     return TextTable(f"Groups of {vote['key']}", columns, rows, mixed)
+
+
+def _group_of_cells(adata: AnnData, obs: dict[str, Any], key: str) -> np.ndarray:
+    groups = obs["scbert_leiden"] if "scbert_leiden" in obs else adata.obs[key]
+    return np.asarray(groups).astype(object).astype(str)
 
 
 def _coordinates(adata: AnnData, probabilities: np.ndarray):

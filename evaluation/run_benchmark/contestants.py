@@ -87,7 +87,8 @@ def control(name: str, threads: int = 2) -> Contestant:
     def run(cells: anndata.AnnData, fold: Fold, seed: int) -> Outputs:
         started = time.perf_counter()
         train, test = cells[np.isin(fold.split, [TRAIN, VALIDATION])], cells[fold.split == TEST]
-        options: dict[str, Any] = {"seed": seed, "threads": threads}
+        # worker processes cost more than they save on few cells
+        options: dict[str, Any] = {"seed": seed, "threads": threads if train.n_obs > 1000 else 1}
         model = BASELINES[name](**options)
         if isinstance(model, LogisticRegressionBaseline) and train.obs[LABEL].value_counts().min() < 2:
             # one cell of a type cannot be held out to choose C

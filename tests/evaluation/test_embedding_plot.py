@@ -17,7 +17,9 @@ def test_panels_share_colours_and_the_legend_names_every_label(tmp_path):
     assert shown[-1] == "unassigned"
     assert all(len(text) <= 30 for text in shown)
     assert len({(handle.get_color(), handle.get_marker()) for handle in handles}) == len(handles)
-    left, right = ({_style(dots) for dots in axes.collections if len(dots.get_offsets())} for axes in figure.axes)
+    left, right = (
+        {_style(dots) for dots in axes.collections if len(dots.get_offsets())} for axes in figure.axes
+    )
     assert left <= right
 
 
