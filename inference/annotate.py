@@ -170,14 +170,7 @@ def annotate_file(
     if processes is not None or resume:
         settings = {"layer": layer, "input": input, "gene_table": gene_table, "batch_size": batch_size}
         predict_all = sharded_prediction(
-            query,
-            model,
-            output,
-            1 if processes is None else processes,
-            resume,
-            device=device,
-            dtype=dtype,
-            **settings,
+            query, model, output, processes, resume, device=device, dtype=dtype, **settings
         )
     with opened(query, layer) as adata:
         loaded = load_model(model, "annotation", device, dtype)

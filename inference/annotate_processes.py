@@ -252,6 +252,7 @@ def sharded_prediction(
     """The `ShardedPrediction` of the options of `annotate_file`."""
     if isinstance(model, LoadedModel):
         raise InputError("Several processes load the model themselves: give its folder.")
+    processes = 1 if processes is None else processes
     if processes < 1:
         raise InputError(f"The number of processes must be 1 or more; found {processes}.")
     stamps = [[Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in (query, model)]
