@@ -7,16 +7,19 @@ h5py answers a failed write with a storm of tracebacks and a crash at exit.
 
 import contextlib
 import errno
+import glob
 import io
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import warnings
 from pathlib import Path
 
 import anndata
 import h5py
+import psutil
 
 from ..tokenization import InputError
 
@@ -85,7 +88,10 @@ def atomic_path(path, overwrite=False, inputs=()):
         raise InputError(f"{path} is a folder; the output is a file.")
     # os.replace on a link would replace the link, not the file it names
     final = path.resolve()
-    handle, temporary = tempfile.mkstemp(prefix=f".{final.name}.", suffix=PARTIAL, dir=final.parent)
+    _remove_stale(final)
+    handle, temporary = tempfile.mkstemp(
+        prefix=_temporary_prefix(final, os.getpid()), suffix=PARTIAL, dir=final.parent
+    )
     os.close(handle)
     temporary = Path(temporary)
     try:
@@ -97,6 +103,20 @@ def atomic_path(path, overwrite=False, inputs=()):
         raise _explain(error, path) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary_prefix(final, process):
+    """Name of a temporary file up to its random part: which output, which machine, which process."""
+    return f".{final.name}.{socket.gethostname()}-{process}."
+
+
+def _remove_stale(final):
+    """Remove what processes of this machine left that were killed while they wrote this output."""
+    mine = _temporary_prefix(final, "").removesuffix(".")
+    for stale in final.parent.glob(f"{glob.escape(mine)}*{PARTIAL}"):
+        process = stale.name.removeprefix(mine).split(".")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            stale.unlink(missing_ok=True)
 
 
 def atomic_write_h5ad(adata, path, overwrite=False, inputs=(), compression="gzip"):

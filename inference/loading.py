@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
 from ..modeling_scbert import ScBertForCellClassification, ScBertModel
@@ -80,7 +82,8 @@ def load_model(
     Parameters
     ----------
     model
-        Folder written by `scbert finetune`, `pretrain` or `convert`; a `LoadedModel` passes through.
+        Folder written by `scbert finetune`, `pretrain` or `convert`, or the ``user/name`` of one on the Hub; a
+        `LoadedModel` passes through.
     task
         ``"annotation"`` needs a fine-tuned model; ``"embedding"`` takes any scBERT model.
     device
@@ -105,7 +108,7 @@ def load_model(
     """
     if isinstance(model, LoadedModel):
         return model
-    folder = Path(model)
+    folder = model_folder(model)
     config = _read_config(folder, task)
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise InputError(
@@ -119,6 +122,24 @@ def load_model(
     dtype = _pick_dtype(device, dtype)
     logger.info("Model %s on %s in %s.", folder, device, str(dtype).removeprefix("torch."))
     return LoadedModel(network.to(device).eval(), tokenizer, str(folder), device, dtype)
+
+
+def model_folder(model: str | Path) -> Path:
+    """
+    The local folder of a model: itself, or where a Hub repository ``user/name`` was downloaded to.
+
+    Only settings, weights and the gene panel are fetched: code of a repository is neither needed nor run.
+    """
+    folder = Path(model)
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) or folder.parent.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except Exception as error:
+        raise InputError(
+            f"There is no model folder {model}, and no model of that name could be had from the Hugging Face Hub: "
+            f"{_first_line(error)}"
+        ) from error
 
 
 def _read_config(folder: Path, task: str) -> dict:

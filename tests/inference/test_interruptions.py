@@ -78,6 +78,7 @@ def test_killed_while_writing_leaves_an_older_output_as_it_was(query, model_dir,
     arguments = ["annotate", query, "--model", model_dir, "--output", output, "--overwrite"]
     assert main([str(argument) for argument in arguments]) == 0
     assert "scbert_cell_type" in anndata.read_h5ad(output).obs
+    assert not list(tmp_path.glob(".out.h5ad*")), "the killed run's temporary file is gone"
 
 
 class FullDisk:
