@@ -24,7 +24,13 @@ def tune(reference, tiny_recipe, tmp_path):
     """Fine-tune the tiny recipe; returns the summary and the model folder."""
 
     def run(name="model", **options):
-        options = {"reference": reference, "label_key": "cell_type", "recipe": tiny_recipe, "seed": 1, **options}
+        options = {
+            "reference": reference,
+            "label_key": "cell_type",
+            "recipe": tiny_recipe,
+            "seed": 1,
+            **options,
+        }
         return finetune(output=tmp_path / name, **options), tmp_path / name
 
     return run

@@ -178,7 +178,11 @@ def base(gene_panel, tmp_path):
     """A pretrained model of two blocks."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
-    sizes |= {"intermediate_size": 16, "num_random_features": 16, "max_position_embeddings": len(gene_panel) + 1}
+    sizes |= {
+        "intermediate_size": 16,
+        "num_random_features": 16,
+        "max_position_embeddings": len(gene_panel) + 1,
+    }
     folder = tmp_path / "base"
     ScBertForMaskedExpression(ScBertConfig(**sizes)).save_pretrained(folder)
     ScBertTokenizer(gene_panel=gene_panel).save_pretrained(folder)
@@ -227,7 +231,11 @@ def test_a_base_with_other_genes(command, base, tmp_path):
 
 def test_the_module_reads_a_recipe_and_flags(reference, tiny_recipe, tmp_path, monkeypatch, capsys):
     content = json.loads(tiny_recipe.read_text())
-    content["data"] = {"reference": str(reference), "label_key": "cell_type", "output": str(tmp_path / "model")}
+    content["data"] = {
+        "reference": str(reference),
+        "label_key": "cell_type",
+        "output": str(tmp_path / "model"),
+    }
     tiny_recipe.write_text(json.dumps(content))
     flags = ["--num_train_epochs", "1", "--tokenizer", '{"n_bins": 7}', "--train_all", "True"]
     monkeypatch.setattr(sys, "argv", ["run_finetune", str(tiny_recipe), *flags])
