@@ -1,0 +1,174 @@
+"""Attributions, the deletion test and `scbert explain` on a model whose reasons are known."""
+
+import json
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from scbert import ScBertConfig, ScBertForCellClassification, ScBertTokenizer
+from scbert.cli import main
+from scbert.interpretation.attribution import gradient_shap, integrated_gradients
+from scbert.interpretation.deletion import COLUMNS, deletion_test, remove_top, verdict
+from scbert.interpretation.explain import attention_by_gene, explain
+from scbert.interpretation.gene_attention import gene_attention
+
+LABELS = ["B cell", "CD8+/CD45RA+ T"]
+# the only genes that decide, by their place in the panel
+DECISIVE = (4, 7, 20)
+
+
+def make_classifier(gene_panel, **options):
+    """A classifier for whose first class three genes speak, and no other."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4}
+    sizes |= {"intermediate_size": 8, "num_random_features": 8, "classifier_hidden_sizes": []}
+    config = ScBertConfig(
+        max_position_embeddings=len(gene_panel) + 1,
+        id2label=dict(enumerate(LABELS)),
+        label2id={name: i for i, name in enumerate(LABELS)},
+        **{**sizes, **options},
+    )
+    model = ScBertForCellClassification(config)
+    with torch.no_grad():
+        model.scbert.embeddings.expression_embeddings.weight.copy_(
+            torch.arange(7.0)[:, None] * torch.linspace(-1, 1, 8)
+        )
+        model.classifier.conv.weight.copy_(torch.linspace(-1, 1, 8)[None])
+        model.classifier.out_proj.weight.zero_()
+        model.classifier.out_proj.weight[0, list(DECISIVE)] = 1.0
+        model.classifier.out_proj.bias.copy_(torch.tensor([-2.0, 0.0]))
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[False, True], ids=["expressed genes", "every gene"])
+def classifier(request, gene_panel):
+    tokenizer = ScBertTokenizer(gene_panel=gene_panel, keep_zeros=request.param)
+    return make_classifier(gene_panel), tokenizer
+
+
+@pytest.mark.parametrize("method", [integrated_gradients, gradient_shap])
+def test_the_genes_that_decide_are_found(method, classifier, adata):
+    model, tokenizer = classifier
+    bins = tokenizer.bin_cells(adata)[:6]
+    result = method(model, tokenizer, bins, np.zeros(6, dtype=int))
+    assert result.values.shape == bins.shape
+    share = np.abs(result.values[:, list(DECISIVE)]).sum() / np.abs(result.values).sum()
+    assert share > 0.8
+    # a gene at bin 0 is its own baseline
+    silent = np.asarray(bins.todense() == 0)
+    if method is integrated_gradients:
+        assert np.abs(result.values[silent]).max() < 1e-6
+        fine = method(model, tokenizer, bins, np.zeros(6, dtype=int), n_steps=256)
+        assert fine.relative_error < 0.05
+        np.testing.assert_allclose(fine.values.sum(axis=1), fine.explained, rtol=0.1, atol=0.1)
+    else:
+        again = method(model, tokenizer, bins, np.zeros(6, dtype=int))
+        np.testing.assert_array_equal(result.values, again.values)
+
+
+def test_more_steps_are_more_complete(classifier, adata):
+    model, tokenizer = classifier
+    bins = tokenizer.bin_cells(adata)[:3]
+    errors = [
+        integrated_gradients(model, tokenizer, bins, np.zeros(3, dtype=int), n_steps=n).relative_error
+        for n in (2, 64)
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_attention_stands_at_its_gene(classifier, adata):
+    model, tokenizer = classifier
+    bins = tokenizer.bin_cells(adata)[:5]
+    weights = attention_by_gene(model, tokenizer, bins, batch=2)
+    encoded = {k: torch.from_numpy(v) for k, v in tokenizer.encode_bins(bins[:1]).items()}
+    alone = gene_attention(model, encoded.pop("input_ids"), encoded.pop("attention_mask", None), **encoded)
+    assert weights[0].sum() == pytest.approx(float(alone[0, :-1].sum()), rel=1e-4)
+    if not tokenizer.keep_zeros:
+        assert (weights[np.asarray(bins.todense() == 0)] == 0).all()
+
+
+def test_removing_the_genes_that_decide_hurts(classifier, adata):
+    model, tokenizer = classifier
+    bins = tokenizer.bin_cells(adata)[:20]
+    good = np.zeros(bins.shape)
+    good[:, list(DECISIVE)] = 1
+    targets = np.zeros(20, dtype=int)
+    table = deletion_test(model, tokenizer, bins, targets, {"good": good, "bad": -good}, n_genes=3)
+    assert list(table.columns) == COLUMNS
+    good_row, bad_row = table.to_dict(orient="records")
+    assert good_row["drop"] > 3 * good_row["random_drop"] and bad_row["drop"] < 0.01
+    assert "trust good" in verdict(table) and "not bad" in verdict(table)
+    assert "no explanation is to be trusted" in verdict(table[1:])
+
+
+def test_remove_top_leaves_cells_with_fewer_genes_empty(classifier, adata):
+    _, tokenizer = classifier
+    bins = tokenizer.bin_cells(adata)[:3]
+    emptied = remove_top(bins, np.random.default_rng(0).random(bins.shape), bins.shape[1])
+    assert emptied.nnz == 0 and bins.nnz > 0
+
+
+@pytest.fixture
+def model_folder(gene_panel, tmp_path):
+    make_classifier(gene_panel).save_pretrained(tmp_path / "model")
+    ScBertTokenizer(gene_panel=gene_panel, keep_zeros=False).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_explain_leaves_tables_pictures_and_columns(model_folder, adata, tmp_path, capsys):
+    adata.write_h5ad(tmp_path / "query.h5ad")
+    pd.DataFrame({"cell_type": ["B cells"] * 2, "gene": ["CD22", "CD3D"]}).to_csv(tmp_path / "known.csv")
+    (tmp_path / "sets.gmt").write_text("set\t\t" + "\t".join(adata.var_names[:30]) + "\n")
+    arguments = ["explain", str(tmp_path / "query.h5ad"), "--model", str(model_folder), "--top", "3"]
+    arguments += ["--output", str(tmp_path / "out"), "--cells-per-type", "4", "--label-key", "cell_type"]
+    arguments += [
+        "--markers",
+        str(tmp_path / "known.csv"),
+        "--gene-sets",
+        str(tmp_path / "sets.gmt"),
+        "--json",
+    ]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out)
+    assert "Fall of probability" in printed.err and "Deletion test:" in summary["verdict"]
+    assert set(summary["completeness"]) == {"integrated_gradients", "gradient_shap"}
+    names = "attention.csv integrated_gradients.csv gradient_shap.csv top_genes.csv marker_overlap.csv "
+    names += "enrichment.csv deletion_test.csv explanation.json top_genes_attention.png explained.h5ad"
+    for name in names.split():
+        assert (tmp_path / "out" / name).is_file(), name
+    assert len(list((tmp_path / "out").glob("summary_*.png"))) == len(summary["types"])
+    top = pd.read_csv(tmp_path / "out" / "top_genes.csv")
+    assert {"explanation", "cell_type", "gene", "z_score", "specificity"} <= set(top)
+    first = top[(top.explanation == "integrated_gradients") & (top.cell_type == "B cell")]
+    assert set(first.gene) <= {adata.var_names[i] for i in DECISIVE}
+    explained = anndata.read_h5ad(tmp_path / "out" / "explained.h5ad")
+    assert explained.varm["scbert_attention"].shape == (adata.n_vars, len(summary["types"]))
+    assert {"scbert_attention", "scbert_integrated_gradients", "scbert_gradient_shap"} <= set(explained.var)
+    assert list(explained.uns["scbert_explanation"]["types"]) == summary["types"]
+
+
+def test_a_model_without_attention_is_explained_by_gradients(gene_panel, adata, tmp_path):
+    make_classifier(gene_panel, num_hidden_layers=0).save_pretrained(tmp_path / "model")
+    ScBertTokenizer(gene_panel=gene_panel, keep_zeros=False).save_pretrained(tmp_path / "model")
+    adata.write_h5ad(tmp_path / "query.h5ad")
+    result = explain(tmp_path / "query.h5ad", tmp_path / "model", tmp_path / "out", cells_per_type=3, n_top=3)
+    assert [row["explanation"] for row in result["deletion_test"]] == [
+        "integrated_gradients",
+        "gradient_shap",
+    ]
+
+
+def test_a_missing_column_is_named(model_folder, adata, tmp_path):
+    adata.write_h5ad(tmp_path / "query.h5ad")
+    arguments = ["explain", str(tmp_path / "query.h5ad"), "--model", str(model_folder), "--label-key", "type"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()
