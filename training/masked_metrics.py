@@ -47,11 +47,11 @@ class MaskedScores:
     """
 
     # rows of `totals`: tokens, loss, control's loss, and tokens and loss of modality prediction;
-    # of `by_bin`: hidden tokens, hits, control's hits
+    # of `by_bin`: hidden tokens, hits, the gene control's hits, the cell control's hits
     def __init__(self, control: GeneControl, vocab_size: int):
         self.control = control
         self.totals = torch.zeros(5, dtype=torch.float64)
-        self.by_bin = torch.zeros(3, vocab_size, dtype=torch.float64)
+        self.by_bin = torch.zeros(4, vocab_size, dtype=torch.float64)
 
     def add(
         self,
@@ -89,7 +89,8 @@ class MaskedScores:
             tokens = int(batch.get("attention_mask", torch.ones_like(batch["labels"])).sum())
             modality = [tokens, tokens * modality_loss.item()]
         self.totals += torch.tensor([len(truth), loss.item(), known, *modality], dtype=torch.float64)
-        right = (logits.argmax(-1) == truth, self.control.commonest[genes] == truth)
+        of_cell = commonest_in_sight(batch["input_ids"], mask_token_id)[asked.nonzero()[:, 0]]
+        right = (logits.argmax(-1) == truth, self.control.commonest[genes] == truth, of_cell == truth)
         for row, weight in enumerate((torch.ones_like(truth), *right)):
             self.by_bin[row] += torch.bincount(
                 truth[hidden], weights=weight[hidden].double(), minlength=self.by_bin.shape[1]
@@ -102,9 +103,10 @@ class MaskedScores:
         Returns
         -------
         dict
-            ``loss``, ``control_loss``, ``masked_accuracy``, ``control_masked_accuracy``, their means over bins
-            (``..._bin_mean``), and ``masked_accuracy_bin_3`` and the like for bins that were asked for; and
-            ``modality_loss`` where modalities are predicted.
+            ``loss``, ``control_loss``, ``masked_accuracy``, ``control_masked_accuracy`` (the gene's commonest
+            bin), ``cell_control_masked_accuracy`` (the cell's), their means over bins (``..._bin_mean``), and
+            ``masked_accuracy_bin_3`` and the like for bins that were asked for; and ``modality_loss`` where
+            modalities are predicted.
         """
         tokens, loss, control_loss, modality_tokens, modality_loss = self.totals.tolist()
         found = {
@@ -115,10 +117,39 @@ class MaskedScores:
         if modality_tokens:
             found["modality_loss"] = modality_loss / modality_tokens
         asked = self.by_bin[0] > 0
-        for name, hits in (("masked_accuracy", self.by_bin[1]), ("control_masked_accuracy", self.by_bin[2])):
+        names = ("masked_accuracy", "control_masked_accuracy", "cell_control_masked_accuracy")
+        for name, hits in zip(names, self.by_bin[1:]):
             by_bin = hits[asked] / self.by_bin[0][asked]
             found[name] = (hits.sum() / self.by_bin[0].sum().clamp(min=1)).item()
             found[f"{name}_bin_mean"] = by_bin.mean().item() if len(by_bin) else 0.0
             for label, value in zip(asked.nonzero().flatten().tolist(), by_bin.tolist()):
                 found[f"{name}_bin_{label}"] = value
         return found
+
+
+def commonest_in_sight(input_ids: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """
+    The bin that most of a cell's expressed genes in sight have; 1 where none is.
+
+    A second control: in shallow cells most genes have one count, which the size factor sends to one bin of the
+    cell, so that knowing the cell's depth alone predicts much.
+
+    Parameters
+    ----------
+    input_ids
+        [batch, length], after masking.
+    mask_token_id
+        Tells what is hidden.
+
+    Returns
+    -------
+    torch.Tensor
+        [batch] int64.
+
+    Examples
+    --------
+    >>> commonest_in_sight(torch.tensor([[2, 2, 3, 0, 0, 0, 6], [0, 0, 0, 0, 0, 0, 0]]), 6).tolist()
+    [2, 1]
+    """
+    counts = torch.stack([(input_ids == level).sum(dim=1) for level in range(1, mask_token_id)], dim=1)
+    return counts.argmax(dim=1) + 1

@@ -35,3 +35,5 @@ def test_scores_of_a_small_batch(gene_ids):
     # by its place gene 0 is commonly 1 and gene 1 commonly 2; by the given ids it is the other way round
     assert found["control_masked_accuracy"] == (1.0 if gene_ids is None else 0.0)
     assert found["masked_accuracy_bin_mean"] == 0.5
+    # the one gene in sight has bin 2
+    assert found["cell_control_masked_accuracy"] == 0.5
