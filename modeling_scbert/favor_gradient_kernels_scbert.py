@@ -65,7 +65,7 @@ def context_gradient_kernel(
     context_grad = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     normaliser_grad = tl.zeros([BLOCK_M], dtype=tl.float32)
     sums = tl.zeros([BLOCK_DV], dtype=tl.float32)
-    last_sum = 0.0
+    denominators = tl.zeros([BLOCK_N], dtype=tl.float32)
     span = tl.cdiv(length, splits)
     stop = tl.minimum(part * span + span, length)
     for start in range(part * span, stop, BLOCK_N):
@@ -86,7 +86,7 @@ def context_gradient_kernel(
         )
         normaliser_grad += tl.sum(exponentials * denominator[None, :], 1)
         sums += tl.sum(numerator, 0)
-        last_sum += tl.sum(denominator, 0)
+        denominators += denominator
     out = (row * splits + part) * FEATURES + features
     tl.store(
         CONTEXT_GRAD + out[:, None] * DV + widths[None, :],
@@ -97,7 +97,7 @@ def context_gradient_kernel(
     if tile == 0:
         at = (row * splits + part) * (DV + 1)
         tl.store(SUMS + at + widths, sums, mask=widths < DV)
-        tl.store(SUMS + at + DV, last_sum)
+        tl.store(SUMS + at + DV, tl.sum(denominators, 0))
 
 
 @triton.jit

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 # widths beyond this do not fit the registers of the kernels
 MAX_WIDTH = 128
-# tiles: features, positions
-BLOCK_M, BLOCK_N = 64, 64
+# features and positions of a tile, and how it is compiled
+TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 _state = {"failed": False, "told": False}
 
 
@@ -81,11 +81,9 @@ class _Launch:
             "DV": self.width,
             "BLOCK_D": max(16, triton.next_power_of_2(self.dim)),
             "BLOCK_DV": max(16, triton.next_power_of_2(self.width)),
-            "BLOCK_M": BLOCK_M,
-            "BLOCK_N": BLOCK_N,
             "HAS_LOW": low,
             "PRECISION": "tf32x3" if query.is_cuda else "ieee",
-            "num_warps": 4,
+            **TILES,
         }
 
     def rows_of(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
@@ -102,16 +100,16 @@ class _Launch:
         processors = 1
         if self.device.type == "cuda":
             processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        programs = self.rows * triton.cdiv(self.features, BLOCK_M)
-        return max(1, min(triton.cdiv(4 * processors, programs), triton.cdiv(length, BLOCK_N)))
+        programs = self.rows * triton.cdiv(self.features, TILES["BLOCK_M"])
+        return max(1, min(triton.cdiv(4 * processors, programs), triton.cdiv(length, TILES["BLOCK_N"])))
 
     def sum_grid(self, parts: int) -> tuple[int, int, int]:
         """Grid of the passes that sum over positions."""
-        return triton.cdiv(self.features, BLOCK_M), parts, self.rows
+        return triton.cdiv(self.features, TILES["BLOCK_M"]), parts, self.rows
 
     def row_grid(self, length: int) -> tuple[int, int]:
         """Grid of the passes that give one row per position."""
-        return triton.cdiv(length, BLOCK_N), self.rows
+        return triton.cdiv(length, TILES["BLOCK_N"]), self.rows
 
 
 def _mask_argument(attention_mask: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
