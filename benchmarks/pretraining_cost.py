@@ -54,6 +54,7 @@ def measure_pretraining(path, folder, options):
         "control_loss",
         "masked_accuracy",
         "control_masked_accuracy",
+        "cell_control_masked_accuracy",
         "masked_accuracy_bin_mean",
     )
     return {
