@@ -7,11 +7,10 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from ..evaluation.calibration import softmax
 from ..tokenization import ScBertTokenizer
 from ..training.classifier_outputs import classifier_outputs
 
-COLUMNS = ["explanation", "genes_removed", "probability", "drop", "random_drop", "ratio", "cells_hurt_more"]
+COLUMNS = ["explanation", "genes_removed", "margin", "drop", "random_drop", "ratio", "cells_hurt_more"]
 
 
 def deletion_test(
@@ -25,7 +24,9 @@ def deletion_test(
     seed: int = 0,
 ) -> pd.DataFrame:
     """
-    Fall of the target's probability when a cell loses its top genes, beside losing as many random ones.
+    Fall of the target's margin when a cell loses its top genes, beside losing as many random ones.
+
+    The margin is the target's logit over the best other logit: unlike a probability near 1 it cannot hide a loss.
 
     Parameters
     ----------
@@ -34,7 +35,7 @@ def deletion_test(
     bins
         [cells, panel].
     targets
-        Class of every cell whose probability is watched, [cells].
+        Class of every cell whose margin is watched, [cells].
     explanations
         Name -> scores [cells, panel]; a cell's `n_genes` expressed genes of the highest score are removed.
     n_genes
@@ -47,7 +48,7 @@ def deletion_test(
     Returns
     -------
     pandas.DataFrame
-        One row per explanation: ``probability`` of the whole cells, ``drop`` by the explanation's genes,
+        One row per explanation: mean ``margin`` of the whole cells, ``drop`` by the explanation's genes,
         ``random_drop``, their ``ratio``, and the share of cells that the explanation hurts more than chance
         (``cells_hurt_more``).
 
@@ -57,17 +58,19 @@ def deletion_test(
     """
     targets = np.asarray(targets)
 
-    def probability(cells: sp.csr_matrix) -> np.ndarray:
+    def margin(cells: sp.csr_matrix) -> np.ndarray:
         logits, _ = classifier_outputs(model, tokenizer, cells)
-        return softmax(logits)[np.arange(len(targets)), targets]
+        own = logits[np.arange(len(targets)), targets].copy()
+        logits[np.arange(len(targets)), targets] = -np.inf
+        return own - logits.max(axis=1)
 
-    whole = probability(bins)
+    whole = margin(bins)
     rng = np.random.default_rng(seed)
-    draws = [whole - probability(remove_top(bins, rng.random(bins.shape), n_genes)) for _ in range(n_random)]
+    draws = [whole - margin(remove_top(bins, rng.random(bins.shape), n_genes)) for _ in range(n_random)]
     by_chance = np.mean(draws, axis=0)
     rows = []
     for name, scores in explanations.items():
-        drop = whole - probability(remove_top(bins, scores, n_genes))
+        drop = whole - margin(remove_top(bins, scores, n_genes))
         ratio = float(drop.mean() / by_chance.mean()) if by_chance.mean() > 1e-9 else float("nan")
         hurt = float((drop > by_chance).mean())
         rows.append([name, n_genes, whole.mean(), drop.mean(), by_chance.mean(), ratio, hurt])
@@ -101,19 +104,19 @@ def verdict(table: pd.DataFrame) -> str:
     --------
     >>> row = ["shap", 20, 0.9, 0.4, 0.1, 4.0, 0.8]
     >>> verdict(pd.DataFrame([row], columns=COLUMNS))
-    'Deletion test: trust shap (its 20 genes cost 0.400 of probability, random ones 0.100).'
+    'Deletion test: trust shap (its 20 genes cost 0.40 of margin, random ones 0.10).'
     """
     trusted = table[(table["drop"] > table["random_drop"]) & (table["cells_hurt_more"] > 0.5)]
     removed, chance = int(table["genes_removed"].iloc[0]), table["random_drop"].iloc[0]
     if not len(trusted):
         return (
-            f"Deletion test: no explanation is to be trusted; {removed} random genes cost {chance:.3f} of "
-            f"probability, the best explanation's {table['drop'].max():.3f}."
+            f"Deletion test: no explanation is to be trusted; {removed} random genes cost {chance:.2f} of "
+            f"margin, the best explanation's {table['drop'].max():.2f}."
         )
     best = trusted.loc[trusted["drop"].idxmax()]
     failed = sorted(set(table["explanation"]) - set(trusted["explanation"]))
     more = f"; not {' nor '.join(failed)}, no better than chance" if failed else ""
     return (
-        f"Deletion test: trust {best['explanation']} (its {removed} genes cost {best['drop']:.3f} of "
-        f"probability, random ones {chance:.3f}){more}."
+        f"Deletion test: trust {best['explanation']} (its {removed} genes cost {best['drop']:.2f} of "
+        f"margin, random ones {chance:.2f}){more}."
     )

@@ -98,7 +98,7 @@ def explain(
     Examples
     --------
     >>> explain("query.h5ad", "my_model", "explained")["verdict"]  # doctest: +SKIP
-    'Deletion test: trust integrated_gradients (its 20 genes cost 0.412 of probability, random ones 0.031).'
+    'Deletion test: trust integrated_gradients (its 20 genes cost 4.12 of margin, random ones 0.31).'
     """
     started = time.perf_counter()
     check_output_folder(output, overwrite, marker=RESULTS)
@@ -331,6 +331,6 @@ def show(deleted: pd.DataFrame, completeness: dict[str, float], sentence: str) -
     removed = int(deleted["genes_removed"].iloc[0])
     columns = ["explanation", "drop", "random", "ratio", "cells hurt more", "completeness error"]
     console = Console(stderr=True)
-    title = f"Fall of probability without the {removed} top genes"
+    title = f"Fall of the margin without the {removed} top genes"
     console.print(TextTable(title, columns, rows).rich())
     console.print(sentence, markup=False)

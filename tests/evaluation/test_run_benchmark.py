@@ -214,3 +214,13 @@ def test_averaging_over_draws_changes_little(labelled, recipe, tmp_path):
     )
     np.testing.assert_allclose(several.sum(axis=1), 1, rtol=1e-6)
     assert 0 < np.abs(several - one).max() < 0.5
+
+
+@pytest.mark.slow
+def test_the_report_holds_tables_and_pictures(cells_file, recipe, tmp_path):
+    options = {"recipe": str(recipe), "controls": "majority", "folds": 2, "report": tmp_path / "r.html"}
+    run_benchmark("cross-validation", cells_file, "cell_type", tmp_path / "out", **options)
+    page = (tmp_path / "r.html").read_text()
+    # scores, confusion, reliability and a UMAP
+    assert page.count("data:image/png;base64") == 4
+    assert "cross-validation" in page and "majority" in page

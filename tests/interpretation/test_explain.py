@@ -139,7 +139,7 @@ def test_explain_leaves_tables_pictures_and_columns(model_folder, adata, tmp_pat
     assert main(arguments) == 0
     printed = capsys.readouterr()
     summary = json.loads(printed.out)
-    assert "Fall of probability" in printed.err and "Deletion test:" in summary["verdict"]
+    assert "Fall of the margin" in printed.err and "Deletion test:" in summary["verdict"]
     assert set(summary["completeness"]) == {"integrated_gradients", "gradient_shap"}
     names = "attention.csv integrated_gradients.csv gradient_shap.csv top_genes.csv marker_overlap.csv "
     names += "enrichment.csv deletion_test.csv explanation.json top_genes_attention.png explained.h5ad"
