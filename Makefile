@@ -26,6 +26,9 @@ style: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(VENV)/bin/python -m scbert.benchmarks.tokenizer_speed
+	$(VENV)/bin/python -m scbert.benchmarks.speed --output benchmarks/results
+	cp benchmarks/results/speed.png docs/speed.png
+	$(VENV)/bin/python -m scbert.benchmarks.speed_report benchmarks/results/speed.json docs/performance.md
 
 docs: $(DOCS_INSTALLED)
 	$(VENV)/bin/mkdocs build --strict

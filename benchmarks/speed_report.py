@@ -1,0 +1,124 @@
+"""
+Tables and plot of what benchmarks/speed.py measured, and the figures of docs/performance.md.
+
+    python -m scbert.benchmarks.speed_report benchmarks/results/speed.json docs/performance.md
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from rich.table import Table
+
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+
+
+def tables(results: dict) -> list[Table]:
+    """The results as tables for a terminal."""
+    made = []
+    for title, header, rows in sections(results):
+        table = Table(title=title)
+        for column in header:
+            table.add_column(column, justify="left" if column == header[0] else "right")
+        for row in rows:
+            table.add_row(*row)
+        made.append(table)
+    return made
+
+
+def sections(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of every table."""
+    length, n_layers = results["settings"]["length"], results["settings"]["n_layers"]
+    found = []
+    for task, ways in results["tasks"].items():
+        rows = [
+            [name, f"{way['median']:.2f}", f"{way['speedup']:.1f}x", f"{way['peak_gib']:.2f}", error_of(way)]
+            for name, way in ways.items()
+        ]
+        title = f"{task.capitalize()}, one cell of {length:,} tokens, {n_layers} layers"
+        found.append((title, ["way", "seconds", "speed-up", "peak GiB", "error"], rows))
+    lines = [
+        [
+            name,
+            f"{line['points'][0][0]:,} to {line['points'][-1][0]:,}",
+            f"{line['seconds_per_1000']:.4f}",
+            f"{line['r_squared']:.4f}",
+            f"{line['exponent']:.2f}",
+        ]
+        for name, line in results["lengths"].items()
+    ]
+    header = ["attention", "tokens", "seconds per 1,000", "R2 of a line", "exponent at the end"]
+    found.append(("Inference by length", header, lines))
+    rows = [
+        [
+            f"{row['length']:,}",
+            str(row["cells"]),
+            f"{row['engine']:.2f}",
+            f"{row['naive']:.2f}" if "naive" in row else "-",
+        ]
+        for row in results["batches"]
+    ]
+    found.append(("Inference by batch size", ["tokens", "cells", "engine, cells/s", "naive, cells/s"], rows))
+    return found
+
+
+def error_of(way: dict) -> str:
+    """Largest difference from the naive output, relative to its largest entry."""
+    return f"{way['relative_error']:.0e}" if "relative_error" in way else ""
+
+
+def markdown(results: dict) -> str:
+    """The results as Markdown, with what they were measured on."""
+    machine = results["machine"]
+    parts = [
+        f"Measured on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, in one "
+        f"interleaved run of {results['minutes']} minutes. {results['onednn'].capitalize()}",
+    ]
+    for title, header, rows in sections(results):
+        aligned = ["---"] + ["---:"] * (len(header) - 1)
+        lines = ["| " + " | ".join(cells) + " |" for cells in (header, aligned, *rows)]
+        parts += [f"**{title}**", "\n".join(lines)]
+    return "\n\n".join(parts)
+
+
+def plot(results: dict, path: Path) -> None:
+    """Seconds by length with their straight lines, and the speed-up of every way."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for name, line in results["lengths"].items():
+        x, y = zip(*line["points"], strict=True)
+        (drawn,) = left.plot(x, y, "o", label=name)
+        if name != "softmax":
+            fitted = [line["intercept"] + line["seconds_per_1000"] * value / 1000 for value in x]
+            left.plot(x, fitted, color=drawn.get_color(), linewidth=1)
+        else:
+            left.plot(x, y, color=drawn.get_color(), linewidth=1, linestyle=":")
+    left.set(xlabel="tokens", ylabel="seconds per cell", title="Inference by length")
+    left.set_ylim(bottom=0)
+    left.legend()
+    names, speedups = [], []
+    for task, ways in results["tasks"].items():
+        for name, way in ways.items():
+            names.append(f"{task}: {name}")
+            speedups.append(way["speedup"])
+    right.barh(names[::-1], speedups[::-1])
+    right.axvline(1, color="black", linewidth=0.8)
+    right.set(xlabel="times as fast as naive", title=f"One cell of {results['settings']['length']:,} tokens")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_page(results: dict, page: Path) -> None:
+    """Put the tables between the markers of a page."""
+    text = page.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:3])
+    write_page(json.loads(source.read_text()), target)

@@ -1,0 +1,101 @@
+"""The speed benchmark's parts: equal work in every way, fits, tables and the page."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scbert.benchmarks import speed_report
+from scbert.benchmarks.speed import straight_line, summary
+from scbert.benchmarks.speed_tasks import TASKS, VARIANTS, Variant, running_as
+from scbert.modeling_scbert import ScBertConfig, favor_scbert, layers_scbert
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tiny_config():
+    return ScBertConfig(
+        hidden_size=8,
+        num_attention_heads=2,
+        head_dim=4,
+        num_random_features=9,
+        intermediate_size=12,
+        num_hidden_layers=3,
+        max_position_embeddings=40,
+        num_labels=3,
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_way_does_the_same_work(task):
+    """Steps change the weights, so each way starts from a fresh model."""
+    exact = TASKS[task](tiny_config(), 2, 40)(VARIANTS[task]["naive"])
+    for variant in VARIANTS[task].values():
+        found = TASKS[task](tiny_config(), 2, 40)(variant)
+        tolerance = 2e-2 if variant.half else 1e-4
+        torch.testing.assert_close(found.float(), exact.float(), rtol=tolerance, atol=tolerance)
+
+
+def test_switches_are_put_back():
+    kept = (favor_scbert.favor_attention, layers_scbert.runs_in_chunks, layers_scbert.trains_in_chunks)
+    with pytest.raises(KeyError), running_as(Variant(naive=True, onednn=True, half=True)):
+        assert favor_scbert.favor_attention is favor_scbert.favor_attention_naive
+        assert torch.is_autocast_enabled("cpu")
+        raise KeyError
+    assert kept == (
+        favor_scbert.favor_attention,
+        layers_scbert.runs_in_chunks,
+        layers_scbert.trains_in_chunks,
+    )
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_lines_and_ratios():
+    line = straight_line([[1000, 1.5], [2000, 2.5], [4000, 4.5], [8000, 8.5]])
+    assert line["seconds_per_1000"] == pytest.approx(1.0)
+    assert line["intercept"] == pytest.approx(0.5)
+    assert line["r_squared"] == pytest.approx(1.0)
+    found = summary([1.0, 2.0, 1.0], [6.0, 14.0, 8.0])
+    assert (found["median"], found["speedup"]) == (1.0, 7.0)
+
+
+def results():
+    way = {"seconds": [1.0], "median": 1.0, "speedup": 6.5, "peak_gib": 0.4, "relative_error": 2e-6}
+    points = [[1000, 0.1], [2000, 0.2], [4000, 0.4]]
+    return {
+        "machine": {"processor": "a chip", "threads": 2, "torch": "2.13", "load_before": 0.0},
+        "settings": {"length": 16907, "n_layers": 6},
+        "onednn": "float32 products by oneDNN: kept.",
+        "tasks": {"inference": {"naive": way, "engine": way}},
+        "lengths": {"naive": {"points": points, **straight_line(points)}},
+        "batches": [{"length": 2000, "cells": 4, "engine": 8.0}],
+        "minutes": 12.0,
+    }
+
+
+def test_tables_go_between_the_markers_of_a_page(tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text(f"before\n\n{speed_report.BEGIN}\nold\n{speed_report.END}\n\nafter\n")
+    for _ in range(2):
+        speed_report.write_page(results(), page)
+    text = page.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert text.count("| engine | 1.00 | 6.5x | 0.40 | 2e-06 |") == 1
+    assert len(speed_report.tables(results())) == 3
+    speed_report.plot(results(), tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_the_page_has_its_markers():
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert text.index(speed_report.BEGIN) < text.index(speed_report.END)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run the whole check")
+def test_gpu_check_runs_as_a_file_and_says_that_there_is_no_gpu():
+    script = ROOT / "benchmarks" / "gpu_check.py"
+    result = subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith("No CUDA device.")
