@@ -26,6 +26,7 @@ from rich.progress import Progress
 
 from ..modeling_scbert.cpu_matmul_scbert import restore_matmul, use_onednn
 from .speed_report import plot, tables
+from .speed_steps import measure_steps
 from .speed_tasks import FULL_LENGTH, SOFTMAX, TASKS, VARIANTS, Variant, build_config, inference
 
 FULL = {
@@ -101,6 +102,7 @@ def measure(settings: dict) -> dict:
         progress.update(steps, description="batches")
         results["batches"] = measure_batches(settings, report.enabled)
         progress.advance(steps)
+    results["steps"] = measure_steps()
     results["minutes"] = round((time.perf_counter() - start) / 60, 1)
     return results
 

@@ -71,6 +71,7 @@ def results():
         "tasks": {"inference": {"naive": way, "engine": way}},
         "lengths": {"naive": {"points": points, **straight_line(points)}},
         "batches": [{"length": 2000, "cells": 4, "engine": 8.0}],
+        "steps": [{"step": "exp2", "float32": 0.1, "bfloat16": 0.2}],
         "minutes": 12.0,
     }
 
@@ -82,8 +83,12 @@ def test_tables_go_between_the_markers_of_a_page(tmp_path):
         speed_report.write_page(results(), page)
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
-    assert text.count("| engine | 1.00 | 6.5x | 0.40 | 2e-06 |") == 1
-    assert len(speed_report.tables(results())) == 3
+    assert (
+        text.count("| engine | 1.00 | 6.5x | 0.40 | 2e-06 |")
+        == text.count("| exp2 | 0.100 | 0.200 | 0.50x |")
+        == 1
+    )
+    assert len(speed_report.tables(results())) == 4
     speed_report.plot(results(), tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 1000
 
