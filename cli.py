@@ -237,6 +237,7 @@ def pretrain(
     min_genes: Annotated[
         int | None, typer.Option(min=0, help="Expressed genes a cell needs.", show_default=False)
     ] = None,
+    streaming: opt.Streaming = None,
     seed: Seed = None,
     force: Force = False,
     resume: Resume = False,

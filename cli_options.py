@@ -81,6 +81,13 @@ Processes = Annotated[
     ),
 ]
 
+Streaming = Annotated[
+    bool | None,
+    typer.Option(
+        "--streaming", help="Read neighbouring cells together, in bounded memory.", show_default=False
+    ),
+]
+
 # of `build`
 Sources = Annotated[
     list[Path],

@@ -61,11 +61,10 @@ class SaveOnTerminate(TrainerCallback):
         self.asked = False
 
     def receive(self, signum, frame):
-        """Note the signal; a second one ends the process at once."""
-        if self.asked:
-            raise SystemExit(128 + signum)
+        """Note the signal; the second one that a launcher may pass on changes nothing."""
+        if not self.asked:
+            logger.warning("SIGTERM: a checkpoint is written after this step.")
         self.asked = True
-        logger.warning("SIGTERM: a checkpoint is written after this step.")
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..data.output import check_output_folder, partial_folder
 from ..tokenization import InputError
+from .callbacks import saving_on_terminate
 from .finetune_arguments import (
     DataArguments,
     FinetuneTrainingArguments,
@@ -180,7 +181,7 @@ def train(
     storage = arguments.cache_frozen if arguments.n_gpu <= 1 else "off"
     cache = attach_frozen_prefix(model.scbert, storage, n_cells, arguments.output_dir)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), saving_on_terminate(trainer):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         stop_progress(trainer)

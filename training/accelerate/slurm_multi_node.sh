@@ -1,15 +1,15 @@
 #!/bin/bash
 # Pretraining over several machines of a SLURM cluster: sbatch slurm_multi_node.sh CORPUS OUTPUT [options]
 #
-# A minute and a half before its time is up (or when it is preempted) the job gets SIGTERM, saves a checkpoint and
-# is queued again; it goes on from there with the same losses.
+# Two minutes before its time is up (or when it is preempted) the processes get SIGTERM, save a checkpoint within the
+# 30 seconds that the launcher gives them, and the job is queued again; it goes on from there with the same losses.
 #SBATCH --job-name=scbert-pretrain
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@90
+#SBATCH --signal=B:TERM@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
@@ -33,9 +33,10 @@ srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch \
     "$config" $((SLURM_NNODES * gpus_per_node)) "$main_address" \
     --corpus "$corpus" --output "$output" --streaming True --bf16 True --dataloader_num_workers 6 \
     --save_strategy steps --save_steps 500 "${resume[@]}" "$@" &
-launcher=$!
-trap 'kill -TERM "$launcher"' TERM
-wait "$launcher" || status=$?
-# not finished, but a checkpoint is there: go on in a new time slice
-if [[ ! -d $output && -d $output.partial && $status -ne 1 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+launcher=$! stopping=
+# to all processes of all machines
+trap 'stopping=1; scancel --signal=TERM --quiet "$SLURM_JOB_ID"' TERM
+# the trap ends a wait before its time
+while kill -0 "$launcher" 2>/dev/null; do status=0; wait "$launcher" || status=$?; done
+if [[ $stopping && ! -d $output ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"
