@@ -93,6 +93,7 @@ def markdown(results: dict) -> str:
         aligned = ["---"] + ["---:"] * (len(header) - 1)
         lines = ["| " + " | ".join(cells) + " |" for cells in (header, aligned, *rows)]
         parts += [f"**{title}**", "\n".join(lines)]
+    parts.append("![Seconds by length, and speed-ups](speed.png)")
     return "\n\n".join(parts)
 
 
