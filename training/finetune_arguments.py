@@ -47,6 +47,12 @@ class DataArguments:
     genes: str | None = field(
         default=None, metadata={"help": "Gene panel file, without a base; the expressed genes if left out."}
     )
+    top_genes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Without a base or a panel file: only so many most variable genes of the cells learnt (0: all)."
+        },
+    )
     resume: bool = field(default=False, metadata={"help": "Continue an interrupted run of the same command."})
     overwrite: bool = field(default=False, metadata={"help": "Replace an existing model folder."})
 

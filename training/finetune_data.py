@@ -13,6 +13,7 @@ from anndata import AnnData
 from ..data.multiomics import feature_modalities
 from ..data.read import read_cells
 from ..data.splits import stratified_split
+from ..evaluation.baselines import log_normalize
 from ..tokenization import (
     InputError,
     ScBertTokenizer,
@@ -121,10 +122,12 @@ def load_data(data: DataArguments, tokenizer: ScBertTokenizer | dict[str, Any], 
     classes, report = choose_classes(trainable, data.label_key)
     report["unlabelled"] = int(sum(label is None for label in labels))
     targets = _targets(labels, classes)
-    if isinstance(tokenizer, dict):
-        tokenizer = _new_tokenizer(tokenizer, reference, targets >= 0, data)
-    report["genes"] = _gene_report(tokenizer, reference, data)
     assigned = _assign_splits(targets, given, data, seed)
+    if isinstance(tokenizer, dict):
+        # genes are not chosen with a look at the test cells
+        learnt = np.isin(assigned, ["train", "validation"]) if data.top_genes else targets >= 0
+        tokenizer = _new_tokenizer(tokenizer, reference, learnt, data)
+    report["genes"] = _gene_report(tokenizer, reference, data)
     _drop_poor_cells(assigned, reference, tokenizer, data, report, targets)
     splits, sources = {}, dict.fromkeys(SPLITS, reference)
     bins = tokenizer.bin_cells(reference, input=data.input, layer=data.layer)
@@ -173,7 +176,7 @@ def _given_splits(reference: AnnData, test_key: str | None) -> np.ndarray | None
 def _new_tokenizer(
     options: dict[str, Any], reference: AnnData, labelled: np.ndarray, data: DataArguments
 ) -> ScBertTokenizer:
-    """A tokenizer over the panel file, or over the genes the labelled cells express."""
+    """A tokenizer over the panel file, or over the genes these cells express (or the most variable of them)."""
     matrix, source = select_matrix(reference, data.layer)
     names = gene_names_of(source.var, source.var_names)
     if data.genes:
@@ -181,6 +184,8 @@ def _new_tokenizer(
     else:
         expressed = np.asarray((as_csr(matrix[np.flatnonzero(labelled)]) != 0).sum(axis=0)).ravel() > 0
         panel = list(dict.fromkeys(name for name, seen in zip(names, expressed, strict=True) if seen))
+        if data.top_genes:
+            panel = most_variable_genes(reference[labelled], data.top_genes, data.layer, data.input)
         modalities = feature_modalities(source.var)
         if modalities is not None:
             of_feature = dict(zip(names, modalities.tolist(), strict=True))
@@ -192,6 +197,24 @@ def _new_tokenizer(
         return ScBertTokenizer(gene_panel=panel, **options)
     except TypeError as error:
         raise InputError(f"The recipe's tokenizer options do not work: {error}.") from error
+
+
+def most_variable_genes(cells: AnnData, n_genes: int, layer: str | None, input: str) -> list[str]:
+    """
+    The genes whose log1p CP10k values vary the most, in the order of the columns; of equal ones the first.
+
+    Examples
+    --------
+    >>> cells = AnnData(np.array([[1, 0, 8], [1, 9, 8]]), var={"gene": ["A", "B", "C"]})
+    >>> cells.var_names = ["A", "B", "C"]
+    >>> most_variable_genes(cells, 1, None, "counts")
+    ['B']
+    """
+    values, names = log_normalize(cells, layer, input)
+    mean = np.asarray(values.mean(axis=0)).ravel()
+    variance = np.asarray(values.multiply(values).mean(axis=0)).ravel() - mean**2
+    chosen = np.argsort(-variance, kind="stable")[:n_genes]
+    return [names[i] for i in np.sort(chosen)]
 
 
 def _gene_report(tokenizer: ScBertTokenizer, reference: AnnData, data: DataArguments) -> dict[str, Any]:
