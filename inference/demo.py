@@ -79,6 +79,7 @@ def run_demo(output: str | Path = "demo", epochs: float | None = None) -> dict[s
         "control_accuracy": run["control_test_accuracy"],
         "control_macro_f1": run["control_test_macro_f1"],
         "unassigned": int((annotated.obs["scbert_cell_type"] == "unassigned").sum()),
+        "threshold": float(annotated.uns["scbert"]["threshold"]),
         "epochs": run["training"]["epochs"],
         "seconds": time.perf_counter() - started,
         "output": str(folder),
@@ -140,7 +141,8 @@ def show(summary: dict[str, Any]) -> None:
     console = Console(stderr=True)
     console.print(table)
     console.print(
-        f"{summary['unassigned']} of the cells have a confidence below 0.5: 'unassigned' in the file.\n"
+        f"{summary['unassigned']} of the cells have a confidence below {summary['threshold']:.2f} (chosen on "
+        "validation cells) and are 'unassigned' in the file.\n"
         f"{summary['seconds']:.0f} s; see {summary['output']}/annotated.h5ad, umap.png and confusion.png.",
         soft_wrap=True,
     )

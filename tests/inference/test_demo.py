@@ -21,7 +21,9 @@ def test_the_demo_writes_what_it_says(tmp_path, capsys):
     assert annotated.n_obs == summary["cells"] == (demo_cells().obs["split"] == "test").sum()
     names = np.asarray(annotated.uns["scbert"]["labels"])
     predicted = names[annotated.obsm["scbert_probabilities"].argmax(axis=1)]
-    assert (predicted == annotated.obs["bulk_labels"].astype(str)).mean() == pytest.approx(summary["accuracy"])
+    assert (predicted == annotated.obs["bulk_labels"].astype(str)).mean() == pytest.approx(
+        summary["accuracy"]
+    )
     metrics = json.loads((folder / "model" / "metrics.json").read_text())
     assert metrics["test_accuracy"] == pytest.approx(summary["accuracy"])
     assert metrics["control_test_macro_f1"] == summary["control_macro_f1"] > 0.6

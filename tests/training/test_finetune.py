@@ -281,6 +281,13 @@ def test_shipped_recipes_work(name, gene_panel, tmp_path):
     assert network.config.vocab_size == tokenizer.vocab_size
 
 
+def test_a_new_head_hears_every_gene_and_votes_for_none(gene_panel):
+    tokenizer = ScBertTokenizer(gene_panel=gene_panel)
+    head = new_model({"hidden_size": 32, "num_hidden_layers": 1}, tokenizer, ["a", "b"], 0).classifier
+    assert not head.out_proj.weight.any()
+    assert head.conv.bias.item() == 0.5
+
+
 def test_the_paper_recipe_is_the_paper():
     recipe = load_recipe("scbert")
     assert recipe["model"] == recipe["tokenizer"] == {}
