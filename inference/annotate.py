@@ -17,7 +17,7 @@ from ..data.output import atomic_copy_h5ad, atomic_write_h5ad, check_output_path
 from ..tokenization import InputError
 from .annotate_processes import main, sharded_prediction
 from .loading import LoadedModel, load_model
-from .prediction import predict_cells
+from .prediction import predict_cells, say_batch_size
 from .query import BinnedQuery, opened, overlap_numbers, progress_bar
 from .report import write_annotation_report
 from .voting import LEIDEN, MIXED_SHARE, check_vote, leiden_groups, majority_vote
@@ -174,6 +174,7 @@ def annotate_file(
         )
     with opened(query, layer) as adata:
         loaded = load_model(model, "annotation", device, dtype)
+        say_batch_size(loaded, batch_size)
         parts, summary = _annotation(
             adata,
             loaded,

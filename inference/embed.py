@@ -12,7 +12,7 @@ from anndata import AnnData
 from ..data.output import check_output_path
 from .annotate import add_parts, versions, write_parts
 from .loading import LoadedModel, load_model
-from .prediction import predict
+from .prediction import predict, say_batch_size
 from .query import BinnedQuery, opened, overlap_numbers, progress_bar
 
 KEY = "X_scbert"
@@ -99,6 +99,7 @@ def embed_file(
         check_output_path(genes_report, overwrite, inputs=(query, output, gene_table))
     with opened(query, layer) as adata:
         loaded = load_model(model, "embedding", device, dtype)
+        say_batch_size(loaded, batch_size)
         parts, summary = _embedding(
             adata, loaded, layer, input, batch_size, force, progress, gene_table, genes_report
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import scipy.sparse as sp
@@ -11,6 +13,8 @@ import torch
 
 from ..modeling_scbert.pipeline_scbert import mean_of_expressed
 from .loading import LoadedModel
+
+logger = logging.getLogger(__name__)
 
 # activations a batch may take: more on a CPU gains nothing, its caches are long full
 CPU_BATCH_BYTES = 1 << 30
@@ -48,8 +52,22 @@ def predict(
     """
     lengths = sequence_lengths(loaded.tokenizer, bins)
     order = np.argsort(lengths, kind="stable")
-    for rows in _batches(order, lengths, loaded, batch_size):
-        yield rows, *_run(loaded, bins[rows], embed)
+    batches = _batches(order, lengths, loaded, batch_size)
+    for rows, encoded in _encoded_ahead(loaded.tokenizer, bins, batches):
+        yield rows, *_run(loaded, encoded, embed)
+
+
+def _encoded_ahead(tokenizer, bins: sp.csr_matrix, batches: Iterator[np.ndarray]):
+    """Rows of each batch and its arrays; the next batch is made in a thread while the model runs on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for rows in batches:
+            following = rows, pool.submit(lambda rows=rows: tokenizer.encode_bins(bins[rows]))
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = following
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def predict_cells(
@@ -119,24 +137,36 @@ def pick_batch_size(loaded: LoadedModel, length: int) -> int:
     return int(np.clip(memory // (token_bytes * int(length)), 1, MAX_BATCH))
 
 
-def _run(loaded: LoadedModel, bins: sp.csr_matrix, embed: bool):
+def say_batch_size(loaded: LoadedModel, batch_size: int | None = None) -> None:
+    """Log how many cells go into a batch, for the longest cells the tokenizer makes."""
+    longest = len(loaded.tokenizer.gene_panel) + 1
+    if not loaded.tokenizer.keep_zeros:
+        longest = min(longest, loaded.tokenizer.max_length or longest)
+    size = batch_size or pick_batch_size(loaded, longest)
+    more = "" if batch_size or loaded.tokenizer.keep_zeros else ", more of shorter ones"
+    logger.info("Batches of %d cells of %s tokens%s.", size, f"{longest:,}", more)
+
+
+def _run(loaded: LoadedModel, encoded: dict[str, np.ndarray], embed: bool):
     """Logits and embeddings of one batch; halved where the GPU's memory does not hold it."""
+    n_cells = len(encoded["input_ids"])
     try:
-        return _forward(loaded, bins, embed)
+        return _forward(loaded, encoded, embed)
     except torch.OutOfMemoryError:
-        if bins.shape[0] == 1:
+        if n_cells == 1:
             raise
     # outside the handler: the failed batch's tensors are freed by now
     torch.cuda.empty_cache()
-    middle = bins.shape[0] // 2
-    halves = [_run(loaded, part, embed) for part in (bins[:middle], bins[middle:])]
+    halves = [
+        _run(loaded, {name: array[part] for name, array in encoded.items()}, embed)
+        for part in (slice(n_cells // 2), slice(n_cells // 2, None))
+    ]
     return tuple(None if parts[0] is None else np.concatenate(parts) for parts in zip(*halves, strict=True))
 
 
 @torch.inference_mode()
-def _forward(loaded: LoadedModel, bins: sp.csr_matrix, embed: bool):
-    encoded = loaded.tokenizer.encode_bins(bins)
-    inputs = {name: torch.from_numpy(array).to(loaded.device) for name, array in encoded.items()}
+def _forward(loaded: LoadedModel, encoded: dict[str, np.ndarray], embed: bool):
+    inputs = {name: _to_device(array, loaded.device) for name, array in encoded.items()}
     half = loaded.dtype != torch.float32
     autocast = torch.autocast(loaded.device.type, loaded.dtype) if half else contextlib.nullcontext()
     network = loaded.model
@@ -147,6 +177,12 @@ def _forward(loaded: LoadedModel, bins: sp.csr_matrix, embed: bool):
         logits = network.classifier(hidden, mask, gene_ids) if has_head else None
     embeddings = mean_of_expressed(hidden, **inputs) if embed or not has_head else None
     return tuple(None if tensor is None else tensor.float().cpu().numpy() for tensor in (logits, embeddings))
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    # from pinned memory the copy need not be waited for
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def probabilities_of(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:

@@ -174,16 +174,24 @@ def test_batch_too_large_for_the_gpu_is_halved(adata, model_dir, monkeypatch):
     expected = probabilities(annotate(adata, model_dir, progress=False))
     forward, sizes = prediction._forward, []
 
-    def small_memory(loaded, bins, embed):
-        if bins.shape[0] > 20:
+    def small_memory(loaded, encoded, embed):
+        n_cells = len(encoded["input_ids"])
+        if n_cells > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        sizes.append(bins.shape[0])
-        return forward(loaded, bins, embed)
+        sizes.append(n_cells)
+        return forward(loaded, encoded, embed)
 
     monkeypatch.setattr(prediction, "_forward", small_memory)
     annotated = annotate(adata, model_dir, batch_size=64, progress=False)
     np.testing.assert_allclose(probabilities(annotated), expected, atol=1e-5)
     assert max(sizes) <= 20
+
+
+def test_the_batch_size_is_said(adata, model_dir, tmp_path, caplog):
+    caplog.set_level("INFO", logger="scbert")
+    adata.write_h5ad(tmp_path / "query.h5ad")
+    annotate_file(tmp_path / "query.h5ad", model_dir, tmp_path / "out.h5ad", batch_size=7, progress=False)
+    assert "Batches of 7 cells of 301 tokens." in caplog.text
 
 
 def test_batch_size_follows_the_size_of_the_model(make_model):
