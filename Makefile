@@ -30,7 +30,9 @@ benchmark: $(INSTALLED)
 	cp benchmarks/results/speed.png docs/speed.png
 	$(VENV)/bin/python -m scbert.benchmarks.speed_report benchmarks/results/speed.json docs/performance.md
 
+# the documentation reads the package from source, and needs a folder of its name whatever the clone is called
 docs: $(DOCS_INSTALLED)
+	mkdir -p build/docs && ln -sfn ../.. build/docs/scbert
 	$(VENV)/bin/mkdocs build --strict
 
 install: $(INSTALLED)
