@@ -24,19 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-# module -> the extra of setup.cfg that installs it
-EXTRAS = {
-    "scanpy": "scanpy",
-    "igraph": "scanpy",
-    "leidenalg": "scanpy",
-    "gensim": "gene2vec",
-    "captum": "explain",
-    "gseapy": "explain",
-    "celltypist": "evaluate",
-    "mudata": "multiomics",
-    "pooch": "genes",
-    "gradio": "app",
-}
+from .extras import EXTRAS, MissingLibrary, how_to_install
 
 _QUIET_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -161,11 +149,8 @@ def explain(error: Exception) -> str | None:
         return str(error) if isinstance(error, InputError) else None
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRAS:
         package = error.name.partition(".")[0]
-        return (
-            f"This needs the package {package}, which is not installed. "
-            f"Install it with: pip install 'scbert-transformers[{EXTRAS[package]}]'"
-        )
-    if isinstance(error, ImportError) and "scbert-transformers[" in str(error):
+        return f"This needs {package}, which is not installed: {how_to_install(package)}"
+    if isinstance(error, MissingLibrary):
         return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"Out of memory: try a smaller --batch-size. ({error})"

@@ -4,6 +4,7 @@ import logging
 import os
 from pathlib import Path
 
+from ..extras import how_to_install
 from ..tokenization import GeneTable, InputError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def _import_pooch():
         import pooch
     except ImportError:
         raise InputError(
-            "Downloading the gene table needs pooch: pip install 'scbert-transformers[genes]'. Or give a file: "
+            f"Downloading the gene table needs pooch: {how_to_install('pooch')}. Or give a file: "
             "--gene-table hgnc_complete_set.txt."
         ) from None
     return pooch

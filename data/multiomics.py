@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from ..extras import how_to_install
 from ..tokenization import InputError, ScBertTokenizer
 from .output import atomic_write_h5ad, check_output_path
 from .read import read_cells
@@ -84,7 +85,7 @@ def _read_mudata(path):
     except ImportError:
         raise InputError(
             f"{path} is read by the library mudata, which is not installed: "
-            "pip install 'scbert-transformers[multiomics]'."
+            f"{how_to_install('mudata')}"
         ) from None
     if not h5py.is_hdf5(path):
         raise InputError(f"{path} is no HDF5 file; a MuData .h5mu was needed.")

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from ..extras import how_to_install
 from ..tokenization import InputError
 
 # chrom:start-end, or with - or _ all through
@@ -129,7 +130,7 @@ def _bioframe():
     except ImportError:
         raise InputError(
             "Peaks are mapped by the library bioframe, which is not installed: "
-            "pip install 'scbert-transformers[multiomics]'."
+            f"{how_to_install('bioframe')}"
         ) from None
     return bioframe
 

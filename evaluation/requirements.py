@@ -3,6 +3,8 @@
 import importlib
 from types import ModuleType
 
+from ..extras import MissingLibrary, how_to_install
+
 
 def require(module: str, extra: str = "evaluate") -> ModuleType:
     """
@@ -17,8 +19,8 @@ def require(module: str, extra: str = "evaluate") -> ModuleType:
 
     Raises
     ------
-    ImportError
-        With the command that installs the extra, when the library itself is absent. An error *inside* an
+    MissingLibrary
+        An ImportError with the command that installs the extra, when the library itself is absent. An error *inside* an
         installed library is passed on as it is.
 
     Examples
@@ -32,5 +34,5 @@ def require(module: str, extra: str = "evaluate") -> ModuleType:
         library = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != library:
             raise
-        message = f"{library} is needed here and is not installed: pip install 'scbert-transformers[{extra}]'"
-        raise ImportError(message) from error
+        message = f"{library} is needed here and is not installed: {how_to_install(library, extra)}"
+        raise MissingLibrary(message) from error

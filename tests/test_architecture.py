@@ -13,11 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PUSHED = ("modeling_scbert", "tokenization")
 # the modules of a row may import those of the rows below, and their own package
 LEVELS = (
+    {"extras"},
     {"tokenization", "modeling_scbert"},
     {"data", "evaluation"},
     {"training"},
     {"inference", "interpretation", "model_cards", "benchmarks", "evaluation/run_benchmark"},
-    {"cli", "cli_options", "cli_studies", "console", "registration", "__init__", "__main__"},
+    {"cli", "cli_options", "cli_studies", "app", "console", "registration", "__init__", "__main__"},
 )
 THIRD_PARTY = {
     "modeling_scbert": {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "triton"},

@@ -14,6 +14,7 @@ import pytest
 
 import scbert
 from scbert import cli, console
+from scbert.extras import MissingLibrary
 from scbert.tokenization import InputError
 
 VERBS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
@@ -81,8 +82,8 @@ def test_a_missing_file_is_named_without_traceback(tmp_path, capsys):
         (PermissionError(errno.EACCES, "Permission denied", "/out.h5ad"), "Permission denied: /out.h5ad"),
         (OSError(errno.ENOSPC, "No space left on device", "/out.h5ad"), "disk is full (/out.h5ad)"),
         (RuntimeError("write failed: errno = 28, No space left on device"), "disk is full"),
-        (ModuleNotFoundError("No module named 'captum'", name="captum"), "scbert-transformers[explain]"),
-        (ImportError("pip install 'scbert-transformers[evaluate]'"), "scbert-transformers[evaluate]"),
+        (ModuleNotFoundError("No module named 'captum'", name="captum"), "pip install 'captum"),
+        (MissingLibrary("evaluate is not installed: pip install"), "evaluate is not installed: pip install"),
         (MemoryError(), "--batch-size"),
     ],
 )

@@ -1,0 +1,68 @@
+"""Optional libraries: which extra of setup.cfg brings them, and the command that installs them."""
+
+DISTRIBUTION = "scbert-transformers"
+# importable library -> the extra that brings it
+EXTRAS = {
+    "scanpy": "scanpy",
+    "igraph": "scanpy",
+    "leidenalg": "scanpy",
+    "gensim": "gene2vec",
+    "captum": "explain",
+    "gseapy": "explain",
+    "celltypist": "evaluate",
+    "bioframe": "multiomics",
+    "mudata": "multiomics",
+    "pooch": "genes",
+    "gradio": "app",
+}
+
+
+class MissingLibrary(ImportError):
+    """An optional library is not installed; the message says how to get it."""
+
+
+def how_to_install(library: str, extra: str | None = None) -> str:
+    """
+    Say how an optional library is installed, with everything else its extra brings.
+
+    The libraries are named rather than ``scbert-transformers[extra]``: that holds however this package was
+    installed, from a clone, a wheel or an index.
+
+    Parameters
+    ----------
+    library
+        Name of the missing library.
+    extra
+        The extra that brings it; looked up if left out.
+
+    Examples
+    --------
+    >>> how_to_install("gensim")
+    "pip install 'gensim>=4.3' (the extra gene2vec)"
+    """
+    extra = extra or EXTRAS.get(library)
+    command = "pip install " + " ".join(f"'{name}'" for name in _requirements(extra) or [library])
+    return f"{command} (the extra {extra})" if extra else command
+
+
+def _requirements(extra: str | None) -> list[str]:
+    """What an extra asks for, extras within it resolved; empty where the metadata does not say."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
+
+    try:
+        lines = requires(DISTRIBUTION) or []
+    except PackageNotFoundError:
+        return []
+    found: list[str] = []
+    for requirement in map(Requirement, lines):
+        if not extra or requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if requirement.marker.evaluate({"extra": ""}):
+            continue  # of another marker, not of the extra
+        if requirement.name == DISTRIBUTION:
+            found += [name for inner in sorted(requirement.extras) for name in _requirements(inner)]
+        else:
+            found.append(f"{requirement.name}{requirement.specifier}")
+    return found
