@@ -20,13 +20,16 @@ from .cli_options import (
     Query,
     Recipe,
     Report,
+    Resume,
     Seed,
 )
 from .console import existing, run
 
 PROTOCOL_HELP = (
     "cross-validation, leave-one-out (with --group-key), reference-size, few-shot, zero-shot (with --base), "
-    "class-imbalance, novel-types, marker-deletion or hyperparameters."
+    "class-imbalance, novel-types, marker-deletion, modalities (RNA, ATAC, both), hyperparameters, integration "
+    "(batch effect of the embedding of --base over --group-key) or ablation (encoder x gene embedding x "
+    "pretraining x modality)."
 )
 
 
@@ -38,7 +41,8 @@ def evaluate(
     label_key: LabelKey,
     output: OutputFolder,
     group_key: Annotated[
-        str | None, typer.Option(help="Column of the groups to leave out, such as dataset or donor.")
+        str | None,
+        typer.Option(help="Column of the groups to leave out, such as dataset or donor; or of the batches."),
     ] = None,
     label_map: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Other names for types: columns from and to.")
@@ -74,7 +78,9 @@ def evaluate(
     ] = None,
     report: Report = None,
     layer: Layer = None,
+    input: Input = InputKind.auto,
     seed: Seed = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:

@@ -107,6 +107,27 @@ def warnings_of(summary: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
+def warnings_of_modalities(summary: Sequence[dict[str, Any]]) -> list[str]:
+    """
+    One sentence for every model and every modality that alone does better than all together (the first setting).
+
+    Examples
+    --------
+    >>> rows = [{"model": "scBERT", "setting": s, "macro_f1": f} for s, f in [("RNA+ATAC", 0.8), ("RNA alone", 0.9)]]
+    >>> warnings_of_modalities(rows)
+    ['scBERT: RNA alone beats RNA+ATAC: macro-F1 0.900 against 0.800.']
+    """
+    together = {
+        entry["model"]: entry["macro_f1"] for entry in summary if entry["setting"] == summary[0]["setting"]
+    }
+    return [
+        f"{entry['model']}: {entry['setting']} beats {summary[0]['setting']}: macro-F1 {entry['macro_f1']:.3f} "
+        f"against {together[entry['model']]:.3f}."
+        for entry in summary
+        if entry["macro_f1"] > together.get(entry["model"], np.inf) + TIE
+    ]
+
+
 def score_tables(summary: Sequence[dict[str, Any]], title: str) -> list[TextTable]:
     """The summary as tables: all scores of one setting, or one score over many settings; ⚠ where a control wins."""
     settings = list(dict.fromkeys(entry["setting"] for entry in summary))

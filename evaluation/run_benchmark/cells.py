@@ -8,12 +8,16 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from ...data.multiomics import feature_modalities
 from ...data.read import read_cells
 from ...tokenization import InputError, align_genes, detect_input_kind, gene_names_of, select_matrix
 from ...tokenization.expression_scbert import as_csr
 from ...training.labels import choose_classes, find_labels
 
 LABEL, DATASET, SPLIT = "label", "dataset", "split"
+# where the cells say what their values are: in uns, "auto", "counts" or "log1p"
+INPUT = "input"
+MODALITY = "feature_types"
 
 
 def load_benchmark_cells(
@@ -23,6 +27,7 @@ def load_benchmark_cells(
     layer: str | None = None,
     max_cells: int | None = None,
     seed: int = 0,
+    input: str = "auto",
 ) -> anndata.AnnData:
     """
     Read labelled cells; of several files the genes that all of them have.
@@ -41,12 +46,15 @@ def load_benchmark_cells(
         A random part of the labelled cells, the same share of every type, where there are more.
     seed
         Decides that part.
+    input
+        What the values are: ``"counts"``, ``"log1p"`` or ``"auto"``; kept in ``uns["input"]``.
 
     Returns
     -------
     anndata.AnnData
         Values as they stand in the files (CSR float32), ``obs["label"]`` (str) and, with several files,
-        ``obs["dataset"]`` (their names) beside the columns of the files.
+        ``obs["dataset"]`` (their names) beside the columns of the files. ``var["feature_types"]`` where the
+        features are of several modalities.
 
     Raises
     ------
@@ -59,12 +67,19 @@ def load_benchmark_cells(
     keys = keys * len(paths) if len(keys) == 1 else keys
     names = None if label_map is None else _read_label_map(label_map)
     parts = [_read_one(path, key, names, layer, len(paths) > 1) for path, key in zip(paths, keys)]
-    cells = parts[0] if len(parts) == 1 else _join(parts)
+    cells = parts[0] if len(parts) == 1 else _join(parts, input)
     classes, _ = choose_classes(cells.obs[LABEL].tolist(), label_key)
     cells = cells[cells.obs[LABEL].isin(classes).to_numpy()]
     if max_cells and cells.n_obs > max_cells:
         cells = cells[_stratified_part(cells.obs[LABEL].to_numpy(), max_cells, seed)]
-    return cells.copy()
+    cells = cells.copy()
+    cells.uns[INPUT] = input
+    return cells
+
+
+def input_of(cells: anndata.AnnData) -> str:
+    """What the values of benchmark cells are, as `load_benchmark_cells` was told."""
+    return str(cells.uns.get(INPUT, "auto"))
 
 
 def _read_label_map(path: str | Path) -> dict[str, str]:
@@ -95,13 +110,17 @@ def _read_one(path, key, names, layer, several: bool) -> anndata.AnnData:
         obs.index = [f"{stem}:{name}" for name in obs.index]
     cells = anndata.AnnData(sp.csr_matrix(values[np.flatnonzero(kept)], dtype=np.float32), obs=obs)
     cells.var_names = unique
+    if feature_modalities(of.var) is not None:
+        # of a repeated name the first
+        kind_of = dict(zip(reversed(genes), reversed(of.var[MODALITY].astype(str).tolist())))
+        cells.var[MODALITY] = [kind_of[gene] for gene in unique]
     if not cells.obs_names.is_unique:
         cells.obs_names_make_unique()
     return cells
 
 
-def _join(parts: list[anndata.AnnData]) -> anndata.AnnData:
-    kinds = {detect_input_kind(part.X) for part in parts}
+def _join(parts: list[anndata.AnnData], input: str) -> anndata.AnnData:
+    kinds = {detect_input_kind(part.X) for part in parts} if input == "auto" else {input}
     if len(kinds) > 1:
         raise InputError(f"The files hold different kinds of values ({', '.join(sorted(kinds))}).")
     if any(not part.n_obs for part in parts):

@@ -22,7 +22,7 @@ from ...training.pretrained import load_masked_model, load_tokenizer, quiet_tran
 from ...training.run_summary import DEFAULT_THRESHOLD, temperature_of, threshold_of
 from ..baselines import BASELINES, LogisticRegressionBaseline
 from ..calibration import softmax
-from .cells import LABEL, SPLIT
+from .cells import LABEL, MODALITY, SPLIT, input_of
 from .protocols import TEST, TRAIN, VALIDATION, Fold
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ class Outputs:
         Of scBERT only, for calibration and novelty.
     temperature, threshold
         Fitted on validation cells.
+    masked_accuracy
+        Of the pretraining, on validation cells, where it was part of the run.
     notes
         What a reader of the score has to know.
     """
@@ -64,6 +66,7 @@ class Outputs:
     train_labels: np.ndarray | None = None
     temperature: float = 1.0
     threshold: float = 0.5
+    masked_accuracy: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -93,8 +96,8 @@ def control(name: str, threads: int = 2) -> Contestant:
         if isinstance(model, LogisticRegressionBaseline) and train.obs[LABEL].value_counts().min() < 2:
             # one cell of a type cannot be held out to choose C
             model = LogisticRegressionBaseline(model.penalty, grid=(1.0,), **options)
-        model.fit(train, LABEL)
-        probabilities = model.predict_proba(test)
+        model.fit(train, LABEL, input=input_of(cells))
+        probabilities = model.predict_proba(test, input=input_of(cells))
         seconds = time.perf_counter() - started
         return Outputs([str(c) for c in model.classes_], probabilities, seconds, notes=list(model.notes))
 
@@ -116,7 +119,7 @@ def scbert(name: str, settings: dict[str, Any], work: Path, is_control: bool = F
         try:
             model, data = _train(cells, fold, given, work, seed)
             # asked of the cells as they are: fine-tuning's own test leaves types out that it did not learn
-            asked = data.tokenizer.bin_cells(cells[fold.split == TEST])
+            asked = data.tokenizer.bin_cells(cells[fold.split == TEST], input=data.input_kind)
             outputs = _outputs(model, data, asked, draws)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -131,6 +134,8 @@ def _train(cells: anndata.AnnData, fold: Fold, settings: dict[str, Any], work: P
     part, few = _with_copies(cells, fold)
     part.write_h5ad(work / "cells.h5ad", compression=None)
     options = {"seed": seed, "disable_tqdm": True, **settings}
+    if input_of(cells) != "auto":
+        options["input"] = input_of(cells)
     if few:
         # validation cells that are copies cannot stop anything
         options["early_stopping_patience"] = 0
@@ -159,7 +164,8 @@ def _with_copies(cells: anndata.AnnData, fold: Fold) -> tuple[anndata.AnnData, b
     types = cells.obs[LABEL].astype(str).to_numpy()[chosen]
     obs = pd.DataFrame({LABEL: pd.Categorical(types), SPLIT: pd.Categorical(split)})
     obs.index = obs.index.astype(str)
-    return anndata.AnnData(cells.X[chosen], obs=obs, var=pd.DataFrame(index=cells.var_names)), few
+    columns = [MODALITY] if MODALITY in cells.var else []
+    return anndata.AnnData(cells.X[chosen], obs=obs, var=cells.var[columns]), few
 
 
 def _outputs(model: torch.nn.Module, data: Any, asked: Any, draws: int) -> Outputs:
@@ -195,7 +201,7 @@ def frozen_neighbours(name: str, folder: Path, is_control: bool = False) -> Cont
 
         started = time.perf_counter()
         model, tokenizer = load_masked_model(folder), load_tokenizer(folder)
-        bins = tokenizer.bin_cells(cells)
+        bins = tokenizer.bin_cells(cells, input=input_of(cells))
         train, test = np.isin(fold.split, [TRAIN, VALIDATION]), fold.split == TEST
         _, learnt = classifier_outputs(model, tokenizer, bins[np.flatnonzero(train)])
         _, asked = classifier_outputs(model, tokenizer, bins[np.flatnonzero(test)])

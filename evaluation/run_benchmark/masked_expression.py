@@ -11,6 +11,7 @@ from ...data.cell_dataset import CellDataset
 from ...training.collators import DataCollatorForMaskedExpression
 from ...training.pretrained import load_masked_model, load_tokenizer
 from ..commonest_bin import CommonestBin
+from .cells import input_of
 from .protocols import TEST, TRAIN, Fold
 
 MAX_CELLS = 500
@@ -37,7 +38,7 @@ def masked_accuracy(base: str | Path, cells: anndata.AnnData, fold: Fold, seed: 
         ``base`` and ``commonest_bin`` (accuracies over the same masked tokens), ``tokens``.
     """
     model, tokenizer = load_masked_model(base).eval(), load_tokenizer(base)
-    bins = tokenizer.bin_cells(cells)
+    bins = tokenizer.bin_cells(cells, input=input_of(cells))
     control = CommonestBin().fit(bins[np.flatnonzero(fold.split == TRAIN)])
     rows = np.flatnonzero(fold.split == TEST)
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MAX_CELLS])

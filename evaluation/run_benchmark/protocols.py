@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 
 from ...data.folds import read_split, stratified_folds, write_split
+from ...data.multiomics import FEATURE_TYPES
 from ...data.splits import stratified_split
 from ...tokenization import InputError
 from ..baselines import log_normalize
-from .cells import LABEL
+from .cells import LABEL, MODALITY, input_of
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 VALIDATION_SHARE = 0.1
@@ -21,6 +22,7 @@ SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 DELETED = (0.0, 0.1, 0.5, 1.0)
 CLASS_SIZES = (10_000, 100, 10_000, 100)
 MARKERS_PER_TYPE = 20
+MODALITIES = dict(zip(FEATURE_TYPES, ("RNA", "ATAC", "protein")))
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def cross_validation(cells: anndata.AnnData, options: ProtocolOptions) -> list[F
 
 def leave_one_out(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fold]:
     """Each group (dataset, donor, organ) is the test once; types that no other group has are not tested."""
-    labels, groups = cells.obs[LABEL].to_numpy(), _groups(cells, options)
+    labels, groups = cells.obs[LABEL].to_numpy(), groups_of(cells, options.group_key)
     folds = []
     for number, name in enumerate(np.unique(groups)):
         test = groups == name
@@ -182,6 +184,27 @@ def marker_deletion(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fo
     return folds
 
 
+def modalities(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fold]:
+    """All modalities together and each alone, on the folds of cross-validation; needs ``var["feature_types"]``."""
+    kinds = cells.var.get(MODALITY, pd.Series(FEATURE_TYPES[0], index=cells.var_names)).to_numpy()
+    found = [kind for kind in FEATURE_TYPES if (kinds == kind).any()]
+    if len(found) < 2:
+        raise InputError(
+            f"Comparing modalities needs cells with several; these have {found[0]} only. `scbert combine` brings "
+            "RNA and ATAC of the same cells into one file."
+        )
+    settings = {"+".join(MODALITIES[kind] for kind in found): found}
+    settings |= {f"{MODALITIES[kind]} alone": [kind] for kind in found}
+    deleted = {
+        name: tuple(cells.var_names[~np.isin(kinds, kept)].astype(str)) for name, kept in settings.items()
+    }
+    return [
+        Fold(fold.name, fold.split, name, deleted=genes)
+        for fold in cross_validation(cells, options)
+        for name, genes in deleted.items()
+    ]
+
+
 PROTOCOLS: dict[str, Callable[[anndata.AnnData, ProtocolOptions], list[Fold]]] = {
     "cross-validation": cross_validation,
     "leave-one-out": leave_one_out,
@@ -191,6 +214,7 @@ PROTOCOLS: dict[str, Callable[[anndata.AnnData, ProtocolOptions], list[Fold]]] =
     "class-imbalance": class_imbalance,
     "novel-types": novel_types,
     "marker-deletion": marker_deletion,
+    "modalities": modalities,
     # the models vary here, not the cells
     "hyperparameters": lambda cells, options: zero_shot(cells, options),
 }
@@ -230,13 +254,14 @@ def read_folds(folder: str | Path, cells: anndata.AnnData, folds: Sequence[Fold]
     ]
 
 
-def _groups(cells: anndata.AnnData, options: ProtocolOptions) -> np.ndarray:
-    if not options.group_key or options.group_key not in cells.obs:
+def groups_of(cells: anndata.AnnData, group_key: str | None) -> np.ndarray:
+    """The group (dataset, donor, batch) of every cell, [cells] str; an `InputError` where there are not two."""
+    if not group_key or group_key not in cells.obs:
         have = ", ".join(map(str, cells.obs.columns))
-        raise InputError(f"--group-key must name the column of the groups to leave out; obs has: {have}.")
-    groups = cells.obs[options.group_key].astype(object).astype(str).to_numpy()
+        raise InputError(f"--group-key must name the column of the groups (or batches); obs has: {have}.")
+    groups = cells.obs[group_key].astype(object).astype(str).to_numpy()
     if len(np.unique(groups)) < 2:
-        raise InputError(f"The column {options.group_key!r} has one group only; nothing would be left.")
+        raise InputError(f"The column {group_key!r} has one group only; two are needed.")
     return groups
 
 
@@ -281,7 +306,7 @@ def _places(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _markers(cells: anndata.AnnData, learnt: np.ndarray) -> list[str]:
-    matrix, genes = log_normalize(cells[learnt])
+    matrix, genes = log_normalize(cells[learnt], input=input_of(cells))
     labels = cells.obs[LABEL].to_numpy()[learnt]
     names = np.unique(labels)
     means = np.stack([np.asarray(matrix[labels == name].mean(axis=0)).ravel() for name in names])

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -20,18 +19,22 @@ from ...data.output import check_output_folder, check_output_path, partial_folde
 from ...tokenization import InputError, read_gene_panel
 from ...training.run_summary import versions
 from ..baselines import BASELINES, available_baselines
-from ..comparison import score_tables, summarise_folds, warnings_of
+from ..comparison import score_tables, summarise_folds, warnings_of, warnings_of_modalities
 from ..tables import TextTable
+from .ablation import run_ablation
+from .batch_effect import run_batch_effect
 from .cells import LABEL, load_benchmark_cells
 from .contestants import DEFAULT_CONTROLS, Contestant, Outputs, contestants
 from .masked_expression import masked_accuracy
 from .pictures import plot_first_setting, plot_scores
 from .protocols import PROTOCOLS, TEST, Fold, ProtocolOptions, read_folds, write_folds
-from .scores import fold_scores
+from .scores import finite, fold_scores
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
+# what has no folds: an embedding judged, and a grid of models
+STUDIES = ("integration", "ablation")
 # sizes and bins tried around the recipe, where no variants are given
 DEFAULT_VARIANTS: dict[str, dict[str, Any]] = {
     "bins 5": {"tokenizer": {"n_bins": 5, "bin_width": 1.0}},
@@ -65,6 +68,7 @@ def run_benchmark(
     group_key: str | None = None,
     label_map: str | Path | None = None,
     layer: str | None = None,
+    input: str = "auto",
     recipe: str = "small",
     base: str | Path | None = None,
     settings: dict[str, Any] | str | None = None,
@@ -78,6 +82,7 @@ def run_benchmark(
     max_cells: int | None = None,
     report: str | Path | None = None,
     seed: int = 0,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """
@@ -86,15 +91,15 @@ def run_benchmark(
     Parameters
     ----------
     protocol
-        One of `PROTOCOLS`.
+        One of `PROTOCOLS` or `STUDIES`.
     cells
         Labelled files; of several the shared genes are taken, and ``obs["dataset"]`` names the file.
-    label_key, label_map, layer, max_cells
+    label_key, label_map, layer, input, max_cells
         See `load_benchmark_cells`.
     output
         Folder for ``results.json``, ``table.md``, pictures and ``folds/*.csv``.
     group_key
-        Column of what is left out: dataset, donor, organ, protocol.
+        Column of what is left out (dataset, donor, organ, protocol), or of the batches of ``"integration"``.
     recipe
         Recipe of fine-tuning, or several separated by commas; the first is the model in question.
     base
@@ -118,6 +123,8 @@ def run_benchmark(
         HTML file to write beside.
     seed
         Decides folds and weights.
+    resume
+        Go on with an interrupted ``"ablation"``; nothing else can be resumed.
     overwrite
         Replace an existing output.
 
@@ -138,20 +145,33 @@ def run_benchmark(
     ['the control logistic_l2 beats scBERT: macro-F1 0.907 against 0.893.']
     """
     started = time.perf_counter()
-    if protocol not in PROTOCOLS:
-        raise InputError(f"There is no protocol {protocol!r}; there are: {', '.join(PROTOCOLS)}.")
+    if protocol not in (*PROTOCOLS, *STUDIES):
+        known = ", ".join([*PROTOCOLS, *STUDIES])
+        raise InputError(f"There is no protocol {protocol!r}; there are: {known}.")
+    if resume and protocol != "ablation":
+        raise InputError(f"Only the ablation protocol can be resumed; run {protocol} again without --resume.")
     check_output_folder(output, overwrite, marker=RESULTS)
     if report is not None:
         check_output_path(report, overwrite)
     paths = [cells] if isinstance(cells, str | Path) else list(cells)
-    adata = load_benchmark_cells(paths, label_key, label_map, layer, max_cells, seed)
+    adata = load_benchmark_cells(paths, label_key, label_map, layer, max_cells, seed, input)
+    given = dict(json.loads(settings) if isinstance(settings, str) else settings or {})
+    given |= {} if epochs is None else {"epochs": epochs}
+    if protocol in STUDIES:
+        if report is not None:
+            raise InputError(f"The {protocol} protocol writes table.md and pictures, but no --report.")
+        if protocol == "integration":
+            result, tables = run_batch_effect(adata, output, group_key, base, seed, overwrite, RESULTS)
+        else:
+            asked = {"recipe": recipe, **given}, _controls(controls), folds, seed
+            result, tables = run_ablation(adata, output, *asked, overwrite, resume, RESULTS)
+        show(tables, result)
+        return result
     named = tuple(read_gene_panel(markers)) if markers else ()
     options = ProtocolOptions(group_key, folds, seed, validate_on_group, named)
     planned = PROTOCOLS[protocol](adata, options)
     if folds_from is not None:
         planned = read_folds(folds_from, adata, planned)
-    given = dict(json.loads(settings) if isinstance(settings, str) else settings or {})
-    given |= {} if epochs is None else {"epochs": epochs}
     with partial_folder(output, overwrite, marker=RESULTS) as folder, _cleared(folder):
         everybody = contestants(
             protocol,
@@ -256,7 +276,8 @@ def _result(protocol: str, cells: anndata.AnnData, runs: Runs, masked: dict | No
         "cells_per_type": {str(k): int(v) for k, v in cells.obs[LABEL].value_counts().items()},
         "macro_f1": summary[0]["macro_f1"],
         "accuracy": summary[0]["accuracy"],
-        "warnings": warnings_of(summary),
+        "warnings": warnings_of(summary)
+        + (warnings_of_modalities(summary) if protocol == "modalities" else []),
         "summary": summary,
         "rows": runs.rows,
         "versions": versions(),
@@ -287,7 +308,7 @@ def write_results(
     text = "\n\n".join(table.markdown() for table in tables)
     text += "".join(f"\n\n⚠ {warning}" for warning in result["warnings"])
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
-    written = json.dumps(_finite(result), indent=1, ensure_ascii=False, default=str)
+    written = json.dumps(finite(result), indent=1, ensure_ascii=False, default=str)
     (folder / RESULTS).write_text(written + "\n", encoding="utf-8")
     plot_scores(runs.rows, folder / "scores.png", f"{protocol}: macro-F1 (grey: controls)")
     last = runs.main[-1][0].setting
@@ -295,15 +316,6 @@ def write_results(
     title = f"{result['rows'][0]['model']}, {protocol} {last}".strip()
     plot_first_setting(shown, classes, folder, title)
     return tables
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {str(name): _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(tables: Sequence[TextTable], result: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Scores of one contestant on one fold."""
 
+import math
 from importlib.util import find_spec
 from typing import Any
 
@@ -94,3 +95,12 @@ def novelty_scores(outputs: Outputs, true: np.ndarray) -> dict[str, Any]:
         near = NeighbourNovelty().fit(outputs.train_embeddings)
         found["neighbours"] = near.score(outputs.embeddings)
     return row | {f"auroc_{name}": novelty_auroc(score, is_novel) for name, score in found.items()}
+
+
+def finite(value: Any) -> Any:
+    """The same with null for numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {str(name): finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -34,6 +34,8 @@ def labelled(adata):
     adata.obs[LABEL] = adata.obs["cell_type"].astype(str)
     # a fourth type, for class imbalance
     adata.obs.loc[adata.obs_names[:16], LABEL] = "fourth"
+    # the last features as if they were peaks
+    adata.var["feature_types"] = ["Gene Expression"] * 280 + ["Peaks"] * 20
     return adata
 
 

@@ -1,0 +1,171 @@
+"""Batch effects: types kept together and batches mixed by an embedding, beside components of the same cells."""
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+
+from ...data.output import partial_folder
+from ...tokenization import InputError
+from ...training.classifier_outputs import classifier_outputs
+from ...training.pretrained import load_masked_model, load_tokenizer
+from ...training.run_summary import versions
+from ..baselines import log_normalize
+from ..embedding_plot import plot_embedding, umap_of
+from ..integration import integration_metrics
+from ..requirements import require
+from ..tables import TextTable
+from .cells import LABEL, input_of
+from .contestants import write_ablation
+from .protocols import groups_of
+from .scores import finite
+
+logger = logging.getLogger(__name__)
+
+COMPONENTS, VARIABLE_GENES = 50, 2000
+SCORES = {
+    "nmi": "NMI",
+    "ari": "ARI",
+    "asw_label": "ASW label",
+    "avg_bio": "AvgBIO",
+    "asw_batch": "ASW batch",
+    "graph_connectivity": "graph conn.",
+    "avg_batch": "AvgBATCH",
+}
+BEFORE, AFTER, UNTRAINED = "log1p, PCA", "scBERT embedding", "untrained scBERT"
+
+
+def run_batch_effect(
+    cells: anndata.AnnData,
+    output: str | Path,
+    group_key: str | None,
+    base: str | Path | None,
+    seed: int = 0,
+    overwrite: bool = False,
+    marker: str = "results.json",
+) -> tuple[dict[str, Any], list[TextTable]]:
+    """
+    AvgBIO and AvgBATCH of cells before (principal components) and after (a model's embedding).
+
+    Parameters
+    ----------
+    cells
+        Of `load_benchmark_cells`.
+    output
+        Folder for ``results.json``, ``table.md`` and a UMAP of every representation.
+    group_key
+        Column of the batches.
+    base
+        Model folder of any head. The same architecture with random weights is its control.
+    seed
+        Of components, neighbours, clusters and the untrained model.
+    overwrite
+        Replace an existing output.
+    marker
+        File by which the folder is known.
+
+    Returns
+    -------
+    tuple
+        The result, as in ``results.json``, and its table.
+
+    Raises
+    ------
+    InputError
+        Without a model or batches, or where the model does not fit the cells.
+    """
+    started = time.perf_counter()
+    if base is None:
+        raise InputError(
+            "The integration protocol judges the embedding of a model: give its folder as --base."
+        )
+    batches, labels = groups_of(cells, group_key), cells.obs[LABEL].astype(str).to_numpy()
+    with partial_folder(output, overwrite, marker=marker) as folder:
+        embeddings = principal_components(cells, seed) | model_embeddings(cells, base, folder / "work", seed)
+        rows = []
+        for name, vectors in embeddings.items():
+            rows.append({"representation": name, **integration_metrics(vectors, labels, batches, seed=seed)})
+            logger.info("%s: AvgBIO %.3f, AvgBATCH %.3f", name, rows[-1]["avg_bio"], rows[-1]["avg_batch"])
+            file = folder / f"umap_{'_'.join(name.replace(',', '').split())}.png"
+            plot_embedding(
+                umap_of(vectors, seed), {"type": labels, str(group_key): batches}, file, title=name
+            )
+        table = score_table(rows, group_key)
+        result = {
+            "protocol": "integration",
+            "cells": cells.n_obs,
+            "batches": {str(name): int(n) for name, n in zip(*np.unique(batches, return_counts=True))},
+            "cells_per_type": {str(name): int(n) for name, n in zip(*np.unique(labels, return_counts=True))},
+            "warnings": warnings_of_rows(rows),
+            "rows": rows,
+            "settings": {"base": str(base), "group_key": group_key, "seed": seed},
+            "versions": versions(),
+            "seconds": time.perf_counter() - started,
+        }
+        text = table.markdown() + "".join(f"\n\n⚠ {warning}" for warning in result["warnings"])
+        (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+        written = json.dumps(finite(result), indent=1, ensure_ascii=False)
+        (folder / marker).write_text(written + "\n", encoding="utf-8")
+    return {**result, "output": str(output)}, [table]
+
+
+def principal_components(cells: anndata.AnnData, seed: int) -> dict[str, np.ndarray]:
+    """50 components of the 2,000 most variable genes: of the values as they stand, and of log1p CP10k."""
+    logged, _ = log_normalize(cells, input=input_of(cells))
+    found = {"values as they stand, PCA": cells.X, BEFORE: logged}
+    if input_of(cells) == "log1p":
+        # the same matrix twice
+        found.pop("values as they stand, PCA")
+    decomposition, vectors = require("sklearn.decomposition"), {}
+    for name, matrix in found.items():
+        mean = np.asarray(matrix.mean(axis=0)).ravel()
+        variance = np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel() - mean**2
+        chosen = np.sort(np.argsort(-variance, kind="stable")[:VARIABLE_GENES])
+        dense = matrix[:, chosen].toarray()
+        size = min(COMPONENTS, *(n - 1 for n in dense.shape))
+        vectors[name] = decomposition.PCA(size, svd_solver="arpack", random_state=seed).fit_transform(dense)
+    return vectors
+
+
+def model_embeddings(
+    cells: anndata.AnnData, base: str | Path, work: Path, seed: int
+) -> dict[str, np.ndarray]:
+    """Embeddings by the model, and by its architecture with random weights."""
+    tokenizer = load_tokenizer(base)
+    tokenizer.align(cells).check()
+    bins = tokenizer.bin_cells(cells, input=input_of(cells))
+    found = {AFTER: classifier_outputs(load_masked_model(base), tokenizer, bins)[1]}
+    untrained = load_masked_model(write_ablation(base, work, "nothing learnt", seed))
+    found[UNTRAINED] = classifier_outputs(untrained, tokenizer, bins)[1]
+    shutil.rmtree(work)
+    return found
+
+
+def score_table(rows: list[dict[str, Any]], group_key: str | None) -> TextTable:
+    """All scores, the representations one below the other."""
+    lines = [[row["representation"], *(_number(row[name]) for name in SCORES)] for row in rows]
+    title = f"integration over {group_key} (1 is best; untrained: the same architecture, random weights)"
+    return TextTable(title, ["representation", *SCORES.values()], lines)
+
+
+def warnings_of_rows(rows: list[dict[str, Any]]) -> list[str]:
+    """What the model's embedding loses against log-PCA or against its untrained self."""
+    by_name = {row["representation"]: row for row in rows}
+    model, found = by_name[AFTER], []
+    for other in (BEFORE, UNTRAINED):
+        for score in ("avg_bio", "avg_batch"):
+            if by_name[other][score] > model[score] + 5e-4:
+                found.append(
+                    f"{other} beats the {AFTER}: {SCORES[score]} {by_name[other][score]:.3f} against "
+                    f"{model[score]:.3f}."
+                )
+    return found
+
+
+def _number(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.3f}"
