@@ -73,6 +73,10 @@ def evaluate(
     markers: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Genes that marker-deletion deletes, one a line.")
     ] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Cells of a type in few-shot.", show_default="1,2,4,8,16"),
+    ] = None,
     max_cells: Annotated[
         int | None, typer.Option(min=20, help="Take a part of the cells.", show_default=False)
     ] = None,

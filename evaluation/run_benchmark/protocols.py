@@ -66,6 +66,7 @@ class ProtocolOptions:
     seed: int = 0
     validate_on_group: bool = False
     markers: tuple[str, ...] = ()
+    shots: tuple[int, ...] = SHOTS
 
 
 def cross_validation(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fold]:
@@ -104,12 +105,12 @@ def reference_size(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fol
 
 
 def few_shot(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fold]:
-    """1 to 16 cells of each type, nested, over several draws; every cell outside the largest shot is the test."""
+    """So many cells of each type, nested, over several draws; every cell outside the largest shot is the test."""
     labels, folds = cells.obs[LABEL].to_numpy(), []
     for k in range(options.n_folds):
         rank = _ranks(labels, options.seed + k)
-        most = max(SHOTS)
-        for shots in SHOTS:
+        most = max(options.shots)
+        for shots in options.shots:
             split = np.full(len(labels), "", dtype=object)
             split[rank < shots], split[rank >= most] = TRAIN, TEST
             folds.append(Fold(f"draw {k + 1}", split, f"{shots} per type"))

@@ -27,7 +27,7 @@ from .cells import LABEL, load_benchmark_cells
 from .contestants import DEFAULT_CONTROLS, Contestant, Outputs, contestants
 from .masked_expression import masked_accuracy
 from .pictures import plot_first_setting, plot_scores
-from .protocols import PROTOCOLS, TEST, Fold, ProtocolOptions, read_folds, write_folds
+from .protocols import PROTOCOLS, SHOTS, TEST, Fold, ProtocolOptions, read_folds, write_folds
 from .scores import finite, fold_scores
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ def run_benchmark(
     folds_from: str | Path | None = None,
     validate_on_group: bool = False,
     markers: str | Path | None = None,
+    shots: str | Sequence[int] | None = None,
     max_cells: int | None = None,
     report: str | Path | None = None,
     seed: int = 0,
@@ -119,6 +120,8 @@ def run_benchmark(
         In leave-one-out, stop early on a held-out group instead of on more of the same.
     markers
         File of the genes that the marker-deletion protocol deletes.
+    shots
+        Cells of a type in the few-shot protocol: numbers, or one text with commas; 1, 2, 4, 8, 16 by default.
     report
         HTML file to write beside.
     seed
@@ -168,7 +171,7 @@ def run_benchmark(
         show(tables, result)
         return result
     named = tuple(read_gene_panel(markers)) if markers else ()
-    options = ProtocolOptions(group_key, folds, seed, validate_on_group, named)
+    options = ProtocolOptions(group_key, folds, seed, validate_on_group, named, _shots(shots))
     planned = PROTOCOLS[protocol](adata, options)
     if folds_from is not None:
         planned = read_folds(folds_from, adata, planned)
@@ -218,6 +221,18 @@ def _variants(protocol: str, given: str | Path | dict[str, Any] | None) -> dict[
     if given is not None:
         return given
     return {"hyperparameters": DEFAULT_VARIANTS, "class-imbalance": IMBALANCE_VARIANTS}.get(protocol, {})
+
+
+def _shots(given: str | Sequence[int] | None) -> tuple[int, ...]:
+    if given is None:
+        return SHOTS
+    try:
+        numbers = tuple(int(part) for part in (given.split(",") if isinstance(given, str) else given))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"--shots takes whole numbers above 0, separated by commas; found {given!r}.")
+    return tuple(sorted(set(numbers)))
 
 
 def _controls(given: str | Sequence[str] | None) -> list[str]:
