@@ -15,6 +15,7 @@ from ..modeling_scbert import (
 )
 from ..modeling_scbert.cpu_matmul_scbert import restore_matmul
 from ..training.frozen_prefix import FrozenPrefix
+from .performer_attention import performer_attention
 
 # one token per gene of the original's panel, and the trailing one
 FULL_LENGTH = 16_907
@@ -28,7 +29,8 @@ class Variant:
     Attributes
     ----------
     naive
-        Features of the whole sequence at once, as the original does; a layer keeps all it computes.
+        Features of the whole sequence at once, in the operations of `performer_attention`, as the original does; a
+        layer keeps all it computes.
     onednn
         Float32 products by oneDNN.
     half
@@ -87,7 +89,7 @@ def running_as(variant: Variant) -> Iterator[None]:
     )
     kept = [getattr(module, name) for module, name in places]
     if variant.naive:
-        favor_scbert.favor_attention = favor_scbert.favor_attention_naive
+        favor_scbert.favor_attention = performer_attention
         layers_scbert.runs_in_chunks = layers_scbert.trains_in_chunks = lambda *_: False
     elif variant.in_chunks is not None:
         layers_scbert.trains_in_chunks = lambda *_: variant.in_chunks

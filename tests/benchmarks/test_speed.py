@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scbert.benchmarks import speed_report
+from scbert.benchmarks.performer_attention import performer_attention
 from scbert.benchmarks.speed import straight_line, summary
 from scbert.benchmarks.speed_tasks import TASKS, VARIANTS, Variant, running_as
 from scbert.modeling_scbert import ScBertConfig, favor_scbert, layers_scbert
@@ -38,10 +39,26 @@ def test_every_way_does_the_same_work(task):
         torch.testing.assert_close(found.float(), exact.float(), rtol=tolerance, atol=tolerance)
 
 
+def test_the_stand_in_computes_the_reference():
+    """At batch size 1, where the original's maximum of the keys is the cell's; gradients but for the maxima's share."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, 30, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    projection = favor_scbert.draw_projection(20, 8, torch.Generator().manual_seed(0)).double()
+    grad = torch.randn(1, 2, 30, 8, dtype=torch.float64)
+    found, expected = (
+        [output := attention(*tensors, projection, None, 1e-9), *torch.autograd.grad(output, tensors, grad)]
+        for attention in (performer_attention, favor_scbert.favor_attention_naive)
+    )
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="no padding"):
+        performer_attention(*tensors, projection, torch.ones(1, 30))
+
+
 def test_switches_are_put_back():
     kept = (favor_scbert.favor_attention, layers_scbert.runs_in_chunks, layers_scbert.trains_in_chunks)
     with pytest.raises(KeyError), running_as(Variant(naive=True, onednn=True, half=True)):
-        assert favor_scbert.favor_attention is favor_scbert.favor_attention_naive
+        assert favor_scbert.favor_attention is performer_attention
         assert torch.is_autocast_enabled("cpu")
         raise KeyError
     assert kept == (
