@@ -74,6 +74,13 @@ class PretrainModelArguments:
     gene_vectors: str | None = field(
         default=None, metadata={"help": "Gene vectors (gene2vec) for the gene table, by symbol."}
     )
+    gene_vectors_std: float | None = field(
+        default=None,
+        metadata={
+            "help": "Standard deviation to bring the gene vectors to (their own if left out). gene2vec's, some "
+            "0.2, drowns expression embeddings that start at 0.02."
+        },
+    )
     model: dict | str = field(
         default_factory=dict, metadata={"help": "JSON: fields of ScBertConfig, for a model without a base."}
     )

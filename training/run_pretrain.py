@@ -115,9 +115,10 @@ def build_model(
     # most tokens are not asked for: decoding them would cost time and memory for nothing
     model.config.sparse_prediction = True
     if arguments.gene_vectors:
-        report = assign_gene_vectors(
-            model, data.tokenizer, load_gene_vectors(arguments.gene_vectors), seed=training.seed
-        )
+        vectors = load_gene_vectors(arguments.gene_vectors)
+        if arguments.gene_vectors_std:
+            vectors.matrix *= arguments.gene_vectors_std / vectors.matrix.std()
+        report = assign_gene_vectors(model, data.tokenizer, vectors, seed=training.seed)
         logger.warning("Gene vectors: %s", report)
         data.report["gene_vectors"] = {
             "assigned": report.assigned, "initialised": report.initialised, "unused": report.unused,
