@@ -142,8 +142,8 @@ def gradient_shap(
 
     def attribute(forward, inputs, baselines, target, others):
         # on the embeddings themselves: captum's layer variant cannot keep several inputs of a batch together
-        def of_embeddings(embedded, *more):
-            return model(None, more[0], more[1], inputs_embeds=embedded).logits
+        def of_embeddings(embedded, mask, genes, modalities):
+            return model(None, mask, genes, modalities, inputs_embeds=embedded).logits
 
         method = captum.GradientShap(of_embeddings)
         values, delta = method.attribute(
@@ -175,36 +175,36 @@ def _attributions(model, tokenizer, bins, targets, attribute) -> Attribution:
     values = np.zeros((bins.shape[0], n_genes), dtype=np.float32)
     errors, explained = np.zeros(bins.shape[0]), np.zeros(bins.shape[0])
 
-    def forward(ids, mask, genes):
-        return model(ids, attention_mask=mask, gene_ids=genes).logits
+    def forward(ids, mask, genes, modalities):
+        return model(ids, attention_mask=mask, gene_ids=genes, modality_ids=modalities).logits
 
     order = np.argsort(np.diff(bins.indptr), kind="stable")
     for start in range(0, len(order), CELLS_AT_ONCE):
         rows = order[start : start + CELLS_AT_ONCE]
-        inputs, mask, genes = encoded_cells(tokenizer, bins[rows], device)
+        inputs, *others = encoded_cells(tokenizer, bins[rows], device)
+        mask, genes, _ = others
         target = torch.as_tensor(np.asarray(targets)[rows], device=device)
         empty = torch.zeros_like(inputs)
-        per_token, delta = attribute(forward, inputs, empty, target, (mask, genes))
+        per_token, delta = attribute(forward, inputs, empty, target, tuple(others))
         per_token = (per_token.sum(dim=-1) * mask).detach().cpu().numpy()
         for row, tokens, ids in zip(rows, per_token, genes.cpu().numpy()):
             # the trailing token is no gene
             np.add.at(values[row], ids[ids < n_genes], tokens[ids < n_genes])
         with torch.no_grad():
             pick = target[:, None]
-            change = forward(inputs, mask, genes).gather(1, pick) - forward(empty, mask, genes).gather(
-                1, pick
-            )
+            change = forward(inputs, *others).gather(1, pick) - forward(empty, *others).gather(1, pick)
         explained[rows] = change[:, 0].cpu().numpy()
         errors[rows] = delta.detach().abs().cpu().numpy()
     return Attribution(values, errors, explained)
 
 
 def encoded_cells(tokenizer: ScBertTokenizer, bins: sp.csr_matrix, device: Any):
-    """Input ids, attention mask and gene ids of cells, [cells, length] each."""
+    """Input ids, attention mask, gene ids and modality ids of cells, [cells, length] each."""
     encoded = {
         name: torch.from_numpy(array).to(device) for name, array in tokenizer.encode_bins(bins).items()
     }
     ids = encoded["input_ids"]
     mask = encoded.get("attention_mask", torch.ones_like(ids))
     genes = encoded.get("gene_ids", torch.arange(ids.shape[1], device=device).expand(ids.shape))
-    return ids, mask, genes.contiguous()
+    modalities = encoded.get("modality_ids", torch.zeros_like(ids))
+    return ids, mask, genes.contiguous(), modalities.expand(ids.shape).contiguous()

@@ -173,9 +173,14 @@ def explanations(
     found |= {GRADIENTS: gradients.values, SHAP: shap.values}
     completeness = {GRADIENTS: gradients.relative_error, SHAP: shap.relative_error}
     if gradients.relative_error > 0.05:
+        # the logit jumps where a token changes its bucket, and between two jumps no gradient sees it
+        jumps = ", but with LSH attention only a part of it goes away" * (
+            model.config.attention_type == "lsh"
+        )
         logger.warning(
-            "Integrated gradients miss %.1f%% of what they explain; raise --steps.",
+            "Integrated gradients miss %.1f%% of what they explain; raise --steps%s.",
             100 * gradients.relative_error,
+            jumps,
         )
     return found, completeness
 
@@ -187,10 +192,10 @@ def attention_by_gene(
     n_genes = len(tokenizer.gene_panel)
     weights = np.zeros((bins.shape[0], n_genes), dtype=np.float32)
     for start in range(0, bins.shape[0], batch):
-        ids, mask, genes = encoded_cells(
+        ids, mask, genes, modalities = encoded_cells(
             tokenizer, bins[start : start + batch], next(model.parameters()).device
         )
-        received = gene_attention(model, ids, mask, gene_ids=genes).cpu().numpy()
+        received = gene_attention(model, ids, mask, gene_ids=genes, modality_ids=modalities).cpu().numpy()
         whole = np.zeros((len(received), n_genes + 1), dtype=np.float32)
         np.put_along_axis(whole, genes.cpu().numpy(), received, axis=1)
         # pads share a gene id with a real token: written again, so that the token's own weight stands

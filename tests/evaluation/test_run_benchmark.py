@@ -34,8 +34,6 @@ def labelled(adata):
     adata.obs[LABEL] = adata.obs["cell_type"].astype(str)
     # a fourth type, for class imbalance
     adata.obs.loc[adata.obs_names[:16], LABEL] = "fourth"
-    # the last features as if they were peaks
-    adata.var["feature_types"] = ["Gene Expression"] * 280 + ["Peaks"] * 20
     return adata
 
 
@@ -71,6 +69,8 @@ def base(gene_panel, tmp_path):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_no_cell_is_learnt_and_tested(protocol, labelled):
+    # the last features as if they were peaks
+    labelled.var["feature_types"] = ["Gene Expression"] * 280 + ["Peaks"] * 20
     folds = PROTOCOLS[protocol](labelled, ProtocolOptions("donor", n_folds=2))
     assert folds and len({fold.file for fold in folds}) == len(folds)
     labels = labelled.obs[LABEL].to_numpy()

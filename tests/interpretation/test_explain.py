@@ -167,6 +167,61 @@ def test_a_model_without_attention_is_explained_by_gradients(gene_panel, adata, 
     ]
 
 
+LSH = {
+    "attention_type": "lsh",
+    "lsh_chunk_length": 16,
+    "lsh_num_buckets": 8,
+    "position_embedding_type": "sinusoidal",
+}
+
+
+def test_an_lsh_model_is_explained_and_its_completeness_error_told(gene_panel, adata, tmp_path, capsys):
+    make_classifier(gene_panel, **LSH).save_pretrained(tmp_path / "model")
+    ScBertTokenizer(gene_panel=gene_panel, keep_zeros=False).save_pretrained(tmp_path / "model")
+    adata[:30].write_h5ad(tmp_path / "query.h5ad")
+    command = ["explain", str(tmp_path / "query.h5ad"), "--model", str(tmp_path / "model"), "--top", "3"]
+    assert main([*command, "--output", str(tmp_path / "out"), "--cells-per-type", "4", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert all(np.isfinite(error) for error in result["completeness"].values())
+    # hashing is constant between its jumps: the genes that decide are found all the same
+    top = pd.read_csv(tmp_path / "out" / "top_genes.csv")
+    for name in ("integrated_gradients", "gradient_shap"):
+        first = top[(top.explanation == name) & (top.cell_type == "B cell")]
+        assert len(set(first.gene) & {adata.var_names[i] for i in DECISIVE}) >= 2, name
+    assert {"attention", "gradient_shap"} <= {row["explanation"] for row in result["deletion_test"]}
+
+
+def test_the_completeness_error_of_an_lsh_model_is_what_its_gradients_miss(gene_panel, adata):
+    tokenizer = ScBertTokenizer(gene_panel=gene_panel, keep_zeros=False)
+    bins = tokenizer.bin_cells(adata)[:2]
+    model = make_classifier(gene_panel, **LSH)
+    with torch.no_grad():
+        # tokens change their buckets on the way, and attention counts
+        for name in ("v_proj", "o_proj"):
+            getattr(model.scbert.layers[0].attention, name).weight.mul_(30)
+    result = integrated_gradients(model, tokenizer, bins, np.zeros(2, dtype=int), n_steps=32)
+    missed = np.abs(result.values.sum(axis=1) - result.explained)
+    assert missed.min() > 1e-4
+    np.testing.assert_allclose(missed, result.completeness_error, rtol=0.05, atol=0.02)
+
+
+def test_modalities_reach_the_explanations(gene_panel, adata):
+    kinds = [0] * 150 + [1] * 150
+    tokenizer = ScBertTokenizer(gene_panel=gene_panel, keep_zeros=False, feature_modalities=kinds)
+    model = make_classifier(gene_panel, num_modalities=2)
+    with torch.no_grad():
+        model.scbert.embeddings.modality_embeddings.weight.copy_(
+            torch.stack([torch.zeros(8), torch.ones(8) * 3])
+        )
+    bins = tokenizer.bin_cells(adata)[:2]
+    encoded = {name: torch.from_numpy(array) for name, array in tokenizer.encode_bins(bins).items()}
+    with torch.no_grad():
+        whole = model(**encoded).logits[:, 0]
+        empty = model(**{**encoded, "input_ids": torch.zeros_like(encoded["input_ids"])}).logits[:, 0]
+    result = integrated_gradients(model, tokenizer, bins, np.zeros(2, dtype=int), n_steps=4)
+    np.testing.assert_allclose(result.explained, (whole - empty).numpy(), rtol=1e-5)
+
+
 def test_a_missing_column_is_named(model_folder, adata, tmp_path):
     adata.write_h5ad(tmp_path / "query.h5ad")
     arguments = ["explain", str(tmp_path / "query.h5ad"), "--model", str(model_folder), "--label-key", "type"]
