@@ -1,6 +1,6 @@
-"""An .h5ad file opened without loading it: obs and var in memory, every matrix left on disk.
+"""An .h5ad file opened without loading it: var in memory, columns of obs and every matrix left on disk.
 
-A backed AnnData keeps X on disk and still loads all layers, obsm and obsp, so that memory grows with the cells.
+A backed AnnData keeps X on disk and still loads obs, all layers, obsm and obsp, so that memory grows with the cells.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import anndata
 import h5py
+import pandas as pd
 
 from ..tokenization import select_matrix
+from .output import TABLE_VERSION, count_rows
 from .read import read_cells
 
 MATRICES = {"array", "csr_matrix", "csc_matrix"}
@@ -27,7 +29,9 @@ class FileCells:
 
     Attributes
     ----------
-    obs, var : pandas.DataFrame
+    obs : Mapping
+        Names of the columns in order; a column is read, as a Series without the cells' names, when it is asked for.
+    var : pandas.DataFrame
     X : anndata sparse dataset or h5py.Dataset
         None if there is none.
     layers, obsm : Mapping
@@ -43,10 +47,9 @@ class FileCells:
     def __init__(self, path: str | Path):
         self._file = h5py.File(path, "r")
         try:
-            self.obs = anndata.io.read_elem(self._file["obs"])
+            self.obs = _Columns(self._file["obs"])
             self.var = anndata.io.read_elem(self._file["var"])
-            self.n_obs, self.n_vars = len(self.obs), len(self.var)
-            self.obs_names, self.var_names = self.obs.index, self.var.index
+            self.n_obs, self.n_vars, self.var_names = self.obs.n_rows, len(self.var), self.var.index
             self.X = _matrix(self._file["X"]) if "X" in self._file else None
             self.layers = _Matrices(self._file.get("layers", {}))
             self.obsm = _Matrices(self._file.get("obsm", {}))
@@ -59,6 +62,30 @@ class FileCells:
     def file(self):
         """The open file; `file.close()` as for a backed AnnData."""
         return self._file
+
+
+class _Columns(Mapping):
+    """Columns of a data frame by name, read when asked for."""
+
+    def __init__(self, group):
+        if group.attrs.get("encoding-type") != "dataframe":
+            raise TypeError(f"{group.name} is no data frame of a known encoding")
+        self._group, self._names = group, [str(name) for name in group.attrs["column-order"]]
+        self.n_rows = count_rows(group)
+
+    def __getitem__(self, name):
+        if name not in self._names:
+            raise KeyError(name)
+        if self._group.attrs["encoding-version"] != TABLE_VERSION:
+            # categories were kept apart from their column
+            return anndata.io.read_elem(self._group)[name].reset_index(drop=True)
+        return pd.Series(anndata.io.read_elem(self._group[name]), name=name)
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self):
+        return len(self._names)
 
 
 class _Matrices(Mapping):
@@ -119,7 +146,7 @@ def open_cells(path, layer=None):
     # of another format, older, or damaged: read_cells reads it or says what is wrong
     except Exception:
         return read_cells(path, layer=layer, backed=True)
-    if cells.n_obs == 0 or cells.n_vars == 0 or not hasattr(cells.obs, "columns"):
+    if cells.n_obs == 0 or cells.n_vars == 0:
         cells.file.close()
         return read_cells(path, layer=layer, backed=True)
     try:

@@ -1,14 +1,13 @@
 """Outputs that appear under their final name only when complete.
 
 A file is written beside its final place under a temporary name and moved; a folder is built as
-``DIR.partial`` and renamed. HDF5 never sees a full disk: `_PatientFile` keeps the error for us, because
+``DIR.partial`` and renamed. HDF5 never sees a full disk: `PatientFile` keeps the error for us, because
 h5py answers a failed write with a storm of tracebacks and a crash at exit.
 """
 
 import contextlib
 import errno
 import glob
-import io
 import logging
 import os
 import shutil
@@ -19,13 +18,19 @@ from pathlib import Path
 
 import anndata
 import h5py
+import numpy as np
+import pandas as pd
 import psutil
 
 from ..tokenization import InputError
+from .failed_writes import PatientFile, explain
+from .row_file import RowFile, row_blocks
 
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
+# of data frames, as anndata writes them since 0.8
+TABLE_VERSION = "0.2.0"
 
 
 def check_output_path(path, overwrite=False, inputs=()):
@@ -100,7 +105,7 @@ def atomic_path(path, overwrite=False, inputs=()):
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, final)
     except OSError as error:
-        raise _explain(error, path) from None
+        raise explain(error, path) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -180,7 +185,7 @@ def atomic_copy_h5ad(source, path, obs=None, obsm=None, uns=None, overwrite=Fals
     obs : dict of str to array [cells], optional
         Columns to add to (or replace in) `obs`.
     obsm, uns : dict, optional
-        Elements to add or replace.
+        Elements to add or replace; a `RowFile` is copied in blocks.
     """
     with atomic_path(path, overwrite, inputs=(source,)) as temporary:
         shutil.copyfile(source, temporary)
@@ -190,22 +195,57 @@ def atomic_copy_h5ad(source, path, obs=None, obsm=None, uns=None, overwrite=Fals
 
 def _add_elements(file, obs, obsm, uns):
     if obs:
-        table = anndata.io.read_elem(file["obs"])
-        for name, values in obs.items():
-            table[name] = values
-        anndata.io.write_elem(file, "obs", table)
+        _add_columns(file, obs)
     for group, elements in (("obsm", obsm), ("uns", uns)):
         if elements and group not in file:
             anndata.io.write_elem(file, group, {})
         for name, value in elements.items():
-            anndata.io.write_elem(file[group], name, value)
+            if isinstance(value, RowFile):
+                _write_rows(file[group], name, value)
+            else:
+                anndata.io.write_elem(file[group], name, value)
+
+
+def _add_columns(file, columns):
+    """Add to `obs` without reading it: the names of a million cells alone take 100 MB."""
+    table = file["obs"]
+    if table.attrs.get("encoding-version") != TABLE_VERSION:
+        whole = anndata.io.read_elem(table)
+        for name, values in columns.items():
+            whole[name] = values
+        anndata.io.write_elem(file, "obs", whole)
+        return
+    n_cells = count_rows(table)
+    for name, values in columns.items():
+        values = values if isinstance(values, pd.Categorical) else np.asarray(values)
+        if len(values) != n_cells:
+            raise ValueError(f"{name} has {len(values)} values for {n_cells} cells")
+        anndata.io.write_elem(table, name, values)
+    table.attrs["column-order"] = list(dict.fromkeys([*table.attrs["column-order"], *columns]))
+
+
+def count_rows(table):
+    """Rows of a data frame in an open .h5ad file."""
+    names = table[table.attrs["_index"]]
+    # text that knows missing values is a group
+    return len(names if isinstance(names, h5py.Dataset) else anndata.io.read_elem(names))
+
+
+def _write_rows(group, name, rows):
+    """A matrix as anndata writes it, a block of rows at a time."""
+    if name in group:
+        del group[name]
+    dataset = group.create_dataset(name, shape=rows.shape, dtype=rows.dtype)
+    for block in row_blocks(len(rows)):
+        dataset[block] = rows[block]
+    dataset.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
 
 
 @contextlib.contextmanager
 def _h5_file(path, mode):
     """An h5py file whose failed writes surface once, after HDF5 has closed in peace."""
     with open(path, "w+b" if mode == "w" else "r+b", buffering=0) as raw:
-        patient = _PatientFile(raw)
+        patient = PatientFile(raw)
         try:
             with h5py.File(patient, mode) as file:
                 yield file
@@ -216,94 +256,6 @@ def _h5_file(path, mode):
             raise patient.error from None
         if patient.error is not None:
             raise patient.error
-
-
-class _PatientFile(io.RawIOBase):
-    """A file that remembers its first failed write and pretends all is well from then on.
-
-    What could not be written is kept in memory: HDF5 reads its own metadata back, and crashes on anything else.
-    The file is lost by then and will be removed; what counts is that HDF5 comes to its end quietly.
-    """
-
-    def __init__(self, raw):
-        self._raw = raw
-        self.error = None
-        # (place, bytes) of every write since the first that failed, and the length the file would have
-        self._unwritten = []
-        self._length = raw.seek(0, os.SEEK_END)
-        raw.seek(0)
-
-    def write(self, data):
-        view = memoryview(data).cast("B")
-        start = self._raw.tell()
-        try:
-            done = 0
-            while done < len(view) and self.error is None:
-                done += self._raw.write(view[done:])
-        except OSError as error:
-            self.error = error
-        if self.error is not None:
-            self._unwritten.append((start, bytes(view)))
-        self._length = max(self._length, start + len(view))
-        self._raw.seek(start + len(view))
-        return len(view)
-
-    def truncate(self, size=None):
-        self._length = self._raw.tell() if size is None else size
-        try:
-            return self._raw.truncate(size) if self.error is None else size
-        except OSError as error:
-            self.error = error
-            return size
-
-    def readinto(self, buffer):
-        view = memoryview(buffer).cast("B")
-        start = self._raw.tell()
-        done = count = self._raw.readinto(view)
-        while count and done < len(view):
-            count = self._raw.readinto(view[done:])
-            done += count
-        # past the end are zeros, as HDF5's own driver has it, and not what lay in memory before
-        view[done:] = bytes(len(view) - done)
-        for place, data in self._unwritten:
-            first, last = max(place, start), min(place + len(data), start + len(view))
-            if first < last:
-                view[first - start : last - start] = data[first - place : last - place]
-        self._raw.seek(start + len(view))
-        return len(view)
-
-    def seek(self, offset, whence=os.SEEK_SET):
-        if whence == os.SEEK_END and self.error is not None:
-            return self._raw.seek(self._length + offset)
-        return self._raw.seek(offset, whence)
-
-    def tell(self):
-        return self._raw.tell()
-
-    def flush(self):
-        """Nothing is buffered."""
-
-    def readable(self):
-        return True
-
-    def writable(self):
-        return True
-
-    def seekable(self):
-        return True
-
-
-def _explain(error, path):
-    """One sentence for the usual causes of a failed write."""
-    reasons = {
-        errno.ENOSPC: "the disk is full; free some space and run the same command again",
-        errno.EDQUOT: "your disk quota is used up; free some space and run the same command again",
-        errno.EFBIG: "the file grew beyond the size allowed here (ulimit -f)",
-        errno.EACCES: "the folder is not writable",
-        errno.EROFS: "the file system is read-only",
-    }
-    reason = reasons.get(error.errno, error.strerror or str(error))
-    return OSError(error.errno, f"Could not write {path}: {reason}. Nothing was left half-written.")
 
 
 def _sync(path):
@@ -358,7 +310,7 @@ def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
         if _disk_is_full(error):
             full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             raise OSError(
-                errno.ENOSPC, f"{_explain(full, path).strerror} What was finished is in {partial} (--resume)."
+                errno.ENOSPC, f"{explain(full, path).strerror} What was finished is in {partial} (--resume)."
             ) from None
         raise
     _swap(partial, path)

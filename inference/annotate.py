@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,19 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ..data.output import atomic_copy_h5ad, atomic_write_h5ad, check_output_path
+from ..data.output import check_output_path
 from ..tokenization import InputError
+from ..training.labels import UNASSIGNED
 from .annotate_processes import main, sharded_prediction
+from .assignment import assign
 from .loading import LoadedModel, load_model
+from .parts import NewRows, add_parts, rows_for, rows_in_memory, versions, write_parts
 from .prediction import predict_cells, say_batch_size
 from .query import BinnedQuery, opened, overlap_numbers, progress_bar
 from .report import write_annotation_report
-from .voting import LEIDEN, MIXED_SHARE, check_vote, leiden_groups, majority_vote
+from .voting import LEIDEN, check_vote, leiden_groups, majority_vote, vote_notes
 
 logger = logging.getLogger(__name__)
-
-UNASSIGNED = "unassigned"
 
 
 def annotate(
@@ -128,8 +128,10 @@ def annotate_file(
     """
     Annotate a file; the output is the input with the columns of `annotate` added.
 
-    The matrix of an .h5ad is read in chunks and copied from file to file, so that memory grows by the probabilities
-    only. The output appears under its name when it is complete. Parameters as in `annotate`, and
+    The matrix of an .h5ad is read in chunks and copied from file to file, the names of its cells too, and probabilities
+    wait for their output in a nameless file beside it: memory grows by some bytes a cell (label, confidence, place in
+    the matrix). A vote by ``"leiden"`` takes more, and so do other formats than .h5ad. The output appears under its
+    name when it is complete. Parameters as in `annotate`, and
 
     Parameters
     ----------
@@ -188,6 +190,7 @@ def annotate_file(
             gene_table,
             genes_report,
             predict_all,
+            rows_for(adata, output),
         )
         if report is not None:
             # before the output: writing closes the query
@@ -216,6 +219,7 @@ def _annotation(
     gene_table=None,
     genes_report=None,
     predict_all=None,
+    new_rows=rows_in_memory,
 ):
     """Annotation of an AnnData as ``{"obs": ..., "obsm": ..., "uns": ...}``, and a summary."""
     check_vote(adata, vote_key)
@@ -223,10 +227,10 @@ def _annotation(
     query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
     by_embedding = vote_key == LEIDEN and LEIDEN not in adata.obs and "X_pca" not in adata.obsm
     predict_all = predict_all or _predict_all
-    probabilities, embeddings = predict_all(query, loaded, batch_size, by_embedding, progress)
+    probabilities, embeddings = predict_all(query, loaded, batch_size, by_embedding, progress, new_rows)
     names = loaded.labels
     labels, confidence = assign(probabilities, names, threshold)
-    obs = {"scbert_cell_type": _categorical(labels, names), "scbert_confidence": confidence}
+    obs = {"scbert_cell_type": labels, "scbert_confidence": confidence}
     uns = {
         "labels": np.array(names, dtype=object),
         "model": loaded.name,
@@ -239,7 +243,7 @@ def _annotation(
     notes = _notes(adata, query, obs)
     if vote_key is not None:
         vote = _vote(adata, vote_key, labels, probabilities, names, embeddings)
-        obs["scbert_majority_vote"] = _categorical(vote.labels, names)
+        obs["scbert_majority_vote"] = vote.labels
         obs["scbert_majority_share"] = vote.shares
         obs["scbert_majority_confidence"] = vote.confidences
         if vote_key == LEIDEN and LEIDEN not in adata.obs:
@@ -247,19 +251,19 @@ def _annotation(
         # arrays and no data frame: a group or label may have a name that is no HDF5 key
         columns = {name: vote.table[name].to_numpy() for name in vote.table}
         uns["majority_vote"] = {"key": vote_key, "ties": len(vote.ties), "mixed": len(vote.mixed), **columns}
-        notes += _vote_notes(vote)
+        notes += vote_notes(vote)
     for note in notes:
         logger.warning(note)
     parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
     return parts, _summary(labels, confidence, loaded, query, notes)
 
 
-def _predict_all(query: BinnedQuery, loaded: LoadedModel, batch_size, embed: bool, progress: bool):
+def _predict_all(
+    query: BinnedQuery, loaded: LoadedModel, batch_size, embed: bool, progress: bool, new_rows: NewRows
+):
     """Probabilities [cells, labels] and, if asked for, embeddings [cells, hidden]; zeros for empty cells."""
-    probabilities = np.zeros((query.n_cells, len(loaded.labels)), dtype=np.float32)
-    embeddings = (
-        np.zeros((query.n_cells, loaded.model.config.hidden_size), dtype=np.float32) if embed else None
-    )
+    probabilities = new_rows((query.n_cells, len(loaded.labels)))
+    embeddings = new_rows((query.n_cells, loaded.model.config.hidden_size)) if embed else None
     with progress_bar(query.n_cells, "Annotating", progress) as bar:
         for start, bins in query.chunks():
             cells = slice(start, start + bins.shape[0])
@@ -269,66 +273,12 @@ def _predict_all(query: BinnedQuery, loaded: LoadedModel, batch_size, embed: boo
     return probabilities, embeddings
 
 
-def assign(probabilities: np.ndarray, names: list[str], threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Label and confidence of every cell.
-
-    Parameters
-    ----------
-    probabilities
-        [cells, labels]; all zero for a cell without expression.
-    names
-        Labels in the order of the columns.
-    threshold
-        Below it a cell is "unassigned"; a cell with confidence 0 always is.
-
-    Examples
-    --------
-    >>> assign(np.array([[0.9, 0.1], [0.4, 0.3]]), ["B", "T"], 0.5)[0].tolist()
-    ['B', 'unassigned']
-    """
-    confidence = probabilities.max(axis=1)
-    labels = np.array(names, dtype=object)[probabilities.argmax(axis=1)]
-    labels[(confidence < threshold) | (confidence == 0)] = UNASSIGNED
-    return labels, confidence
-
-
-def _categorical(labels: np.ndarray, names: list[str]) -> pd.Categorical:
-    """Labels that occur, in the model's order, "unassigned" last."""
-    present = set(labels)
-    order = [*dict.fromkeys(names), UNASSIGNED] if UNASSIGNED not in names else list(dict.fromkeys(names))
-    return pd.Categorical(labels, categories=[name for name in order if name in present])
-
-
 def _vote(adata, key, labels, probabilities, names, embeddings):
     if key in adata.obs:
-        groups = adata.obs[key].to_numpy()
+        groups = adata.obs[key]
     else:
-        groups = leiden_groups(np.asarray(adata.obsm["X_pca"]) if embeddings is None else embeddings)
+        groups = leiden_groups(np.asarray(adata.obsm["X_pca"]) if embeddings is None else embeddings[:])
     return majority_vote(labels, groups, probabilities, names)
-
-
-def _vote_notes(vote) -> list[str]:
-    notes = []
-    if vote.ties:
-        shown = "; ".join(f"{group}: {' = '.join(tied)}" for group, tied in list(vote.ties.items())[:5])
-        notes.append(
-            f"{len(vote.ties)} group(s) had a tied vote, won by the label of larger summed probability, the first "
-            f"named ({shown}{'; ...' if len(vote.ties) > 5 else ''})."
-        )
-    if len(vote.mixed):
-        shown = "; ".join(
-            f"{row.group}: {row.label} {row.share:.0%}, then {row.runner_up}"
-            for row in vote.mixed.head(5).itertuples()
-        )
-        notes.append(
-            f"{len(vote.mixed)} of {len(vote.table)} groups are mixed, their winner has less than "
-            f"{MIXED_SHARE:.0%} of the cells ({shown}{'; ...' if len(vote.mixed) > 5 else ''})."
-        )
-    alone = int((vote.groups < 0).sum())
-    if alone:
-        notes.append(f"{alone} cell(s) belong to no group and keep their own label in the majority vote.")
-    return notes
 
 
 def _notes(adata: AnnData, query: BinnedQuery, obs: dict) -> list[str]:
@@ -344,7 +294,7 @@ def _notes(adata: AnnData, query: BinnedQuery, obs: dict) -> list[str]:
 
 
 def _summary(labels, confidence, loaded: LoadedModel, query: BinnedQuery, notes: list[str]) -> dict[str, Any]:
-    counts = pd.Series(labels).value_counts()
+    counts = pd.Series(labels).value_counts(sort=False).sort_values(ascending=False, kind="stable")
     alignment = query.alignment
     return {
         "cells": query.n_cells,
@@ -359,36 +309,6 @@ def _summary(labels, confidence, loaded: LoadedModel, query: BinnedQuery, notes:
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "notes": notes,
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what made a result."""
-    found = {}
-    for package in ("scbert-transformers", "transformers", "torch", "anndata"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def add_parts(adata: AnnData, parts: dict[str, dict]) -> None:
-    """Put ``{"obs": ..., "obsm": ..., "uns": ...}`` into an AnnData."""
-    for slot, elements in parts.items():
-        target = getattr(adata, slot)
-        for name, value in elements.items():
-            target[name] = value
-
-
-def write_parts(query, adata: AnnData, parts: dict[str, dict], output, overwrite: bool) -> None:
-    """Write the query with `parts` added, complete or not at all."""
-    if adata.isbacked:
-        # the handle must not stand open on a file that is copied
-        adata.file.close()
-        atomic_copy_h5ad(query, output, **parts, overwrite=overwrite)
-        return
-    add_parts(adata, parts)
-    atomic_write_h5ad(adata, output, overwrite=overwrite, inputs=(query,))
 
 
 if __name__ == "__main__":

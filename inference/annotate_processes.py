@@ -26,10 +26,12 @@ from accelerate import PartialState
 
 from ..data.corpus_shards import replaced
 from ..data.read import matrix_rows
+from ..data.row_file import RowFile
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
 from .gene_report import name_genes
 from .loading import LoadedModel, load_model
+from .parts import NewRows
 from .prediction import predict_cells
 from .query import CHUNK_SIZE, BinnedQuery, opened, progress_bar
 
@@ -95,8 +97,14 @@ class ShardedPrediction:
         self.folder = Path(output).with_name(f"{Path(output).name}.partial")
 
     def __call__(
-        self, query: BinnedQuery, loaded: LoadedModel, batch_size: int | None, embed: bool, progress: bool
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+        self,
+        query: BinnedQuery,
+        loaded: LoadedModel,
+        batch_size: int | None,
+        embed: bool,
+        progress: bool,
+        new_rows: NewRows,
+    ) -> tuple[np.ndarray | RowFile, np.ndarray | RowFile | None]:
         """Probabilities [cells, labels] and, if asked for, embeddings [cells, hidden]."""
         run = ShardedRun(**{**asdict(self.run), "embed": embed})
         shards = list(shard_paths(run, self.folder, query.n_cells))
@@ -114,8 +122,15 @@ class ShardedPrediction:
         while not all(path.exists() for path in shards):
             # the launcher ends this process where another fails
             time.sleep(0.2)
-        hidden_size = loaded.model.config.hidden_size if embed else 0
-        return _merged(shards, query.n_cells, len(loaded.labels), hidden_size)
+        probabilities = new_rows((query.n_cells, len(loaded.labels)))
+        embeddings = new_rows((query.n_cells, loaded.model.config.hidden_size)) if embed else None
+        for number, path in enumerate(shards):
+            cells = slice(number * run.shard_cells, (number + 1) * run.shard_cells)
+            with np.load(path) as stored:
+                probabilities[cells] = stored["probabilities"]
+                if embed:
+                    embeddings[cells] = stored["embeddings"]
+        return probabilities, embeddings
 
     def _prepare(self, run):
         record = self.folder / RECORD
@@ -230,20 +245,6 @@ def _device(device, rank):
     if device is None and torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
     return device
-
-
-def _merged(shards, n_cells, n_labels, hidden_size):
-    probabilities = np.empty((n_cells, n_labels), dtype=np.float32)
-    embeddings = np.empty((n_cells, hidden_size), dtype=np.float32) if hidden_size else None
-    start = 0
-    for path in shards:
-        with np.load(path) as stored:
-            rows = slice(start, start + len(stored["probabilities"]))
-            probabilities[rows] = stored["probabilities"]
-            if hidden_size:
-                embeddings[rows] = stored["embeddings"]
-        start = rows.stop
-    return probabilities, embeddings
 
 
 def sharded_prediction(

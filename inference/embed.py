@@ -10,8 +10,8 @@ import numpy as np
 from anndata import AnnData
 
 from ..data.output import check_output_path
-from .annotate import add_parts, versions, write_parts
 from .loading import LoadedModel, load_model
+from .parts import add_parts, rows_for, rows_in_memory, versions, write_parts
 from .prediction import predict, say_batch_size
 from .query import BinnedQuery, opened, overlap_numbers, progress_bar
 
@@ -101,23 +101,43 @@ def embed_file(
         loaded = load_model(model, "embedding", device, dtype)
         say_batch_size(loaded, batch_size)
         parts, summary = _embedding(
-            adata, loaded, layer, input, batch_size, force, progress, gene_table, genes_report
+            adata,
+            loaded,
+            layer,
+            input,
+            batch_size,
+            force,
+            progress,
+            gene_table,
+            genes_report,
+            rows_for(adata, output),
         )
         write_parts(query, adata, parts, output, overwrite)
     return {"output": str(output), **summary, "seconds": time.monotonic() - started}
 
 
 def _embedding(
-    adata, loaded: LoadedModel, layer, input, batch_size, force, progress, gene_table=None, genes_report=None
+    adata,
+    loaded: LoadedModel,
+    layer,
+    input,
+    batch_size,
+    force,
+    progress,
+    gene_table=None,
+    genes_report=None,
+    new_rows=rows_in_memory,
 ):
     """Embedding of an AnnData as ``{"obsm": ..., "uns": ...}``, and a summary."""
     query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
-    vectors = np.zeros((query.n_cells, loaded.model.config.hidden_size), dtype=np.float32)
+    vectors = new_rows((query.n_cells, loaded.model.config.hidden_size))
     with progress_bar(query.n_cells, "Embedding", progress) as bar:
         for start, bins in query.chunks():
+            chunk = np.empty((bins.shape[0], vectors.shape[1]), dtype=np.float32)
             for rows, _, batch in predict(loaded, bins, batch_size, embed=True):
-                vectors[start + rows] = batch
+                chunk[rows] = batch
                 bar.update(len(rows))
+            vectors[start : start + len(chunk)] = chunk
     overlap = overlap_numbers(query.alignment)
     about = {"model": loaded.name, "pooling": "mean over expressed genes and the trailing token"}
     about |= {

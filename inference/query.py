@@ -21,7 +21,7 @@ from .gene_report import name_genes
 logger = logging.getLogger(__name__)
 
 # bins kept between the checking pass and the model's; above it the file is read twice instead
-KEPT_BYTES = 128 << 20
+KEPT_BYTES = 32 << 20
 CHUNK_SIZE = 4096
 
 

@@ -38,21 +38,21 @@ def write_annotation_report(
         Replace an existing file.
     """
     obs, about = parts["obs"], parts["uns"]["scbert"]
-    labels, confidence = np.asarray(obs["scbert_cell_type"]).astype(str), obs["scbert_confidence"]
+    labels, confidence = np.asarray(obs["scbert_cell_type"], dtype=object), obs["scbert_confidence"]
     pictures = {
         "Confidence of the cells of every type; the line is the threshold.": plot_confidence(
             labels, confidence, about["threshold"]
         ),
         "Genes of the model found in the query.": plot_overlap(summary["gene_overlap"]),
     }
-    tables = [_types(labels, confidence)]
+    tables = [types_table(labels, confidence)]
     if "majority_vote" in about:
         tables.append(_groups(about["majority_vote"]))
         groups = _group_of_cells(adata, obs, about["majority_vote"]["key"])
         if len(set(groups)) <= MAX_GROUPS_DRAWN:
             caption = "Confidence of the cells of every group; the line is the threshold."
             pictures[caption] = plot_confidence(groups, confidence, about["threshold"])
-    xy, chosen, source = _coordinates(adata, parts["obsm"]["scbert_probabilities"])
+    xy, chosen, source = cell_coordinates(adata, parts["obsm"]["scbert_probabilities"])
     if xy is not None:
         panels = {"cell type": labels[chosen]}
         if "scbert_majority_vote" in obs:
@@ -106,7 +106,8 @@ def plot_overlap(overlap: dict[str, Any]) -> Any:
     return figure
 
 
-def _types(labels: np.ndarray, confidence: np.ndarray) -> TextTable:
+def types_table(labels: np.ndarray, confidence: np.ndarray) -> TextTable:
+    """Cells, share and confidence of every type, the commonest first."""
     rows = []
     for name, count in pd.Series(labels).value_counts().items():
         values = confidence[labels == name]
@@ -143,7 +144,7 @@ def _group_of_cells(adata: AnnData, obs: dict[str, Any], key: str) -> np.ndarray
     return np.asarray(groups).astype(object).astype(str)
 
 
-def _coordinates(adata: AnnData, probabilities: np.ndarray):
+def cell_coordinates(adata: AnnData, probabilities: np.ndarray):
     """Places of the cells drawn, which they are, and what the places are; None where scanpy is not installed."""
     n_cells = adata.n_obs
     chosen = np.sort(np.random.default_rng(0).permutation(n_cells)[:MAX_CELLS_DRAWN])

@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ..data.row_file import RowFile, row_blocks
 from ..tokenization import InputError
+from ..training.labels import UNASSIGNED
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ class Vote:
 
     Attributes
     ----------
-    labels
+    labels : pandas.Categorical
         Winning label of each cell's group, [cells]; the cell's own where it has no group.
     shares
         Share of the group's cells that voted for it, [cells]; NaN for cells without a group.
@@ -43,7 +45,7 @@ class Vote:
         One row per group: ``group, label, cells, share, confidence, runner_up`` (the second label, or "").
     """
 
-    labels: np.ndarray
+    labels: pd.Categorical
     shares: np.ndarray
     groups: np.ndarray
     ties: dict[str, list[str]]
@@ -56,7 +58,9 @@ class Vote:
         return self.table[self.table["share"] < MIXED_SHARE]
 
 
-def majority_vote(labels: np.ndarray, groups, probabilities: np.ndarray, names: list[str]) -> Vote:
+def majority_vote(
+    labels: np.ndarray | pd.Categorical, groups, probabilities: np.ndarray | RowFile, names: list[str]
+) -> Vote:
     """
     Give each group the label most of its cells have.
 
@@ -80,31 +84,75 @@ def majority_vote(labels: np.ndarray, groups, probabilities: np.ndarray, names: 
     >>> majority_vote(np.array(["B", "T", "T"]), [1, 1, 1], probabilities, ["B", "T"]).labels.tolist()
     ['T', 'T', 'T']
     """
-    codes, group_names = pd.factorize(pd.Series(groups).reset_index(drop=True))
-    labels = np.asarray(labels, dtype=object)
-    winners, shares, ties = labels.copy(), np.full(len(labels), np.nan, dtype=np.float32), {}
-    confidences, rows_of_table = np.full(len(labels), np.nan, dtype=np.float32), []
+    groups, group_names = pd.factorize(pd.Series(groups).reset_index(drop=True))
+    order = list(dict.fromkeys([*names, UNASSIGNED]))
+    own = pd.Categorical(labels, categories=order).codes
+    votes, sums, sure = _tally(groups, own, probabilities, len(group_names), len(order))
     column = {name: index for index, name in enumerate(names)}
-    order = np.argsort(codes, kind="stable")
-    for rows in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1):
-        if not len(rows) or codes[rows[0]] < 0:
-            continue
-        votes = pd.Series(labels[rows]).value_counts()
-        tied = [label for label, count in votes.items() if count == votes.iloc[0]]
-        sums = probabilities[rows].sum(axis=0, dtype=np.float64)
+    winners, rows, ties = np.zeros(len(group_names), dtype=own.dtype), [], {}
+    for index, group in enumerate(map(str, group_names)):
         # no column stands for "unassigned": it wins only outright
-        tied.sort(key=lambda label: (-sums[column[label]], column[label]) if label in column else (1.0, 0))
-        group, winner = str(group_names[codes[rows[0]]]), tied[0]
+        ranked = [(-votes[index, i], *_rank(name, sums[index], column), i) for i, name in enumerate(order)]
+        ranked = [place[-1] for place in sorted(ranked) if votes[index, place[-1]]]
+        winner, n_cells = ranked[0], votes[index].sum()
+        winners[index] = winner
+        tied = [order[i] for i in ranked if votes[index, i] == votes[index, winner]]
         if len(tied) > 1:
             ties[group] = tied
-        winners[rows], shares[rows] = winner, votes.iloc[0] / len(rows)
-        of_winner = probabilities[rows][:, column[winner]] if winner in column else probabilities[rows].max(1)
-        confidences[rows] = of_winner.mean()
-        others = [label for label in votes.index if label != winner]
-        second = tied[1] if len(tied) > 1 else (others or [""])[0]
-        rows_of_table.append((group, winner, len(rows), shares[rows[0]], confidences[rows[0]], second))
-    table = pd.DataFrame(rows_of_table, columns=TABLE_COLUMNS)
-    return Vote(winners, shares, codes, ties, confidences, table)
+        of_winner = sums[index, column[order[winner]]] if order[winner] in column else sure[index]
+        second = order[ranked[1]] if len(ranked) > 1 else ""
+        share, confidence = votes[index, winner] / n_cells, of_winner / n_cells
+        rows.append((group, order[winner], n_cells, np.float32(share), np.float32(confidence), second))
+    table = pd.DataFrame(rows, columns=TABLE_COLUMNS)
+    # cells without a group, whose number is -1, take what stands last
+    shares, confidences = (
+        np.append(table[name].to_numpy(np.float32), np.float32(np.nan))[groups]
+        for name in ("share", "confidence")
+    )
+    codes = np.where(groups < 0, own, np.append(winners, winners.dtype.type(0))[groups])
+    labels = pd.Categorical.from_codes(codes, order).remove_unused_categories()
+    return Vote(labels, shares, groups, ties, confidences, table)
+
+
+def _rank(name: str, sums: np.ndarray, column: dict[str, int]) -> tuple[float, int]:
+    return (-sums[column[name]], column[name]) if name in column else (1.0, 0)
+
+
+def _tally(groups, own, probabilities, n_groups, n_labels):
+    """Votes [groups, labels], summed probabilities [groups, columns], summed largest probabilities [groups]."""
+    votes = np.zeros((n_groups, n_labels), dtype=np.int64)
+    sums, sure = np.zeros((n_groups, probabilities.shape[1])), np.zeros(n_groups)
+    for block in row_blocks(len(own)):
+        voters = np.flatnonzero(groups[block] >= 0)
+        group, values = groups[block][voters], probabilities[block][voters]
+        np.add.at(votes, (group, own[block][voters]), 1)
+        np.add.at(sums, group, values)
+        np.add.at(sure, group, values.max(axis=1))
+    return votes, sums, sure
+
+
+def vote_notes(vote: Vote) -> list[str]:
+    """What the user should know of tied and mixed groups, and of cells without one."""
+    notes = []
+    if vote.ties:
+        shown = "; ".join(f"{group}: {' = '.join(tied)}" for group, tied in list(vote.ties.items())[:5])
+        notes.append(
+            f"{len(vote.ties)} group(s) had a tied vote, won by the label of larger summed probability, the first "
+            f"named ({shown}{'; ...' if len(vote.ties) > 5 else ''})."
+        )
+    if len(vote.mixed):
+        shown = "; ".join(
+            f"{row.group}: {row.label} {row.share:.0%}, then {row.runner_up}"
+            for row in vote.mixed.head(5).itertuples()
+        )
+        notes.append(
+            f"{len(vote.mixed)} of {len(vote.table)} groups are mixed, their winner has less than "
+            f"{MIXED_SHARE:.0%} of the cells ({shown}{'; ...' if len(vote.mixed) > 5 else ''})."
+        )
+    alone = int((vote.groups < 0).sum())
+    if alone:
+        notes.append(f"{alone} cell(s) belong to no group and keep their own label in the majority vote.")
+    return notes
 
 
 def check_vote(adata: AnnData, key: str | None) -> None:

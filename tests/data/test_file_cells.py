@@ -33,7 +33,11 @@ def test_rows_of_every_matrix(path, adata, layer):
 def test_looks_like_the_anndata(path, adata):
     cells = open_cells(path)
     assert cells.n_obs == 120 and cells.n_vars == 300
-    assert cells.obs.equals(adata.obs) and cells.var.equals(adata.var)
+    assert list(cells.obs) == list(adata.obs) and cells.var.equals(adata.var)
+    for name in adata.obs:
+        assert cells.obs[name].equals(adata.obs[name].reset_index(drop=True))
+    with pytest.raises(KeyError):
+        cells.obs["_index"]
     assert set(cells.layers) == {"csc", "dense"} and "X_pca" in cells.obsm
     np.testing.assert_array_equal(np.asarray(cells.obsm["X_pca"]), 1)
     cells.file.close()

@@ -134,8 +134,8 @@ def test_full_disk_is_one_message(tmp_path, adata, monkeypatch, code):
                 raise OSError(code, os.strerror(code))
             return self.raw.write(data)
 
-    patient = output_module._PatientFile
-    monkeypatch.setattr(output_module, "_PatientFile", lambda raw: patient(Full(raw)))
+    patient = output_module.PatientFile
+    monkeypatch.setattr(output_module, "PatientFile", lambda raw: patient(Full(raw)))
     with pytest.raises(OSError, match="Could not write") as error:
         atomic_write_h5ad(adata, tmp_path / "out.h5ad")
     assert error.value.errno == code and "free some space" in str(error.value)

@@ -1,0 +1,58 @@
+"""What a command adds to its cells, ``{"obs": ..., "obsm": ..., "uns": ...}``: where it is kept and how written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from anndata import AnnData
+
+from ..data.file_cells import FileCells
+from ..data.output import atomic_copy_h5ad, atomic_write_h5ad
+from ..data.row_file import RowFile
+
+# makes a matrix of float32 zeros of a shape
+NewRows = Callable[[tuple[int, int]], np.ndarray | RowFile]
+
+
+def rows_in_memory(shape: tuple[int, int]) -> np.ndarray:
+    """A float32 matrix of zeros."""
+    return np.zeros(shape, dtype=np.float32)
+
+
+def rows_for(adata: AnnData | FileCells, output: str | Path) -> NewRows:
+    """Where the results of all cells are kept until they are written: on disk, if that is where the cells are."""
+    return partial(RowFile, output=output) if adata.isbacked else rows_in_memory
+
+
+def add_parts(adata: AnnData, parts: dict[str, dict]) -> None:
+    """Put ``{"obs": ..., "obsm": ..., "uns": ...}`` into an AnnData."""
+    for slot, elements in parts.items():
+        target = getattr(adata, slot)
+        for name, value in elements.items():
+            target[name] = value
+
+
+def write_parts(query, adata: AnnData, parts: dict[str, dict], output, overwrite: bool) -> None:
+    """Write the query with `parts` added, complete or not at all."""
+    if adata.isbacked:
+        # the handle must not stand open on a file that is copied
+        adata.file.close()
+        atomic_copy_h5ad(query, output, **parts, overwrite=overwrite)
+        return
+    add_parts(adata, parts)
+    atomic_write_h5ad(adata, output, overwrite=overwrite, inputs=(query,))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a result."""
+    found = {}
+    for package in ("scbert-transformers", "transformers", "torch", "anndata"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
