@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from . import __version__
+from . import __version__, cli_share
 from . import cli_options as opt
 from .cli_options import (
     BatchSize,
@@ -121,6 +121,8 @@ def finetune(
         CacheFrozen | None, typer.Option(help="Where the frozen layers' outputs are kept between epochs.")
     ] = None,
     seed: Seed = None,
+    device: opt.TrainingDevice = None,
+    dtype: opt.TrainingDtype = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -146,6 +148,8 @@ def annotate(
     layer: Layer = None,
     input: Input = InputKind.auto,
     batch_size: BatchSize = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
     gene_table: GeneTable = None,
     genes_report: GenesReport = None,
     processes: opt.Processes = None,
@@ -170,6 +174,8 @@ def embed(
     layer: Layer = None,
     input: Input = InputKind.auto,
     batch_size: BatchSize = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
     gene_table: GeneTable = None,
     genes_report: GenesReport = None,
     force: Force = False,
@@ -305,26 +311,6 @@ def gene2vec(
 
 
 @app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Model folder to send.", show_default=False)],
-    repo_id: Annotated[
-        str, typer.Argument(metavar="REPO_ID", help="NAME or OWNER/NAME on the Hub.", show_default=False)
-    ],
-    public: Annotated[
-        bool, typer.Option("--public", help="Show it to everybody (private without it).")
-    ] = False,
-    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "apache-2.0",
-    message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload model",
-    json: Json = False,
-) -> None:
-    """Send a model, its code and its card to the Hugging Face Hub."""
-    existing(folder)
-    from .model_cards.push import push as job
-
-    run(job, folder, repo_id, public=public, licence=licence, message=message, as_json=json)
-
-
-@app.command()
 def build(
     sources: opt.Sources,
     output: opt.CorpusFolder = None,
@@ -381,6 +367,8 @@ def combine(
     run(combine_files, **given)
 
 
+app.command()(cli_share.push)
+app.command()(cli_share.app)
 app.command()(evaluate)
 app.command()(explain)
 

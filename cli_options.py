@@ -20,6 +20,12 @@ class CacheFrozen(StrEnum):
     off = "off"
 
 
+class DtypeName(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class ClassBalance(StrEnum):
     none = "none"
     weights = "weights"
@@ -57,6 +63,25 @@ Threshold = Annotated[
 Layer = Annotated[str | None, typer.Option(help="Layer that holds the values (X without it).")]
 Input = Annotated[InputKind, typer.Option(help="What the values are; auto refuses what it cannot tell.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells per step.", show_default=False)]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="cpu|cuda|cuda:N", help="Where to compute.", show_default="auto: a GPU if there is one"
+    ),
+]
+Dtype = Annotated[
+    DtypeName | None,
+    typer.Option(
+        help="Precision of the matrix products.", show_default="auto: bfloat16 on GPUs that have it"
+    ),
+]
+TrainingDevice = Annotated[
+    str | None,
+    typer.Option(metavar="cpu|cuda", help="Where to compute.", show_default="auto: every GPU, or the CPU"),
+]
+TrainingDtype = Annotated[
+    DtypeName | None, typer.Option(help="Precision of the matrix products.", show_default="the recipe's")
+]
 Seed = Annotated[
     int | None, typer.Option(min=0, help="Seed of splits, weights and order.", show_default=False)
 ]
@@ -111,7 +136,14 @@ ObsColumns = Annotated[
 KeepDuplicates = Annotated[bool, typer.Option("--keep-duplicates", help="Keep cells found more than once.")]
 ShardCells = Annotated[int, typer.Option(min=1, help="Cells of a shard.")]
 NumProc = Annotated[int, typer.Option(min=1, help="Files worked on side by side.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop at a file that cannot be used.")]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Stop with exit code 1 at a file that cannot be used. Without it such files are named, left out and "
+        "counted as 'files skipped' (files_skipped, skipped_files of --json), and the exit code is 0.",
+    ),
+]
 Verify = Annotated[bool, typer.Option("--verify", help="Compare a corpus (SRC) with its checksums.")]
 
 

@@ -41,7 +41,9 @@ def how_to_install(library: str, extra: str | None = None) -> str:
     "pip install 'gensim>=4.3' (the extra gene2vec)"
     """
     extra = extra or EXTRAS.get(library)
-    command = "pip install " + " ".join(f"'{name}'" for name in _requirements(extra) or [library])
+    # the missing one first
+    names = sorted(_requirements(extra) or [library], key=lambda name: not name.startswith(library))
+    command = "pip install " + " ".join(f"'{name}'" for name in names)
     return f"{command} (the extra {extra})" if extra else command
 
 

@@ -87,9 +87,9 @@ def load_model(
     task
         ``"annotation"`` needs a fine-tuned model; ``"embedding"`` takes any scBERT model.
     device
-        The first GPU by default, or else the CPU.
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``...; by default (``"auto"``) the first GPU, or else the CPU.
     dtype
-        ``"float32"`` or ``"bfloat16"``; by default bfloat16 on GPUs that have it, float32 elsewhere.
+        ``"float32"`` or ``"bfloat16"``; by default (``"auto"``) bfloat16 on GPUs that have it, float32 elsewhere.
 
     Returns
     -------
@@ -118,7 +118,7 @@ def load_model(
     tokenizer = _load_tokenizer(folder)
     network = _load_weights(folder, task, config)
     _check_match(folder, network, tokenizer)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _pick_device(device)
     dtype = _pick_dtype(device, dtype)
     logger.info("Model %s on %s in %s.", folder, device, str(dtype).removeprefix("torch."))
     return LoadedModel(network.to(device).eval(), tokenizer, str(folder), device, dtype)
@@ -241,8 +241,23 @@ def _check_match(folder: Path, network, tokenizer: ScBertTokenizer) -> None:
         )
 
 
+def _pick_device(device: torch.device | str | None) -> torch.device:
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(
+            f"There is no device {device!r}; cpu, cuda, cuda:1 and the like are known."
+        ) from error
+    n_gpus = torch.cuda.device_count()
+    if picked.type == "cuda" and (picked.index or 0) >= n_gpus:
+        raise InputError(f"The device {device} was asked for, and torch sees {n_gpus} CUDA GPU(s) here.")
+    return picked
+
+
 def _pick_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:
-    if dtype is None:
+    if dtype is None or dtype == "auto":
         half = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if half else torch.float32
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

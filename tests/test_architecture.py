@@ -18,7 +18,17 @@ LEVELS = (
     {"data", "evaluation"},
     {"training"},
     {"inference", "interpretation", "model_cards", "benchmarks", "evaluation/run_benchmark"},
-    {"cli", "cli_options", "cli_studies", "app", "console", "registration", "__init__", "__main__"},
+    {
+        "cli",
+        "cli_options",
+        "cli_share",
+        "cli_studies",
+        "app",
+        "console",
+        "registration",
+        "__init__",
+        "__main__",
+    },
 )
 THIRD_PARTY = {
     "modeling_scbert": {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "triton"},

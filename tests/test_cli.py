@@ -71,6 +71,12 @@ def test_a_missing_file_is_named_without_traceback(tmp_path, capsys):
     assert not output.exists()
 
 
+def test_pushing_what_is_no_model_is_told(tmp_path, capsys):
+    assert cli.main(["push", str(tmp_path), "somebody/model"]) == 1
+    printed = capsys.readouterr().err
+    assert "Error:" in printed and "Traceback" not in printed
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -39,7 +39,7 @@ def test_extras_within_extras_are_resolved(monkeypatch):
         'tqdm>=4; python_version >= "3"',
     ]
     monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
-    assert how_to_install("captum") == "pip install 'scanpy>=1.10' 'captum>=0.8' (the extra explain)"
+    assert how_to_install("captum") == "pip install 'captum>=0.8' 'scanpy>=1.10' (the extra explain)"
 
 
 def test_without_metadata_the_library_alone_is_named(monkeypatch):

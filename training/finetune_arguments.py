@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..tokenization import InputError
@@ -273,6 +274,42 @@ def parse_command_line(
         # of `dict | str` HfArgumentParser keeps the dict, which reads no text
         action.type = json.loads if action.type is dict else action.type
     return {**recipe, **vars(parser.parse_args(arguments[len(recipe) :]))}
+
+
+def device_settings(device: str | None = None, dtype: str | None = None) -> dict[str, Any]:
+    """
+    The settings of `transformers.TrainingArguments` that put a run on a device, in a precision.
+
+    Parameters
+    ----------
+    device
+        ``"auto"`` (every GPU that ``CUDA_VISIBLE_DEVICES`` shows, else the CPU), ``"cpu"`` or ``"cuda"``.
+    dtype
+        ``"float32"`` or ``"bfloat16"`` (under autocast; weights stay in float32); the recipe's if left out.
+
+    Raises
+    ------
+    InputError
+        If there is no such device or precision.
+
+    Examples
+    --------
+    >>> device_settings("cpu", "bfloat16")
+    {'use_cpu': True, 'bf16': True}
+    """
+    if device not in (None, "auto", "cpu", "cuda"):
+        raise InputError(
+            f"Training takes the device auto, cpu or cuda; found {device!r}. Which GPUs cuda means is said by the "
+            "environment variable CUDA_VISIBLE_DEVICES."
+        )
+    if dtype not in (None, "auto", "float32", "bfloat16"):
+        raise InputError(f"dtype must be auto, float32 or bfloat16; found {dtype!r}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("The device cuda was asked for, and torch sees no CUDA GPU here.")
+    settings: dict[str, Any] = {"use_cpu": True} if device == "cpu" else {}
+    if dtype in ("float32", "bfloat16"):
+        settings["bf16"] = dtype == "bfloat16"
+    return settings
 
 
 def comparable(settings: dict[str, Any]) -> dict[str, Any]:

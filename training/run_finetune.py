@@ -25,6 +25,7 @@ from .finetune_arguments import (
     FinetuneTrainingArguments,
     ModelArguments,
     build_arguments,
+    device_settings,
     field_names,
     merge_settings,
     parse_command_line,
@@ -67,9 +68,10 @@ def finetune(
     output
         The model folder to write. It is built in ``OUTPUT.partial`` and appears when complete.
     **options
-        ``base`` (model folder), ``recipe`` (name or file), ``epochs``, ``batch_size``, ``seed``, ``resume``,
-        ``overwrite``, and every field of `DataArguments`, `ModelArguments` and `FinetuneTrainingArguments`
-        (so all of `transformers.TrainingArguments`). They go over the recipe's.
+        ``base`` (model folder), ``recipe`` (name or file), ``epochs``, ``batch_size``, ``seed``, ``device`` and
+        ``dtype`` (see `device_settings`), ``resume``, ``overwrite``, and every field of `DataArguments`,
+        `ModelArguments` and `FinetuneTrainingArguments` (so all of `transformers.TrainingArguments`). They go over
+        the recipe's.
 
     Returns
     -------
@@ -92,6 +94,11 @@ def finetune(
     )
     check_output(data_arguments)
     set_seed(training_arguments.seed)
+    logger.info(
+        "Fine-tuning on %s in %s.",
+        training_arguments.device,
+        "bfloat16" if training_arguments.bf16 else "float32",
+    )
     data = load(data_arguments, model_arguments, training_arguments)
     model = build_model(model_arguments, data, training_arguments.seed)
     return train_and_save(settings, data_arguments, training_arguments, data, model)
@@ -102,6 +109,7 @@ def parse(
 ) -> tuple[dict[str, Any], DataArguments, ModelArguments, FinetuneTrainingArguments]:
     """Options over their recipe, as the merged settings and as dataclasses."""
     given = {SHORT_NAMES.get(name, name): value for name, value in options.items() if value is not None}
+    given = device_settings(given.pop("device", None), given.pop("dtype", None)) | given
     paths = ("reference", "output", "base", "test", "genes")
     given |= {name: str(given[name]) for name in paths if name in given}
     unknown = sorted(set(given) - field_names() - {"recipe"})

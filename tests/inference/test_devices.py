@@ -1,0 +1,44 @@
+"""Where and in which precision a job runs: chosen by itself, said, and refused where there is no such thing."""
+
+import anndata
+import pytest
+import torch
+
+from scbert.cli import main
+from scbert.inference.loading import load_model
+from scbert.tokenization import InputError
+from scbert.training.finetune_arguments import device_settings
+from scbert.training.run_finetune import parse
+
+
+@pytest.mark.parametrize("verb", ["annotate", "embed"])
+def test_the_command_says_what_it_picked(verb, query, model_dir, tmp_path, capsys):
+    output = tmp_path / "out.h5ad"
+    arguments = [verb, str(query), "--model", str(model_dir), "--output", str(output)]
+    assert main([*arguments, "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    assert "on cpu in bfloat16" in capsys.readouterr().err
+    about = anndata.read_h5ad(output).uns["scbert" if verb == "annotate" else "scbert_embedding"]
+    assert about["dtype"] == "bfloat16"
+
+
+def test_auto_is_the_default(model_dir):
+    chosen, default = load_model(model_dir, device="auto", dtype="auto"), load_model(model_dir)
+    assert (chosen.device, chosen.dtype) == (default.device, default.dtype)
+
+
+def test_what_is_not_there_is_refused(model_dir):
+    with pytest.raises(InputError, match="no device 'abacus'"):
+        load_model(model_dir, device="abacus")
+    with pytest.raises(InputError, match="CUDA GPU"):
+        load_model(model_dir, device=f"cuda:{torch.cuda.device_count()}")
+    with pytest.raises(InputError, match="auto, cpu or cuda"):
+        device_settings("cuda:1")
+    with pytest.raises(InputError, match="auto, float32 or bfloat16"):
+        device_settings(dtype="float16")
+
+
+def test_training_takes_the_same_two_options():
+    given = {"reference": "a.h5ad", "label_key": "type", "output": "model", "device": "cpu"}
+    _, _, _, training = parse(given | {"dtype": "bfloat16"})
+    assert training.device.type == "cpu" and training.bf16
+    assert not parse(given | {"dtype": "float32"})[-1].bf16

@@ -1,0 +1,179 @@
+"""What the page in the browser does with a file, without a browser."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import anndata
+import numpy as np
+import pytest
+
+from scbert import app
+from scbert.cli import main
+from scbert.inference.upload import Limits, annotate_upload
+from scbert.tokenization import InputError
+
+gradio = pytest.importorskip("gradio")
+
+
+def test_an_upload_comes_back_with_table_picture_and_file(adata, model_dir, tmp_path):
+    # its own places, which are drawn: making some takes UMAP long
+    adata.obsm["X_umap"] = np.random.default_rng(0).normal(size=(adata.n_obs, 2))
+    adata.write_h5ad(tmp_path / "query.h5ad")
+    result = annotate_upload(tmp_path / "query.h5ad", model_dir, tmp_path)
+    written = anndata.read_h5ad(result.path)
+    assert result.path.name == "query_annotated.h5ad"
+    assert result.columns[:2] == ["cell type", "cells"]
+    counts = {row[0]: int(row[1]) for row in result.rows}
+    assert counts == written.obs["scbert_cell_type"].value_counts().to_dict()
+    assert result.picture.read_bytes()[:4] == b"\x89PNG"
+    assert "120 cells annotated" in result.message
+
+
+def test_large_uploads_are_refused(query, model_dir, tmp_path):
+    with pytest.raises(InputError, match="holds 120 cells; this page takes up to 100"):
+        annotate_upload(query, model_dir, tmp_path, Limits(cells=100))
+    with pytest.raises(InputError, match="this page takes up to 0"):
+        annotate_upload(query, model_dir, tmp_path, Limits(megabytes=0))
+    with pytest.raises(InputError, match=r"no \.h5ad"):
+        annotate_upload(model_dir / "config.json", model_dir, tmp_path)
+
+
+def test_a_visitor_is_told_kindly_and_no_path(tmp_path, model_dir):
+    upload = tmp_path / "cells.h5ad"
+    upload.write_text("no HDF5 at all")
+    with pytest.raises(InputError) as error:
+        annotate_upload(upload, model_dir, tmp_path)
+    told = app.kind_message(error.value, upload)
+    assert "cells.h5ad is no HDF5 file" in told and str(tmp_path) not in told
+    assert "ZeroDivision" not in app.kind_message(ZeroDivisionError("a bug"))
+
+
+def test_old_files_are_swept_out(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.h5ad").touch()
+    for path in (tmp_path / "old", tmp_path / "old.h5ad"):
+        os.utime(path, (time.time() - 7200,) * 2)
+    app.sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "new.h5ad"}
+
+
+def test_only_the_owners_models_can_be_chosen(model_dir, tmp_path):
+    for any_model in (True, False):
+        page = app.build_page([str(model_dir)], tmp_path, any_model=any_model)
+        (choice,) = [part for part in page.blocks.values() if isinstance(part, gradio.Dropdown)]
+        assert choice.allow_custom_value is any_model
+
+
+def test_a_space_is_complete(model_dir, tmp_path, capsys):
+    space = tmp_path / "space"
+    arguments = ["app", "--model", str(model_dir), "--model", "somebody/atlas", "--export-space", str(space)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "loaded_model", lambda model: None)
+        assert main([*arguments, "--max-cells", "9000", "--json"]) == 0
+        assert main(arguments) == 1
+    assert json.loads(capsys.readouterr().out)["models"] == ["models/model", "somebody/atlas"]
+    code = (space / "app.py").read_text()
+    compile(code, "app.py", "exec")
+    assert "serve(['models/model', 'somebody/atlas']" in code and "max_cells=9000" in code
+    assert (space / "models/model/model.safetensors").is_file()
+    assert (space / "scbert/training/recipes/scbert-strong.json").is_file()
+    assert not list(space.rglob("__pycache__")) and not (space / "scbert/tests").exists()
+    front = (space / "README.md").read_text().split("---\n")[1]
+    assert 'sdk: "gradio"' in front and f'sdk_version: "{gradio.__version__}"' in front
+    wanted = (space / "requirements.txt").read_text()
+    assert "torch>=" in wanted and "scbert" not in wanted
+
+
+def test_without_a_model_the_remedy_is_told(capsys):
+    assert main(["app"]) == 1
+    assert "scbert app --model" in capsys.readouterr().err
+
+
+@pytest.fixture
+def browser():
+    """A page of the machine's Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium.new_page(accept_downloads=True)
+        chromium.close()
+
+
+@pytest.fixture
+def served(tmp_path):
+    """Function that runs `scbert app` in an empty folder and returns its address; ended by SIGTERM, nothing stays."""
+    processes = []
+
+    def start(model):
+        folder, temporary = tmp_path / "cwd", tmp_path / "temporary"
+        folder.mkdir()
+        temporary.mkdir()
+        command = [sys.executable, "-m", "scbert", "app", "--model", str(model), "--port", str(free_port())]
+        log = open(tmp_path / "log", "w")  # noqa: SIM115 - the process writes into it
+        environment = os.environ | {"TMPDIR": str(temporary)}
+        processes.append(subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment))
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and processes[-1].poll() is None:
+            if address := re.search(r"http://\S+", (tmp_path / "log").read_text()):
+                return address[0]
+            time.sleep(0.2)
+        pytest.fail((tmp_path / "log").read_text())
+
+    yield start
+    for process in processes:
+        process.terminate()
+        assert process.wait(timeout=30) == 143
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_the_page_in_a_real_browser(query, model_dir, browser, tmp_path, served):
+    folder = tmp_path / "cwd"
+    url = served(model_dir)
+    browser.goto(url)
+    browser.get_by_text("Cell types by scBERT").first.wait_for()
+
+    bad = tmp_path / "bad.h5ad"
+    bad.write_text("no cells in here")
+    browser.set_input_files("input[type=file]", bad)
+    browser.get_by_text("bad.h5ad").first.wait_for()
+    browser.get_by_role("button", name="Annotate", exact=True).click()
+    browser.get_by_text("This did not work").wait_for(timeout=60_000)
+    told = browser.inner_text("body")
+    assert "bad.h5ad is no HDF5 file" in told and "Traceback" not in told and str(tmp_path) not in told
+
+    browser.get_by_role("button", name="Remove").or_(browser.get_by_label("Clear")).first.click()
+    browser.set_input_files("input[type=file]", query)
+    browser.get_by_text("query.h5ad").first.wait_for()
+    browser.get_by_role("button", name="Annotate", exact=True).click()
+    browser.get_by_text("120 cells annotated").wait_for(timeout=120_000)
+    browser.get_by_role("gridcell", name="T cell").or_(
+        browser.get_by_text("mean confidence")
+    ).first.wait_for()
+    picture = browser.locator("img").first
+    picture.wait_for()
+    browser.screenshot(path=tmp_path / "shot.png", full_page=True)
+    assert picture.evaluate("image => image.complete && image.naturalWidth > 300")
+    with browser.expect_download() as download:
+        browser.get_by_text("Download the annotated file").click()
+    download.value.save_as(tmp_path / "out.h5ad")
+    written = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert np.isfinite(written.obs["scbert_confidence"]).all()
+    assert written.n_obs == 120
+    assert not list(folder.iterdir())
