@@ -11,6 +11,7 @@ from .chunked_training_scbert import train_in_chunks, trains_in_chunks
 from .configuration_scbert import ScBertConfig
 from .favor_scbert import ScBertFavorAttention
 from .lsh_scbert import ScBertLshAttention
+from .packing_scbert import is_packed, per_cell
 
 
 class ScBertSoftmaxAttention(nn.Module):
@@ -84,7 +85,14 @@ class ScBertLayer(GradientCheckpointingLayer):
 
     def attend(self, hidden_states, attention_mask=None, output_attentions=False) -> torch.Tensor:
         """First residual branch, norm and attention: ``[batch, length, hidden]`` to the same shape."""
-        return self.attention(self.attention_norm(hidden_states), attention_mask, output_attentions)[0]
+        normed = self.attention_norm(hidden_states)
+        if is_packed(attention_mask):
+            if output_attentions:
+                raise ValueError(
+                    "Packed cells have no attention matrix of the row: pad them to see attentions."
+                )
+            return per_cell(lambda cell: self.attention(cell)[0], normed, attention_mask)
+        return self.attention(normed, attention_mask, output_attentions)[0]
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Second residual branch, norm and position-wise network; same shapes."""
@@ -101,11 +109,16 @@ class ScBertLayer(GradientCheckpointingLayer):
         output_attentions: bool = False,
     ) -> torch.Tensor:
         if runs_in_chunks(self, hidden_states, output_attentions):
-            return layer_in_chunks(self, hidden_states, attention_mask)
+            return self._in_chunks(layer_in_chunks, hidden_states, attention_mask)
         if trains_in_chunks(self, hidden_states, output_attentions):
-            return train_in_chunks(self, hidden_states, attention_mask)
+            return self._in_chunks(train_in_chunks, hidden_states, attention_mask)
         hidden_states = hidden_states + self.attend(hidden_states, attention_mask, output_attentions)
         return hidden_states + self.feed_forward(hidden_states)
+
+    def _in_chunks(self, function, hidden_states, attention_mask):
+        if is_packed(attention_mask):
+            return per_cell(lambda cell: function(self, cell), hidden_states, attention_mask)
+        return function(self, hidden_states, attention_mask)
 
 
 class ScBertReversibleLayer(ScBertLayer):

@@ -19,6 +19,7 @@ from .favor_scbert import ScBertFavorAttention, draw_projection
 from .growth_scbert import GrowthMixin
 from .layers_scbert import ATTENTION_CLASSES, ScBertLayer, ScBertReversibleLayer
 from .lsh_scbert import ScBertLshAttention
+from .packing_scbert import is_packed, unpacked
 from .reversible_scbert import reversible_encode
 
 
@@ -152,7 +153,7 @@ class ScBertModel(ScBertPreTrainedModel):
         input_ids
             Expression bins ``[batch, length]``.
         attention_mask
-            ``[batch, length]``, 1 for tokens, 0 for padding; all ones by default.
+            ``[batch, length]``, 1 for tokens, 0 for padding; or ``[cells + 1]``, see packing_scbert.py.
         gene_ids
             Rows of the gene table ``[batch, length]``; the panel's order by default.
         modality_ids
@@ -289,7 +290,7 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
         """Logits and mean loss over the unpadded tokens."""
         logits = self.modality_decoder(hidden_states)
         targets = modality_ids.expand(hidden_states.shape[:2])
-        if attention_mask is not None:
+        if attention_mask is not None and not is_packed(attention_mask):
             targets = targets.masked_fill(~attention_mask.bool(), -100)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         if labels is not None and kwargs.get("num_items_in_batch") is not None:
@@ -336,7 +337,7 @@ class ScBertClassificationHead(nn.Module):
         return values
 
     def forward(self, hidden_states, attention_mask=None, gene_ids=None) -> torch.Tensor:
-        pooled = self.pool(hidden_states, attention_mask, gene_ids)
+        pooled = self.pool(*unpacked(hidden_states, attention_mask, gene_ids))
         for dense in self.dense:
             pooled = self.dropout(nn.functional.relu(dense(pooled)))
         return self.out_proj(pooled)
