@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..data.cell_dataset import stack_rows
+from ..modeling_scbert.packing_scbert import pack
 from ..tokenization import ScBertTokenizer
 
 
@@ -54,6 +55,9 @@ class DataCollatorForMaskedExpression:
         Makes the rows dense, and names the mask.
     mlm_probability, replace_probability, seed
         As in `mask_expression`; the seed decides every draw.
+    packing
+        Put the cells of a batch one after another in one row, without padding (see `packing_scbert.pack`); the
+        masks are those of the padded batch. Nothing changes where every cell has every gene.
 
     Examples
     --------
@@ -72,8 +76,10 @@ class DataCollatorForMaskedExpression:
         mlm_probability: float = 0.15,
         replace_probability: float = 0.9,
         seed: int = 0,
+        packing: bool = False,
     ):
         self.tokenizer = tokenizer
+        self.packing = packing
         self.mlm_probability = mlm_probability
         self.replace_probability = replace_probability
         self.seed = seed
@@ -90,6 +96,8 @@ class DataCollatorForMaskedExpression:
             self.replace_probability,
         )
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        if self.packing:
+            tensors = pack(tensors)
         if "draw" in items[0]:
             # so that a batch that goes wrong can be named
             tensors["draw"] = torch.tensor([item["draw"] for item in items])

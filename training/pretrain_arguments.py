@@ -112,6 +112,12 @@ class PretrainTrainingArguments(TrainingArguments):
     # every weight takes part in every step; a frozen gene table is no weight
     ddp_find_unused_parameters: bool | None = False
     per_device_eval_batch_size: int = 0
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on the cells of a batch one after another in a row, in place of padding them."
+        },
+    )
     cosine_restarts: dict | str = field(
         default_factory=dict,
         metadata={

@@ -1,5 +1,6 @@
 """The Trainer of a pretraining run: masks, schedule, scores."""
 
+import copy
 from typing import Any
 
 import torch
@@ -70,6 +71,16 @@ class MaskedExpressionTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
+        """transformers' own; scores are counted cell by cell, so batches are padded however training has them."""
+        collator = self.data_collator
+        self.data_collator = copy.copy(collator)
+        self.data_collator.packing = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
@@ -176,6 +187,7 @@ def build_pretrainer(
             data_arguments.mlm_probability,
             data_arguments.replace_probability,
             seed=arguments.data_seed or arguments.seed,
+            packing=arguments.packing,
         ),
         callbacks=[
             RedrawFeaturesCallback(arguments.seed),
