@@ -26,6 +26,7 @@ from .corpus_manifest import FORMAT, GENES, MANIFEST, verify_corpus
 from .corpus_shards import QualityRules, checksum, corpus_schema, scan_file, write_file
 from .corpus_sources import find_sources
 from .output import partial_folder
+from .worker_processes import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,8 @@ def build_corpus(
     Returns
     -------
     dict
-        Cells, genes, files, ``files_skipped``, duplicates and seconds; by file in ``corpus.json`` and
-        ``report.csv``.
+        Cells, genes, files, ``files_skipped`` (how many) and ``skipped_files`` (which), duplicates and seconds; by
+        file in ``corpus.json`` and ``report.csv``.
 
     Raises
     ------
@@ -160,7 +161,9 @@ class _Workers:
             if self.number == 1:
                 return [self._finished(lambda job=job: function(*job), bar) for job in jobs]
             # spawned, not forked: arrow and hdf5 have threads of their own
-            pool = ProcessPoolExecutor(self.number, multiprocessing.get_context("spawn"))
+            pool = ProcessPoolExecutor(
+                self.number, multiprocessing.get_context("spawn"), initializer=end_with_parent
+            )
             try:
                 futures = [pool.submit(function, *job) for job in jobs]
                 return [self._finished(future.result, bar) for future in futures]
@@ -274,12 +277,14 @@ def _finish(folder, reports, settings, genes):
     for path in [*folder.glob("cells-*.json"), *(folder / SCANS).glob("*"), folder / SETTINGS]:
         path.unlink()
     (folder / SCANS).rmdir()
+    skipped = [source["path"] for source in sources if source["problem"] is not None]
     return {
         "cells": cells,
         "genes": len(genes),
         "values": sum(shard["values"] for source in sources for shard in source["shards"]),
         "files": len(sources),
-        "files_skipped": sum(source["problem"] is not None for source in sources),
+        "files_skipped": len(skipped),
+        "skipped_files": skipped,
         "duplicates": sum(source["duplicates"] for source in sources),
         "shards": len(shards),
     }

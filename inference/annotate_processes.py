@@ -27,6 +27,7 @@ from accelerate import PartialState
 from ..data.corpus_shards import replaced
 from ..data.read import matrix_rows
 from ..data.row_file import RowFile
+from ..data.worker_processes import end_with_parent
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
 from .gene_report import name_genes
@@ -190,6 +191,7 @@ def _check(workers, problems, folder):
 
 
 def _worker(run, folder, rank, world_size, problems):
+    end_with_parent()
     try:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
         write_shards(run, folder, rank, world_size)

@@ -41,6 +41,7 @@ from .finetune_trainer import (
 )
 from .frozen_prefix import attach_frozen_prefix
 from .pretrained import check_model_folder, load_base, load_tokenizer, new_model, quiet_transformers
+from .run_output import whole_weights, write_model
 from .run_record import RECORD, check_run_record, write_run_record
 from .run_summary import score_control, score_splits, summarise, write_summary
 
@@ -171,11 +172,11 @@ def train_and_save(
         seconds = {"training": time.perf_counter() - start}
         scores = score_splits(trainer, data)
         seconds["scoring"] = time.perf_counter() - start - seconds["training"]
-        summary = scores
+        summary, weights = scores, whole_weights(trainer)
         if training.process_index == 0:
             control = score_control(data, data_arguments.layer, training.seed)
             summary = summarise(settings, data, trainer, scores, control, seconds)
-            save(folder, trainer, data, summary)
+            save(folder, trainer, data, summary, weights)
     return summary
 
 
@@ -198,11 +199,11 @@ def train(
     return trainer
 
 
-def save(folder: Path, trainer: CellTrainer, data: FinetuneData, summary: dict[str, Any]) -> None:
+def save(
+    folder: Path, trainer: CellTrainer, data: FinetuneData, summary: dict[str, Any], weights: dict[str, Any]
+) -> None:
     """Write weights, config, code, tokenizer and figures; take away what only training needed."""
-    with quiet_transformers():
-        trainer.model.save_pretrained(folder)
-        data.tokenizer.save_pretrained(folder)
+    write_model(folder, trainer, data.tokenizer, weights)
     write_summary(folder, summary)
     shutil.rmtree(trainer.args.output_dir)
     (folder / RECORD).unlink()

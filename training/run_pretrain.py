@@ -43,6 +43,7 @@ from .pretrained import (
     new_masked_model,
     quiet_transformers,
 )
+from .run_output import whole_weights, write_model
 from .run_record import RECORD, check_run_record, write_run_record
 from .run_summary import versions
 
@@ -151,8 +152,9 @@ def train_and_save(
         with quiet_transformers():
             scores = trainer.evaluate()
         summary = summarise(settings, data, trainer, scores, seconds)
+        weights = whole_weights(trainer)
         if training.process_index == 0:
-            save(folder, trainer, data, summary)
+            save(folder, trainer, data, summary, weights)
     return summary
 
 
@@ -196,11 +198,15 @@ def summarise(
     }
 
 
-def save(folder: Path, trainer: MaskedExpressionTrainer, data: PretrainData, summary: dict[str, Any]) -> None:
+def save(
+    folder: Path,
+    trainer: MaskedExpressionTrainer,
+    data: PretrainData,
+    summary: dict[str, Any],
+    weights: dict[str, Any],
+) -> None:
     """Write weights, config, code, tokenizer and figures; take away what only training needed."""
-    with quiet_transformers():
-        trainer.model.save_pretrained(folder)
-        data.tokenizer.save_pretrained(folder)
+    write_model(folder, trainer, data.tokenizer, weights)
     text = json.dumps(summary, indent=2, ensure_ascii=False, default=str)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
     logs = Path(trainer.args.output_dir) / "runs"

@@ -148,6 +148,8 @@ def test_damaged_files(files, adata, tmp_path):
     adata.write_h5ad(files / "nan.h5ad")
     summary = build_corpus([files], tmp_path / "corpus", **SMALL)
     assert (summary["files"], summary["files_skipped"], summary["cells"]) == (6, 3, 120)
+    names = ["cut.h5ad", "nan.h5ad", "no.h5ad"]
+    assert summary["skipped_files"] == [str(files / name) for name in names]
     problems = [source["problem"] for source in read_manifest(tmp_path / "corpus")["sources"]]
     assert [problem is not None for problem in problems] == [False, False, False, True, True, True]
     with pytest.raises(InputError, match=r"cut\.h5ad"):
