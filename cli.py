@@ -140,8 +140,8 @@ def finetune(
 @app.command()
 def annotate(
     query: Query,
-    model: Model,
     output: OutputFile,
+    model: opt.Annotator = None,
     threshold: Threshold = None,
     majority_vote: MajorityVote = None,
     report: Report = None,

@@ -39,6 +39,14 @@ Query = Annotated[
     ),
 ]
 Model = Annotated[Path, typer.Option(metavar="DIR", help="Fine-tuned model folder.", show_default=False)]
+Annotator = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Fine-tuned model folder.",
+        show_default="the shipped annotator of human blood cells",
+    ),
+]
 OutputFile = Annotated[Path, typer.Option(metavar="FILE", help="The .h5ad to write.", show_default=False)]
 OutputFolder = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.", show_default=False)]
 Recipe = Annotated[

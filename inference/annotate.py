@@ -22,6 +22,7 @@ from .parts import NewRows, add_parts, rows_for, rows_in_memory, versions, write
 from .prediction import predict_cells, say_batch_size
 from .query import BinnedQuery, opened, overlap_numbers, progress_bar
 from .report import write_annotation_report
+from .shipped import doubts, model_or_shipped
 from .voting import LEIDEN, check_vote, leiden_groups, majority_vote, vote_notes
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 def annotate(
     adata: AnnData,
-    model: str | Path | LoadedModel,
+    model: str | Path | LoadedModel | None = None,
     threshold: float | None = None,
     *,
     majority_vote: str | None = None,
@@ -50,7 +51,8 @@ def annotate(
     adata
         Cells, with gene symbols in `var_names`; labels are not needed. Left as it is.
     model
-        Fine-tuned model folder, or what `load_model` returned.
+        Fine-tuned model folder, or what `load_model` returned; the annotator that ships with the package (human
+        blood) if left out.
     threshold
         Cells whose largest probability is below it are "unassigned". Default: what fine-tuning chose on its
         validation cells and stored in the config; 0.5 where it had nothing to choose it on.
@@ -95,7 +97,7 @@ def annotate(
     >>> annotated.obs["scbert_cell_type"].value_counts()  # doctest: +SKIP
     """
     _check_threshold(threshold)
-    loaded = load_model(model, "annotation", device, dtype)
+    loaded = load_model(model_or_shipped(model), "annotation", device, dtype)
     parts, _ = _annotation(
         adata, loaded, threshold, majority_vote, layer, input, batch_size, force, progress, gene_table
     )
@@ -106,7 +108,7 @@ def annotate(
 
 def annotate_file(
     query: str | Path,
-    model: str | Path | LoadedModel,
+    model: str | Path | LoadedModel | None,
     output: str | Path,
     *,
     threshold: float | None = None,
@@ -168,6 +170,7 @@ def annotate_file(
         check_output_path(genes_report, overwrite, inputs=(query, output, gene_table))
     if report is not None:
         check_output_path(report, overwrite, inputs=(query, output))
+    model = model_or_shipped(model)
     predict_all = _predict_all
     if processes is not None or resume:
         settings = {"layer": layer, "input": input, "gene_table": gene_table, "batch_size": batch_size}
@@ -240,7 +243,7 @@ def _annotation(
         "versions": versions(),
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }
-    notes = _notes(adata, query, obs)
+    notes = _notes(adata, query, obs) + doubts(query.alignment, labels, names)
     if vote_key is not None:
         vote = _vote(adata, vote_key, labels, probabilities, names, embeddings)
         obs["scbert_majority_vote"] = vote.labels
