@@ -7,7 +7,7 @@ from ..data.read import read_gene_names
 from ..modeling_scbert.convert_checkpoint import CheckpointError, convert_checkpoint
 from ..tokenization import InputError, ScBertTokenizer
 from ..tokenization.genes_scbert import open_text
-from .loading import quiet_transformers
+from ..training.pretrained import quiet_transformers
 
 
 def convert(checkpoint, genes, output, labels=None, overwrite: bool = False) -> dict:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers.utils import logging as transformers_logging
 
 from ..modeling_scbert import ScBertForCellClassification, ScBertModel
 from ..tokenization import InputError, ScBertTokenizer
+from ..training.pretrained import quiet_transformers, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -144,30 +141,7 @@ def model_folder(model: str | Path) -> Path:
 
 def _read_config(folder: Path, task: str) -> dict:
     """The folder's config.json, of the right kind for `task`."""
-    if not folder.exists():
-        partial = folder.with_name(folder.name + ".partial")
-        more = (
-            f" There is {partial}, of a run that did not end: continue it with --resume."
-            if partial.exists()
-            else ""
-        )
-        raise InputError(f"There is no model folder {folder}.{more}")
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder} is a file; a model is a folder, as `scbert finetune` or `scbert convert` write it."
-        )
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder} is no model folder: it holds no config.json.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        model_type = config.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: it is not a JSON object ({error}).") from error
-    if model_type != "scbert":
-        raise InputError(
-            f"{folder} holds a model of type {model_type!r}; a model of type 'scbert' was needed."
-        )
+    config = read_config(folder)
     architectures = config.get("architectures") or []
     if task == "annotation" and architectures != [ScBertForCellClassification.__name__]:
         raise InputError(
@@ -264,21 +238,6 @@ def _pick_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch.
     if dtype not in (torch.float32, torch.bfloat16):
         raise InputError("dtype must be float32 or bfloat16.")
     return dtype
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own messages and progress bars off the screen."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 def quiet_transformers() -> Iterator[None]:
     """Loading without transformers' own reports and bars; what they would say is checked instead."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
         yield
@@ -30,6 +30,43 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """
+    The content of a model folder's config.json.
+
+    Raises
+    ------
+    InputError
+        If it is no folder of an scBERT model.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        partial = folder.with_name(folder.name + ".partial")
+        more = (
+            f" There is {partial}, of a run that did not end: continue it with --resume."
+            if partial.exists()
+            else ""
+        )
+        raise InputError(f"There is no model folder {folder}.{more}")
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is a file; a model is a folder, as `scbert finetune` or `scbert convert` write it."
+        )
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is no model folder: it holds no config.json.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: it is not a JSON object ({error}).") from error
+    if model_type != "scbert":
+        raise InputError(
+            f"{folder} holds a model of type {model_type!r}; a model of type 'scbert' was needed."
+        )
+    return config
 
 
 def check_model_folder(folder: str | Path) -> dict[str, Any]:
@@ -47,20 +84,7 @@ def check_model_folder(folder: str | Path) -> dict[str, Any]:
         Saying what is missing, or of which other type it is.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"There is no model folder {folder}.")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no model folder: it has no config.json.")
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_type = content.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{folder}/config.json is damaged ({error}).") from error
-    if model_type != ScBertConfig.model_type:
-        raise InputError(
-            f"{folder} holds a model of type {model_type!r}; one of type {ScBertConfig.model_type!r} is "
-            f"needed."
-        )
+    content = read_config(folder)
     needed = {
         "weights": WEIGHT_FILES,
         "the gene panel": ("gene_panel.txt",),

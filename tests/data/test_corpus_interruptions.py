@@ -13,7 +13,7 @@ from datasets import load_from_disk
 
 from scbert.cli import main
 
-N_FILES, SHARD_CELLS = 4, 2
+N_FILES, SHARD_CELLS = 4, 3
 COMMAND = [sys.executable, "-m", "scbert", "build"]
 
 
@@ -31,7 +31,7 @@ def options(output):
 
 
 def content(corpus):
-    """Bytes of every file but the report of times; the corpus holds nothing that tells when it was built."""
+    """Bytes of every file; a corpus holds nothing that tells when it was built."""
     return {path.name: path.read_bytes() for path in corpus.iterdir()}
 
 
