@@ -1,0 +1,171 @@
+"""
+Make ``scbert-mini``: corpus, gene panel, gene2vec, pretraining, model folder and card.
+
+    python -m scbert.model_cards.make_mini DATA --work DIR --output model_cards/scbert-mini
+
+DATA holds the files that scbert-mini/sources.csv names, and ``tables/scbert_gene_order_16906.txt.gz``. What stands in
+DIR already is not made again; pretraining that was interrupted goes on.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..data.corpus_manifest import read_manifest
+from ..training.pretrained import load_masked_model, load_tokenizer, quiet_transformers
+from .card import build_card, public_metrics
+from .curves import plot_pretraining
+
+HERE = Path(__file__).parent
+SOURCES = HERE / "scbert-mini" / "sources.csv"
+PANEL = Path("tables") / "scbert_gene_order_16906.txt.gz"
+PANEL_RULE = {"min_cells": 10, "min_files": 4}
+TOP_PAIRS = 150_000
+HIDDEN_SIZE = json.loads((HERE.parent / "training/recipes/pretrain/mini.json").read_text())["model"][
+    "hidden_size"
+]
+
+
+def run(module: str, *arguments: Any) -> None:
+    """One of the package's commands, in a process of its own."""
+    line = [sys.executable, "-m", module, *map(str, arguments)]
+    print(" ".join(line[2:]), file=sys.stderr)
+    subprocess.run(line, check=True)
+
+
+def read_sources() -> list[dict[str, str]]:
+    """Rows of sources.csv."""
+    with SOURCES.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_corpus_manifest(data: Path, path: Path) -> Path:
+    """The table that `scbert build` reads: the files of the corpus, by their place on this machine."""
+    rows = [
+        [data.resolve() / row["file"], row["file"].partition(".")[0]]
+        for row in read_sources()
+        if row["use"] == "corpus"
+    ]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["path", "file_name"], *rows])
+    return path
+
+
+def make(data: Path, work: Path, onednn: bool) -> Path:
+    """Corpus, panel, gene vectors and the pretrained model in the work folder, each if it is not there yet."""
+    work.mkdir(parents=True, exist_ok=True)
+    corpus, panel, vectors, model = (
+        work / name for name in ("corpus", "panel.txt", "gene2vec.txt", "pretrained")
+    )
+    if not corpus.exists():
+        table = write_corpus_manifest(data, work / "sources.csv")
+        run("scbert", "build", table, "--output", corpus, "--column", "dataset", "--overwrite")
+    if not panel.exists():
+        rule = [f"--{name.replace('_', '-')}={value}" for name, value in PANEL_RULE.items()]
+        run("scbert.training.corpus_panel", corpus, "--output", panel, "--within", data / PANEL, *rule)
+    if not vectors.exists():
+        options = ("--genes", panel, "--size", HIDDEN_SIZE, "--top-pairs", TOP_PAIRS)
+        run("scbert", "gene2vec", corpus, *options, "--output", vectors)
+    if not model.exists():
+        partial = model.with_name("pretrained.partial")
+        more = ["--resume"] if partial.exists() else []
+        switches = ["--onednn"] if onednn else []
+        options = ("--genes", panel, "--gene-vectors", vectors, "--recipe", "mini")
+        run("scbert", *switches, "pretrain", corpus, *options, "--output", model, *more)
+    return model
+
+
+def corpus_report(corpus: Path) -> dict[str, Any]:
+    """What became of every file, with its origin and licence, and how the panel was chosen."""
+    manifest, origins = read_manifest(corpus), {row["file"]: row for row in read_sources()}
+    files = []
+    for source in manifest["sources"]:
+        name = Path(source["path"]).name
+        known = {key: origins[name][key] for key in ("origin", "repository_licence")}
+        counts = {key: source.get(key) for key in ("cells", "few_genes", "duplicates", "kept")}
+        files.append(
+            {"file": name, **counts, "problem": (source["problem"] or "").partition(".")[0] or None, **known}
+        )
+    others = [row for row in origins.values() if row["use"] != "corpus"]
+    return {"cells": manifest["cells"], "files": files, "not_in_the_corpus": others, "panel_rule": PANEL_RULE}
+
+
+def corpus_section(report: dict[str, Any], genes: int) -> str:
+    """The corpus as a part of the card."""
+    lines = [
+        "## Corpus",
+        "",
+        f"`scbert build` took {report['cells']:,} cells, those with 200 genes or more, each once. No label was used.",
+        "",
+        "| file | cells | too few genes | duplicates | kept | origin | licence of the repository it stood in |",
+        "|---|---:|---:|---:|---:|---|---|",
+    ]
+    for row in report["files"]:
+        numbers = [
+            "" if row[key] is None else f"{row[key]:,}"
+            for key in ("cells", "few_genes", "duplicates", "kept")
+        ]
+        origin = (
+            row["origin"]
+            if not row["problem"]
+            else f"{row['origin']}; left out by the builder: {row['problem']}"
+        )
+        lines.append(f"| {row['file']} | {' | '.join(numbers)} | {origin} | {row['repository_licence']} |")
+    held = [f"{row['file']} ({row['reason']})" for row in report["not_in_the_corpus"]]
+    rule = report["panel_rule"]
+    return "\n".join([
+        *lines,
+        "",
+        f"Not in the corpus: {', '.join(held)}. No evaluation on them is transductive, and none of their cells stands "
+        "in another file under the same counts. The third of the sorted cells' study that is in the corpus, frozen "
+        "PBMC of its donor A, are other cells.",
+        "",
+        f"Panel: the {genes:,} genes that at least {rule['min_cells']} cells of each of at least {rule['min_files']} "
+        "files express, among the 16,906 of the original panel and in their order "
+        "(`python -m scbert.training.corpus_panel`).",
+        "",
+    ])  # fmt: skip
+
+
+def release(work: Path, output: Path) -> None:
+    """The model folder as it ships: weights in bfloat16, tokenizer, figures, card."""
+    model, tokenizer = load_masked_model(work / "pretrained"), load_tokenizer(work / "pretrained")
+    with quiet_transformers():
+        model.bfloat16().save_pretrained(output)
+        tokenizer.save_pretrained(output)
+    for code in output.glob("*.py"):
+        # it ships once, as the package
+        code.unlink()
+    metrics = public_metrics(json.loads((work / "pretrained" / "metrics.json").read_text()))
+    report = corpus_report(work / "corpus")
+    for name, content in (("metrics", metrics), ("corpus", report)):
+        (output / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    plot_pretraining(metrics, output / "learning_curve.png")
+    (output / "card_1_corpus.md").write_text(corpus_section(report, len(tokenizer.gene_panel)))
+    (output / "card_2_curve.md").write_text("![Loss and masked accuracy by step](learning_curve.png)\n")
+    write_card(output)
+
+
+def write_card(output: Path) -> None:
+    """README.md of a released folder, from what stands in it."""
+    build_card(output, output.name).save(output / "README.md")
+
+
+def main() -> None:
+    """Make what is missing, and the folder."""
+    parser = argparse.ArgumentParser(prog="make_mini", description=__doc__.strip().partition("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=HERE / "scbert-mini")
+    parser.add_argument("--onednn", action="store_true", help="See scbert --onednn.")
+    options = parser.parse_args()
+    make(options.data, options.work, options.onednn)
+    release(options.work, options.output)
+
+
+if __name__ == "__main__":
+    main()
