@@ -5,7 +5,6 @@ Fine-tune a model on labelled cells: ``scbert finetune``, or
     accelerate launch -m scbert.training.run_finetune recipe.json ...
 """
 
-import contextlib
 import json
 import logging
 import shutil
@@ -14,10 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 
-from ..data.output import check_output_folder, partial_folder
+from ..data.output import check_output_folder
 from ..tokenization import InputError
 from .callbacks import saving_on_terminate
 from .finetune_arguments import (
@@ -36,13 +34,12 @@ from .finetune_trainer import (
     build_trainer,
     freeze_first_layers,
     freeze_for_finetuning,
-    last_checkpoint,
     stop_progress,
 )
 from .frozen_prefix import attach_frozen_prefix
 from .pretrained import check_model_folder, load_base, load_tokenizer, new_model, quiet_transformers
-from .run_output import whole_weights, write_model
-from .run_record import RECORD, check_run_record, write_run_record
+from .run_output import run_folder, whole_weights, write_model
+from .run_record import RECORD
 from .run_summary import score_control, score_splits, summarise, write_summary
 
 logger = logging.getLogger(__name__)
@@ -156,17 +153,7 @@ def train_and_save(
     model: PreTrainedModel,
 ) -> dict[str, Any]:
     """Train in the partial folder, score, put the figures beside the model, and give it its name."""
-    # the folder is the main process's; nobody touches it before it is made
-    context = partial_folder(data_arguments.output, data_arguments.overwrite, data_arguments.resume)
-    with context if training.process_index == 0 else contextlib.nullcontext():
-        folder = Path(training.output_dir).parent
-        checkpoint = None
-        if data_arguments.resume:
-            check_run_record(folder, settings, data)
-            checkpoint = last_checkpoint(Path(training.output_dir))
-        if training.process_index == 0:
-            write_run_record(folder, settings, data)
-        PartialState().wait_for_everyone()
+    with run_folder(settings, data_arguments, training, data) as (folder, checkpoint):
         start = time.perf_counter()
         trainer = train(model, data, training, checkpoint)
         seconds = {"training": time.perf_counter() - start}

@@ -5,7 +5,6 @@ Pretrain a model by masked expression modelling: ``scbert pretrain``, or
     accelerate launch -m scbert.training.run_pretrain recipe.json ...
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -15,16 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 
 from ..data.corpus_manifest import is_corpus
-from ..data.output import check_output_folder, partial_folder
+from ..data.output import check_output_folder
 from ..tokenization import InputError
 from .callbacks import saving_on_terminate
 from .corpus_data import load_corpus_data
 from .finetune_arguments import parse_command_line
-from .finetune_trainer import last_checkpoint, stop_progress
+from .finetune_trainer import stop_progress
 from .gene2vec import assign_gene_vectors, load_gene_vectors
 from .pretrain_arguments import (
     ARGUMENT_TYPES,
@@ -43,8 +41,8 @@ from .pretrained import (
     new_masked_model,
     quiet_transformers,
 )
-from .run_output import whole_weights, write_model
-from .run_record import RECORD, check_run_record, write_run_record
+from .run_output import run_folder, whole_weights, write_model
+from .run_record import RECORD
 from .run_summary import versions
 
 logger = logging.getLogger(__name__)
@@ -135,17 +133,7 @@ def train_and_save(
     model: PreTrainedModel,
 ) -> dict[str, Any]:
     """Train in the partial folder, put the figures beside the model, and give it its name."""
-    # the folder is the main process's; nobody touches it before it is made
-    context = partial_folder(data_arguments.output, data_arguments.overwrite, data_arguments.resume)
-    with context if training.process_index == 0 else contextlib.nullcontext():
-        folder = Path(training.output_dir).parent
-        checkpoint = None
-        if data_arguments.resume:
-            check_run_record(folder, settings, data)
-            checkpoint = last_checkpoint(Path(training.output_dir))
-        if training.process_index == 0:
-            write_run_record(folder, settings, data)
-        PartialState().wait_for_everyone()
+    with run_folder(settings, data_arguments, training, data) as (folder, checkpoint):
         start = time.perf_counter()
         trainer = train(build_pretrainer(model, data, data_arguments, training), checkpoint)
         seconds = time.perf_counter() - start
