@@ -89,6 +89,12 @@ class ModelArguments:
         default=0,
         metadata={"help": "First layers of a base to keep as they are when every other weight is trained."},
     )
+    freeze_encoder: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the final norm and the head of a base alone; its states are computed once a cell."
+        },
+    )
     model: dict | str = field(
         default_factory=dict, metadata={"help": "JSON: fields of ScBertConfig, for a model without a base."}
     )

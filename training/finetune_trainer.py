@@ -212,6 +212,12 @@ def freeze_first_layers(model: PreTrainedModel, n_layers: int) -> None:
     model.scbert.layers[:n_layers].requires_grad_(False)
 
 
+def freeze_whole_encoder(model: PreTrainedModel) -> None:
+    """Leave only the final norm and the head to be trained: for few cells, or little time."""
+    model.scbert.requires_grad_(False)
+    model.scbert.final_norm.requires_grad_(True)
+
+
 @torch.no_grad()
 def freeze_for_finetuning(model: PreTrainedModel) -> None:
     """

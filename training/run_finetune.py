@@ -34,6 +34,7 @@ from .finetune_trainer import (
     build_trainer,
     freeze_first_layers,
     freeze_for_finetuning,
+    freeze_whole_encoder,
     stop_progress,
 )
 from .frozen_prefix import attach_frozen_prefix
@@ -138,7 +139,9 @@ def build_model(arguments: ModelArguments, data: FinetuneData, seed: int) -> Pre
     if not arguments.base:
         return new_model(arguments.model, data.tokenizer, data.classes, seed)
     model = load_base(arguments.base, data.classes, arguments.model)
-    if arguments.train_all:
+    if arguments.freeze_encoder:
+        freeze_whole_encoder(model)
+    elif arguments.train_all:
         freeze_first_layers(model, arguments.frozen_layers)
     else:
         freeze_for_finetuning(model)
