@@ -19,6 +19,7 @@ from typing import Any
 
 from .console import explain, say
 from .evaluation.requirements import require
+from .inference.shipped import model_or_shipped
 from .inference.upload import Limits, annotate_upload, loaded_model
 from .model_cards.space import export_space as write_space
 from .tokenization import InputError
@@ -173,8 +174,7 @@ def serve_or_export(
     **options: Any,
 ) -> dict[str, Any]:
     """What `scbert app` does: serve the page, or write it as a Space of the Hub."""
-    if not models:
-        raise InputError("Say which model the page offers: scbert app --model DIR.")
+    models = models or [str(model_or_shipped(None))]
     for model in models:
         loaded_model(str(model))
     if export_space is not None:

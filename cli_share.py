@@ -14,7 +14,9 @@ from .console import existing, run
 def app(
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="DIR|REPO_ID", help="Model to offer, repeatable; the first is chosen at first."),
+        typer.Option(
+            metavar="DIR|REPO_ID", help="Model to offer, repeatable (the shipped annotator without it)."
+        ),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 is open to the network.")

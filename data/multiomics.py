@@ -84,8 +84,7 @@ def _read_mudata(path):
         import mudata
     except ImportError:
         raise InputError(
-            f"{path} is read by the library mudata, which is not installed: "
-            f"{how_to_install('mudata')}"
+            f"{path} is read by the library mudata, which is not installed: {how_to_install('mudata')}"
         ) from None
     if not h5py.is_hdf5(path):
         raise InputError(f"{path} is no HDF5 file; a MuData .h5mu was needed.")

@@ -129,8 +129,7 @@ def _bioframe():
         import bioframe
     except ImportError:
         raise InputError(
-            "Peaks are mapped by the library bioframe, which is not installed: "
-            f"{how_to_install('bioframe')}"
+            f"Peaks are mapped by the library bioframe, which is not installed: {how_to_install('bioframe')}"
         ) from None
     return bioframe
 

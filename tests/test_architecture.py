@@ -51,7 +51,11 @@ def project_files(suffix=""):
 
 
 def package_files():
-    return [path for path in project_files(".py") if path.relative_to(ROOT).parts[0] not in ("tests", "docs")]
+    return [
+        path
+        for path in project_files(".py")
+        if path.relative_to(ROOT).parts[0] not in ("tests", "docs", "examples")
+    ]
 
 
 def unit(path):

@@ -1,0 +1,51 @@
+"""Commands that the documentation names exist, with their options; it shows the examples rather than copies."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from scbert import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words and words[0] == "scbert":
+                    yield pytest.param(words[1:], id=f"{page.name}: {line.split('#')[0].strip()[:60]}")
+
+
+@pytest.mark.parametrize("words", commands())
+def test_a_command_of_the_docs_is_understood(words):
+    group = typer.main.get_command(cli.app)
+    words = words[1:] if words[0] == "--onednn" else words
+    # parsed, not run
+    group.commands[words[0]].make_context(words[0], words[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_the_docs_compiles(page):
+    for block in blocks(page, "python"):
+        if "--8<--" not in block:
+            compile(block, page.name, "exec")
+
+
+def test_every_verb_is_documented():
+    told = "".join(page.read_text() for page in PAGES)
+    assert not [name for name in typer.main.get_command(cli.app).commands if f"scbert {name}" not in told]
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r"- (\S+\.md)", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
