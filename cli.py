@@ -7,6 +7,7 @@ stdout with ``--json``. Errors, signals and exit codes are handled in console.py
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -113,7 +114,7 @@ def finetune(
         typer.Option("--train-all", help="Train every weight of a pretrained base.", show_default=False),
     ] = None,
     layer: Layer = None,
-    input: Input = InputKind.auto,
+    input: opt.RecipeInput = None,
     min_genes: Annotated[
         int | None, typer.Option(min=0, help="Expressed genes a training cell needs.", show_default=False)
     ] = None,
@@ -163,7 +164,8 @@ def annotate(
     existing(query)
     from .inference.annotate import annotate_file
 
-    run(annotate_file, **given)
+    # None is an answer here: the shipped annotator
+    run(partial(annotate_file, model=given.pop("model")), **given)
 
 
 @app.command()
@@ -239,7 +241,7 @@ def pretrain(
     ] = None,
     batch_size: BatchSize = None,
     layer: Layer = None,
-    input: Input = InputKind.auto,
+    input: opt.RecipeInput = None,
     min_genes: Annotated[
         int | None, typer.Option(min=0, help="Expressed genes a cell needs.", show_default=False)
     ] = None,

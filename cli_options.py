@@ -70,6 +70,12 @@ Threshold = Annotated[
 ]
 Layer = Annotated[str | None, typer.Option(help="Layer that holds the values (X without it).")]
 Input = Annotated[InputKind, typer.Option(help="What the values are; auto refuses what it cannot tell.")]
+RecipeInput = Annotated[
+    InputKind | None,
+    typer.Option(
+        help="What the values are; auto refuses what it cannot tell.", show_default="the recipe's, or auto"
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells per step.", show_default=False)]
 Device = Annotated[
     str | None,
