@@ -5,13 +5,24 @@ import re
 import subprocess
 import sys
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA_FILES = ("scbert/training/recipes/scbert.json", "scbert/training/recipes/small.json")
+# files of the package's folders that only a clone needs
+NOT_INSTALLED = ("benchmarks/results/*", "*.png")
+
+
+def data_files():
+    """Tracked files of the package's folders that are no modules, as paths in the clone."""
+    folders = {name.partition("/")[0] for name in tracked_files() if name.endswith("/__init__.py")}
+    files = [
+        name for name in tracked_files() if name.partition("/")[0] in folders and not name.endswith(".py")
+    ]
+    return {name for name in files if not any(fnmatch(name, pattern) for pattern in NOT_INSTALLED)}
 
 
 def tracked_files():
@@ -75,6 +86,22 @@ def test_the_core_stays_light():
     assert not {item.name for item in requirements(setup()["options"]["install_requires"])} & heavy
 
 
+def test_every_data_file_is_declared():
+    declared = setup()["options.package_data"]
+    found = set()
+    for package, patterns in declared.items():
+        folder = ROOT.joinpath(*package.split(".")[1:])
+        for pattern in patterns.split(","):
+            found |= {str(path.relative_to(ROOT)) for path in folder.glob(pattern.strip())}
+    wanted = data_files()
+    assert {
+        "training/recipes/scbert.json",
+        "training/accelerate/ddp.yaml",
+        "model_cards/card_template.md",
+    } <= wanted
+    assert wanted <= found
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_every_module_and_data_file(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -82,7 +109,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel):
     modules = {
         name for name in modules if not name.startswith(("scbert/tests/", "scbert/docs/", "scbert/examples/"))
     }
-    assert modules | set(DATA_FILES) <= names
+    assert modules | {f"scbert/{name}" for name in data_files()} <= names
     assert not {name for name in names if "/" not in name}
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"scbert", "scbert_transformers"}
 

@@ -312,7 +312,9 @@ def device_settings(device: str | None = None, dtype: str | None = None) -> dict
         raise InputError(f"dtype must be auto, float32 or bfloat16; found {dtype!r}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("The device cuda was asked for, and torch sees no CUDA GPU here.")
-    settings: dict[str, Any] = {"use_cpu": True} if device == "cpu" else {}
+    # transformers refuses bfloat16 where there is no GPU, unless the CPU is asked for
+    on_cpu = device == "cpu" or (dtype == "bfloat16" and not torch.cuda.is_available())
+    settings: dict[str, Any] = {"use_cpu": True} if on_cpu else {}
     if dtype in ("float32", "bfloat16"):
         settings["bf16"] = dtype == "bfloat16"
     return settings

@@ -42,3 +42,4 @@ def test_training_takes_the_same_two_options():
     _, _, _, training = parse(given | {"dtype": "bfloat16"})
     assert training.device.type == "cpu" and training.bf16
     assert not parse(given | {"dtype": "float32"})[-1].bf16
+    assert parse(given | {"device": None, "dtype": "bfloat16"})[-1].bf16
