@@ -77,6 +77,8 @@ def test_every_requirement_is_pinned():
 def test_the_changelog_and_the_citation_name_this_version():
     import scbert
 
+    dated = rf"^## \[{re.escape(scbert.__version__)}\] - \d{{4}}-\d\d-\d\d$"
+    assert re.search(dated, (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     citation = (ROOT / "CITATION.cff").read_text()
     assert re.search(rf"^version: {re.escape(scbert.__version__)}$", citation, re.MULTILINE)
 
