@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -69,7 +70,6 @@ def build_page(
     offered = _names(models)
 
     def annotate(upload, model, values, progress=gr.Progress(track_tqdm=True)):  # noqa: B008 - gradio looks for it there
-        sweep(folder)
         try:
             if upload is None:
                 raise InputError("Choose a file first.")
@@ -120,6 +120,11 @@ def sweep(folder: str | Path, seconds: float = KEPT_SECONDS) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def _keep_sweeping(folder: str, closed: threading.Event) -> None:
+    while not closed.wait(KEPT_SECONDS / 12):
+        sweep(folder)
+
+
 def serve(
     models: Sequence[str],
     host: str = "127.0.0.1",
@@ -154,6 +159,7 @@ def serve(
         os.environ["GRADIO_TEMP_DIR"] = folder
         gr = require("gradio", "app")
         page = build_page(models, folder, Limits(max_cells, max_megabytes), any_model=host in LOOPBACK)
+        closed = threading.Event()
         # the fonts of the machine: others would be fetched from elsewhere
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         try:
@@ -161,9 +167,11 @@ def serve(
                 server_name=host, server_port=port, max_file_size=f"{max_megabytes}mb", allowed_paths=[folder],
                 prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False, theme=theme, footer_links=[],
             )  # fmt: skip
+            threading.Thread(target=_keep_sweeping, args=(folder, closed), daemon=True).start()
             (on_start or (lambda url: say(f"Open {url} in a browser; Ctrl-C ends the page.")))(page.local_url)
             page.block_thread()
         finally:
+            closed.set()
             page.close(verbose=False)
 
 
