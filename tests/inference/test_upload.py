@@ -69,6 +69,9 @@ def test_only_the_owners_models_can_be_chosen(model_dir, tmp_path):
         page = app.build_page([str(model_dir)], tmp_path, any_model=any_model)
         (choice,) = [part for part in page.blocks.values() if isinstance(part, gradio.Dropdown)]
         assert choice.allow_custom_value is any_model
+    assert choice.preprocess("model") == "model"
+    with pytest.raises(gradio.Error):
+        choice.preprocess("elsewhere")
 
 
 def test_a_space_is_complete(model_dir, tmp_path, capsys):
