@@ -27,6 +27,8 @@ from ..modeling_scbert import ScBertConfig, ScBertModel
 from .tokenizer_speed import peak_gib
 
 ENCODERS = ("favor", "lsh", "softmax", "matrix")
+NAMES = {"favor": "favor", "lsh": "lsh, reversible", "softmax": "softmax, fused", "matrix": "softmax, matrix"}
+COLOURS = {"favor": "#117733", "lsh": "#cc6677", "softmax": "#332288", "matrix": "#88ccee"}
 GIB = 2**30
 # blocks above so many bytes are mapped, and unmapped when freed
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "100000"}
@@ -134,15 +136,15 @@ def draw(rows, depth_length, path):
             row for row in rows if row["encoder"] == encoder and row["part"] == "length" and row["seconds"]
         ]
         for axis, value in zip(axes, ("peak_gib", "seconds")):
-            axis.loglog([r["length"] for r in chosen], [r[value] for r in chosen], marker="o", label=encoder)
+            x, y = [r["length"] for r in chosen], [r[value] for r in chosen]
+            axis.loglog(x, y, marker="o", color=COLOURS[encoder], label=NAMES[encoder])
     for encoder in ("favor", "lsh"):
         for reversible in (False, True):
             chosen = [row for row in rows if row["part"] == "depth" and row["seconds"]]
             chosen = [r for r in chosen if r["encoder"] == encoder and r["reversible"] == reversible]
             label = f"{encoder}{', reversible' if reversible else ''}"
-            axes[2].plot(
-                [r["layers"] for r in chosen], [r["peak_gib"] for r in chosen], marker="o", label=label
-            )
+            style = {"marker": "o", "color": COLOURS[encoder], "linestyle": "-" if reversible else "--"}
+            axes[2].plot([r["layers"] for r in chosen], [r["peak_gib"] for r in chosen], label=label, **style)
     axes[0].set(title="2 layers", xlabel="tokens", ylabel="peak memory of a training step (GiB)")
     axes[1].set(title="2 layers", xlabel="tokens", ylabel="time of a training step (s)")
     axes[2].set(title=f"{depth_length:,} tokens", xlabel="layers", ylabel="peak memory (GiB)", ylim=(0, None))
@@ -176,7 +178,7 @@ def main():
         rows.append({"part": part, **in_fresh_process(case, arguments.limit)})
         show_row(rows[-1])
     cuda = arguments.device == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if cuda else f"CPU, threads: {torch.get_num_threads()}"
     result = {"device": device, "torch": torch.__version__, "dtype": "float32", "rows": rows}
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")

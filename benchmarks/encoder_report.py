@@ -8,10 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-from .encoder_memory import ENCODERS
+from .encoder_memory import ENCODERS, NAMES
 
 BEGIN, END = "<!-- encoders:begin -->", "<!-- encoders:end -->"
-NAMES = {"favor": "favor", "lsh": "lsh, reversible", "softmax": "softmax, fused", "matrix": "softmax, matrix"}
 
 
 def markdown(result: dict) -> str:
