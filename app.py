@@ -45,6 +45,7 @@ def kind_message(error: Exception, upload: str | Path | None = None) -> str:
         )
     if upload is not None:
         message = message.replace(str(upload), Path(upload).name)
+    message = message.replace(tempfile.gettempdir(), "")
     return f"### This did not work\n{message}"
 
 
@@ -116,8 +117,12 @@ def _names(models: Sequence[str]) -> dict[str, str]:
 def sweep(folder: str | Path, seconds: float = KEPT_SECONDS) -> None:
     """Remove what has stood in `folder` for longer than `seconds`."""
     for path in Path(folder).iterdir():
-        if time.time() - path.stat().st_mtime > seconds:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if time.time() - path.stat().st_mtime <= seconds:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _keep_sweeping(folder: str, closed: threading.Event) -> None:
