@@ -7,7 +7,7 @@ DOCS_INSTALLED := $(VENV)/.scbert-docs-installed
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST_ARGS ?=
 
-.PHONY: demo test quality style benchmark docs clean install
+.PHONY: demo test quality style benchmark mini docs clean install
 
 demo: $(INSTALLED)
 	$(VENV)/bin/scbert demo
@@ -29,6 +29,13 @@ benchmark: $(INSTALLED)
 	$(VENV)/bin/python -m scbert.benchmarks.speed --output benchmarks/results
 	cp benchmarks/results/speed.png docs/speed.png
 	$(VENV)/bin/python -m scbert.benchmarks.speed_report benchmarks/results/speed.json docs/performance.md
+
+# the models that ship, from the folder of their cells: make mini DATA=cells (two hours on one core; scratch in build/)
+mini: $(INSTALLED)
+	$(VENV)/bin/python -m scbert.model_cards.make_mini $(DATA) --work build/mini --onednn
+	$(VENV)/bin/python -m scbert.model_cards.pretraining_effect model_cards/scbert-mini $(DATA)/zheng_facs_pbmc.h5ad \
+		--label-key cell_type_coarse --work build/mini
+	$(VENV)/bin/python -m scbert.model_cards.make_pbmc $(DATA) --work build/pbmc
 
 # the documentation reads the package from source, and needs a folder of its name whatever the clone is called
 docs: $(DOCS_INSTALLED)

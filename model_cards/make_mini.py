@@ -9,17 +9,22 @@ DIR already is not made again; pretraining that was interrupted goes on.
 
 import argparse
 import csv
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ..data.corpus_manifest import read_manifest
+from ..tokenization import ScBertTokenizer
 from ..training.pretrained import load_masked_model, load_tokenizer, quiet_transformers
 from .card import build_card, public_metrics
 from .curves import plot_pretraining
 
+CHECKED = ("config.json", "gene_panel.txt", "model.safetensors", "tokenizer_config.json")
 HERE = Path(__file__).parent
 SOURCES = HERE / "scbert-mini" / "sources.csv"
 PANEL = Path("tables") / "scbert_gene_order_16906.txt.gz"
@@ -131,15 +136,21 @@ def corpus_section(report: dict[str, Any], genes: int) -> str:
     ])  # fmt: skip
 
 
-def release(work: Path, output: Path) -> None:
-    """The model folder as it ships: weights in bfloat16, tokenizer, figures, card."""
-    model, tokenizer = load_masked_model(work / "pretrained"), load_tokenizer(work / "pretrained")
+def save_small(model: PreTrainedModel, tokenizer: ScBertTokenizer, output: Path) -> None:
+    """Weights rounded to bfloat16, tokenizer, and their checksums; no code, which ships once, as the package."""
     with quiet_transformers():
         model.bfloat16().save_pretrained(output)
         tokenizer.save_pretrained(output)
     for code in output.glob("*.py"):
-        # it ships once, as the package
         code.unlink()
+    sums = [f"{hashlib.sha256((output / name).read_bytes()).hexdigest()}  {name}" for name in CHECKED]
+    (output / "SHA256SUMS").write_text("\n".join(sums) + "\n")
+
+
+def release(work: Path, output: Path) -> None:
+    """The model folder as it ships: weights, tokenizer, figures, card."""
+    model, tokenizer = load_masked_model(work / "pretrained"), load_tokenizer(work / "pretrained")
+    save_small(model, tokenizer, output)
     metrics = public_metrics(json.loads((work / "pretrained" / "metrics.json").read_text()))
     report = corpus_report(work / "corpus")
     for name, content in (("metrics", metrics), ("corpus", report)):

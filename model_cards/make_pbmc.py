@@ -15,9 +15,9 @@ from typing import Any
 import anndata
 
 from ..evaluation.run_benchmark.cells import LABEL, load_benchmark_cells
-from ..training.pretrained import load_classifier, load_tokenizer, quiet_transformers
+from ..training.pretrained import load_classifier, load_tokenizer
 from .card import public_metrics
-from .make_mini import HERE, run, write_card
+from .make_mini import HERE, run, save_small, write_card
 
 COHORTS = {
     "pbmc3k_10x.h5ad": ("10x PBMC 3k, one healthy donor", "MIT"),
@@ -25,8 +25,7 @@ COHORTS = {
 }
 LABEL_KEY = "cell_type"
 LABELS = HERE / "scbert-mini-pbmc" / "labels.csv"
-PANEL = HERE / "scbert-mini" / "gene_panel.txt"
-RECIPE = "pbmc3k"
+RECIPE = "pbmc"
 CONTROLS = "logistic_l1,logistic_l2"
 # what the annotator was never shown: how many of these cells does it leave unassigned?
 OTHER_TISSUE = {
@@ -38,11 +37,6 @@ ABOUT = {
     "tissue": "human blood (PBMC of healthy donors, 10x 3' chemistry)",
     "trained_on": [f"{name}: {origin}" for name, (origin, _) in COHORTS.items()],
 }
-
-
-def settings(**more: Any) -> str:
-    """What goes over the recipe, as JSON."""
-    return json.dumps({"genes": str(PANEL), "disable_tqdm": True, **more})
 
 
 def cross_cohort(data: Path, work: Path) -> dict[str, Any]:
@@ -62,7 +56,7 @@ def cross_cohort(data: Path, work: Path) -> dict[str, Any]:
         )
         run(
             "scbert", "evaluate", "leave-one-out", *files, "--label-key", LABEL_KEY, *options,
-            "--settings", settings(), "--output", output,
+            "--settings", json.dumps({"disable_tqdm": True}), "--output", output,
         )  # fmt: skip
     return json.loads((output / "results.json").read_text())
 
@@ -73,11 +67,7 @@ def finetune(data: Path, work: Path) -> Path:
     if not model.exists():
         joined = load_benchmark_cells([data / name for name in COHORTS], LABEL_KEY, LABELS)
         joined.write_h5ad(cells, compression="gzip")
-        recipe = json.loads((HERE.parent / "training/recipes" / f"{RECIPE}.json").read_text())
-        recipe["data"] = {"test_fraction": 0.1, "validation_fraction": 0.1}
-        (work / "recipe.json").write_text(json.dumps(recipe))
-        options = ("--genes", PANEL, "--recipe", work / "recipe.json")
-        run("scbert", "finetune", cells, "--label-key", LABEL, *options, "--output", model)
+        run("scbert", "finetune", cells, "--label-key", LABEL, "--recipe", RECIPE, "--output", model)
     return model
 
 
@@ -155,11 +145,7 @@ def origin_section() -> str:
 def release(work: Path, output: Path, cross: dict[str, Any], others: dict[str, Any]) -> None:
     """The annotator's folder as it ships."""
     model, tokenizer = load_classifier(work / "annotator"), load_tokenizer(work / "annotator")
-    with quiet_transformers():
-        model.bfloat16().save_pretrained(output)
-        tokenizer.save_pretrained(output)
-    for code in output.glob("*.py"):
-        code.unlink()
+    save_small(model, tokenizer, output)
     metrics = public_metrics(json.loads((work / "annotator" / "metrics.json").read_text()))
     kept = {name: cross[name] for name in ("rows", "warnings", "settings", "versions")}
     contents = {

@@ -146,6 +146,20 @@ class FinetuneTrainingArguments(TrainingArguments):
             "on validation cells, never below 0.5."
         },
     )
+    encoder_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of all but the head's dense layers, whose weights belong to one gene each; the "
+            "same as learning_rate by default."
+        },
+    )
+    solved_head: str = field(
+        default="none",
+        metadata={
+            "help": "l1 or l2: the head's output layer is no result of steps but of a logistic regression with that "
+            "penalty, and nothing else is trained; none: train."
+        },
+    )
     gene_dropout: float = field(
         default=0.0,
         metadata={
@@ -160,6 +174,7 @@ class FinetuneTrainingArguments(TrainingArguments):
         for name, choices in (
             ("class_balance", ("none", "weights", "oversample")),
             ("cache_frozen", ("auto", "memory", "disk", "off")),
+            ("solved_head", ("none", "l1", "l2")),
         ):
             if getattr(self, name) not in choices:
                 raise InputError(
@@ -171,6 +186,8 @@ class FinetuneTrainingArguments(TrainingArguments):
             )
         if not 0 <= self.gene_dropout < 1:
             raise InputError(f"gene_dropout must be from 0 to below 1; found {self.gene_dropout}.")
+        if self.encoder_learning_rate is not None and self.encoder_learning_rate < 0:
+            raise InputError(f"encoder_learning_rate cannot be negative; found {self.encoder_learning_rate}.")
         if not self.per_device_eval_batch_size:
             self.per_device_eval_batch_size = 2 * self.per_device_train_batch_size
         super().__post_init__()

@@ -42,6 +42,7 @@ from .pretrained import check_model_folder, load_base, load_tokenizer, new_model
 from .run_output import run_folder, whole_weights, write_model
 from .run_record import RECORD
 from .run_summary import score_control, score_splits, summarise, write_summary
+from .solved_head import solve_head
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,10 @@ def train(
     model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainingArguments, checkpoint: Path | None
 ) -> CellTrainer:
     """Train to the best validation macro-F1; the trainer that comes back holds the best weights."""
+    if arguments.solved_head != "none":
+        learnt = data.splits["train"]
+        solve_head(model, data.tokenizer, learnt.bins, learnt.targets, arguments.solved_head, arguments.seed)
+        return build_trainer(model, data, arguments)
     trainer = build_trainer(model, data, arguments)
     n_cells = len(data.splits["train"]) + len(data.splits["validation"])
     # one process that drives several GPUs copies the model to each

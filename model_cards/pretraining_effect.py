@@ -1,0 +1,139 @@
+"""
+What pretraining does for fine-tuning: few-shot learning with and without it, beside logistic regression.
+
+    python -m scbert.model_cards.pretraining_effect model_cards/scbert-mini CELLS.h5ad --label-key KEY --work DIR
+
+Runs ``scbert evaluate few-shot`` on five draws of 5, 20 and 100 cells a type (every other cell is the test) and writes
+fine_tuning.json and its part of the card into the model's folder.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.run_benchmark.contestants import write_ablation
+from ..training.pretrained import quiet_transformers
+from .card import public_metrics
+from .make_mini import run, write_card
+
+SHOTS, DRAWS = (5, 20, 100), 5
+RECIPE, SMALL_RECIPE = "mini", "pbmc3k"
+NAMES = {
+    "scBERT": "scbert-mini, pretrained; norm and head trained",
+    "untrained": "the same, random weights; norm and head trained",
+    "small": f"recipe `{SMALL_RECIPE}`, random weights, all trained",
+    "logistic_l1": "logistic regression, L1",
+    "logistic_l2": "logistic regression, L2",
+}
+
+
+def measure(base: Path, cells: Path, label_key: str, work: Path) -> dict[str, Any]:
+    """The few-shot protocol for the base, the same model with random weights, a small model and the controls."""
+    output, untrained = work / "few_shot", work / "untrained"
+    if not output.exists():
+        if not untrained.exists():
+            with quiet_transformers():
+                write_ablation(base, untrained, "nothing learnt", seed=0)
+        # the small model has no base: its recipe's own size, over the same panel
+        small = {
+            "recipe": SMALL_RECIPE,
+            "base": "",
+            "freeze_encoder": False,
+            "genes": str(base / "gene_panel.txt"),
+        }
+        variants = {"untrained": {"base": str(untrained)}, "small": small}
+        (work / "variants.json").write_text(json.dumps(variants))
+        settings = {"base": str(base), "disable_tqdm": True}
+        run(
+            "scbert", "evaluate", "few-shot", cells, "--label-key", label_key, "--recipe", RECIPE,
+            "--settings", json.dumps(settings), "--variants", work / "variants.json",
+            "--shots", ",".join(map(str, SHOTS)), "--folds", DRAWS,
+            "--controls", "logistic_l1,logistic_l2", "--output", output,
+        )  # fmt: skip
+    return json.loads((output / "results.json").read_text())
+
+
+def table(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Mean and standard deviation of the draws, by model and cells a type."""
+    rows = []
+    for model, name in NAMES.items():
+        for shots in SHOTS:
+            setting = f"{shots} per type"
+            found = [row for row in result["rows"] if row["model"] == model and row["setting"] == setting]
+            scores = {metric: [row[metric] for row in found] for metric in ("accuracy", "macro_f1")}
+            numbers = {
+                f"{metric}_{kind}": float(getattr(np, kind)(values))
+                for metric, values in scores.items()
+                for kind in ("mean", "std")
+            }
+            rows.append({"model": name, "cells_per_type": shots, "draws": len(found), **numbers})
+    return rows
+
+
+def effect(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Macro-F1 with less without pretraining, draw by draw: mean, and in how many draws it is above zero."""
+    found = {}
+    for shots in SHOTS:
+        rows = [row for row in result["rows"] if row["setting"] == f"{shots} per type"]
+        score = {(row["model"], row["fold"]): row["macro_f1"] for row in rows}
+        gains = [
+            score["scBERT", fold] - score["untrained", fold] for model, fold in score if model == "scBERT"
+        ]
+        found[str(shots)] = {"mean": float(np.mean(gains)), "draws_better": int(np.sum(np.array(gains) > 0))}
+    return found
+
+
+def section(record: dict[str, Any]) -> str:
+    """The figures as a part of the card."""
+    lines = [
+        "## What pretraining does for fine-tuning",
+        "",
+        f"{record['cells']} ({record['label_key']}), no cell of which was pretrained on: {record['draws']} draws of so "
+        "many cells a type to learn from, all other cells to test on. Mean ± standard deviation of the draws.",
+        "",
+    ]
+    for metric, title in (("macro_f1", "macro-F1"), ("accuracy", "accuracy")):
+        lines += [
+            f"| {title} | " + " | ".join(f"{shots} a type" for shots in SHOTS) + " |",
+            "|---|" + "---:|" * len(SHOTS),
+        ]
+        for name in NAMES.values():
+            own = [row for row in record["table"] if row["model"] == name]
+            cells = [f"{row[f'{metric}_mean']:.3f} ± {row[f'{metric}_std']:.3f}" for row in own]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    gains = [
+        f"{gain['mean']:+.3f} with {shots} cells a type (better in {gain['draws_better']} of {record['draws']} draws)"
+        for shots, gain in record["effect"].items()
+    ]
+    return "\n".join([*lines, f"Pretraining, all else equal, changes macro-F1 by {', '.join(gains)}.", ""])
+
+
+def main() -> None:
+    """Measure and write the record and the card."""
+    parser = argparse.ArgumentParser(
+        prog="pretraining_effect", description=__doc__.strip().partition("\n")[0]
+    )
+    parser.add_argument("base", type=Path)
+    parser.add_argument("cells", type=Path)
+    parser.add_argument("--label-key", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    result = measure(options.base, options.cells, options.label_key, options.work)
+    record = {
+        "cells": options.cells.stem, "label_key": options.label_key, "draws": DRAWS, "recipe": RECIPE,
+        "cells_per_type": result["cells_per_type"], "table": table(result), "effect": effect(result),
+        "settings": result["settings"], "versions": result["versions"],
+    }  # fmt: skip
+    text = json.dumps(public_metrics(record), indent=1, ensure_ascii=False)
+    (options.base / "fine_tuning.json").write_text(text + "\n")
+    (options.base / "card_3_fine_tuning.md").write_text(section(record))
+    write_card(options.base)
+
+
+if __name__ == "__main__":
+    main()
