@@ -255,13 +255,17 @@ def _result_section(metrics: dict, split: str | None) -> dict[str, Any]:
 
 
 def _pretraining_results(metrics: dict) -> dict[str, Any]:
-    """Every figure at the top level of a pretraining's metrics.json, controls included."""
+    """Every figure at the top level of a pretraining's metrics.json, beside that of its controls."""
+    controls = {"control_": "each gene's commonest bin", "cell_control_": "the cell's own commonest bin"}
     rows = [
-        [_title(key), _number(value)]
+        [_title(key), _number(value), *(_number(metrics.get(prefix + key)) for prefix in controls)]
         for key, value in metrics.items()
-        if isinstance(value, float) and key not in ("seconds", "epoch")
+        if isinstance(value, float)
+        and key not in ("seconds", "epoch")
+        and not key.startswith(tuple(controls))
     ]
-    return {"results": rows, "results_intro": "On validation cells:", "result_columns": ["value"]}
+    columns = ["this model", *(f"control: {name}" for name in controls.values())]
+    return {"results": rows, "results_intro": "On validation cells:", "result_columns": columns}
 
 
 def _title(key: str) -> str:

@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
 SOURCES = HERE / "scbert-mini" / "sources.csv"
 PANEL = Path("tables") / "scbert_gene_order_16906.txt.gz"
 PANEL_RULE = {"min_cells": 10, "min_files": 4}
+PROBLEM = "its values are neither whole counts nor log1p"
 TOP_PAIRS = 150_000
 HIDDEN_SIZE = json.loads((HERE.parent / "training/recipes/pretrain/mini.json").read_text())["model"][
     "hidden_size"
@@ -92,9 +93,7 @@ def corpus_report(corpus: Path) -> dict[str, Any]:
         name = Path(source["path"]).name
         known = {key: origins[name][key] for key in ("origin", "repository_licence")}
         counts = {key: source.get(key) for key in ("cells", "few_genes", "duplicates", "kept")}
-        files.append(
-            {"file": name, **counts, "problem": (source["problem"] or "").partition(".")[0] or None, **known}
-        )
+        files.append({"file": name, **counts, "problem": PROBLEM if source["problem"] else None, **known})
     others = [row for row in origins.values() if row["use"] != "corpus"]
     return {"cells": manifest["cells"], "files": files, "not_in_the_corpus": others, "panel_rule": PANEL_RULE}
 
@@ -125,13 +124,30 @@ def corpus_section(report: dict[str, Any], genes: int) -> str:
     return "\n".join([
         *lines,
         "",
-        f"Not in the corpus: {', '.join(held)}. No evaluation on them is transductive, and none of their cells stands "
-        "in another file under the same counts. The third of the sorted cells' study that is in the corpus, frozen "
-        "PBMC of its donor A, are other cells.",
+        f"Not in the corpus: {', '.join(held)}. No evaluation on them is transductive, and none of their cells "
+        "stands in a file of the corpus with the same counts of the genes they share. The frozen PBMC of donor A are "
+        "of the same study as the sorted cells, but other cells.",
         "",
         f"Panel: the {genes:,} genes that at least {rule['min_cells']} cells of each of at least {rule['min_files']} "
         "files express, among the 16,906 of the original panel and in their order "
         "(`python -m scbert.training.corpus_panel`).",
+        "",
+    ])  # fmt: skip
+
+
+def curve_section(metrics: dict[str, Any]) -> str:
+    """How long it was trained, and the picture, as a part of the card."""
+    training, settings = metrics["training"], metrics["settings"]
+    return "\n".join([
+        "## Pretraining",
+        "",
+        f"Recipe `mini`: {training['epochs']:.0f} passes over {metrics['cells']['train']:,} cells in "
+        f"{training['steps']:,} steps, {metrics['seconds'] / 60:.0f} minutes on one thread of a busy CPU; "
+        f"{settings['mlm_probability']:.0%} of a cell's expressed genes are asked for. Gene vectors: gene2vec on "
+        "the same corpus, brought to the scale of the other embeddings. Most of what can be known of a hidden gene is "
+        "the depth of its cell, which the cell's own commonest bin knows too: that control is the one to beat.",
+        "",
+        "![Loss and masked accuracy by step](learning_curve.png)",
         "",
     ])  # fmt: skip
 
@@ -157,7 +173,7 @@ def release(work: Path, output: Path) -> None:
         (output / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     plot_pretraining(metrics, output / "learning_curve.png")
     (output / "card_1_corpus.md").write_text(corpus_section(report, len(tokenizer.gene_panel)))
-    (output / "card_2_curve.md").write_text("![Loss and masked accuracy by step](learning_curve.png)\n")
+    (output / "card_2_curve.md").write_text(curve_section(metrics))
     write_card(output)
 
 
