@@ -34,6 +34,9 @@ class ScBertConfig(PreTrainedConfig):
     reversible
         Two residual streams whose activations the backward pass recomputes, so that training memory does not grow
         with depth. A different function of the same weights; by default on with ``"lsh"`` only, as in Reformer.
+    ordinal_expression
+        New expression embeddings start on a line, in the order of the bins, instead of anywhere: a gene-resolved
+        linear head then starts as a regression on expression. Of no effect on weights that are loaded.
     freeze_gene_embeddings
         Keep the gene table (gene2vec) out of training: it is then a buffer, not a parameter.
     position_embedding_type
@@ -94,6 +97,7 @@ class ScBertConfig(PreTrainedConfig):
     layer_norm_eps: float | int = 1e-5
     initializer_range: float | int = 0.02
     qkv_bias: bool = False
+    ordinal_expression: bool = False
     freeze_gene_embeddings: bool = True
     position_embedding_type: Literal["none", "sinusoidal"] = "none"
     num_modalities: int = 1

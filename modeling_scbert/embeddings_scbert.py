@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 
 class ScBertGeneEmbeddings(nn.Module):
@@ -16,11 +17,22 @@ class ScBertGeneEmbeddings(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         weight = torch.empty(config.max_position_embeddings, config.hidden_size)
         if config.freeze_gene_embeddings:
             self.register_buffer("weight", weight)
         else:
             self.weight = nn.Parameter(weight)
+
+    def start_weights(self) -> None:
+        """Random rows, zeros for the trailing token; nothing along the line of ordinal expression."""
+        init.normal_(self.weight, std=self.config.initializer_range)
+        if self.config.ordinal_expression:
+            direction = expression_direction(self.config).to(self.weight)
+            init.copy_(self.weight, self.weight - (self.weight @ direction).unsqueeze(-1) * direction)
+        # a slice of the table loses its "already loaded" mark, so ask the table
+        if not getattr(self.weight, "_is_hf_initialized", False):
+            init.zeros_(self.weight[-1])
 
     def forward(self, gene_ids: torch.Tensor) -> torch.Tensor:
         return nn.functional.embedding(gene_ids, self.weight)
@@ -46,13 +58,47 @@ def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
+class ScBertExpressionEmbeddings(nn.Embedding):
+    """The table of expression bins and the mask, [vocab_size, hidden]."""
+
+    def __init__(self, config):
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.config = config
+
+    def start_weights(self) -> None:
+        """With ``ordinal_expression``, bins in their order on a line; else as every embedding starts."""
+        if self.config.ordinal_expression:
+            init.copy_(self.weight, self.ordered())
+
+    def ordered(self) -> torch.Tensor:
+        """
+        Rows ``[vocab_size, hidden]`` on a line from zero; a random one for the mask.
+
+        The last bin is half as long as a gene's row: at the end of the norm, a token's share along the line is then
+        nearly proportional to its bin.
+        """
+        config = self.config
+        bins = torch.arange(config.vocab_size - 1) / max(1, config.vocab_size - 2)
+        length = config.initializer_range * config.hidden_size**0.5 / 2
+        generator = torch.Generator().manual_seed(config.seed + 1)
+        mask = torch.randn(1, config.hidden_size, generator=generator) * config.initializer_range
+        return torch.cat([bins[:, None] * expression_direction(config) * length, mask])
+
+
+def expression_direction(config) -> torch.Tensor:
+    """Where ordinal expression points, ``[hidden]``; of mean zero, or layer norms would take a part of it away."""
+    direction = torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(config.seed))
+    direction -= direction.mean()
+    return direction / direction.norm()
+
+
 class ScBertEmbeddings(nn.Module):
     """Sum of expression, gene, modality and position embeddings, then dropout."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.expression_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.expression_embeddings = ScBertExpressionEmbeddings(config)
         self.gene_embeddings = ScBertGeneEmbeddings(config)
         if config.num_modalities > 1:
             self.modality_embeddings = nn.Embedding(config.num_modalities, config.hidden_size)

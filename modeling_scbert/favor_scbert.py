@@ -13,6 +13,7 @@ output no longer depends on its batch mates. The stabilisers are constants to th
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from .favor_engine_scbert import favor_attention_chunked
 
@@ -218,6 +219,10 @@ class ScBertFavorAttention(nn.Module):
         # there are no probabilities to drop: as in Performer, the attention's output is
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self.register_buffer("projection_matrix", torch.empty(config.num_random_features, config.head_dim))
+
+    def start_weights(self) -> None:
+        """The random features; weights start as in every model of transformers."""
+        init.copy_(self.projection_matrix, self.initial_projection())
 
     def initial_projection(self) -> torch.Tensor:
         """The layer's first random features; a pure function of the config, so that two inits agree."""

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
 
 from .favor_scbert import MAX_ATTENTION_MATRIX_LENGTH
 
@@ -333,6 +334,10 @@ class ScBertLshAttention(nn.Module):
         self.register_buffer(
             "hash_rotations", torch.empty(*self.hash_size[:3], config.lsh_num_buckets // 2 + 1)
         )
+
+    def start_weights(self) -> None:
+        """The rotations that hash; weights start as in every model of transformers."""
+        init.copy_(self.hash_rotations, self.initial_rotations())
 
     def initial_rotations(self) -> torch.Tensor:
         """The layer's hash in evaluation; a pure function of the config, so that two inits agree."""

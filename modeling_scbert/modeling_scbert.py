@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -14,11 +13,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .alignment_scbert import align_memory
 from .configuration_scbert import ScBertConfig
-from .embeddings_scbert import ScBertEmbeddings, ScBertGeneEmbeddings
+from .embeddings_scbert import ScBertEmbeddings
 from .favor_scbert import ScBertFavorAttention, draw_projection
 from .growth_scbert import GrowthMixin
 from .layers_scbert import ATTENTION_CLASSES, ScBertLayer, ScBertReversibleLayer
-from .lsh_scbert import ScBertLshAttention
 from .packing_scbert import is_packed, unpacked
 from .reversible_scbert import reversible_encode
 
@@ -54,15 +52,8 @@ class ScBertPreTrainedModel(GrowthMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, ScBertGeneEmbeddings):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            # a slice of the table loses its "already loaded" mark, so ask the table
-            if not getattr(module.weight, "_is_hf_initialized", False):
-                init.zeros_(module.weight[-1])
-        elif isinstance(module, ScBertFavorAttention):
-            init.copy_(module.projection_matrix, module.initial_projection())
-        elif isinstance(module, ScBertLshAttention):
-            init.copy_(module.hash_rotations, module.initial_rotations())
+        if hasattr(module, "start_weights"):
+            module.start_weights()
 
 
 class ScBertModel(ScBertPreTrainedModel):

@@ -27,7 +27,7 @@ COMPLETE = "complete"
 
 
 class CellTrainer(Trainer):
-    """`transformers.Trainer` with a sampler of its own."""
+    """`transformers.Trainer` with a sampler of its own, and a learning rate for the encoder."""
 
     def __init__(self, *args: Any, train_sampler: Sampler[int] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -35,6 +35,32 @@ class CellTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         return self.train_sampler or super()._get_train_sampler(train_dataset)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.args.encoder_learning_rate is not None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(self._parameter_groups(), **options)
+        return super().create_optimizer(*args, **kwargs)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """
+        The head's dense layers, and all else at the encoder's rate, each with and without weight decay.
+
+        Every gene moves the encoder and the head's convolution, a weight of the head belongs to one: at the rate that
+        the latter needs, few cells would tear the former from what all genes are read by.
+        """
+        decayed = set(self.get_decay_parameter_names(self.model))
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                dense = name.startswith("classifier.") and not name.startswith("classifier.conv.")
+                groups.setdefault((dense, name in decayed), []).append(parameter)
+        rates = {True: self.args.learning_rate, False: self.args.encoder_learning_rate}
+        decays = {True: self.args.weight_decay, False: 0.0}
+        return [
+            {"params": group, "lr": rates[dense], "weight_decay": decays[decay]}
+            for (dense, decay), group in groups.items()
+        ]
 
 
 class ThinnedCells(CellDataset):

@@ -227,6 +227,13 @@ def start_head(model: PreTrainedModel) -> None:
     model.classifier.out_proj.weight.zero_()
     if model.config.pooling == "conv":
         model.classifier.conv.bias.fill_(0.5)
+        if model.config.ordinal_expression:
+            table = model.base_model.embeddings.expression_embeddings.weight
+            direction = (table[-2] - table[0]) / (table[-2] - table[0]).norm()
+            model.classifier.conv.weight.copy_(
+                direction.view_as(model.classifier.conv.weight) * 2 / len(direction) ** 0.5
+            )
+            model.classifier.conv.bias.zero_()
 
 
 def new_masked_model(fields: dict[str, Any], tokenizer: ScBertTokenizer, seed: int) -> PreTrainedModel:

@@ -75,6 +75,24 @@ def test_annotating_the_test_cells_gives_the_score_written(tune, adata, tmp_path
     assert right.mean() == pytest.approx(summary["test_accuracy"])
 
 
+def test_the_encoder_has_a_learning_rate_of_its_own(tune, monkeypatch):
+    start, trained = {}, {}
+    train = finetune_trainer.CellTrainer.train
+
+    def watched(self, *args, **kwargs):
+        start.update({name: weight.detach().clone() for name, weight in self.model.named_parameters()})
+        found = train(self, *args, **kwargs)
+        trained.update({name: weight.detach().clone() for name, weight in self.model.named_parameters()})
+        return found
+
+    monkeypatch.setattr(finetune_trainer.CellTrainer, "train", watched)
+    tune(num_train_epochs=1, encoder_learning_rate=0.0)
+    moved = {name for name in start if not torch.equal(start[name], trained[name])}
+    assert moved and all(name.startswith("classifier.") and "conv" not in name for name in moved)
+    with pytest.raises(InputError, match="encoder_learning_rate"):
+        tune(encoder_learning_rate=-1.0)
+
+
 def test_the_test_split_is_read_once_and_after_training(tune, monkeypatch):
     sizes = []
     predict, evaluate = finetune_trainer.CellTrainer.predict, finetune_trainer.CellTrainer.evaluate
