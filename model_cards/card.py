@@ -171,7 +171,7 @@ def _eval_results(metrics: dict, split: str | None) -> list[EvalResult]:
 
 
 def _what(config: dict, task: str) -> str:
-    attention = FAMILY.get(config.get("attention_type", "favor"), "another")
+    attention = _attention(config)
     sort = "Annotates" if task == "cell-type-annotation" else "Embeds"
     return (
         f"{sort} single cells from their gene expression. A model of the scBERT family: one token per gene, "
@@ -179,12 +179,18 @@ def _what(config: dict, task: str) -> str:
     )
 
 
+def _attention(config: dict) -> str:
+    if config.get("num_hidden_layers") == 0:
+        return "no"
+    return FAMILY.get(config.get("attention_type", "favor"), "another")
+
+
 def _facts(config: dict, metrics: dict) -> dict[str, Any]:
     parameters = metrics.get("model", {}).get("parameters") or metrics.get("training", {}).get("parameters")
     facts = {
         "genes of the panel": f"{config.get('max_position_embeddings', 1) - 1:,}",
         "layers x hidden size": f"{config.get('num_hidden_layers')} x {config.get('hidden_size')}",
-        "attention": FAMILY.get(config.get("attention_type", "favor"), config.get("attention_type")),
+        "attention": _attention(config),
         "parameters": f"{parameters:,}" if parameters else None,
         "pretrained base": metrics.get("settings", {}).get("base"),
     }

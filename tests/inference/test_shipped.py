@@ -1,0 +1,67 @@
+"""Annotating without naming a model: the annotator that ships introduces itself, and says when not to be believed."""
+
+import json
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+from scbert.cli import main
+from scbert.inference import annotate, shipped
+from scbert.inference.shipped import SHIPPED, doubts, introduction, model_or_shipped
+from scbert.tokenization import InputError, align_genes, read_gene_panel
+
+LABELS = list(json.loads((SHIPPED / "config.json").read_text())["id2label"].values())
+
+
+@pytest.fixture
+def blood():
+    """Cells that express the genes of T cells or of B cells, and a background."""
+    panel = read_gene_panel(SHIPPED / "gene_panel.txt")
+    counts = np.random.default_rng(0).poisson(0.08, (12, len(panel))).astype(np.float32)
+    place = {gene: i for i, gene in enumerate(panel)}
+    markers = (
+        ("CD3D", "CD3E", "IL7R", "LTB", "IL32", "CD2"),
+        ("MS4A1", "CD79A", "CD79B", "CD74", "HLA-DRA", "CD37"),
+    )
+    for rows, genes in zip((range(6), range(6, 12)), markers):
+        for gene in genes:
+            counts[list(rows), place[gene]] = 8
+    return anndata.AnnData(counts, var=pd.DataFrame(index=panel))
+
+
+def test_annotating_without_a_model(blood, tmp_path, capsys):
+    blood.write_h5ad(tmp_path / "cells.h5ad")
+    assert main(["annotate", str(tmp_path / "cells.h5ad"), "--output", str(tmp_path / "out.h5ad")]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "human blood" in said and all(label in said for label in LABELS)
+    found = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert list(found.uns["scbert"]["labels"]) == LABELS
+    best = np.array(LABELS)[found.obsm["scbert_probabilities"].argmax(axis=1)]
+    assert set(best[6:]) == {"B cell"} and "B cell" not in best[:6]
+
+
+def test_few_genes_and_few_answers_are_said(blood, caplog):
+    part = blood[:, : int(0.4 * blood.n_vars)].copy()
+    part.X[:] = np.random.default_rng(1).poisson(0.2, part.shape)
+    annotated = annotate(part, threshold=1.0, progress=False)
+    assert (annotated.obs["scbert_cell_type"] == "unassigned").all()
+    assert "40%" in caplog.text and "100% of the cells are unassigned" in caplog.text
+
+
+def test_doubts_are_rare():
+    alignment = align_genes(["A", "B", "C"], ["A", "B", "C", "D"])
+    assert doubts(alignment, np.array(["T", "T", "unassigned"]), ["T"]) == []
+    assert len(doubts(align_genes(["A"], ["A", "B"]), np.array(["unassigned"]), ["T"])) == 2
+
+
+def test_an_installation_without_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "SHIPPED", tmp_path)
+    assert model_or_shipped("mine") == "mine"
+    with pytest.raises(InputError, match="--model DIR"):
+        model_or_shipped(None)
+
+
+def test_the_introduction_names_the_tissue():
+    assert "blood" in introduction(SHIPPED)
