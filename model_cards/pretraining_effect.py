@@ -24,8 +24,9 @@ from .make_mini import run, write_card
 SHOTS, DRAWS = (5, 20, 100), 5
 RECIPE = "mini"
 PRETRAINED, UNTRAINED = "scbert-mini, pretrained", "the same from random weights"
+FASTER = "scbert-mini, pretrained, three times the learning rate"
 CONTROLS = {"logistic_l1": "logistic regression, L1", "logistic_l2": "logistic regression, L2"}
-NAMES = (PRETRAINED, UNTRAINED, *CONTROLS.values())
+NAMES = (PRETRAINED, FASTER, UNTRAINED, *CONTROLS.values())
 
 
 def balanced_part(cells: Path, label_key: str, path: Path) -> Path:
@@ -49,15 +50,17 @@ def measure(base: Path, cells: Path, label_key: str, work: Path) -> dict[str, An
         with quiet_transformers():
             write_ablation(base, untrained, "nothing learnt", seed=0)
     results = {}
-    for name, folder, controls in (
-        (UNTRAINED, untrained, ",".join(CONTROLS)),
-        (PRETRAINED, base, ""),
+    for name, folder, slug, more, controls in (
+        (UNTRAINED, untrained, "untrained", {}, ",".join(CONTROLS)),
+        (PRETRAINED, base, base.name, {}, ""),
+        (FASTER, base, f"{base.name}-faster", {"learning_rate": 0.003}, ""),
     ):
-        output = work / f"few_shot_{folder.name}"
+        output = work / f"few_shot_{slug}"
         if not output.exists():
+            settings = {"base": str(folder), "disable_tqdm": True, **more}
             run(
                 "scbert", "--onednn", "evaluate", "few-shot", part, "--label-key", LABEL, "--recipe", RECIPE,
-                "--settings", json.dumps({"base": str(folder), "disable_tqdm": True}), "--controls", controls,
+                "--settings", json.dumps(settings), "--controls", controls,
                 "--shots", ",".join(map(str, SHOTS)), "--folds", DRAWS, "--output", output,
             )  # fmt: skip
         results[name] = json.loads((output / "results.json").read_text())
