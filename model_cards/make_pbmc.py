@@ -16,9 +16,10 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from ..evaluation.run_benchmark.cells import LABEL, load_benchmark_cells
+from ..data.read import read_cells
 from ..tokenization import align_genes
 from ..tokenization.expression_scbert import as_csr
+from ..training.labels import find_labels
 from ..training.pretrained import load_classifier, load_tokenizer
 from .card import public_metrics
 from .make_mini import HERE, run, save_small, write_card
@@ -27,7 +28,7 @@ COHORTS = {
     "pbmc3k_10x.h5ad": ("10x PBMC 3k, one healthy donor", "MIT"),
     "zheng_facs_pbmc.h5ad": ("PBMC sorted by surface markers, Zheng 2017", "BSD-2"),
 }
-LABEL_KEY = "cell_type"
+LABEL_KEY, LABEL = "cell_type", "label"
 WHAT = (
     "The smallest member of the family: gene and expression embeddings, no attention layer, and a head that was solved "
     "for as an L1-penalised logistic regression on one number per gene (recipe `pbmc`). It is not fine-tuned from "
@@ -94,11 +95,22 @@ def finetune(data: Path, work: Path) -> Path:
     """The annotator, from the cells of both cohorts."""
     model, cells = work / "annotator", work / "cells.h5ad"
     if not model.exists():
-        joined = load_benchmark_cells([data / name for name in COHORTS], LABEL_KEY, LABELS)
+        joined = anndata.concat([labelled(data / name) for name in COHORTS], join="inner")
         parts = [joined, *(background(data / name, list(joined.var_names)) for name in BACKGROUND)]
         anndata.concat(parts, join="outer", index_unique="-").write_h5ad(cells, compression="gzip")
         run("scbert", "finetune", cells, "--label-key", LABEL, "--recipe", RECIPE, "--output", model)
     return model
+
+
+def labelled(path: Path) -> anndata.AnnData:
+    """A cohort's cells that have a label, under the names of labels.csv."""
+    cells = read_cells(path)
+    names = pd.read_csv(LABELS).set_index("from")["to"]
+    labels = pd.Series(find_labels(cells.obs, LABEL_KEY, str(path)), dtype=object).map(names)
+    kept = np.flatnonzero(labels.notna())
+    index = [f"{path.stem}:{name}" for name in cells.obs_names[kept]]
+    obs = pd.DataFrame({LABEL: labels.to_numpy()[kept], "dataset": path.stem}, index=index)
+    return anndata.AnnData(as_csr(cells.X)[kept], obs=obs, var=pd.DataFrame(index=cells.var_names))
 
 
 def background(path: Path, genes: list[str]) -> anndata.AnnData:

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from ..evaluation.run_benchmark.cells import LABEL, load_benchmark_cells
-from ..evaluation.run_benchmark.contestants import write_ablation
-from ..training.pretrained import quiet_transformers
+from ..data.read import read_cells
+from ..modeling_scbert import ScBertForMaskedExpression
+from ..training.labels import find_labels
+from ..training.pretrained import load_masked_model, load_tokenizer, quiet_transformers
 from .card import public_metrics
 from .make_mini import run, write_card
 
+LABEL = "label"
 SHOTS, DRAWS = (5, 20, 100), 5
 RECIPE = "mini"
 PRETRAINED, UNTRAINED = "scbert-mini, pretrained", "the same from random weights"
@@ -31,13 +34,24 @@ NAMES = (PRETRAINED, FASTER, UNTRAINED, *CONTROLS.values())
 
 def balanced_part(cells: Path, label_key: str, path: Path) -> Path:
     """As many cells of every type as the rarest has, in a file."""
-    adata = load_benchmark_cells([cells], label_key)
-    labels = adata.obs[LABEL].astype(str).to_numpy()
+    adata = read_cells(cells)
+    labels = find_labels(adata.obs, label_key, str(cells))
+    adata, labels = adata[labels != None].copy(), labels[labels != None].astype(str)  # noqa: E711 (elementwise)
+    adata.obs[LABEL] = labels
     size = min(Counter(labels).values())
     rng = np.random.default_rng(0)
     rows = [rng.choice(np.flatnonzero(labels == name), size, replace=False) for name in np.unique(labels)]
     adata[np.sort(np.concatenate(rows))].write_h5ad(path, compression="gzip")
     return path
+
+
+def write_untrained(base: Path, folder: Path) -> None:
+    """The base with new weights everywhere."""
+    config, tokenizer = load_masked_model(base).config, load_tokenizer(base)
+    torch.manual_seed(0)
+    with quiet_transformers():
+        ScBertForMaskedExpression(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def measure(base: Path, cells: Path, label_key: str, work: Path) -> dict[str, Any]:
@@ -47,8 +61,7 @@ def measure(base: Path, cells: Path, label_key: str, work: Path) -> dict[str, An
         balanced_part(cells, label_key, part)
     untrained = work / "untrained"
     if not untrained.exists():
-        with quiet_transformers():
-            write_ablation(base, untrained, "nothing learnt", seed=0)
+        write_untrained(base, untrained)
     results = {}
     for name, folder, slug, more, controls in (
         (UNTRAINED, untrained, "untrained", {}, ",".join(CONTROLS)),
