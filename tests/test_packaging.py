@@ -100,6 +100,11 @@ def test_every_data_file_is_declared():
         "training/recipes/scbert.json",
         "training/accelerate/ddp.yaml",
         "model_cards/card_template.md",
+        "model_cards/scbert-mini/model.safetensors",
+        "model_cards/scbert-mini-pbmc/model.safetensors",
+        "model_cards/scbert-mini-pbmc/gene_panel.txt",
+        "model_cards/scbert-mini-pbmc/labels.csv",
+        "model_cards/scbert-mini-pbmc/SHA256SUMS",
     } <= wanted
     assert wanted <= found
 
