@@ -141,7 +141,21 @@ def section(record: dict[str, Any]) -> str:
         f"{gain['mean']:+.3f} with {shots} cells a type (better in {gain['draws_better']} of {record['draws']} draws)"
         for shots, gain in record["effect"].items()
     ]
-    return "\n".join([*lines, f"Pretraining, all else equal, changes macro-F1 by {', '.join(gains)}.", ""])
+    lines += [f"Pretraining, all else equal, changes macro-F1 by {', '.join(gains)}.", ""]
+    return "\n".join(
+        [*lines, f"Best at each budget: {', '.join(map(best_of, split_by_shots(record['table'])))}.", ""]
+    )
+
+
+def split_by_shots(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows of every budget."""
+    return [[row for row in rows if row["cells_per_type"] == shots] for shots in SHOTS]
+
+
+def best_of(rows: list[dict[str, Any]]) -> str:
+    """The model with the highest mean macro-F1 of a budget, and the budget."""
+    best = max(rows, key=lambda row: row["macro_f1_mean"])
+    return f"{best['model']} ({best['cells_per_type']} a type)"
 
 
 def main() -> None:
