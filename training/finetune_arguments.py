@@ -160,6 +160,13 @@ class FinetuneTrainingArguments(TrainingArguments):
             "penalty, and nothing else is trained; none: train."
         },
     )
+    head_l1: float = field(
+        default=0.0,
+        metadata={
+            "help": "L1 penalty on the weights of the head's output layer, beside a mean loss; keeps genes that hardly "
+            "matter from having a say, which carries over to other cohorts better."
+        },
+    )
     gene_dropout: float = field(
         default=0.0,
         metadata={
@@ -188,6 +195,8 @@ class FinetuneTrainingArguments(TrainingArguments):
             raise InputError(f"gene_dropout must be from 0 to below 1; found {self.gene_dropout}.")
         if self.encoder_learning_rate is not None and self.encoder_learning_rate < 0:
             raise InputError(f"encoder_learning_rate cannot be negative; found {self.encoder_learning_rate}.")
+        if self.head_l1 < 0:
+            raise InputError(f"head_l1 cannot be negative; found {self.head_l1}.")
         if not self.per_device_eval_batch_size:
             self.per_device_eval_batch_size = 2 * self.per_device_train_batch_size
         super().__post_init__()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
+from accelerate.utils import extract_model_from_parallel as unwrap_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import Dataset, Sampler
@@ -94,6 +95,23 @@ class CompleteCheckpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+class SparseHead(TrainerCallback):
+    """
+    An L1 penalty on the head's output layer, as the proximal step of it: every weight loses ``rate * strength`` after
+    each optimizer step, down to zero (Parikh and Boyd 2014, section 6.5.2). A gradient would never reach zero.
+    """
+
+    def __init__(self, strength: float):
+        self.strength = strength
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        weight = unwrap_model(model).classifier.out_proj.weight
+        # the scheduler moves the rates of all groups alike; the head's is the one that began as learning_rate
+        rate = max(group["lr"] for group in optimizer.param_groups)
+        weight.copy_(torch.nn.functional.softshrink(weight, rate * self.strength))
 
 
 class StopOnDivergence(TrainerCallback):
@@ -193,6 +211,8 @@ def build_trainer(
     if all(parameter.requires_grad for parameter in model.parameters()):
         # frozen blocks were trained for the features they came with; theirs stay
         callbacks.append(RedrawFeaturesCallback(arguments.seed))
+    if arguments.head_l1:
+        callbacks.append(SparseHead(arguments.head_l1))
     if arguments.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
     trainer = CellTrainer(

@@ -93,6 +93,29 @@ def test_the_encoder_has_a_learning_rate_of_its_own(tune, monkeypatch):
         tune(encoder_learning_rate=-1.0)
 
 
+def test_an_l1_penalty_silences_genes(tune):
+    def share_of_zeros(strength):
+        _, folder = tune(f"l1_{strength}", num_train_epochs=4, head_l1=strength, early_stopping_patience=0)
+        return (weights_of(folder)["classifier.out_proj.weight"] == 0).double().mean()
+
+    # genes that no training cell expresses keep the zero they start at
+    assert share_of_zeros(0.0) < share_of_zeros(0.02) < share_of_zeros(100.0) == 1
+    with pytest.raises(InputError, match="head_l1"):
+        tune(head_l1=-1.0)
+
+
+def test_the_shrinkage_is_the_proximal_step():
+    layer = torch.nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.5, -0.5, 0.05]]))
+    model = torch.nn.Module()
+    model.classifier = torch.nn.Module()
+    model.classifier.out_proj = layer
+    optimizer = torch.optim.SGD([{"params": [layer.weight], "lr": 0.5}], lr=0.1)
+    finetune_trainer.SparseHead(0.2).on_optimizer_step(None, None, None, model=model, optimizer=optimizer)
+    torch.testing.assert_close(layer.weight.detach(), torch.tensor([[0.4, -0.4, 0.0]]))
+
+
 def test_the_test_split_is_read_once_and_after_training(tune, monkeypatch):
     sizes = []
     predict, evaluate = finetune_trainer.CellTrainer.predict, finetune_trainer.CellTrainer.evaluate
