@@ -98,8 +98,8 @@ def test_an_l1_penalty_silences_genes(tune):
         _, folder = tune(f"l1_{strength}", num_train_epochs=4, head_l1=strength, early_stopping_patience=0)
         return (weights_of(folder)["classifier.out_proj.weight"] == 0).double().mean()
 
-    # genes that no training cell expresses keep the zero they start at
-    assert share_of_zeros(0.0) < share_of_zeros(0.02) < share_of_zeros(100.0) == 1
+    # without a penalty only genes that no training cell expresses are at the zero they start from
+    assert share_of_zeros(0.0) < 0.1 < share_of_zeros(0.7) < share_of_zeros(100.0) == 1
     with pytest.raises(InputError, match="head_l1"):
         tune(head_l1=-1.0)
 
