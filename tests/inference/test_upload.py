@@ -164,7 +164,10 @@ def test_the_page_in_a_real_browser(query, model_dir, browser, tmp_path, served)
     told = browser.inner_text("body")
     assert "bad.h5ad is no HDF5 file" in told and "Traceback" not in told and str(tmp_path) not in told
 
-    browser.get_by_role("button", name="Remove").or_(browser.get_by_label("Clear")).first.click()
+    clear = browser.get_by_role("button", name="Remove").or_(browser.get_by_label("Clear")).first
+    clear.click()
+    # the field is drawn anew: a file given to the old one would be lost
+    clear.wait_for(state="hidden")
     browser.set_input_files("input[type=file]", query)
     browser.get_by_text("query.h5ad").first.wait_for()
     browser.get_by_role("button", name="Annotate", exact=True).click()
