@@ -109,8 +109,8 @@ class SparseHead(TrainerCallback):
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         weight = unwrap_model(model).classifier.out_proj.weight
-        # the scheduler moves the rates of all groups alike; the head's is the one that began as learning_rate
-        rate = max(group["lr"] for group in optimizer.param_groups)
+        groups = optimizer.param_groups
+        rate = next(g["lr"] for g in groups if any(parameter is weight for parameter in g["params"]))
         weight.copy_(torch.nn.functional.softshrink(weight, rate * self.strength))
 
 

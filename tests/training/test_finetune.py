@@ -111,7 +111,9 @@ def test_the_shrinkage_is_the_proximal_step():
     model = torch.nn.Module()
     model.classifier = torch.nn.Module()
     model.classifier.out_proj = layer
-    optimizer = torch.optim.SGD([{"params": [layer.weight], "lr": 0.5}], lr=0.1)
+    # another group learns faster: the head shrinks at its own rate
+    other = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 5.0}
+    optimizer = torch.optim.SGD([other, {"params": [layer.weight], "lr": 0.5}])
     finetune_trainer.SparseHead(0.2).on_optimizer_step(None, None, None, model=model, optimizer=optimizer)
     torch.testing.assert_close(layer.weight.detach(), torch.tensor([[0.4, -0.4, 0.0]]))
 
