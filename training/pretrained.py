@@ -217,8 +217,8 @@ def start_head(model: PreTrainedModel) -> None:
 
     The output layer starts at zero: genes that few training cells express would otherwise keep random votes. The
     convolution's bias starts at 0.5: below zero its ReLU hides a gene from the head, and no gradient brings it back.
-    With ``ordinal_expression`` the convolution reads along the line of the bins instead, from zero: a gene's number is then
-    nearly proportional to its bin.
+    With ``ordinal_expression`` the convolution reads along the line of the bins instead, from zero: a gene's
+    number is then nearly proportional to its bin.
 
     Parameters
     ----------
