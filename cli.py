@@ -19,6 +19,7 @@ from .cli_options import (
     BatchSize,
     CacheFrozen,
     ClassBalance,
+    Compiled,
     Force,
     GenesReport,
     GeneTable,
@@ -62,6 +63,7 @@ def _scbert(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
     onednn: OneDnn = False,
+    compiled: Compiled = False,
 ) -> None:
     """Cell-type annotation of single cells with scBERT models."""
 

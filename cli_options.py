@@ -178,3 +178,22 @@ OneDnn = Annotated[
         help="On a CPU, let oneDNN do the matrix products if it is found exact and faster (AMD processors).",
     ),
 ]
+
+
+def _use_compiled_layers(wanted: bool) -> bool:
+    if wanted:
+        from .modeling_scbert.compiled_layer_scbert import use_compiled_layers
+
+        use_compiled_layers()
+    return wanted
+
+
+Compiled = Annotated[
+    bool,
+    typer.Option(
+        "--compiled",
+        envvar="SCBERT_COMPILED",
+        callback=_use_compiled_layers,
+        help="On a CPU, compile the encoder's blocks for this machine (a C++ compiler and some ten seconds, once).",
+    ),
+]

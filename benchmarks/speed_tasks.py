@@ -13,6 +13,7 @@ from ..modeling_scbert import (
     favor_scbert,
     layers_scbert,
 )
+from ..modeling_scbert.compiled_layer_scbert import restore_layers, use_compiled_layers
 from ..modeling_scbert.cpu_matmul_scbert import restore_matmul
 from ..training.frozen_prefix import FrozenPrefix
 from .performer_attention import performer_attention
@@ -39,6 +40,8 @@ class Variant:
         Train whole blocks in chunks; None leaves it to the model.
     cached
         Keep what the frozen layers put out.
+    compiled
+        Blocks by the operators of compiled_layer_scbert.
     attention
         ``attention_type`` of the model.
     """
@@ -48,6 +51,7 @@ class Variant:
     half: bool = False
     in_chunks: bool | None = None
     cached: bool = False
+    compiled: bool = False
     attention: str = "favor"
 
 
@@ -58,6 +62,8 @@ VARIANTS = {
         "engine": Variant(),
         "engine, oneDNN": Variant(onednn=True),
         "engine, bfloat16": Variant(onednn=True, half=True),
+        "compiled": Variant(onednn=True, compiled=True),
+        "compiled, bfloat16": Variant(onednn=True, half=True, compiled=True),
     },
     "pretraining step": {
         "naive": Variant(naive=True),
@@ -66,6 +72,8 @@ VARIANTS = {
         "engine in chunks": Variant(in_chunks=True),
         "engine in chunks, oneDNN": Variant(onednn=True, in_chunks=True),
         "engine in chunks, bfloat16": Variant(onednn=True, half=True, in_chunks=True),
+        "compiled": Variant(onednn=True, compiled=True),
+        "compiled, bfloat16": Variant(onednn=True, half=True, compiled=True),
     },
     "fine-tuning step": {
         "naive": Variant(naive=True),
@@ -74,6 +82,9 @@ VARIANTS = {
         "engine, cache": Variant(cached=True),
         "engine, oneDNN, cache": Variant(onednn=True, cached=True),
         "engine, bfloat16, cache": Variant(onednn=True, half=True, cached=True),
+        "compiled": Variant(onednn=True, compiled=True),
+        "compiled, cache": Variant(onednn=True, cached=True, compiled=True),
+        "compiled, bfloat16, cache": Variant(onednn=True, half=True, cached=True, compiled=True),
     },
 }
 SOFTMAX = Variant(attention="softmax", onednn=True)
@@ -93,6 +104,8 @@ def running_as(variant: Variant) -> Iterator[None]:
         layers_scbert.runs_in_chunks = layers_scbert.trains_in_chunks = lambda *_: False
     elif variant.in_chunks is not None:
         layers_scbert.trains_in_chunks = lambda *_: variant.in_chunks
+    if variant.compiled:
+        use_compiled_layers()
     if variant.onednn:
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     autocast = torch.autocast("cpu", torch.bfloat16) if variant.half else contextlib.nullcontext()
@@ -101,6 +114,7 @@ def running_as(variant: Variant) -> Iterator[None]:
             yield
     finally:
         restore_matmul()
+        restore_layers()
         for (module, name), original in zip(places, kept, strict=True):
             setattr(module, name, original)
 
@@ -163,10 +177,12 @@ def _stepper(model, optimizer, batch) -> Callable[[Variant], torch.Tensor]:
             caches[variant] = FrozenPrefix(model.scbert)
         model.scbert.prefix = caches.get(variant)
         optimizer.zero_grad()
+        # the original decodes every token; so does its stand-in
+        model.config.sparse_prediction = not variant.naive
         with running_as(variant):
             loss = model(**batch).loss
         # products of the backward are asked for in the same way, but autocast ends with the forward
-        with running_as(Variant(onednn=variant.onednn)):
+        with running_as(Variant(onednn=variant.onednn, compiled=variant.compiled)):
             loss.backward()
         optimizer.step()
         return loss.detach()

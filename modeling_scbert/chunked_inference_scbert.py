@@ -8,6 +8,7 @@ one takes each chunk from its queries through the output projection and the feed
 
 import torch
 
+from .compiled_layer_scbert import compiled_layer, compiled_serves
 from .favor_chunks_scbert import (
     FeatureChunks,
     KeyContext,
@@ -72,6 +73,8 @@ def layer_in_chunks(
     """
     if hidden_states.device.type != "cpu":
         return _cells_in_turn(layer, hidden_states, attention_mask)
+    if compiled_serves(layer, hidden_states):
+        return compiled_layer(layer, hidden_states, attention_mask, chunk_size)
     output = torch.empty_like(hidden_states)
     steps = LayerSteps(layer, hidden_states.dtype)
     chunk_size = chunk_size or steps.chunk_size

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import torch
 
 from .chunked_inference_scbert import LayerSteps
+from .compiled_layer_scbert import compiled_layer, compiled_serves
 from .favor_chunks_scbert import (
     cell_groups,
     chunk_bounds,
@@ -27,15 +28,19 @@ KEPT_BYTES = 16 << 20
 
 def trains_in_chunks(layer: torch.nn.Module, hidden_states: torch.Tensor, output_attentions: bool) -> bool:
     """
-    Whether `train_in_chunks` is to replace a layer's forward: FAVOR+ on a CPU, no dropout, nothing traced, and
-    intermediates too large to be kept at leisure, or not to be kept at all (gradient checkpointing).
+    Whether `train_in_chunks` is to replace a layer's forward: FAVOR+ on a CPU, no dropout, nothing traced, and compiled
+    operators, or intermediates too large to be kept at leisure, or not to be kept at all (gradient checkpointing).
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
         return False
     if not hasattr(layer.attention, "projection_matrix") or output_attentions:
         return False
-    if hidden_states.device.type != "cpu" or (layer.training and layer.dropout.p > 0):
+    if hidden_states.device.type != "cpu":
         return False
+    if layer.training and (layer.dropout.p > 0 or layer.attention.dropout.p > 0):
+        return False
+    if compiled_serves(layer, hidden_states):
+        return True
     inner_bytes = (
         hidden_states[..., 0].numel() * layer.attention.q_proj.weight.shape[0] * hidden_states.itemsize
     )
@@ -76,6 +81,8 @@ def train_in_chunks(
     >>> layer.output.weight.grad.shape
     torch.Size([32, 800])
     """
+    if compiled_serves(layer, hidden_states):
+        return compiled_layer(layer, hidden_states, attention_mask, chunk_size)
     weights = [weight for weight in layer.parameters() if weight.requires_grad]
     return _LayerInChunks.apply(layer, hidden_states, attention_mask, chunk_size, *weights)
 

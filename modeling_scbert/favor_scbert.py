@@ -229,11 +229,16 @@ class ScBertFavorAttention(nn.Module):
         generator = torch.Generator("cpu").manual_seed(self.config.seed * 100_003 + self.layer_idx)
         return draw_projection(*self.projection_matrix.shape, generator)
 
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(
+        self, hidden_states: torch.Tensor, queries: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values ``[batch, heads, length, d]`` of normalised hidden states."""
-        shape = (*hidden_states.shape[:-1], -1, self.config.head_dim)
+        sources = (hidden_states if queries is None else queries, hidden_states, hidden_states)
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (proj(hidden_states).view(shape).transpose(1, 2) for proj in projections)
+        query, key, value = (
+            proj(source).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+            for proj, source in zip(projections, sources, strict=True)
+        )
         return query, key, value
 
     def forward(
@@ -241,8 +246,9 @@ class ScBertFavorAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
+        queries: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self.project(hidden_states)
+        query, key, value = self.project(hidden_states, queries)
         kernel = (self.projection_matrix, attention_mask, self.config.kernel_epsilon)
         weights = favor_attention_weights(query, key, *kernel) if output_attentions else None
         context = favor_attention(query, key, value, *kernel)

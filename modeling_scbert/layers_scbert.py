@@ -8,10 +8,12 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 
 from .chunked_inference_scbert import layer_in_chunks, runs_in_chunks
 from .chunked_training_scbert import train_in_chunks, trains_in_chunks
+from .compiled_layer_scbert import compiled_layer, compiled_serves
 from .configuration_scbert import ScBertConfig
 from .favor_scbert import ScBertFavorAttention
 from .lsh_scbert import ScBertLshAttention
 from .packing_scbert import is_packed, per_cell
+from .positions_scbert import rows_at
 
 
 class ScBertSoftmaxAttention(nn.Module):
@@ -32,10 +34,9 @@ class ScBertSoftmaxAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
+        queries: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        shape = (*hidden_states.shape[:-1], -1, self.config.head_dim)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (proj(hidden_states).view(shape).transpose(1, 2) for proj in projections)
+        query, key, value = ScBertFavorAttention.project(self, hidden_states, queries)
         keep = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         if output_attentions:
@@ -107,13 +108,28 @@ class ScBertLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Output ``[batch, length, hidden]``, or at ``positions [batch, n]`` alone, ``[batch, n, hidden]``."""
+        if positions is not None:
+            return self._at(positions, hidden_states, attention_mask)
         if runs_in_chunks(self, hidden_states, output_attentions):
             return self._in_chunks(layer_in_chunks, hidden_states, attention_mask)
         if trains_in_chunks(self, hidden_states, output_attentions):
             return self._in_chunks(train_in_chunks, hidden_states, attention_mask)
         hidden_states = hidden_states + self.attend(hidden_states, attention_mask, output_attentions)
         return hidden_states + self.feed_forward(hidden_states)
+
+    def _at(self, positions, hidden_states, attention_mask):
+        if is_packed(attention_mask) or isinstance(self.attention, ScBertLshAttention):
+            return rows_at(positions, self.forward(hidden_states, attention_mask))
+        queries = rows_at(positions, hidden_states)
+        if trains_in_chunks(self, hidden_states, False) and compiled_serves(self, hidden_states):
+            return compiled_layer(self, hidden_states, attention_mask, queries=queries)
+        normed = (self.attention_norm(x) for x in (hidden_states, queries))
+        attended, _ = self.attention(next(normed), attention_mask, queries=next(normed))
+        queries = queries + attended
+        return queries + self.feed_forward(queries)
 
     def _in_chunks(self, function, hidden_states, attention_mask):
         if is_packed(attention_mask):

@@ -16,8 +16,10 @@ from .configuration_scbert import ScBertConfig
 from .embeddings_scbert import ScBertEmbeddings
 from .favor_scbert import ScBertFavorAttention, draw_projection
 from .growth_scbert import GrowthMixin
+from .heads_scbert import ScBertClassificationHead
 from .layers_scbert import ATTENTION_CLASSES, ScBertLayer, ScBertReversibleLayer
-from .packing_scbert import is_packed, unpacked
+from .packing_scbert import is_packed
+from .positions_scbert import labelled_positions, rows_at
 from .reversible_scbert import reversible_encode
 
 
@@ -111,10 +113,17 @@ class ScBertModel(ScBertPreTrainedModel):
                 matrix = layer.attention.projection_matrix
                 matrix.copy_(draw_projection(*matrix.shape, generator))
 
-    def _encode(self, hidden_states, attention_mask, output_attentions, kwargs, first_layer=0):
-        if not self.config.reversible:
-            for layer in self.layers[first_layer:]:
+    def _encode(
+        self, hidden_states, attention_mask, output_attentions, kwargs, first_layer=0, positions=None
+    ):
+        if first_layer < len(self.layers) and not self.config.reversible:
+            for layer in self.layers[first_layer:-1]:
                 hidden_states = layer(hidden_states, attention_mask, output_attentions)
+            return self.layers[-1](hidden_states, attention_mask, output_attentions, positions)
+        if positions is not None:
+            encoded = self._encode(hidden_states, attention_mask, output_attentions, kwargs, first_layer)
+            return rows_at(positions, encoded)
+        if not self.config.reversible:
             return hidden_states
         record = output_attentions or kwargs.get("output_hidden_states", self.config.output_hidden_states)
         # a compiled graph cannot hold the recomputing function, and gets the plain form: equal, but memory as usual
@@ -134,6 +143,7 @@ class ScBertModel(ScBertPreTrainedModel):
         gene_ids: torch.LongTensor | None = None,
         modality_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """
@@ -151,11 +161,13 @@ class ScBertModel(ScBertPreTrainedModel):
             Modality of every token ``[batch, length]``; zero by default.
         inputs_embeds
             Expression embeddings ``[batch, length, hidden]`` in place of ``input_ids``.
+        positions
+            Tokens ``[batch, n]`` at which alone the last hidden states are wanted; saves most of the last layer.
 
         Returns
         -------
         BaseModelOutput
-            ``last_hidden_state [batch, length, hidden]`` after the final norm; on request ``hidden_states`` (one
+            ``last_hidden_state [batch, length or n, hidden]`` after the final norm; on request ``hidden_states`` (one
             more than layers) and ``attentions`` (one ``[batch, heads, length, length]`` a layer).
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -168,7 +180,7 @@ class ScBertModel(ScBertPreTrainedModel):
         else:
             hidden_states, first_layer = self.prefix(input_ids, attention_mask, gene_ids, modality_ids)
         hidden_states = self._encode(
-            hidden_states, attention_mask, bool(output_attentions), kwargs, first_layer
+            hidden_states, attention_mask, bool(output_attentions), kwargs, first_layer, positions
         )
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
@@ -243,15 +255,19 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
             ``logits [batch, length, vocab_size]``, or ``[n_labelled, vocab_size]`` with labels and
             ``config.sparse_prediction``.
         """
+        positions = self._loss_positions(labels, modality_ids, kwargs)
         outputs = self.scbert(
             input_ids,
             attention_mask=attention_mask,
             gene_ids=gene_ids,
             modality_ids=modality_ids,
             inputs_embeds=inputs_embeds,
+            positions=positions,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        if positions is not None:
+            labels = rows_at(positions, labels)
         logits, loss = self._decode_expression(hidden_states, labels, kwargs)
         parts = {}
         if self.config.num_modalities > 1 and modality_ids is not None:
@@ -266,6 +282,16 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
             attentions=outputs.attentions,
             **parts,
         )
+
+    def _loss_positions(self, labels, modality_ids, kwargs):
+        """Tokens that hold all labelled ones, if nobody looks at the others; else None."""
+        recorded = (
+            kwargs.get(x, getattr(self.config, x)) for x in ("output_hidden_states", "output_attentions")
+        )
+        all_needed = any(recorded) or (self.config.num_modalities > 1 and modality_ids is not None)
+        if labels is None or not self.config.sparse_prediction or all_needed:
+            return None
+        return labelled_positions(labels)
 
     def _decode_expression(self, hidden_states, labels, kwargs):
         """Logits, and the loss where there are labels."""
@@ -288,50 +314,6 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
             # the other loss is a share of one mean over all accumulated batches; so must this one be
             loss = loss * (labels != -100).sum() / kwargs["num_items_in_batch"]
         return {"modality_loss": loss, "modality_logits": logits}
-
-
-class ScBertClassificationHead(nn.Module):
-    """Tokens to class logits: pool to one vector per cell, then a small perceptron."""
-
-    def __init__(self, config: ScBertConfig):
-        super().__init__()
-        self.config = config
-        if config.pooling == "conv":
-            # a convolution with one output channel over the feature axis is a linear map of each token to a number
-            self.conv = nn.Linear(config.hidden_size, 1)
-        pooled_size = config.max_position_embeddings if config.pooling == "conv" else config.hidden_size
-        sizes = [pooled_size, *config.classifier_hidden_sizes]
-        self.dense = nn.ModuleList([nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)])
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(sizes[-1], config.num_labels)
-
-    def pool(self, hidden_states, attention_mask=None, gene_ids=None) -> torch.Tensor:
-        """``[batch, length, hidden]`` to ``[batch, max_position_embeddings]`` (conv) or ``[batch, hidden]`` (mean)."""
-        if self.config.pooling == "mean":
-            if attention_mask is None:
-                return hidden_states.mean(dim=1)
-            weights = attention_mask.to(hidden_states.dtype).unsqueeze(-1)
-            return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1)
-        values = nn.functional.relu(self.conv(hidden_states).squeeze(-1))
-        if attention_mask is not None:
-            values = values * attention_mask.to(values.dtype)
-        panel_size = self.config.max_position_embeddings
-        if gene_ids is not None:
-            # each gene has its own input of the perceptron, wherever it stands in the sequence
-            gene_ids = gene_ids.expand(values.shape)
-            return values.new_zeros(values.shape[0], panel_size).scatter_add(1, gene_ids, values)
-        if values.shape[1] != panel_size:
-            raise ValueError(
-                f'The head with pooling="conv" was built for {panel_size} tokens and got {values.shape[1]}. '
-                "Align cells to the model's own panel (its tokenizer does), or pass gene_ids."
-            )
-        return values
-
-    def forward(self, hidden_states, attention_mask=None, gene_ids=None) -> torch.Tensor:
-        pooled = self.pool(*unpacked(hidden_states, attention_mask, gene_ids))
-        for dense in self.dense:
-            pooled = self.dropout(nn.functional.relu(dense(pooled)))
-        return self.out_proj(pooled)
 
 
 class ScBertForCellClassification(ScBertPreTrainedModel):

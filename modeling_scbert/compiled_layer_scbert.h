@@ -1,0 +1,324 @@
+// A FAVOR+ block in chunks of positions on a CPU, forward: what chunked_inference_scbert.py computes, every thread
+// working on chunks of its own. Matrix products are torch's; T is what they read and write, float or bfloat16. Residual
+// stream, logarithms of features and sums over keys are float32 either way.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <vector>
+
+#include "compiled_passes_scbert.h"
+
+namespace scbert_cpu {
+
+using at::Tensor;
+
+// ---- a block, its sizes and the buffers of a thread -----------------------------------------------------------
+
+struct Layer {
+  // linear weights as T, the rest float32
+  Tensor norm_w, norm_b, q, k, v, o, o_b, ffn_norm_w, ffn_norm_b, up, up_b, down, down_b;
+  Tensor matrix;           // [dim, features], with log2(e) and dim^-1/4
+  Tensor gradient_matrix;  // [features, dim], T, without the change of base
+  int64_t heads, dim, features, hidden, inner;
+  float epsilon, norm_eps;
+};
+
+inline Layer make_layer(at::TensorList w, const Tensor& projection, int64_t heads, double epsilon, double norm_eps,
+                        at::ScalarType dtype) {
+  Layer layer;
+  const auto linear = [&](int i) { return w[i].detach().to(dtype).contiguous(); };
+  const auto plain = [&](int i) { return w[i].detach().to(at::kFloat).contiguous(); };
+  layer.norm_w = plain(0), layer.norm_b = plain(1);
+  layer.q = linear(2), layer.k = linear(3), layer.v = linear(4), layer.o = linear(5), layer.o_b = plain(6);
+  layer.ffn_norm_w = plain(7), layer.ffn_norm_b = plain(8);
+  layer.up = linear(9), layer.up_b = linear(10), layer.down = linear(11), layer.down_b = plain(12);
+  layer.dim = projection.size(1), layer.features = projection.size(0), layer.heads = heads;
+  layer.hidden = layer.q.size(1), layer.inner = layer.q.size(0);
+  layer.matrix = (projection.to(at::kFloat) * (M_LOG2E * std::pow(layer.dim, -0.25))).t().contiguous();
+  layer.gradient_matrix = (projection.to(at::kFloat) * std::pow(layer.dim, -0.25)).to(dtype).contiguous();
+  layer.epsilon = epsilon, layer.norm_eps = norm_eps;
+  return layer;
+}
+
+// what a thread needs below autograd and autocast, whose states do not follow into at::parallel_for
+struct Plain {
+  at::AutoDispatchBelowADInplaceOrView below;
+  c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
+};
+
+// named buffers of one thread, grown once and reused from chunk to chunk
+class Buffers {
+ public:
+  Tensor get(size_t slot, at::IntArrayRef shape, at::ScalarType dtype) {
+    if (slots_.size() <= slot) slots_.resize(slot + 1);
+    const int64_t size = c10::multiply_integers(shape);
+    Tensor& held = slots_[slot];
+    if (!held.defined() || held.numel() < size || held.scalar_type() != dtype) held = at::empty({size}, dtype);
+    return held.narrow(0, 0, size).view(shape);
+  }
+
+ private:
+  std::vector<Tensor> slots_;
+};
+
+enum Slot {
+  NORMED,
+  WIDE,
+  HEADS,
+  HALF,
+  LOGS,
+  EXPONENTIALS,
+  MAXIMA,
+  FACTOR,
+  DOTS,
+  JOINED,
+  TABLE,
+  ATTENDED,
+  BRANCH,
+  RESIDUAL,
+  FFN_NORMED,
+  UP,
+  GELU,
+  VALUE,
+  SHARE,
+  OUTPUT_GRAD,
+  FEATURE_GRAD,
+  HEADS_GRAD
+};
+
+// ---- chunks -----------------------------------------------------------------------------------------------------
+
+// threads that a loop over chunks may use: one where cells are spread over them already
+inline int free_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+struct Chunks {
+  int64_t count, length;
+  int64_t start(int64_t i) const { return i * length / count; }
+};
+
+// of equal size, as many as keep every thread busy to the end
+inline Chunks chunks_of(int64_t length, int64_t chunk_size) {
+  int64_t count = std::max<int64_t>(1, (length + chunk_size - 1) / chunk_size);
+  if (length == 0) return {0, 0};
+  if (count > 1) count = (count + free_threads() - 1) / free_threads() * free_threads();
+  return {std::min(count, length), length};
+}
+
+// ---- forward ----------------------------------------------------------------------------------------------------
+
+// queries or keys of a chunk: `HEADS` [heads * rows, dim], `HALF`, and logarithms in `LOGS`
+template <typename T>
+Tensor head_logarithms(const Layer& layer, Buffers& buffers, const Tensor& normed, const Tensor& weight) {
+  const int64_t rows = normed.size(0), head_rows = layer.heads * rows;
+  Tensor joined = buffers.get(WIDE, {rows, layer.inner}, dtype_of<T>);
+  at::mm_out(joined, normed, weight.t());
+  Tensor heads = buffers.get(HEADS, {head_rows, layer.dim}, at::kFloat);
+  float* half = data<float>(buffers.get(HALF, {head_rows}, at::kFloat));
+  split_heads(data<T>(joined), rows, layer.heads, layer.dim, data<float>(heads), half);
+  Tensor logs = buffers.get(LOGS, {head_rows, layer.features}, at::kFloat);
+  return at::mm_out(logs, heads, layer.matrix);
+}
+
+template <typename T>
+Tensor features_buffer(const Layer& layer, Buffers& buffers, const Tensor& logs) {
+  return std::is_same_v<T, float> ? logs : buffers.get(EXPONENTIALS, logs.sizes(), dtype_of<T>);
+}
+
+template <typename T>
+Tensor normed_chunk(const Layer& layer, Buffers& buffers, const Tensor& x) {
+  Tensor normed = buffers.get(NORMED, x.sizes(), dtype_of<T>);
+  layer_norm(data<float>(x), x.size(0), layer.hidden, data<float>(layer.norm_w), data<float>(layer.norm_b),
+             layer.norm_eps, data<T>(normed));
+  return normed;
+}
+
+// running sum of exp2(log phi_k) [v, 1], transposed: [heads, dim + 1, features], under the largest logarithm so far
+struct KeySums {
+  Tensor table, plain;  // plain: sum of [v, 1], [heads, dim + 1]
+  float shift = -std::numeric_limits<float>::infinity();
+
+  explicit KeySums(const Layer& layer)
+      : table(at::zeros({layer.heads, layer.dim + 1, layer.features})),
+        plain(at::zeros({layer.heads, layer.dim + 1})) {}
+
+  void raise(float to) {
+    if (to <= shift) return;
+    if (std::isfinite(shift)) table.mul_(std::exp2(shift - to));
+    shift = to;
+  }
+};
+
+// exponentials and factors of a chunk's keys; with no shift given, `sums` moves on to the largest logarithm so far
+template <typename T>
+Tensor key_features(const Layer& layer, Buffers& buffers, const Tensor& normed, const bool* keep,
+                    std::optional<float> shift, KeySums* sums = nullptr) {
+  const int64_t rows = normed.size(0), head_rows = layer.heads * rows;
+  Tensor logs = head_logarithms<T>(layer, buffers, normed, layer.k);
+  Tensor features = features_buffer<T>(layer, buffers, logs);
+  float* maxima = data<float>(buffers.get(MAXIMA, {head_rows}, at::kFloat));
+  exponentials(data<float>(logs), head_rows, layer.features, data<T>(features), maxima, nullptr, nullptr);
+  if (sums) sums->raise(kept_maximum(maxima, keep, layer.heads, rows));
+  const float* half = data<float>(buffers.get(HALF, {head_rows}, at::kFloat));
+  float* factor = data<float>(buffers.get(FACTOR, {head_rows}, at::kFloat));
+  key_factors(maxima, half, keep, layer.heads, rows, sums ? sums->shift : *shift, factor);
+  return features.view({layer.heads, rows, layer.features});
+}
+
+template <typename T>
+void add_keys(const Layer& layer, Buffers& buffers, const Tensor& x, const bool* keep, KeySums& sums) {
+  const int64_t rows = x.size(0);
+  Tensor normed = normed_chunk<T>(layer, buffers, x);
+  Tensor features = key_features<T>(layer, buffers, normed, keep, std::nullopt, &sums);
+  const float* factor = data<float>(buffers.get(FACTOR, {layer.heads * rows}, at::kFloat));
+  Tensor value = buffers.get(WIDE, {rows, layer.inner}, dtype_of<T>);
+  at::mm_out(value, normed, layer.v.t());
+  Tensor weighted = buffers.get(JOINED, {layer.heads, rows, layer.dim + 1}, dtype_of<T>);
+  weigh_values(data<T>(value), rows, layer.heads, layer.dim, factor, data<T>(weighted));
+  sum_values(data<T>(value), rows, layer.heads, layer.dim, keep, data<float>(sums.plain));
+  if constexpr (std::is_same_v<T, float>) {
+    sums.table.baddbmm_(weighted.mT(), features);
+  } else {
+    Tensor share = buffers.get(SHARE, sums.table.sizes(), dtype_of<T>);
+    sums.table.add_(at::bmm_out(share, weighted.mT(), features));
+  }
+}
+
+// table [heads, dim + 1, features] of phi_k [v, 1], and the stabiliser it stands under
+inline std::pair<Tensor, float> finish(const Layer& layer, std::vector<KeySums>& parts) {
+  float shift = -std::numeric_limits<float>::infinity();
+  for (const auto& part : parts) shift = std::max(shift, part.shift);
+  if (!std::isfinite(shift)) shift = 0;
+  Tensor table = at::zeros_like(parts[0].table), plain = at::zeros_like(parts[0].plain);
+  for (auto& part : parts) {
+    part.raise(shift);
+    table.add_(part.table);
+    plain.add_(part.plain);
+  }
+  return {table.add_(plain.unsqueeze(-1), layer.epsilon), shift};
+}
+
+// what the query pass reads of a table: numerators [heads, features, dim] as T, the rest float32
+struct Context {
+  Tensor numerators, normalisers, sums;  // [heads, features], [heads, dim + 1]
+
+  Context(const Layer& layer, const Tensor& table, at::ScalarType dtype)
+      : numerators(table.narrow(1, 0, layer.dim).mT().to(dtype).contiguous()),
+        normalisers(table.select(1, layer.dim).contiguous()),
+        sums(table.sum(-1).mul_(layer.epsilon)) {}
+};
+
+// attention's output of a chunk, [rows, inner]; its features, normalisers and |q'|^2 / 2 stay in the buffers
+template <typename T>
+Tensor attend(const Layer& layer, Buffers& buffers, const Tensor& normed, const Context& context) {
+  const int64_t rows = normed.size(0), head_rows = layer.heads * rows;
+  Tensor logs = head_logarithms<T>(layer, buffers, normed, layer.q);
+  Tensor features = features_buffer<T>(layer, buffers, logs);
+  float* maxima = data<float>(buffers.get(MAXIMA, {head_rows}, at::kFloat));
+  float* dots = data<float>(buffers.get(DOTS, {head_rows}, at::kFloat));
+  for (int64_t head = 0; head < layer.heads; ++head) {
+    const int64_t at = head * rows;
+    exponentials(data<float>(logs) + at * layer.features, rows, layer.features, data<T>(features) + at * layer.features,
+                 maxima + at, data<float>(context.normalisers) + head * layer.features, dots + at);
+  }
+  Tensor numerators = buffers.get(JOINED, {layer.heads, rows, layer.dim}, dtype_of<T>);
+  at::bmm_out(numerators, features.view({layer.heads, rows, layer.features}), context.numerators);
+  Tensor attended = buffers.get(ATTENDED, {rows, layer.inner}, dtype_of<T>);
+  divide(data<T>(numerators), rows, layer.heads, layer.dim, data<float>(buffers.get(HALF, {head_rows}, at::kFloat)),
+         data<float>(context.sums), dots, data<T>(attended));
+  return attended;
+}
+
+template <typename T>
+Tensor residual_chunk(const Layer& layer, Buffers& buffers, const Tensor& x, const Tensor& attended) {
+  Tensor branch = buffers.get(BRANCH, x.sizes(), dtype_of<T>), residual = buffers.get(RESIDUAL, x.sizes(), at::kFloat);
+  at::mm_out(branch, attended, layer.o.t());
+  add_branch(data<float>(x), data<T>(branch), data<float>(layer.o_b), x.size(0), layer.hidden, data<float>(residual));
+  return residual;
+}
+
+// the feed-forward network up to its activation: its norm in `FFN_NORMED`, its inner values in `UP`, and what GELU
+// makes of them
+template <typename T>
+Tensor feed_forward_inner(const Layer& layer, Buffers& buffers, const Tensor& residual) {
+  const int64_t rows = residual.size(0);
+  Tensor normed = buffers.get(FFN_NORMED, residual.sizes(), dtype_of<T>);
+  layer_norm(data<float>(residual), rows, layer.hidden, data<float>(layer.ffn_norm_w), data<float>(layer.ffn_norm_b),
+             layer.norm_eps, data<T>(normed));
+  Tensor up = buffers.get(UP, {rows, layer.up.size(0)}, dtype_of<T>),
+         active = buffers.get(GELU, up.sizes(), dtype_of<T>);
+  at::addmm_out(up, layer.up_b, normed, layer.up.t());
+  return at::gelu_out(active, up);
+}
+
+template <typename T>
+void query_chunk(const Layer& layer, Buffers& buffers, const Tensor& x, const Context& context, float* output) {
+  Tensor attended = attend<T>(layer, buffers, normed_chunk<T>(layer, buffers, x), context);
+  Tensor residual = residual_chunk<T>(layer, buffers, x, attended);
+  Tensor active = feed_forward_inner<T>(layer, buffers, residual), branch = buffers.get(BRANCH, x.sizes(), dtype_of<T>);
+  at::mm_out(branch, active, layer.down.t());
+  add_branch(data<float>(residual), data<T>(branch), data<float>(layer.down_b), x.size(0), layer.hidden, output);
+}
+
+// cells are spread over the threads where there are enough of them, chunks of one cell where not
+template <typename Function>
+void for_each_cell(int64_t cells, int64_t chunks_per_cell, Function function) {
+  if (cells < at::get_num_threads() || chunks_per_cell >= 8) {
+    for (int64_t cell = 0; cell < cells; ++cell) function(cell, 0);
+  } else {
+    at::parallel_for(0, cells, 1, [&](int64_t begin, int64_t end) {
+      Plain plain;
+      const int thread = at::get_thread_num();
+      for (int64_t cell = begin; cell < end; ++cell) function(cell, thread);
+    });
+  }
+}
+
+template <typename Function>
+void for_each_chunk(int64_t length, int64_t chunk_size, int outer_thread, Function function) {
+  const Chunks chunks = chunks_of(length, chunk_size);
+  at::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
+    Plain plain;
+    const int thread = outer_thread + at::get_thread_num();
+    for (int64_t i = begin; i < end; ++i) function(chunks.start(i), chunks.start(i + 1), thread);
+  });
+}
+
+// positions up to the last one kept
+inline int64_t used_length(const bool* keep, int64_t length) {
+  while (length > 0 && !keep[length - 1]) --length;
+  return length;
+}
+
+// output at the queries, [cells, queries, hidden]; for the backward, tables and stabilisers of the keys
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> forward(const Layer& layer, const Tensor& queries, const Tensor& hidden,
+                                           const Tensor& keep, int64_t chunk_size) {
+  const int64_t cells = hidden.size(0), length = hidden.size(1);
+  Tensor output = at::empty_like(queries), maxima = at::empty({cells});
+  Tensor tables = at::empty({cells, layer.heads, layer.dim + 1, layer.features});
+  std::vector<Buffers> buffers(at::get_num_threads());
+  for_each_cell(cells, length / chunk_size, [&](int64_t cell, int outer) {
+    Tensor keys = hidden[cell], rows = queries[cell];
+    const bool* kept = keep.defined() ? data<bool>(keep) + cell * length : nullptr;
+    std::vector<KeySums> sums;
+    for (int i = 0; i < free_threads(); ++i) sums.emplace_back(layer);
+    for_each_chunk(kept ? used_length(kept, length) : length, chunk_size, outer,
+                   [&](int64_t start, int64_t stop, int thread) {
+                     add_keys<T>(layer, buffers[thread], keys.slice(0, start, stop), kept ? kept + start : nullptr,
+                                 sums[thread - outer]);
+                   });
+    auto [table, shift] = finish(layer, sums);
+    tables[cell].copy_(table);
+    data<float>(maxima)[cell] = shift;
+    const Context context(layer, table, dtype_of<T>);
+    float* out = data<float>(output[cell]);
+    for_each_chunk(rows.size(0), chunk_size, outer, [&](int64_t start, int64_t stop, int thread) {
+      query_chunk<T>(layer, buffers[thread], rows.slice(0, start, stop), context, out + start * layer.hidden);
+    });
+  });
+  return {output, tables, maxima};
+}
+
+}  // namespace scbert_cpu

@@ -1,0 +1,269 @@
+"""Compiled blocks against the plain one in float64, outputs and gradients; what they refuse; how they are built."""
+
+import copy
+import os
+import stat
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scbert import ScBertConfig, ScBertForMaskedExpression
+from scbert.modeling_scbert import compiled_layer_scbert as compiled
+from scbert.modeling_scbert.compiled_layer_scbert import (
+    WEIGHTS,
+    compiled_layer,
+    compiled_serves,
+    restore_layers,
+    use_compiled_layers,
+)
+from scbert.modeling_scbert.favor_scbert import favor_attention_naive
+from scbert.modeling_scbert.layers_scbert import ScBertLayer
+from scbert.modeling_scbert.positions_scbert import labelled_positions, rows_at
+
+HIDDEN = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_use():
+    """Compiled blocks are on in this module; built once, some ten seconds where they have not been."""
+    report = use_compiled_layers()
+    if not report.enabled:
+        pytest.skip(str(report))
+    yield
+    restore_layers()
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def make_layer(seed=0, heads=3, head_dim=8, features=19, scale=1.0, **options):
+    torch.manual_seed(seed)
+    config = ScBertConfig(
+        hidden_size=HIDDEN,
+        num_attention_heads=heads,
+        head_dim=head_dim,
+        num_random_features=features,
+        intermediate_size=40,
+        **options,
+    )
+    layer = ScBertLayer(config, 0)
+    layer.attention.projection_matrix.copy_(layer.attention.initial_projection())
+    for name, weight in layer.named_parameters():
+        weight.data.add_(0.1 * torch.randn_like(weight))
+        if "q_proj" in name or "k_proj" in name:
+            weight.data.mul_(scale)
+    return layer
+
+
+def reference(layer, hidden_states, mask, monkeypatch, positions=None):
+    """The block's plain operations in float64, with the naive attention."""
+    exact = copy.deepcopy(layer).double()
+    with monkeypatch.context() as patch:
+        patch.setattr("scbert.modeling_scbert.favor_scbert.favor_attention", favor_attention_naive)
+        residual = hidden_states + exact.attend(hidden_states, mask)
+        output = residual + exact.feed_forward(residual)
+    return exact, output if positions is None else rows_at(positions, output)
+
+
+def relative_error(found, wanted):
+    # a gradient that cancels to nothing, as of the queries of one token, is rounding and no more
+    return ((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(0.05)).item()
+
+
+def check(layer, cells, length, mask, monkeypatch, chunk_size=None, positions=None, tolerance=5e-5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden_states = torch.randn(cells, length, HIDDEN, generator=generator).requires_grad_()
+    exact_states = hidden_states.detach().double().requires_grad_()
+    exact, wanted = reference(layer, exact_states, mask, monkeypatch, positions)
+    queries = None if positions is None else rows_at(positions, hidden_states)
+    found = compiled_layer(layer, hidden_states, mask, chunk_size, queries)
+    assert relative_error(found, wanted) < tolerance
+    grad = torch.randn(found.shape, generator=generator)
+    found.backward(grad)
+    wanted.backward(grad.double())
+    assert relative_error(hidden_states.grad, exact_states.grad) < tolerance
+    for name in WEIGHTS:
+        mine, theirs = (x.get_parameter(name).grad for x in (layer, exact))
+        assert relative_error(mine, theirs) < 5 * tolerance, name
+        layer.get_parameter(name).grad = None
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    cells=st.integers(1, 4),
+    length=st.integers(1, 70),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 5, 8, 16]),
+    features=st.integers(1, 33),
+    masked=st.booleans(),
+    chunk_size=st.sampled_from([None, 1, 7, 16]),
+    n_threads=st.integers(1, 3),
+)
+def test_equals_the_plain_block(
+    seed, cells, length, heads, head_dim, features, masked, chunk_size, n_threads
+):
+    torch.set_num_threads(n_threads)
+    mask = torch.rand(cells, length, generator=torch.Generator().manual_seed(seed)) < 0.6 if masked else None
+    layer = make_layer(seed, heads, head_dim, features)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        check(layer, cells, length, mask, monkeypatch, chunk_size, seed=seed)
+
+
+def test_a_cell_without_keys_and_one_with_all(monkeypatch):
+    mask = torch.tensor([[0], [1]]).expand(2, 30).contiguous()
+    check(make_layer(), 2, 30, mask, monkeypatch, chunk_size=8)
+
+
+@pytest.mark.parametrize("scale", [6.0, 40.0])
+def test_large_logarithms_neither_overflow_nor_vanish(scale, monkeypatch):
+    # at 40, features span more than float32 holds: without running stabilisers all would be infinite or zero
+    check(make_layer(scale=scale), 2, 60, None, monkeypatch, chunk_size=16, tolerance=2e-3)
+
+
+def test_output_at_some_queries_only(monkeypatch):
+    mask = torch.rand(3, 50, generator=torch.Generator().manual_seed(1)) < 0.7
+    positions = torch.tensor([[0, 7, 49], [3, 3, 12], [20, 1, 2]])
+    check(make_layer(), 3, 50, mask, monkeypatch, chunk_size=8, positions=positions)
+
+
+def test_the_published_width(monkeypatch):
+    torch.manual_seed(0)
+    layer = ScBertLayer(ScBertConfig(), 0)
+    layer.attention.projection_matrix.copy_(layer.attention.initial_projection())
+    monkeypatch.setattr(f"{__name__}.HIDDEN", 200)
+    check(layer, 2, 300, None, monkeypatch, chunk_size=64)
+
+
+def test_bfloat16_autocast_is_near(monkeypatch):
+    layer, hidden_states = make_layer(), torch.randn(2, 90, HIDDEN)
+    exact, wanted = reference(layer, hidden_states.double(), None, monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = compiled_layer(layer, hidden_states, None, 16)
+    assert found.dtype == torch.float32 and relative_error(found, wanted) < 2e-2
+    grad = torch.randn_like(found)
+    found.backward(grad)
+    wanted.backward(grad.double())
+    for name in WEIGHTS:
+        mine, theirs = (x.get_parameter(name).grad for x in (layer, exact))
+        assert (mine.double() - theirs).norm() < 3e-2 * theirs.norm(), name
+
+
+def test_a_frozen_block_passes_its_gradient_on():
+    layer, hidden_states = make_layer(), torch.randn(1, 40, HIDDEN, requires_grad=True)
+    compiled_layer(layer, hidden_states).square().sum().backward()
+    wanted, hidden_states.grad = hidden_states.grad, None
+    layer.zero_grad()
+    compiled_layer(layer.requires_grad_(False), hidden_states).square().sum().backward()
+    torch.testing.assert_close(hidden_states.grad, wanted)
+    assert all(weight.grad is None for weight in layer.parameters())
+
+
+def test_a_cell_does_not_depend_on_its_batch():
+    layer, hidden_states = make_layer(), torch.randn(5, 33, HIDDEN)
+    with torch.no_grad():
+        together = compiled_layer(layer, hidden_states)
+        alone = torch.cat([compiled_layer(layer, cell[None]) for cell in hidden_states])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_what_it_does_not_serve():
+    x = torch.randn(1, 9, HIDDEN)
+    assert compiled_serves(make_layer(), x)
+    assert not compiled_serves(make_layer().double(), x.double())
+    assert not compiled_serves(make_layer(hidden_act="relu"), x)
+    assert not compiled_serves(make_layer(qkv_bias=True), x)
+    adapted, hooked = make_layer(), make_layer()
+    adapted.attention.v_proj = torch.nn.Sequential(adapted.attention.v_proj)
+    adapted.attention.v_proj.weight = adapted.attention.v_proj[0].weight
+    assert not compiled_serves(adapted, x)
+    hooked.intermediate.register_forward_hook(lambda *_: None)
+    assert not compiled_serves(hooked, x)
+    with torch.autocast("cpu", torch.float16):
+        assert not compiled_serves(make_layer(), x)
+
+
+def test_a_model_trains_the_same_with_it():
+    torch.manual_seed(0)
+    config = ScBertConfig(
+        hidden_size=32, num_hidden_layers=3, max_position_embeddings=101, sparse_prediction=True
+    )
+    model = ScBertForMaskedExpression(config).train()
+    bins = torch.randint(0, 6, (2, 101))
+    labels = bins.masked_fill(torch.rand(2, 101) > 0.2, -100)
+
+    def step():
+        model.zero_grad()
+        loss = model(bins, labels=labels).loss
+        loss.backward()
+        return loss.item(), [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+    loss, grads = step()
+    restore_layers()
+    wanted_loss, wanted = step()
+    use_compiled_layers()
+    assert loss == pytest.approx(wanted_loss, rel=1e-6)
+    for mine, theirs in zip(grads, wanted, strict=True):
+        assert relative_error(mine, theirs.double()) < 2e-4
+
+
+def test_dropout_keeps_the_plain_block():
+    torch.manual_seed(0)
+    for option in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        layer, x = make_layer(**{option: 0.5}).train(), torch.randn(1, 20, HIDDEN)
+        assert not torch.equal(layer(x), layer(x))
+        assert torch.equal(layer.eval()(x), layer(x))
+
+
+def fresh(monkeypatch, tmp_path, **environment):
+    """As if nothing had been built or loaded yet."""
+    monkeypatch.setattr(compiled, "NAMESPACE", "scbert_not_loaded")
+    monkeypatch.setenv("SCBERT_CACHE", str(tmp_path / "cache"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_failing_compiler_is_reported_and_leaves_nothing(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\necho "no such luck" >&2\nexit 1\n')
+    compiler.chmod(0o700)
+    fresh(monkeypatch, tmp_path, CXX=str(compiler))
+    report = use_compiled_layers()
+    assert not report.enabled and "no such luck" in str(report)
+    assert not compiled_serves(make_layer(), torch.randn(1, 9, HIDDEN))
+    assert not list((tmp_path / "cache").iterdir())
+    monkeypatch.undo()
+    assert use_compiled_layers().enabled
+
+
+def test_no_compiler_is_reported(monkeypatch, tmp_path):
+    fresh(monkeypatch, tmp_path, CXX=str(tmp_path / "none"))
+    report = use_compiled_layers()
+    assert not report.enabled and "none" in report.reason
+    monkeypatch.undo()
+    assert use_compiled_layers().enabled
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners of files here")
+def test_a_folder_that_others_can_write_is_refused(monkeypatch, tmp_path):
+    fresh(monkeypatch, tmp_path)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    report = use_compiled_layers()
+    assert not report.enabled and "SCBERT_CACHE" in report.reason
+    assert (tmp_path / "cache").stat().st_mode & stat.S_IWOTH
+    monkeypatch.undo()
+    assert use_compiled_layers().enabled
+
+
+def test_labelled_positions_keep_their_order():
+    labels = torch.tensor([[-100, 3, -100, 4], [-100, -100, 5, -100]])
+    positions = labelled_positions(labels)
+    assert rows_at(positions, labels)[rows_at(positions, labels) != -100].tolist() == [3, 4, 5]
+    assert labelled_positions(torch.full((2, 3), -100)) is None
