@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from ..modeling_scbert.compiled_layer_scbert import restore_layers, use_compiled_layers
 from ..modeling_scbert.cpu_matmul_scbert import restore_matmul, use_onednn
 from .speed_report import plot, tables
 from .speed_steps import measure_steps
-from .speed_tasks import FULL_LENGTH, SOFTMAX, TASKS, VARIANTS, Variant, build_config, inference
+from .speed_tasks import FULL_LENGTH, TASKS, VARIANTS, Variant, build_config, inference
 
 FULL = {
     "n_layers": 6,
@@ -78,14 +80,23 @@ def main() -> None:
 
 def measure(settings: dict) -> dict:
     """Everything, as it is written to speed.json."""
-    report = use_onednn()
+    compiled, onednn = use_compiled_layers(), use_onednn()
+    restore_layers()
     restore_matmul()
     variants = {
-        task: {name: variant for name, variant in ways.items() if report.enabled or not variant.onednn}
+        task: {
+            name: variant
+            for name, variant in ways.items()
+            if (onednn.enabled or not variant.onednn) and (compiled.enabled or not variant.compiled)
+        }
         for task, ways in VARIANTS.items()
     }
+    engines = {"engine": Variant(onednn=onednn.enabled)}
+    if compiled.enabled:
+        engines["compiled"] = Variant(onednn=onednn.enabled, compiled=True)
     start = time.perf_counter()
-    results = {"machine": describe_machine(), "settings": settings, "onednn": str(report), "tasks": {}}
+    results = {"machine": describe_machine(), "settings": settings, "tasks": {}}
+    results |= {"onednn": str(onednn), "compiled": str(compiled)}
     with Progress(console=Console(stderr=True)) as progress:
         steps = progress.add_task("measuring", total=2 * len(variants) + 2)
         for task, ways in variants.items():
@@ -97,10 +108,10 @@ def measure(settings: dict) -> dict:
                 results["tasks"][task][name]["peak_gib"] = peak
             progress.advance(steps)
         progress.update(steps, description="lengths")
-        results["lengths"] = measure_lengths(settings, report.enabled)
+        results["lengths"] = measure_lengths(settings, engines)
         progress.advance(steps)
         progress.update(steps, description="batches")
-        results["batches"] = measure_batches(settings, report.enabled)
+        results["batches"] = measure_batches(settings, engines)
         progress.advance(steps)
     results["steps"] = measure_steps()
     results["minutes"] = round((time.perf_counter() - start) / 60, 1)
@@ -159,13 +170,10 @@ def summary(seconds: list[float], naive: list[float]) -> dict:
     }
 
 
-def measure_lengths(settings: dict, onednn: bool) -> dict:
+def measure_lengths(settings: dict, engines: dict[str, Variant]) -> dict:
     """Seconds of inference by length, and the straight line through them."""
-    ways = {
-        "naive": Variant(naive=True),
-        "engine": Variant(onednn=onednn),
-        "softmax": Variant(attention="softmax", onednn=onednn),
-    }
+    softmax = replace(engines["engine"], attention="softmax")
+    ways = {"naive": Variant(naive=True), **engines, "softmax": softmax}
     points = {name: [] for name in ways}
     for length in settings["lengths"]:
         runs = {
@@ -175,7 +183,7 @@ def measure_lengths(settings: dict, onednn: bool) -> dict:
         rounds = {name: [] for name in ways}
         for _ in range(settings["length_rounds"]):
             for name, variant in ways.items():
-                if variant.attention != SOFTMAX.attention or length <= settings["softmax_up_to"]:
+                if variant is not softmax or length <= settings["softmax_up_to"]:
                     rounds[name].append(timed(runs[variant.attention], variant))
         for name, seconds in rounds.items():
             if seconds:
@@ -197,15 +205,16 @@ def straight_line(points: list[list[float]]) -> dict:
     }
 
 
-def measure_batches(settings: dict, onednn: bool) -> list[dict]:
+def measure_batches(settings: dict, engines: dict[str, Variant]) -> list[dict]:
     """Cells per second by batch size."""
     found = []
     for length, n_cells in settings["batches"]:
         run = inference(build_config(settings["n_layers"], length), n_cells, length)
-        row = {"length": length, "cells": n_cells, "engine": n_cells / timed(run, Variant(onednn=onednn))}
+        ways = dict(engines)
         if n_cells * length <= settings["naive_tokens"]:
-            row["naive"] = n_cells / timed(run, Variant(naive=True))
-        found.append(row)
+            ways["naive"] = Variant(naive=True)
+        rates = {name: n_cells / timed(run, variant) for name, variant in ways.items()}
+        found.append({"length": length, "cells": n_cells, **rates})
     return found
 
 

@@ -53,16 +53,15 @@ def sections(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     ]
     header = ["attention", "tokens", "seconds per 1,000", "R2 of a line", "exponent at the end"]
     found.append(("Inference by length", header, lines))
+    ways = [
+        name for name in ("naive", "engine", "compiled") if any(name in row for row in results["batches"])
+    ]
     rows = [
-        [
-            f"{row['length']:,}",
-            str(row["cells"]),
-            f"{row['engine']:.2f}",
-            f"{row['naive']:.2f}" if "naive" in row else "-",
-        ]
+        [f"{row['length']:,}", str(row["cells"]), *(f"{row[way]:.2f}" if way in row else "-" for way in ways)]
         for row in results["batches"]
     ]
-    found.append(("Inference by batch size", ["tokens", "cells", "engine, cells/s", "naive, cells/s"], rows))
+    header = ["tokens", "cells", *(f"{way}, cells/s" for way in ways)]
+    found.append(("Inference by batch size", header, rows))
     rows = [
         [
             row["step"],
@@ -87,7 +86,7 @@ def markdown(results: dict) -> str:
     machine = results["machine"]
     parts = [
         f"Measured on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, in one "
-        f"interleaved run of {results['minutes']} minutes. {results['onednn'].capitalize()}",
+        f"interleaved run of {results['minutes']} minutes. {sentence(results['onednn'])} {sentence(results['compiled'])}",
     ]
     for title, header, rows in sections(results):
         aligned = ["---"] + ["---:"] * (len(header) - 1)
@@ -97,9 +96,14 @@ def markdown(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+def sentence(text: str) -> str:
+    """With a capital, and the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
 def plot(results: dict, path: Path) -> None:
     """Seconds by length with their straight lines, and the speed-up of every way."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
     for name, line in results["lengths"].items():
         x, y = zip(*line["points"], strict=True)
         (drawn,) = left.plot(x, y, "o", label=name)

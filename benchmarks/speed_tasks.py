@@ -87,7 +87,6 @@ VARIANTS = {
         "compiled, bfloat16, cache": Variant(onednn=True, half=True, cached=True, compiled=True),
     },
 }
-SOFTMAX = Variant(attention="softmax", onednn=True)
 
 
 @contextlib.contextmanager

@@ -199,7 +199,7 @@ void cell_backward(const Layer& layer, std::vector<Worker>& workers, int outer, 
   });
   Tensor table_grad = workers[outer].table, plain = workers[outer].plain;
   for (int i = outer + 1; i < last; ++i) table_grad.add_(workers[i].table), plain.add_(workers[i].plain);
-  const Operand gradient(layer, table_grad.add_(plain.unsqueeze(-1), layer.epsilon), dtype_of<T>);
+  const Operand gradient(layer, finish_table(layer, table_grad, plain), dtype_of<T>);
   const int64_t length = keep ? used_length(keep, keys.size(0)) : keys.size(0);
   for_each_chunk(length, chunk_size, outer, [&](int64_t start, int64_t stop, int thread) {
     key_backward<T>(layer, workers[thread], keys.slice(0, start, stop), keep ? keep + start : nullptr, shift, gradient,

@@ -21,7 +21,7 @@ struct Layer {
   Tensor norm_w, norm_b, q, k, v, o, o_b, ffn_norm_w, ffn_norm_b, up, up_b, down, down_b;
   Tensor matrix;           // [dim, features], with log2(e) and dim^-1/4
   Tensor gradient_matrix;  // [features, dim], T, without the change of base
-  int64_t heads, dim, features, hidden, inner;
+  int64_t heads, dim, real_features, features, hidden, inner;
   float epsilon, norm_eps;
 };
 
@@ -34,10 +34,14 @@ inline Layer make_layer(at::TensorList w, const Tensor& projection, int64_t head
   layer.q = linear(2), layer.k = linear(3), layer.v = linear(4), layer.o = linear(5), layer.o_b = plain(6);
   layer.ffn_norm_w = plain(7), layer.ffn_norm_b = plain(8);
   layer.up = linear(9), layer.up_b = linear(10), layer.down = linear(11), layer.down_b = plain(12);
-  layer.dim = projection.size(1), layer.features = projection.size(0), layer.heads = heads;
+  layer.dim = projection.size(1), layer.real_features = projection.size(0), layer.heads = heads;
+  layer.features = (layer.real_features + 15) / 16 * 16;
   layer.hidden = layer.q.size(1), layer.inner = layer.q.size(0);
-  layer.matrix = (projection.to(at::kFloat) * (M_LOG2E * std::pow(layer.dim, -0.25))).t().contiguous();
-  layer.gradient_matrix = (projection.to(at::kFloat) * std::pow(layer.dim, -0.25)).to(dtype).contiguous();
+  // rows of whole vectors, or the loops over features spend a third of their time on the rest: the first features stand
+  // there once more, which changes no maximum, and tables are zero there (see `finish_table`)
+  const Tensor padded = at::arange(layer.features).remainder(layer.real_features);
+  const Tensor scaled = projection.to(at::kFloat).index_select(0, padded) * std::pow(layer.dim, -0.25);
+  layer.matrix = (scaled * M_LOG2E).t().contiguous(), layer.gradient_matrix = scaled.to(dtype).contiguous();
   layer.epsilon = epsilon, layer.norm_eps = norm_eps;
   return layer;
 }
@@ -185,7 +189,15 @@ void add_keys(const Layer& layer, Buffers& buffers, const Tensor& x, const bool*
   }
 }
 
-// table [heads, dim + 1, features] of phi_k [v, 1], and the stabiliser it stands under
+// adds epsilon times the plain sums [heads, dim + 1] to a table [heads, dim + 1, features]; zero beyond the real
+// features
+inline Tensor finish_table(const Layer& layer, Tensor table, const Tensor& plain) {
+  table.add_(plain.unsqueeze(-1), layer.epsilon);
+  table.narrow(-1, layer.real_features, layer.features - layer.real_features).zero_();
+  return table;
+}
+
+// table of phi_k [v, 1], and the stabiliser it stands under
 inline std::pair<Tensor, float> finish(const Layer& layer, std::vector<KeySums>& parts) {
   float shift = -std::numeric_limits<float>::infinity();
   for (const auto& part : parts) shift = std::max(shift, part.shift);
@@ -196,7 +208,7 @@ inline std::pair<Tensor, float> finish(const Layer& layer, std::vector<KeySums>&
     table.add_(part.table);
     plain.add_(part.plain);
   }
-  return {table.add_(plain.unsqueeze(-1), layer.epsilon), shift};
+  return {finish_table(layer, table, plain), shift};
 }
 
 // what the query pass reads of a table: numerators [heads, features, dim] as T, the rest float32

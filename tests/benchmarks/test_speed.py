@@ -85,6 +85,7 @@ def results():
         "machine": {"processor": "a chip", "threads": 2, "torch": "2.13", "load_before": 0.0},
         "settings": {"length": 16907, "n_layers": 6},
         "onednn": "float32 products by oneDNN: kept.",
+        "compiled": "compiled blocks: in use.",
         "tasks": {"inference": {"naive": way, "engine": way}},
         "lengths": {"naive": {"points": points, **straight_line(points)}},
         "batches": [{"length": 2000, "cells": 4, "engine": 8.0}],
