@@ -86,7 +86,8 @@ def markdown(results: dict) -> str:
     machine = results["machine"]
     parts = [
         f"Measured on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, in one "
-        f"interleaved run of {results['minutes']} minutes. {sentence(results['onednn'])} {sentence(results['compiled'])}",
+        f"interleaved run of {results['minutes']} minutes. {sentence(results['onednn'])} "
+        f"{sentence(results['compiled'])}",
     ]
     for title, header, rows in sections(results):
         aligned = ["---"] + ["---:"] * (len(header) - 1)

@@ -42,6 +42,7 @@ def layer_in_chunks(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     chunk_size: int | None = None,
+    queries: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Output of a FAVOR+ `ScBertLayer`, computed chunk by chunk.
@@ -56,10 +57,12 @@ def layer_in_chunks(
         ``[batch, length]``, true where a position may be attended to.
     chunk_size
         Positions per chunk; by default chosen from the cache size.
+    queries
+        ``[batch, n, hidden]``: rows of ``hidden_states`` at which alone the output is wanted; by default all.
 
     Returns
     -------
-    ``[batch, length, hidden]``, a new tensor.
+    ``[batch, length, hidden]`` or ``[batch, n, hidden]``, a new tensor.
 
     Examples
     --------
@@ -72,30 +75,33 @@ def layer_in_chunks(
     torch.Size([1, 50, 32])
     """
     if hidden_states.device.type != "cpu":
-        return _cells_in_turn(layer, hidden_states, attention_mask)
+        return _cells_in_turn(layer, hidden_states, attention_mask, queries)
     if compiled_serves(layer, hidden_states):
-        return compiled_layer(layer, hidden_states, attention_mask, chunk_size)
-    output = torch.empty_like(hidden_states)
+        return compiled_layer(layer, hidden_states, attention_mask, chunk_size, queries)
+    queries = hidden_states if queries is None else queries
+    output = torch.empty_like(queries)
     steps = LayerSteps(layer, hidden_states.dtype)
     chunk_size = chunk_size or steps.chunk_size
     for group in cell_groups(*hidden_states.shape[:2], chunk_size):
         keep = None if attention_mask is None else attention_mask[group].bool()
         table, _ = steps.context(hidden_states[group], keep, chunk_size)
-        for start, stop in chunk_bounds(hidden_states.shape[1], chunk_size):
-            chunk = hidden_states[group, start:stop]
+        for start, stop in chunk_bounds(queries.shape[1], chunk_size):
+            chunk = queries[group, start:stop]
             joined, *_ = steps.attend(steps.query(chunk), table)
             residual = steps.residual(chunk, steps.quotient(joined))
             torch.add(residual, layer.feed_forward(residual), out=output[group, start:stop])
     return output
 
 
-def _cells_in_turn(layer, hidden_states, attention_mask) -> torch.Tensor:
+def _cells_in_turn(layer, hidden_states, attention_mask, queries) -> torch.Tensor:
     """A few cells at a time, each with its whole sequence."""
-    output = torch.empty_like(hidden_states)
+    wanted = hidden_states if queries is None else queries
+    output = torch.empty_like(wanted)
     for start in range(0, len(output), ACCELERATOR_CELLS):
         group = slice(start, start + ACCELERATOR_CELLS)
         keep = None if attention_mask is None else attention_mask[group]
-        residual = hidden_states[group] + layer.attend(hidden_states[group], keep)
+        rows = None if queries is None else queries[group]
+        residual = wanted[group] + layer.attend(hidden_states[group], keep, queries=rows)
         torch.add(residual, layer.feed_forward(residual), out=output[group])
     return output
 

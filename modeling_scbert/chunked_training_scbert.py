@@ -52,6 +52,7 @@ def train_in_chunks(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     chunk_size: int | None = None,
+    queries: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Output of a FAVOR+ `ScBertLayer`, differentiable in its input and weights, that keeps next to nothing.
@@ -66,10 +67,12 @@ def train_in_chunks(
         ``[batch, length]``, true where a position may be attended to.
     chunk_size
         Positions per chunk; by default chosen from the cache size.
+    queries
+        ``[batch, n, hidden]``: rows of ``hidden_states`` at which alone the output is wanted; by default all.
 
     Returns
     -------
-    ``[batch, length, hidden]``.
+    ``[batch, length, hidden]``, or ``[batch, n, hidden]``.
 
     Examples
     --------
@@ -82,29 +85,30 @@ def train_in_chunks(
     torch.Size([32, 800])
     """
     if compiled_serves(layer, hidden_states):
-        return compiled_layer(layer, hidden_states, attention_mask, chunk_size)
+        return compiled_layer(layer, hidden_states, attention_mask, chunk_size, queries)
     weights = [weight for weight in layer.parameters() if weight.requires_grad]
-    return _LayerInChunks.apply(layer, hidden_states, attention_mask, chunk_size, *weights)
+    return _LayerInChunks.apply(layer, hidden_states, attention_mask, chunk_size, queries, *weights)
 
 
 class _LayerInChunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, layer, hidden_states, attention_mask, chunk_size, *weights):
+    def forward(ctx, layer, hidden_states, attention_mask, chunk_size, queries, *weights):
         steps = LayerSteps(layer, hidden_states.dtype)
         chunk_size = chunk_size or steps.chunk_size
         keep = None if attention_mask is None else attention_mask.bool()
-        output = torch.empty_like(hidden_states)
+        rows = hidden_states if queries is None else queries
+        output = torch.empty_like(rows)
         tables = []
         for group in cell_groups(*hidden_states.shape[:2], chunk_size):
             used = None if keep is None else keep[group]
             table, key_max = steps.context(hidden_states[group], used, chunk_size)
             tables += [table, key_max]
-            for start, stop in chunk_bounds(hidden_states.shape[1], chunk_size):
-                chunk = hidden_states[group, start:stop]
+            for start, stop in chunk_bounds(rows.shape[1], chunk_size):
+                chunk = rows[group, start:stop]
                 joined, *_ = steps.attend(steps.query(chunk), table)
                 residual = steps.residual(chunk, steps.quotient(joined))
                 torch.add(residual, layer.feed_forward(residual), out=output[group, start:stop])
-        ctx.save_for_backward(hidden_states, keep, *tables)
+        ctx.save_for_backward(hidden_states, queries, keep, *tables)
         ctx.layer, ctx.chunk_size, ctx.n_weights = layer, chunk_size, len(weights)
         enabled = torch.is_autocast_enabled("cpu")
         ctx.autocast = torch.get_autocast_dtype("cpu") if enabled else None
@@ -113,9 +117,9 @@ class _LayerInChunks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        hidden_states, keep, *tables = ctx.saved_tensors
+        hidden_states, queries, keep, *tables = ctx.saved_tensors
         weights = [weight for weight in ctx.layer.parameters() if weight.requires_grad]
-        backward = _LayerBackward(ctx.layer, weights, hidden_states)
+        backward = _LayerBackward(ctx.layer, weights, hidden_states, queries)
         autocast = nullcontext() if ctx.autocast is None else torch.autocast("cpu", ctx.autocast)
         with autocast:
             for index, group in enumerate(cell_groups(*hidden_states.shape[:2], ctx.chunk_size)):
@@ -123,33 +127,35 @@ class _LayerInChunks(torch.autograd.Function):
                 table, key_max = tables[2 * index : 2 * index + 2]
                 backward.group(group, grad, used, table, key_max, ctx.chunk_size)
         hidden_grad = backward.hidden_grad if ctx.needs_input_grad[1] else None
-        return None, hidden_grad, None, None, *backward.weight_grads
+        query_grad = None if queries is None else backward.query_grad
+        return None, hidden_grad, None, None, query_grad, *backward.weight_grads
 
 
 class _LayerBackward:
     """Gradients of a block's weights and input, gathered chunk by chunk."""
 
-    def __init__(self, layer: torch.nn.Module, weights: list[torch.Tensor], hidden_states: torch.Tensor):
+    def __init__(self, layer: torch.nn.Module, weights: list[torch.Tensor], hidden_states, queries=None):
         self.steps = LayerSteps(layer, hidden_states.dtype)
         self.layer, self.weights, self.hidden_states = layer, weights, hidden_states
+        self.queries = hidden_states if queries is None else queries
         self.hidden_grad = torch.zeros_like(hidden_states)
+        self.query_grad = self.hidden_grad if queries is None else torch.zeros_like(queries)
         self.weight_grads = [torch.zeros_like(weight) for weight in weights]
 
     def group(self, group, grad, keep, table, key_max, chunk_size) -> None:
         """Backward of a group of cells: first what depends on queries, which completes the context's gradient."""
         table_grad = torch.zeros_like(table)
-        length = self.hidden_states.shape[1]
-        for start, stop in chunk_bounds(length, chunk_size):
+        for start, stop in chunk_bounds(self.queries.shape[1], chunk_size):
             self._query_chunk((group, slice(start, stop)), grad[group, start:stop], table, table_grad)
         stabiliser = per_head(key_max, self.steps.heads)
-        for start, stop in chunk_bounds(length, chunk_size, keep):
+        for start, stop in chunk_bounds(self.hidden_states.shape[1], chunk_size, keep):
             used = None if keep is None else keep[:, start:stop]
             self._key_chunk((group, slice(start, stop)), used, stabiliser, table_grad)
 
     def _query_chunk(self, at, grad, table, table_grad) -> None:
-        steps = self.steps
+        steps, total = self.steps, self.query_grad[at]
         with torch.enable_grad():
-            chunk = self.hidden_states[at].detach().requires_grad_()
+            chunk = self.queries[at].detach().requires_grad_()
             query = steps.query(chunk)
         joined, _, scale = steps.attend(query.detach(), table)
         normaliser = joined[..., -1:].clone()
@@ -157,7 +163,7 @@ class _LayerBackward:
             attended = steps.quotient(joined).requires_grad_()
             residual = steps.residual(chunk, attended)
             output = residual + self.layer.feed_forward(residual)
-        (attended_grad,) = self._gather(at, chunk, [output], [grad], [attended])
+        (attended_grad,) = self._gather(total, chunk, [output], [grad], [attended])
         with torch.autocast("cpu", enabled=False):
             joined = joined_gradient(steps.split(attended_grad), steps.split(attended.detach()), normaliser)
             exponentials = steps.features.current
@@ -171,7 +177,7 @@ class _LayerBackward:
                 table_grad,
                 steps.epsilon,
             )
-        self._gather(at, chunk, [query], [query_grad])
+        self._gather(total, chunk, [query], [query_grad])
 
     def _key_chunk(self, at, keep, stabiliser, table_grad) -> None:
         steps = self.steps
@@ -182,13 +188,13 @@ class _LayerBackward:
             key, value = (x.detach() for x in pair)
             column = keep_column(keep, steps.heads)
             grads = key_backward(steps.features, key, value, column, stabiliser, table_grad, steps.epsilon)
-        self._gather(at, chunk, pair, grads)
+        self._gather(self.hidden_grad[at], chunk, pair, grads)
 
-    def _gather(self, at, chunk, outputs, grads, others=()) -> tuple[torch.Tensor, ...]:
-        """Add a chunk's share to the gradients of input and weights; return those of ``others``."""
+    def _gather(self, total, chunk, outputs, grads, others=()) -> tuple[torch.Tensor, ...]:
+        """Add a chunk's share to the gradients of its input and of the weights; return those of ``others``."""
         found = torch.autograd.grad(outputs, [*others, chunk, *self.weights], grads, allow_unused=True)
-        self.hidden_grad[at] += found[len(others)]
-        for total, share in zip(self.weight_grads, found[len(others) + 1 :], strict=True):
+        total += found[len(others)]
+        for gathered, share in zip(self.weight_grads, found[len(others) + 1 :], strict=True):
             if share is not None:
-                total += share
+                gathered += share
         return found[: len(others)]

@@ -8,7 +8,6 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 
 from .chunked_inference_scbert import layer_in_chunks, runs_in_chunks
 from .chunked_training_scbert import train_in_chunks, trains_in_chunks
-from .compiled_layer_scbert import compiled_layer, compiled_serves
 from .configuration_scbert import ScBertConfig
 from .favor_scbert import ScBertFavorAttention
 from .lsh_scbert import ScBertLshAttention
@@ -84,8 +83,10 @@ class ScBertLayer(GradientCheckpointingLayer):
         finally:
             self.gradient_checkpointing, self.keeps_nothing = True, False
 
-    def attend(self, hidden_states, attention_mask=None, output_attentions=False) -> torch.Tensor:
-        """First residual branch, norm and attention: ``[batch, length, hidden]`` to the same shape."""
+    def attend(
+        self, hidden_states, attention_mask=None, output_attentions=False, queries=None
+    ) -> torch.Tensor:
+        """First residual branch, norm and attention: ``[batch, length, hidden]``, or the shape of ``queries``."""
         normed = self.attention_norm(hidden_states)
         if is_packed(attention_mask):
             if output_attentions:
@@ -93,6 +94,8 @@ class ScBertLayer(GradientCheckpointingLayer):
                     "Packed cells have no attention matrix of the row: pad them to see attentions."
                 )
             return per_cell(lambda cell: self.attention(cell)[0], normed, attention_mask)
+        if queries is not None:
+            return self.attention(normed, attention_mask, queries=self.attention_norm(queries))[0]
         return self.attention(normed, attention_mask, output_attentions)[0]
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -124,12 +127,12 @@ class ScBertLayer(GradientCheckpointingLayer):
         if is_packed(attention_mask) or isinstance(self.attention, ScBertLshAttention):
             return rows_at(positions, self.forward(hidden_states, attention_mask))
         queries = rows_at(positions, hidden_states)
-        if trains_in_chunks(self, hidden_states, False) and compiled_serves(self, hidden_states):
-            return compiled_layer(self, hidden_states, attention_mask, queries=queries)
-        normed = (self.attention_norm(x) for x in (hidden_states, queries))
-        attended, _ = self.attention(next(normed), attention_mask, queries=next(normed))
-        queries = queries + attended
-        return queries + self.feed_forward(queries)
+        if runs_in_chunks(self, hidden_states, False):
+            return layer_in_chunks(self, hidden_states, attention_mask, queries=queries)
+        if trains_in_chunks(self, hidden_states, False):
+            return train_in_chunks(self, hidden_states, attention_mask, queries=queries)
+        residual = queries + self.attend(hidden_states, attention_mask, queries=queries)
+        return residual + self.feed_forward(residual)
 
     def _in_chunks(self, function, hidden_states, attention_mask):
         if is_packed(attention_mask):

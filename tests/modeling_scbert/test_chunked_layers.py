@@ -10,6 +10,7 @@ from scbert.modeling_scbert import chunked_training_scbert, layers_scbert
 from scbert.modeling_scbert.chunked_inference_scbert import layer_in_chunks
 from scbert.modeling_scbert.chunked_training_scbert import train_in_chunks
 from scbert.modeling_scbert.cpu_matmul_scbert import restore_matmul, use_onednn
+from scbert.modeling_scbert.positions_scbert import rows_at
 
 SHAPES = [(1, 130, 32), (3, 70, 64), (5, 9, 64)]
 
@@ -59,6 +60,25 @@ def test_training_has_the_plain_block_s_gradients(layer, cells, length, chunk_si
     found = torch.autograd.grad(train_in_chunks(layer, hidden, mask, chunk_size), inputs, grad)
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_output_at_some_positions_is_that_of_the_plain_block(layer, masked):
+    hidden, mask = batch(3, 70, masked)
+    hidden.requires_grad_()
+    positions = torch.tensor([[0, 5, 69], [2, 2, 1], [40, 3, 68]])
+    inputs = [hidden, *layer.parameters()]
+    wanted = rows_at(positions, plain(layer, hidden, mask))
+    grad = torch.randn(wanted.shape, dtype=torch.float64)
+    wanted_grads = torch.autograd.grad(wanted, inputs, grad)
+    plainly = layer(hidden, mask, positions=positions)
+    in_chunks = train_in_chunks(layer, hidden, mask, 16, rows_at(positions, hidden))
+    for found in (plainly, in_chunks):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+        for mine, theirs in zip(torch.autograd.grad(found, inputs, grad), wanted_grads, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(hidden, mask, positions=positions), wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_frozen_block_passes_its_gradient_on(layer):

@@ -327,17 +327,6 @@ def test_softmax_and_favor_agree_as_features_grow():
     assert errors[0] > 2 * errors[1] > 6 * errors[2] and errors[2] < 8e-3
 
 
-def test_sparse_prediction_decodes_labelled_positions_only():
-    dense = tiny_model(ScBertForMaskedExpression)
-    sparse = tiny_model(ScBertForMaskedExpression, sparse_prediction=True)
-    labels = labels_for(dense, cells())
-    full, few = dense(cells(), labels=labels), sparse(cells(), labels=labels)
-    assert few.logits.shape == ((labels != -100).sum(), 7)
-    torch.testing.assert_close(few.logits, full.logits[labels != -100])
-    torch.testing.assert_close(few.loss, full.loss)
-    assert sparse(cells()).logits.shape == (3, LENGTH, 7)
-
-
 def test_redrawn_features_depend_on_the_seed_alone():
     first, second = tiny_model(ScBertModel), tiny_model(ScBertModel, seed=5)
     before = first.layers[0].attention.projection_matrix.clone()
