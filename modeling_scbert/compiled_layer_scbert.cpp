@@ -12,22 +12,24 @@ using namespace scbert_cpu;
 
 // gradients of a block's weights, in float32; those that products give transposed are held so
 struct Gradients {
-  Tensor norm_w, norm_b, q, k, v, o, o_b, ffn_norm_w, ffn_norm_b, up, up_b, down, down_b;
+  Tensor norm_w, norm_b, q, kv, o, o_b, ffn_norm_w, ffn_norm_b, up, up_b, down, down_b;
 
   explicit Gradients(const Layer& layer) {
     const int64_t hidden = layer.hidden, inner = layer.inner, intermediate = layer.up.size(0);
     for (Tensor* vector : {&norm_w, &norm_b, &o_b, &ffn_norm_w, &ffn_norm_b, &down_b}) *vector = at::zeros({hidden});
-    for (Tensor* matrix : {&q, &k, &v, &o}) *matrix = at::zeros({hidden, inner});
+    q = at::zeros({hidden, inner}), kv = at::zeros({hidden, 2 * inner}), o = at::zeros({hidden, inner});
     up = at::zeros({hidden, intermediate}), up_b = at::zeros({intermediate}), down = at::zeros({hidden, intermediate});
   }
 
   std::vector<Tensor*> all() {
-    return {&norm_w, &norm_b, &q, &k, &v, &o, &o_b, &ffn_norm_w, &ffn_norm_b, &up, &up_b, &down, &down_b};
+    return {&norm_w, &norm_b, &q, &kv, &o, &o_b, &ffn_norm_w, &ffn_norm_b, &up, &up_b, &down, &down_b};
   }
 
   // in the order and shapes of the weights
   std::vector<Tensor> as_weights() {
-    return {norm_w, norm_b, q.t(), k.t(), v.t(), o, o_b, ffn_norm_w, ffn_norm_b, up.t(), up_b, down, down_b};
+    const auto key_value = kv.t().chunk(2);
+    return {norm_w,     norm_b,     q.t(),  key_value[0], key_value[1], o,     o_b,
+            ffn_norm_w, ffn_norm_b, up.t(), up_b,         down,         down_b};
   }
 };
 
@@ -72,11 +74,11 @@ struct Operand {
         sums(table.narrow(1, 0, layer.dim).sum(-1).mul_(layer.epsilon)) {}
 };
 
-// from `weighted` [heads, rows, dim + 1] times `table`, the gradient of the features, to that of what they are features
-// of, in WIDE
+// from `weighted` [heads, rows, dim + 1] times `table`, the gradient of the features, to that of the queries or keys
+// they are features of: the first columns of `out`
 template <typename T>
-Tensor input_gradient(const Layer& layer, Buffers& buffers, const Tensor& weighted, const Tensor& table,
-                      const Tensor& features) {
+void input_gradient(const Layer& layer, Buffers& buffers, const Tensor& weighted, const Tensor& table,
+                    const Tensor& features, Tensor& out) {
   const int64_t rows = weighted.size(1), head_rows = layer.heads * rows;
   Tensor grad = buffers.get(FEATURE_GRAD, {layer.heads, rows, layer.features}, dtype_of<T>);
   at::bmm_out(grad, weighted, table);
@@ -84,10 +86,8 @@ Tensor input_gradient(const Layer& layer, Buffers& buffers, const Tensor& weight
   multiply_features(data<T>(grad), data<T>(features), head_rows, layer.features, sums);
   Tensor heads_grad = buffers.get(HEADS_GRAD, {head_rows, layer.dim}, dtype_of<T>);
   at::mm_out(heads_grad, grad.view({head_rows, layer.features}), layer.gradient_matrix);
-  Tensor merged = buffers.get(WIDE, {rows, layer.inner}, dtype_of<T>);
   const float* heads = data<float>(buffers.get(HEADS, {head_rows, layer.dim}, at::kFloat));
-  merge_input_gradient(data<T>(heads_grad), heads, sums, rows, layer.heads, layer.dim, data<T>(merged));
-  return merged;
+  merge_input_gradient(data<T>(heads_grad), heads, sums, rows, layer.heads, layer.dim, out.size(1), data<T>(out));
 }
 
 // adds what a chunk owes through the first norm to the gradient of its input
@@ -122,13 +122,12 @@ void feed_forward_backward(const Layer& layer, Worker& worker, const Tensor& res
 
 // all that depends on a chunk's queries: `grad` of the output becomes that of the queries; the table's gradient grows
 template <typename T>
-void query_backward(const Layer& layer, Worker& worker, const Tensor& x, const Context& context, const Operand& table,
-                    Tensor grad) {
+void query_backward(const Layer& layer, Worker& worker, const Tensor& x, const Tensor& residual, const Context& context,
+                    const Operand& table, Tensor grad) {
   Buffers& buffers = worker.buffers;
   const int64_t rows = x.size(0), head_rows = layer.heads * rows;
   Tensor normed = normed_chunk<T>(layer, buffers, x);
   Tensor attended = attend<T>(layer, buffers, normed, context);
-  Tensor residual = residual_chunk<T>(layer, buffers, x, attended);
   feed_forward_backward<T>(layer, worker, residual, grad);
 
   Tensor branch_grad = as_operand<T>(buffers, OUTPUT_GRAD, grad);
@@ -146,7 +145,8 @@ void query_backward(const Layer& layer, Worker& worker, const Tensor& x, const C
       features_buffer<T>(layer, buffers, buffers.get(LOGS, {layer.heads, rows, layer.features}, at::kFloat));
   worker.add(worker.table, joined.mT(), features, dtype_of<T>);
 
-  Tensor query_grad = input_gradient<T>(layer, buffers, joined, table.whole, features);
+  Tensor query_grad = buffers.get(PROJECTED_GRAD, {rows, layer.inner}, dtype_of<T>);
+  input_gradient<T>(layer, buffers, joined, table.whole, features, query_grad);
   worker.add_product<T>(&Gradients::q, normed.t(), query_grad);
   Tensor normed_grad = buffers.get(BRANCH, x.sizes(), dtype_of<T>);
   at::mm_out(normed_grad, query_grad, layer.q);
@@ -160,42 +160,46 @@ void key_backward(const Layer& layer, Worker& worker, const Tensor& x, const boo
   Buffers& buffers = worker.buffers;
   const int64_t rows = x.size(0), head_rows = layer.heads * rows;
   Tensor normed = normed_chunk<T>(layer, buffers, x);
-  Tensor features = key_features<T>(layer, buffers, normed, keep, shift);
-  float* factor = data<float>(buffers.get(FACTOR, {head_rows}, at::kFloat));
-  Tensor value = buffers.get(VALUE, {rows, layer.inner}, dtype_of<T>);
-  at::mm_out(value, normed, layer.v.t());
+  Tensor projected = project<T>(buffers, normed, layer.kv);
+  Tensor features = key_features<T>(layer, buffers, projected, keep, shift);
+  const float* factor = data<float>(buffers.get(FACTOR, {head_rows}, at::kFloat));
 
+  Tensor projected_grad = buffers.get(PROJECTED_GRAD, {rows, 2 * layer.inner}, dtype_of<T>);
   Tensor heads_grad = buffers.get(HEADS_GRAD, {layer.heads, rows, layer.dim}, dtype_of<T>);
   at::bmm_out(heads_grad, features, table.values);
-  Tensor weighted = buffers.get(JOINED, {layer.heads, rows, layer.dim + 1}, dtype_of<T>);
-  weigh_values(data<T>(value), rows, layer.heads, layer.dim, factor, data<T>(weighted));
-  Tensor value_grad = buffers.get(ATTENDED, {rows, layer.inner}, dtype_of<T>);
   merge_value_gradient(data<T>(heads_grad), factor, data<float>(table.sums), keep, rows, layer.heads, layer.dim,
-                       data<T>(value_grad));
-  Tensor key_grad = input_gradient<T>(layer, buffers, weighted, table.whole, features);
+                       2 * layer.inner, data<T>(projected_grad) + layer.inner);
+  Tensor weighted = buffers.get(JOINED, {layer.heads, rows, layer.dim + 1}, dtype_of<T>);
+  weigh_values(data<T>(projected) + layer.inner, 2 * layer.inner, rows, layer.heads, layer.dim, factor,
+               data<T>(weighted));
+  input_gradient<T>(layer, buffers, weighted, table.whole, features, projected_grad);
 
-  worker.add_product<T>(&Gradients::k, normed.t(), key_grad);
-  worker.add_product<T>(&Gradients::v, normed.t(), value_grad);
+  worker.add_product<T>(&Gradients::kv, normed.t(), projected_grad);
   Tensor normed_grad = buffers.get(BRANCH, x.sizes(), dtype_of<T>);
-  for (auto& [projected_grad, weight] : {std::pair(key_grad, layer.k), std::pair(value_grad, layer.v)}) {
-    at::mm_out(normed_grad, projected_grad, weight);
-    norm_backward<T>(layer, worker, normed_grad, x, grad);
-  }
+  at::mm_out(normed_grad, projected_grad, layer.kv);
+  norm_backward<T>(layer, worker, normed_grad, x, grad);
 }
+
+// what the forward keeps, of all cells
+struct Saved {
+  Tensor tables, maxima, residuals;
+};
 
 // `query_grad` of a cell's output becomes that of its queries; what keys and values owe is added to `grad`
 template <typename T>
 void cell_backward(const Layer& layer, std::vector<Worker>& workers, int outer, const Tensor& queries,
-                   const Tensor& keys, const bool* keep, const Tensor& table, float shift, int64_t chunk_size,
+                   const Tensor& keys, const bool* keep, const Saved& saved, int64_t cell, int64_t chunk_size,
                    Tensor query_grad, Tensor grad) {
+  const Tensor table = saved.tables[cell], residuals = saved.residuals[cell];
+  const float shift = data<float>(saved.maxima)[cell];
   const int last = outer + free_threads();
   for (int i = outer; i < last; ++i)
     workers[i].table = at::zeros_like(table), workers[i].plain = at::zeros({layer.heads, layer.dim + 1});
   const Context context(layer, table, dtype_of<T>);
   const Operand operand(layer, table, dtype_of<T>);
   for_each_chunk(queries.size(0), chunk_size, outer, [&](int64_t start, int64_t stop, int thread) {
-    query_backward<T>(layer, workers[thread], queries.slice(0, start, stop), context, operand,
-                      query_grad.slice(0, start, stop));
+    query_backward<T>(layer, workers[thread], queries.slice(0, start, stop), residuals.slice(0, start, stop), context,
+                      operand, query_grad.slice(0, start, stop));
   });
   Tensor table_grad = workers[outer].table, plain = workers[outer].plain;
   for (int i = outer + 1; i < last; ++i) table_grad.add_(workers[i].table), plain.add_(workers[i].plain);
@@ -210,8 +214,7 @@ void cell_backward(const Layer& layer, std::vector<Worker>& workers, int outer, 
 // gradients of queries and of the block's input (one tensor where they are the same), then of the weights if wanted
 template <typename T>
 std::vector<Tensor> backward(const Layer& layer, const Tensor& output_grad, const Tensor& queries, const Tensor& hidden,
-                             const Tensor& keep, const Tensor& tables, const Tensor& maxima, int64_t chunk_size,
-                             bool weight_grads) {
+                             const Tensor& keep, const Saved& saved, int64_t chunk_size, bool weight_grads) {
   const int64_t cells = hidden.size(0), length = hidden.size(1);
   std::vector<Worker> workers(at::get_num_threads());
   if (weight_grads)
@@ -220,8 +223,8 @@ std::vector<Tensor> backward(const Layer& layer, const Tensor& output_grad, cons
   Tensor grad = queries.is_same(hidden) ? query_grad : at::zeros_like(hidden);
   for_each_cell(cells, length / chunk_size, [&](int64_t cell, int outer) {
     const bool* kept = keep.defined() ? data<bool>(keep) + cell * length : nullptr;
-    cell_backward<T>(layer, workers, outer, queries[cell], hidden[cell], kept, tables[cell], data<float>(maxima)[cell],
-                     chunk_size, query_grad[cell], grad[cell]);
+    cell_backward<T>(layer, workers, outer, queries[cell], hidden[cell], kept, saved, cell, chunk_size,
+                     query_grad[cell], grad[cell]);
   });
   std::vector<Tensor> found{query_grad, grad};
   if (!weight_grads) return found;
@@ -234,41 +237,45 @@ std::vector<Tensor> backward(const Layer& layer, const Tensor& output_grad, cons
   return found;
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_forward(const std::optional<Tensor>& queries, const Tensor& hidden,
-                                                 const std::optional<Tensor>& keep, at::TensorList weights,
-                                                 const Tensor& projection, int64_t heads, double epsilon,
-                                                 double norm_eps, int64_t chunk_size, bool half) {
+// ---- operators --------------------------------------------------------------------------------------------------
+
+Tensor contiguous_or_none(const std::optional<Tensor>& x) { return x ? x->contiguous() : Tensor(); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const std::optional<Tensor>& queries, const Tensor& hidden,
+                                                         const std::optional<Tensor>& keep, at::TensorList weights,
+                                                         bool for_backward, const Tensor& projection, int64_t heads,
+                                                         double epsilon, double norm_eps, int64_t chunk_size,
+                                                         bool half) {
   const Plain plain;
   const Layer layer = make_layer(weights, projection, heads, epsilon, norm_eps, half ? at::kBFloat16 : at::kFloat);
-  const Tensor x = hidden.contiguous(), rows = queries ? queries->contiguous() : x,
-               used = keep ? keep->contiguous() : Tensor();
-  return half ? forward<bfloat16>(layer, rows, x, used, chunk_size) : forward<float>(layer, rows, x, used, chunk_size);
+  const Tensor x = hidden.contiguous(), rows = queries ? queries->contiguous() : x, used = contiguous_or_none(keep);
+  return half ? forward<bfloat16>(layer, rows, x, used, chunk_size, for_backward)
+              : forward<float>(layer, rows, x, used, chunk_size, for_backward);
 }
 
 std::vector<Tensor> layer_backward(const Tensor& grad, const std::optional<Tensor>& queries, const Tensor& hidden,
-                                   const std::optional<Tensor>& keep, const Tensor& tables, const Tensor& maxima,
-                                   at::TensorList weights, const Tensor& projection, int64_t heads, double epsilon,
-                                   double norm_eps, int64_t chunk_size, bool half, bool weight_grads) {
+                                   const std::optional<Tensor>& keep, at::TensorList weights, at::TensorList saved,
+                                   bool weight_grads, const Tensor& projection, int64_t heads, double epsilon,
+                                   double norm_eps, int64_t chunk_size, bool half) {
   const Plain plain;
   const Layer layer = make_layer(weights, projection, heads, epsilon, norm_eps, half ? at::kBFloat16 : at::kFloat);
-  const Tensor x = hidden.contiguous(), rows = queries ? queries->contiguous() : x,
-               used = keep ? keep->contiguous() : Tensor();
-  return half ? backward<bfloat16>(layer, grad, rows, x, used, tables, maxima, chunk_size, weight_grads)
-              : backward<float>(layer, grad, rows, x, used, tables, maxima, chunk_size, weight_grads);
+  const Tensor x = hidden.contiguous(), rows = queries ? queries->contiguous() : x, used = contiguous_or_none(keep);
+  const Saved state{saved[0], saved[1], saved[2]};
+  return half ? backward<bfloat16>(layer, grad, rows, x, used, state, chunk_size, weight_grads)
+              : backward<float>(layer, grad, rows, x, used, state, chunk_size, weight_grads);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(TORCH_EXTENSION_NAME, m) {
   m.def(
-      "layer_forward(Tensor? queries, Tensor hidden, Tensor? keep, Tensor[] weights, Tensor projection, int heads, "
-      "float epsilon, "
-      "float norm_eps, int chunk_size, bool half) -> (Tensor, Tensor, Tensor)",
+      "layer_forward(Tensor? queries, Tensor hidden, Tensor? keep, Tensor[] weights, bool for_backward, "
+      "Tensor projection, int heads, float epsilon, float norm_eps, int chunk_size, bool half) "
+      "-> (Tensor, Tensor, Tensor, Tensor)",
       &layer_forward);
   m.def(
-      "layer_backward(Tensor grad, Tensor? queries, Tensor hidden, Tensor? keep, Tensor tables, Tensor maxima, "
-      "Tensor[] weights, "
-      "Tensor projection, int heads, float epsilon, float norm_eps, int chunk_size, bool half, bool weight_grads) -> "
-      "Tensor[]",
+      "layer_backward(Tensor grad, Tensor? queries, Tensor hidden, Tensor? keep, Tensor[] weights, Tensor[] saved, "
+      "bool weight_grads, Tensor projection, int heads, float epsilon, float norm_eps, int chunk_size, bool half) "
+      "-> Tensor[]",
       &layer_backward);
 }

@@ -18,7 +18,7 @@ using at::Tensor;
 
 struct Layer {
   // linear weights as T, the rest float32
-  Tensor norm_w, norm_b, q, k, v, o, o_b, ffn_norm_w, ffn_norm_b, up, up_b, down, down_b;
+  Tensor norm_w, norm_b, q, kv, o, o_b, ffn_norm_w, ffn_norm_b, up, up_b, down, down_b;
   Tensor matrix;           // [dim, features], with log2(e) and dim^-1/4
   Tensor gradient_matrix;  // [features, dim], T, without the change of base
   int64_t heads, dim, real_features, features, hidden, inner;
@@ -31,7 +31,7 @@ inline Layer make_layer(at::TensorList w, const Tensor& projection, int64_t head
   const auto linear = [&](int i) { return w[i].detach().to(dtype).contiguous(); };
   const auto plain = [&](int i) { return w[i].detach().to(at::kFloat).contiguous(); };
   layer.norm_w = plain(0), layer.norm_b = plain(1);
-  layer.q = linear(2), layer.k = linear(3), layer.v = linear(4), layer.o = linear(5), layer.o_b = plain(6);
+  layer.q = linear(2), layer.kv = at::cat({linear(3), linear(4)}), layer.o = linear(5), layer.o_b = plain(6);
   layer.ffn_norm_w = plain(7), layer.ffn_norm_b = plain(8);
   layer.up = linear(9), layer.up_b = linear(10), layer.down = linear(11), layer.down_b = plain(12);
   layer.dim = projection.size(1), layer.real_features = projection.size(0), layer.heads = heads;
@@ -85,7 +85,7 @@ enum Slot {
   FFN_NORMED,
   UP,
   GELU,
-  VALUE,
+  PROJECTED_GRAD,
   SHARE,
   OUTPUT_GRAD,
   FEATURE_GRAD,
@@ -112,15 +112,20 @@ inline Chunks chunks_of(int64_t length, int64_t chunk_size) {
 
 // ---- forward ----------------------------------------------------------------------------------------------------
 
-// queries or keys of a chunk: `HEADS` [heads * rows, dim], `HALF`, and logarithms in `LOGS`
+// queries, or keys with values behind them, of a chunk: [rows, inner], [rows, 2 * inner]
 template <typename T>
-Tensor head_logarithms(const Layer& layer, Buffers& buffers, const Tensor& normed, const Tensor& weight) {
-  const int64_t rows = normed.size(0), head_rows = layer.heads * rows;
-  Tensor joined = buffers.get(WIDE, {rows, layer.inner}, dtype_of<T>);
-  at::mm_out(joined, normed, weight.t());
+Tensor project(Buffers& buffers, const Tensor& normed, const Tensor& weight) {
+  Tensor projected = buffers.get(WIDE, {normed.size(0), weight.size(0)}, dtype_of<T>);
+  return at::mm_out(projected, normed, weight.t());
+}
+
+// of projected queries or keys: `HEADS` [heads * rows, dim], `HALF`, and logarithms in `LOGS`
+template <typename T>
+Tensor head_logarithms(const Layer& layer, Buffers& buffers, const Tensor& projected) {
+  const int64_t rows = projected.size(0), head_rows = layer.heads * rows;
   Tensor heads = buffers.get(HEADS, {head_rows, layer.dim}, at::kFloat);
   float* half = data<float>(buffers.get(HALF, {head_rows}, at::kFloat));
-  split_heads(data<T>(joined), rows, layer.heads, layer.dim, data<float>(heads), half);
+  split_heads(data<T>(projected), projected.size(1), rows, layer.heads, layer.dim, data<float>(heads), half);
   Tensor logs = buffers.get(LOGS, {head_rows, layer.features}, at::kFloat);
   return at::mm_out(logs, heads, layer.matrix);
 }
@@ -156,10 +161,10 @@ struct KeySums {
 
 // exponentials and factors of a chunk's keys; with no shift given, `sums` moves on to the largest logarithm so far
 template <typename T>
-Tensor key_features(const Layer& layer, Buffers& buffers, const Tensor& normed, const bool* keep,
+Tensor key_features(const Layer& layer, Buffers& buffers, const Tensor& projected, const bool* keep,
                     std::optional<float> shift, KeySums* sums = nullptr) {
-  const int64_t rows = normed.size(0), head_rows = layer.heads * rows;
-  Tensor logs = head_logarithms<T>(layer, buffers, normed, layer.k);
+  const int64_t rows = projected.size(0), head_rows = layer.heads * rows;
+  Tensor logs = head_logarithms<T>(layer, buffers, projected);
   Tensor features = features_buffer<T>(layer, buffers, logs);
   float* maxima = data<float>(buffers.get(MAXIMA, {head_rows}, at::kFloat));
   exponentials(data<float>(logs), head_rows, layer.features, data<T>(features), maxima, nullptr, nullptr);
@@ -173,14 +178,13 @@ Tensor key_features(const Layer& layer, Buffers& buffers, const Tensor& normed, 
 template <typename T>
 void add_keys(const Layer& layer, Buffers& buffers, const Tensor& x, const bool* keep, KeySums& sums) {
   const int64_t rows = x.size(0);
-  Tensor normed = normed_chunk<T>(layer, buffers, x);
-  Tensor features = key_features<T>(layer, buffers, normed, keep, std::nullopt, &sums);
+  Tensor projected = project<T>(buffers, normed_chunk<T>(layer, buffers, x), layer.kv);
+  Tensor features = key_features<T>(layer, buffers, projected, keep, std::nullopt, &sums);
   const float* factor = data<float>(buffers.get(FACTOR, {layer.heads * rows}, at::kFloat));
-  Tensor value = buffers.get(WIDE, {rows, layer.inner}, dtype_of<T>);
-  at::mm_out(value, normed, layer.v.t());
+  const T* value = data<T>(projected) + layer.inner;
   Tensor weighted = buffers.get(JOINED, {layer.heads, rows, layer.dim + 1}, dtype_of<T>);
-  weigh_values(data<T>(value), rows, layer.heads, layer.dim, factor, data<T>(weighted));
-  sum_values(data<T>(value), rows, layer.heads, layer.dim, keep, data<float>(sums.plain));
+  weigh_values(value, 2 * layer.inner, rows, layer.heads, layer.dim, factor, data<T>(weighted));
+  sum_values(value, 2 * layer.inner, rows, layer.heads, layer.dim, keep, data<float>(sums.plain));
   if constexpr (std::is_same_v<T, float>) {
     sums.table.baddbmm_(weighted.mT(), features);
   } else {
@@ -225,7 +229,7 @@ struct Context {
 template <typename T>
 Tensor attend(const Layer& layer, Buffers& buffers, const Tensor& normed, const Context& context) {
   const int64_t rows = normed.size(0), head_rows = layer.heads * rows;
-  Tensor logs = head_logarithms<T>(layer, buffers, normed, layer.q);
+  Tensor logs = head_logarithms<T>(layer, buffers, project<T>(buffers, normed, layer.q));
   Tensor features = features_buffer<T>(layer, buffers, logs);
   float* maxima = data<float>(buffers.get(MAXIMA, {head_rows}, at::kFloat));
   float* dots = data<float>(buffers.get(DOTS, {head_rows}, at::kFloat));
@@ -242,12 +246,12 @@ Tensor attend(const Layer& layer, Buffers& buffers, const Tensor& normed, const 
   return attended;
 }
 
+// the chunk after the attention's branch, into `residual`
 template <typename T>
-Tensor residual_chunk(const Layer& layer, Buffers& buffers, const Tensor& x, const Tensor& attended) {
-  Tensor branch = buffers.get(BRANCH, x.sizes(), dtype_of<T>), residual = buffers.get(RESIDUAL, x.sizes(), at::kFloat);
+void add_attention(const Layer& layer, Buffers& buffers, const Tensor& x, const Tensor& attended, Tensor& residual) {
+  Tensor branch = buffers.get(BRANCH, x.sizes(), dtype_of<T>);
   at::mm_out(branch, attended, layer.o.t());
   add_branch(data<float>(x), data<T>(branch), data<float>(layer.o_b), x.size(0), layer.hidden, data<float>(residual));
-  return residual;
 }
 
 // the feed-forward network up to its activation: its norm in `FFN_NORMED`, its inner values in `UP`, and what GELU
@@ -265,9 +269,10 @@ Tensor feed_forward_inner(const Layer& layer, Buffers& buffers, const Tensor& re
 }
 
 template <typename T>
-void query_chunk(const Layer& layer, Buffers& buffers, const Tensor& x, const Context& context, float* output) {
+void query_chunk(const Layer& layer, Buffers& buffers, const Tensor& x, const Context& context, Tensor residual,
+                 float* output) {
   Tensor attended = attend<T>(layer, buffers, normed_chunk<T>(layer, buffers, x), context);
-  Tensor residual = residual_chunk<T>(layer, buffers, x, attended);
+  add_attention<T>(layer, buffers, x, attended, residual);
   Tensor active = feed_forward_inner<T>(layer, buffers, residual), branch = buffers.get(BRANCH, x.sizes(), dtype_of<T>);
   at::mm_out(branch, active, layer.down.t());
   add_branch(data<float>(residual), data<T>(branch), data<float>(layer.down_b), x.size(0), layer.hidden, output);
@@ -303,13 +308,15 @@ inline int64_t used_length(const bool* keep, int64_t length) {
   return length;
 }
 
-// output at the queries, [cells, queries, hidden]; for the backward, tables and stabilisers of the keys
+// output at the queries, [cells, queries, hidden]; for the backward, tables and stabilisers of the keys, and the
+// residual stream between the branches
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Layer& layer, const Tensor& queries, const Tensor& hidden,
-                                           const Tensor& keep, int64_t chunk_size) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, const Tensor& queries, const Tensor& hidden,
+                                                   const Tensor& keep, int64_t chunk_size, bool for_backward) {
   const int64_t cells = hidden.size(0), length = hidden.size(1);
   Tensor output = at::empty_like(queries), maxima = at::empty({cells});
   Tensor tables = at::empty({cells, layer.heads, layer.dim + 1, layer.features});
+  Tensor residuals = for_backward ? at::empty_like(queries) : at::empty({0});
   std::vector<Buffers> buffers(at::get_num_threads());
   for_each_cell(cells, length / chunk_size, [&](int64_t cell, int outer) {
     Tensor keys = hidden[cell], rows = queries[cell];
@@ -327,10 +334,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Layer& layer, const Tensor& que
     const Context context(layer, table, dtype_of<T>);
     float* out = data<float>(output[cell]);
     for_each_chunk(rows.size(0), chunk_size, outer, [&](int64_t start, int64_t stop, int thread) {
-      query_chunk<T>(layer, buffers[thread], rows.slice(0, start, stop), context, out + start * layer.hidden);
+      Tensor x = rows.slice(0, start, stop);
+      Tensor residual =
+          for_backward ? residuals[cell].slice(0, start, stop) : buffers[thread].get(RESIDUAL, x.sizes(), at::kFloat);
+      query_chunk<T>(layer, buffers[thread], x, context, residual, out + start * layer.hidden);
     });
   });
-  return {output, tables, maxima};
+  return {output, tables, maxima, residuals};
 }
 
 }  // namespace scbert_cpu

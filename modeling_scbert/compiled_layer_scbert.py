@@ -202,7 +202,7 @@ def compiled_layer(
     """
     Output of a FAVOR+ `ScBertLayer` by the compiled operators, differentiable in input and weights.
 
-    The backward keeps the input and the table of the keys, as `train_in_chunks` does.
+    For the backward it keeps the input, the table of the keys and the residual stream between the branches.
 
     Parameters
     ----------
@@ -232,7 +232,10 @@ def compiled_layer(
     >>> restore_layers()
     """
     weights = [layer.get_parameter(name) for name in WEIGHTS]
-    return _CompiledLayer.apply(layer, hidden_states, attention_mask, chunk_size, queries, *weights)
+    keep = None if attention_mask is None else attention_mask.bool()
+    # asked here: inside of an autograd function it is off
+    settings = (torch.is_grad_enabled(), *_settings(layer, chunk_size))
+    return _CompiledLayer.apply(settings, keep, hidden_states, queries, *weights)
 
 
 def _settings(layer, chunk_size) -> tuple:
@@ -247,24 +250,21 @@ def _settings(layer, chunk_size) -> tuple:
 
 class _CompiledLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, layer, hidden_states, attention_mask, chunk_size, queries, *weights):
-        settings = _settings(layer, chunk_size)
-        keep = None if attention_mask is None else attention_mask.bool()
+    def forward(ctx, settings, keep, hidden_states, queries, *weights):
         operator = getattr(torch.ops, NAMESPACE).layer_forward
-        output, tables, maxima = operator(queries, hidden_states, keep, weights, *settings)
-        ctx.save_for_backward(hidden_states, keep, queries, tables, maxima, *weights)
-        ctx.settings = settings
+        output, *saved = operator(queries, hidden_states, keep, weights, *settings)
+        ctx.save_for_backward(hidden_states, queries, keep, *saved, *weights)
+        ctx.settings, ctx.n_saved = settings[1:], len(saved)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        hidden_states, keep, queries, tables, maxima, *weights = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[5:]
+        hidden_states, queries, keep, *rest = ctx.saved_tensors
+        saved, weights = rest[: ctx.n_saved], rest[ctx.n_saved :]
+        wanted = ctx.needs_input_grad[4:]
         operator = getattr(torch.ops, NAMESPACE).layer_backward
-        state = (queries, hidden_states, keep, tables, maxima, weights)
-        query_grad, hidden_grad, *found = operator(grad, *state, *ctx.settings, any(wanted))
-        found = [share if want else None for share, want in zip(found, wanted, strict=False)] or [None] * len(
-            wanted
-        )
-        return None, hidden_grad, None, None, query_grad if queries is not None else None, *found
+        state = (queries, hidden_states, keep, weights, saved, any(wanted))
+        query_grad, hidden_grad, *found = operator(grad, *state, *ctx.settings)
+        shares = [share if want else None for share, want in zip(found or wanted, wanted, strict=True)]
+        return None, None, hidden_grad, None if queries is None else query_grad, *shares

@@ -72,13 +72,13 @@ void layer_norm(const float* x, int64_t rows, int64_t width, const float* weight
   }
 }
 
-// [rows, heads * dim] to [heads, rows, dim], and |x'|^2 / 2 of every (head, row)
+// [rows, heads * dim], rows `stride` apart, to [heads, rows, dim], and |x'|^2 / 2 of every (head, row)
 template <typename T>
-void split_heads(const T* x, int64_t rows, int64_t heads, int64_t dim, float* out, float* half) {
+void split_heads(const T* x, int64_t stride, int64_t rows, int64_t heads, int64_t dim, float* out, float* half) {
   const float scale = 0.5f * static_cast<float>(M_LOG2E) / std::sqrt(static_cast<float>(dim));
   for (int64_t head = 0; head < heads; ++head)
     for (int64_t row = 0; row < rows; ++row, out += dim) {
-      const T* in = x + (row * heads + head) * dim;
+      const T* in = x + row * stride + head * dim;
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < dim; ++i) {
@@ -131,12 +131,13 @@ inline float kept_maximum(const float* maxima, const bool* keep, int64_t heads, 
   return largest;
 }
 
-// factor * [v, 1] of a chunk: [rows, heads * dim] to [heads, rows, dim + 1]
+// factor * [v, 1] of a chunk: [rows, heads * dim], rows `stride` apart, to [heads, rows, dim + 1]
 template <typename T>
-void weigh_values(const T* value, int64_t rows, int64_t heads, int64_t dim, const float* factor, T* out) {
+void weigh_values(const T* value, int64_t stride, int64_t rows, int64_t heads, int64_t dim, const float* factor,
+                  T* out) {
   for (int64_t head = 0; head < heads; ++head)
     for (int64_t row = 0; row < rows; ++row, out += dim + 1) {
-      const T* in = value + (row * heads + head) * dim;
+      const T* in = value + row * stride + head * dim;
       const float scale = *factor++;
 #pragma omp simd
       for (int64_t i = 0; i < dim; ++i) put(out[i], wide(in[i]) * scale);
@@ -144,10 +145,11 @@ void weigh_values(const T* value, int64_t rows, int64_t heads, int64_t dim, cons
     }
 }
 
-// adds the sum of [v, 1] over the kept rows of [rows, heads * dim] to [heads, dim + 1]
+// adds the sum of [v, 1] over the kept rows of [rows, heads * dim], `stride` apart, to [heads, dim + 1]
 template <typename T>
-void sum_values(const T* value, int64_t rows, int64_t heads, int64_t dim, const bool* keep, float* out) {
-  for (int64_t row = 0; row < rows; ++row, value += heads * dim) {
+void sum_values(const T* value, int64_t stride, int64_t rows, int64_t heads, int64_t dim, const bool* keep,
+                float* out) {
+  for (int64_t row = 0; row < rows; ++row, value += stride) {
     if (keep && !keep[row]) continue;
     for (int64_t head = 0; head < heads; ++head) {
       float* to = out + head * (dim + 1);
@@ -261,28 +263,30 @@ void multiply_features(T* grad, const T* features, int64_t rows, int64_t width, 
   }
 }
 
-// gradient of queries or keys, [heads, rows, dim] to [rows, heads * dim]: `grad` less row_sum * x / sqrt(dim)
+// gradient of queries or keys, [heads, rows, dim] to [rows, heads * dim], `stride` apart: `grad` less row_sum * x /
+// sqrt(dim)
 template <typename T>
 void merge_input_gradient(const T* grad, const float* x, const float* row_sums, int64_t rows, int64_t heads,
-                          int64_t dim, T* out) {
+                          int64_t dim, int64_t stride, T* out) {
   const float scale = 1.f / std::sqrt(static_cast<float>(dim));
   for (int64_t head = 0; head < heads; ++head)
     for (int64_t row = 0; row < rows; ++row, grad += dim, x += dim) {
       const float factor = *row_sums++ * scale;
-      T* to = out + (row * heads + head) * dim;
+      T* to = out + row * stride + head * dim;
 #pragma omp simd
       for (int64_t i = 0; i < dim; ++i) put(to[i], wide(grad[i]) - factor * x[i]);
     }
 }
 
-// gradient of values, [heads, rows, dim] to [rows, heads * dim]: factor * grad + sums, zero where masked
+// gradient of values, [heads, rows, dim] to [rows, heads * dim], `stride` apart: factor * grad + sums, zero where
+// masked
 template <typename T>
 void merge_value_gradient(const T* grad, const float* factor, const float* sums, const bool* keep, int64_t rows,
-                          int64_t heads, int64_t dim, T* out) {
+                          int64_t heads, int64_t dim, int64_t stride, T* out) {
   for (int64_t head = 0; head < heads; ++head, sums += dim)
     for (int64_t row = 0; row < rows; ++row, grad += dim) {
       const float scale = factor[head * rows + row], kept = !keep || keep[row];
-      T* to = out + (row * heads + head) * dim;
+      T* to = out + row * stride + head * dim;
 #pragma omp simd
       for (int64_t i = 0; i < dim; ++i) put(to[i], wide(grad[i]) * scale + sums[i] * kept);
     }
