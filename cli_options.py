@@ -161,8 +161,9 @@ Strict = Annotated[
 Verify = Annotated[bool, typer.Option("--verify", help="Compare a corpus (SRC) with its checksums.")]
 
 
-def _use_onednn(wanted: bool) -> bool:
-    if wanted:
+def _use_onednn(context: typer.Context, wanted: bool) -> bool:
+    # completion of a line on the shell parses it too
+    if wanted and not context.resilient_parsing:
         from .modeling_scbert.cpu_matmul_scbert import use_onednn
 
         use_onednn()
@@ -180,8 +181,8 @@ OneDnn = Annotated[
 ]
 
 
-def _use_compiled_layers(wanted: bool) -> bool:
-    if wanted:
+def _use_compiled_layers(context: typer.Context, wanted: bool) -> bool:
+    if wanted and not context.resilient_parsing:
         from .modeling_scbert.compiled_layer_scbert import use_compiled_layers
 
         use_compiled_layers()

@@ -31,6 +31,8 @@ def runs_in_chunks(layer: torch.nn.Module, hidden_states: torch.Tensor, output_a
         return False
     if not hasattr(layer.attention, "projection_matrix"):
         return False
+    if layer.training and layer.attention.dropout.p > 0:
+        return False
     # a frozen layer under trained ones, in fine-tuning, keeps nothing for the backward either
     trained = hidden_states.requires_grad or any(weight.requires_grad for weight in layer.parameters())
     return not (torch.is_grad_enabled() and trained)

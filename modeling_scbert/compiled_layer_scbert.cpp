@@ -16,9 +16,12 @@ struct Gradients {
 
   explicit Gradients(const Layer& layer) {
     const int64_t hidden = layer.hidden, inner = layer.inner, intermediate = layer.up.size(0);
-    for (Tensor* vector : {&norm_w, &norm_b, &o_b, &ffn_norm_w, &ffn_norm_b, &down_b}) *vector = at::zeros({hidden});
-    q = at::zeros({hidden, inner}), kv = at::zeros({hidden, 2 * inner}), o = at::zeros({hidden, inner});
-    up = at::zeros({hidden, intermediate}), up_b = at::zeros({intermediate}), down = at::zeros({hidden, intermediate});
+    for (Tensor* vector : {&norm_w, &norm_b, &o_b, &ffn_norm_w, &ffn_norm_b, &down_b})
+      *vector = at::zeros({hidden}, at::kFloat);
+    q = at::zeros({hidden, inner}, at::kFloat), kv = at::zeros({hidden, 2 * inner}, at::kFloat),
+    o = at::zeros({hidden, inner}, at::kFloat);
+    up = at::zeros({hidden, intermediate}, at::kFloat), up_b = at::zeros({intermediate}, at::kFloat),
+    down = at::zeros({hidden, intermediate}, at::kFloat);
   }
 
   std::vector<Tensor*> all() {
@@ -160,7 +163,7 @@ void key_backward(const Layer& layer, Worker& worker, const Tensor& x, const boo
   Buffers& buffers = worker.buffers;
   const int64_t rows = x.size(0), head_rows = layer.heads * rows;
   Tensor normed = normed_chunk<T>(layer, buffers, x);
-  Tensor projected = project<T>(buffers, normed, layer.kv);
+  Tensor projected = project_keys<T>(layer, buffers, normed, keep);
   Tensor features = key_features<T>(layer, buffers, projected, keep, shift);
   const float* factor = data<float>(buffers.get(FACTOR, {head_rows}, at::kFloat));
 
@@ -194,7 +197,7 @@ void cell_backward(const Layer& layer, std::vector<Worker>& workers, int outer, 
   const float shift = data<float>(saved.maxima)[cell];
   const int last = outer + free_threads();
   for (int i = outer; i < last; ++i)
-    workers[i].table = at::zeros_like(table), workers[i].plain = at::zeros({layer.heads, layer.dim + 1});
+    workers[i].table = at::zeros_like(table), workers[i].plain = at::zeros({layer.heads, layer.dim + 1}, at::kFloat);
   const Context context(layer, table, dtype_of<T>);
   const Operand operand(layer, table, dtype_of<T>);
   for_each_chunk(queries.size(0), chunk_size, outer, [&](int64_t start, int64_t stop, int thread) {
@@ -239,30 +242,45 @@ std::vector<Tensor> backward(const Layer& layer, const Tensor& output_grad, cons
 
 // ---- operators --------------------------------------------------------------------------------------------------
 
+void check(const Layer& layer, const Tensor& x, const Tensor& queries, const Tensor& keep) {
+  for (const Tensor& rows : {x, queries}) {
+    TORCH_CHECK(rows.device().is_cpu() && rows.scalar_type() == at::kFloat, "float32 on the CPU is needed");
+    TORCH_CHECK(rows.dim() == 3 && rows.size(0) == x.size(0) && rows.size(2) == layer.hidden, "needed [", x.size(0),
+                ", length, ", layer.hidden, "], got ", rows.sizes());
+  }
+  if (!keep.defined()) return;
+  TORCH_CHECK(keep.scalar_type() == at::kBool && keep.sizes() == x.sizes().slice(0, 2), "needed a mask ",
+              x.sizes().slice(0, 2), " of bool, got ", keep.sizes());
+}
+
 Tensor contiguous_or_none(const std::optional<Tensor>& x) { return x ? x->contiguous() : Tensor(); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const std::optional<Tensor>& queries, const Tensor& hidden,
                                                          const std::optional<Tensor>& keep, at::TensorList weights,
                                                          bool for_backward, const Tensor& projection, int64_t heads,
                                                          double epsilon, double norm_eps, int64_t chunk_size,
-                                                         bool half) {
-  const Plain plain;
-  const Layer layer = make_layer(weights, projection, heads, epsilon, norm_eps, half ? at::kBFloat16 : at::kFloat);
+                                                         bool in_bfloat16) {
+  const BelowAutograd guard;
+  const Layer layer =
+      make_layer(weights, projection, heads, epsilon, norm_eps, in_bfloat16 ? at::kBFloat16 : at::kFloat);
   const Tensor x = hidden.contiguous(), rows = queries ? queries->contiguous() : x, used = contiguous_or_none(keep);
-  return half ? forward<bfloat16>(layer, rows, x, used, chunk_size, for_backward)
-              : forward<float>(layer, rows, x, used, chunk_size, for_backward);
+  check(layer, x, rows, used);
+  return in_bfloat16 ? forward<bfloat16>(layer, rows, x, used, chunk_size, for_backward)
+                     : forward<float>(layer, rows, x, used, chunk_size, for_backward);
 }
 
 std::vector<Tensor> layer_backward(const Tensor& grad, const std::optional<Tensor>& queries, const Tensor& hidden,
                                    const std::optional<Tensor>& keep, at::TensorList weights, at::TensorList saved,
                                    bool weight_grads, const Tensor& projection, int64_t heads, double epsilon,
-                                   double norm_eps, int64_t chunk_size, bool half) {
-  const Plain plain;
-  const Layer layer = make_layer(weights, projection, heads, epsilon, norm_eps, half ? at::kBFloat16 : at::kFloat);
+                                   double norm_eps, int64_t chunk_size, bool in_bfloat16) {
+  const BelowAutograd guard;
+  const Layer layer =
+      make_layer(weights, projection, heads, epsilon, norm_eps, in_bfloat16 ? at::kBFloat16 : at::kFloat);
   const Tensor x = hidden.contiguous(), rows = queries ? queries->contiguous() : x, used = contiguous_or_none(keep);
+  check(layer, x, rows, used);
   const Saved state{saved[0], saved[1], saved[2]};
-  return half ? backward<bfloat16>(layer, grad, rows, x, used, state, chunk_size, weight_grads)
-              : backward<float>(layer, grad, rows, x, used, state, chunk_size, weight_grads);
+  return in_bfloat16 ? backward<bfloat16>(layer, grad, rows, x, used, state, chunk_size, weight_grads)
+                     : backward<float>(layer, grad, rows, x, used, state, chunk_size, weight_grads);
 }
 
 }  // namespace
@@ -270,12 +288,13 @@ std::vector<Tensor> layer_backward(const Tensor& grad, const std::optional<Tenso
 TORCH_LIBRARY(TORCH_EXTENSION_NAME, m) {
   m.def(
       "layer_forward(Tensor? queries, Tensor hidden, Tensor? keep, Tensor[] weights, bool for_backward, "
-      "Tensor projection, int heads, float epsilon, float norm_eps, int chunk_size, bool half) "
+      "Tensor projection, int heads, float epsilon, float norm_eps, int chunk_size, bool in_bfloat16) "
       "-> (Tensor, Tensor, Tensor, Tensor)",
       &layer_forward);
   m.def(
       "layer_backward(Tensor grad, Tensor? queries, Tensor hidden, Tensor? keep, Tensor[] weights, Tensor[] saved, "
-      "bool weight_grads, Tensor projection, int heads, float epsilon, float norm_eps, int chunk_size, bool half) "
+      "bool weight_grads, Tensor projection, int heads, float epsilon, float norm_eps, int chunk_size, bool "
+      "in_bfloat16) "
       "-> Tensor[]",
       &layer_backward);
 }

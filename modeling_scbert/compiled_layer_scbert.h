@@ -47,7 +47,7 @@ inline Layer make_layer(at::TensorList w, const Tensor& projection, int64_t head
 }
 
 // what a thread needs below autograd and autocast, whose states do not follow into at::parallel_for
-struct Plain {
+struct BelowAutograd {
   at::AutoDispatchBelowADInplaceOrView below;
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
 };
@@ -67,29 +67,29 @@ class Buffers {
   std::vector<Tensor> slots_;
 };
 
+// what the buffers hold between the steps of one chunk; T where nothing is said
 enum Slot {
-  NORMED,
-  WIDE,
-  HEADS,
-  HALF,
-  LOGS,
-  EXPONENTIALS,
-  MAXIMA,
-  FACTOR,
-  DOTS,
-  JOINED,
-  TABLE,
-  ATTENDED,
-  BRANCH,
-  RESIDUAL,
-  FFN_NORMED,
-  UP,
-  GELU,
-  PROJECTED_GRAD,
-  SHARE,
-  OUTPUT_GRAD,
-  FEATURE_GRAD,
-  HEADS_GRAD
+  NORMED,          // output of the first norm, [rows, hidden]
+  WIDE,            // projected queries, or keys and values; gradient of the attention's output
+  HEADS,           // queries or keys by head, [heads, rows, dim], float32
+  HALF,            // |x'|^2 / 2 of theirs, [heads, rows], float32
+  LOGS,            // logarithms of features, [heads, rows, features], float32; with T float, their exponentials
+  EXPONENTIALS,    // with T bfloat16
+  MAXIMA,          // of every row of logarithms, float32
+  FACTOR,          // of every row of keys, float32
+  DOTS,            // normalisers of queries, then sums of the gradient over features, float32
+  JOINED,          // numerators; weighed values; gradient of numerators and normaliser, [heads, rows, dim (+ 1)]
+  ATTENDED,        // the attention's output, [rows, inner]
+  BRANCH,          // what a linear map to [rows, hidden] puts out
+  RESIDUAL,        // the stream between the branches, [rows, hidden], float32
+  FFN_NORMED,      // output of the second norm
+  UP,              // inner values of the feed-forward network before GELU
+  GELU,            // and after it; their gradient
+  PROJECTED_GRAD,  // gradient of WIDE's projections
+  SHARE,           // a product on its way to a float32 sum
+  OUTPUT_GRAD,     // a gradient of the stream as T
+  FEATURE_GRAD,    // gradient of features
+  HEADS_GRAD       // gradient of queries, keys or values by head
 };
 
 // ---- chunks -----------------------------------------------------------------------------------------------------
@@ -135,6 +135,13 @@ Tensor features_buffer(const Layer& layer, Buffers& buffers, const Tensor& logs)
   return std::is_same_v<T, float> ? logs : buffers.get(EXPONENTIALS, logs.sizes(), dtype_of<T>);
 }
 
+// a chunk's keys and values, [rows, 2 * inner], from its norm: masked rows are zero, whatever stands in them
+template <typename T>
+Tensor project_keys(const Layer& layer, Buffers& buffers, Tensor& normed, const bool* keep) {
+  if (keep) clear_rows(data<T>(normed), normed.size(0), layer.hidden, keep);
+  return project<T>(buffers, normed, layer.kv);
+}
+
 template <typename T>
 Tensor normed_chunk(const Layer& layer, Buffers& buffers, const Tensor& x) {
   Tensor normed = buffers.get(NORMED, x.sizes(), dtype_of<T>);
@@ -149,8 +156,8 @@ struct KeySums {
   float shift = -std::numeric_limits<float>::infinity();
 
   explicit KeySums(const Layer& layer)
-      : table(at::zeros({layer.heads, layer.dim + 1, layer.features})),
-        plain(at::zeros({layer.heads, layer.dim + 1})) {}
+      : table(at::zeros({layer.heads, layer.dim + 1, layer.features}, at::kFloat)),
+        plain(at::zeros({layer.heads, layer.dim + 1}, at::kFloat)) {}
 
   void raise(float to) {
     if (to <= shift) return;
@@ -178,7 +185,7 @@ Tensor key_features(const Layer& layer, Buffers& buffers, const Tensor& projecte
 template <typename T>
 void add_keys(const Layer& layer, Buffers& buffers, const Tensor& x, const bool* keep, KeySums& sums) {
   const int64_t rows = x.size(0);
-  Tensor projected = project<T>(buffers, normed_chunk<T>(layer, buffers, x), layer.kv);
+  Tensor normed = normed_chunk<T>(layer, buffers, x), projected = project_keys<T>(layer, buffers, normed, keep);
   Tensor features = key_features<T>(layer, buffers, projected, keep, std::nullopt, &sums);
   const float* factor = data<float>(buffers.get(FACTOR, {layer.heads * rows}, at::kFloat));
   const T* value = data<T>(projected) + layer.inner;
@@ -278,14 +285,15 @@ void query_chunk(const Layer& layer, Buffers& buffers, const Tensor& x, const Co
   add_branch(data<float>(residual), data<T>(branch), data<float>(layer.down_b), x.size(0), layer.hidden, output);
 }
 
-// cells are spread over the threads where there are enough of them, chunks of one cell where not
+// Cells are spread over the threads where there are enough of them, chunks of one cell where not. `function` gets the
+// thread it runs on; it is zero where the loop over chunks inside is the one that is spread.
 template <typename Function>
 void for_each_cell(int64_t cells, int64_t chunks_per_cell, Function function) {
   if (cells < at::get_num_threads() || chunks_per_cell >= 8) {
     for (int64_t cell = 0; cell < cells; ++cell) function(cell, 0);
   } else {
     at::parallel_for(0, cells, 1, [&](int64_t begin, int64_t end) {
-      Plain plain;
+      const BelowAutograd guard;
       const int thread = at::get_thread_num();
       for (int64_t cell = begin; cell < end; ++cell) function(cell, thread);
     });
@@ -296,7 +304,7 @@ template <typename Function>
 void for_each_chunk(int64_t length, int64_t chunk_size, int outer_thread, Function function) {
   const Chunks chunks = chunks_of(length, chunk_size);
   at::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
-    Plain plain;
+    const BelowAutograd guard;
     const int thread = outer_thread + at::get_thread_num();
     for (int64_t i = begin; i < end; ++i) function(chunks.start(i), chunks.start(i + 1), thread);
   });
@@ -314,9 +322,9 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, const Tensor& queries, const Tensor& hidden,
                                                    const Tensor& keep, int64_t chunk_size, bool for_backward) {
   const int64_t cells = hidden.size(0), length = hidden.size(1);
-  Tensor output = at::empty_like(queries), maxima = at::empty({cells});
-  Tensor tables = at::empty({cells, layer.heads, layer.dim + 1, layer.features});
-  Tensor residuals = for_backward ? at::empty_like(queries) : at::empty({0});
+  Tensor output = at::empty_like(queries), maxima = at::empty({cells}, at::kFloat);
+  Tensor tables = at::empty({cells, layer.heads, layer.dim + 1, layer.features}, at::kFloat);
+  Tensor residuals = for_backward ? at::empty_like(queries) : at::empty({0}, at::kFloat);
   std::vector<Buffers> buffers(at::get_num_threads());
   for_each_cell(cells, length / chunk_size, [&](int64_t cell, int outer) {
     Tensor keys = hidden[cell], rows = queries[cell];

@@ -89,6 +89,12 @@ void split_heads(const T* x, int64_t stride, int64_t rows, int64_t heads, int64_
     }
 }
 
+template <typename T>
+void clear_rows(T* x, int64_t rows, int64_t width, const bool* keep) {
+  for (int64_t row = 0; row < rows; ++row, x += width)
+    if (!keep[row]) std::memset(x, 0, width * sizeof(T));
+}
+
 // exp2(logs - maximum of the row), the maxima, and each row's product with `other` if there is one; in place for float
 template <typename T>
 void exponentials(const float* logs, int64_t rows, int64_t width, T* out, float* maxima, const float* other,

@@ -100,7 +100,11 @@ class ScBertLayer(GradientCheckpointingLayer):
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Second residual branch, norm and position-wise network; same shapes."""
-        return apply_chunking_to_forward(self._feed_forward, self.chunk_size_feed_forward, 1, hidden_states)
+        size = self.chunk_size_feed_forward
+        if size and hidden_states.shape[1] % size:
+            # some positions of a sequence, or a chunk of it: transformers takes whole multiples only
+            return torch.cat([self._feed_forward(chunk) for chunk in hidden_states.split(size, 1)], 1)
+        return apply_chunking_to_forward(self._feed_forward, size, 1, hidden_states)
 
     def _feed_forward(self, hidden_states):
         hidden_states = self.activation(self.intermediate(self.ffn_norm(hidden_states)))

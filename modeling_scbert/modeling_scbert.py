@@ -119,7 +119,7 @@ class ScBertModel(ScBertPreTrainedModel):
         if first_layer < len(self.layers) and not self.config.reversible:
             for layer in self.layers[first_layer:-1]:
                 hidden_states = layer(hidden_states, attention_mask, output_attentions)
-            return self.layers[-1](hidden_states, attention_mask, output_attentions, positions)
+            return self.layers[-1](hidden_states, attention_mask, output_attentions, positions=positions)
         if positions is not None:
             encoded = self._encode(hidden_states, attention_mask, output_attentions, kwargs, first_layer)
             return rows_at(positions, encoded)
@@ -179,9 +179,13 @@ class ScBertModel(ScBertPreTrainedModel):
             hidden_states = self.embeddings(input_ids, gene_ids, modality_ids, inputs_embeds)
         else:
             hidden_states, first_layer = self.prefix(input_ids, attention_mask, gene_ids, modality_ids)
+        # what is recorded is recorded of every token
+        early, late = (None, positions) if records else (positions, None)
         hidden_states = self._encode(
-            hidden_states, attention_mask, bool(output_attentions), kwargs, first_layer, positions
+            hidden_states, attention_mask, bool(output_attentions), kwargs, first_layer, early
         )
+        if late is not None:
+            hidden_states = rows_at(late, hidden_states)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
 

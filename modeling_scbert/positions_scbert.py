@@ -49,5 +49,5 @@ def labelled_positions(labels: torch.Tensor, ignored: int = -100) -> torch.Tenso
             [2, 0]])
     """
     labelled = labels != ignored
-    n_labelled = int(labelled.sum(1).max())
+    n_labelled = int(labelled.sum(1).max()) if labelled.numel() else 0
     return labelled.int().argsort(dim=1, descending=True, stable=True)[:, :n_labelled] if n_labelled else None

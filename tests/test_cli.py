@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import typer
 
 import scbert
 from scbert import cli, console
@@ -203,3 +204,11 @@ def test_module_runs_like_the_command(tmp_path):
     )
     assert done.returncode == 0
     assert done.stdout.startswith("scbert ")
+
+
+def test_completing_a_line_compiles_nothing(monkeypatch):
+    monkeypatch.setattr("scbert.modeling_scbert.compiled_layer_scbert.use_compiled_layers", lambda: 1 / 0)
+    group = typer.main.get_command(cli.app)
+    group.make_context("scbert", ["--compiled", "annotate"], resilient_parsing=True)
+    with pytest.raises(ZeroDivisionError):
+        group.make_context("scbert", ["--compiled", "annotate"])

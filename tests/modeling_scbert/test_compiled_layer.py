@@ -1,16 +1,14 @@
 """Compiled blocks against the plain one in float64, outputs and gradients; what they refuse; how they are built."""
 
 import copy
-import os
-import stat
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scbert import ScBertConfig, ScBertForMaskedExpression
-from scbert.modeling_scbert import compiled_layer_scbert as compiled
 from scbert.modeling_scbert.compiled_layer_scbert import (
     WEIGHTS,
     compiled_layer,
@@ -213,53 +211,88 @@ def test_a_model_trains_the_same_with_it():
         assert relative_error(mine, theirs.double()) < 2e-4
 
 
+def test_hooks_of_all_modules_and_of_the_activation_are_called():
+    x, layer = torch.randn(1, 9, HIDDEN), make_layer()
+    handle = layer.activation.register_forward_hook(lambda *_: None)
+    assert not compiled_serves(layer, x)
+    handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not compiled_serves(layer, x)
+    handle.remove()
+    assert compiled_serves(layer, x)
+
+
+def test_norms_that_differ_and_no_epsilon_are_left_to_the_plain_block():
+    x, layer = torch.randn(1, 9, HIDDEN), make_layer()
+    layer.ffn_norm.eps = 0.5
+    assert not compiled_serves(layer, x) and not compiled_serves(make_layer(kernel_epsilon=0.0), x)
+
+
+def test_offloaded_weights_are_fetched(monkeypatch):
+    layer, x = make_layer().eval(), torch.randn(1, 30, HIDDEN)
+    with torch.no_grad():
+        wanted = layer(x)
+        cpu_offload(layer, execution_device="cpu")
+        assert not compiled_serves(layer, x)
+        torch.testing.assert_close(layer(x), wanted)
+
+
+def test_other_weights_for_one_call():
+    layer, x = make_layer(), torch.randn(1, 30, HIDDEN)
+    weights = {name: weight.detach() * 1.1 for name, weight in layer.named_parameters()}
+    found = torch.func.functional_call(layer, weights, (x,))
+    restore_layers()
+    torch.testing.assert_close(found, torch.func.functional_call(layer, weights, (x,)), rtol=1e-4, atol=1e-5)
+    use_compiled_layers()
+
+
+def test_what_is_masked_may_hold_anything():
+    layer, mask = make_layer(), torch.rand(2, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+    x = torch.randn(2, 40, HIDDEN)
+    with torch.no_grad():
+        wanted = compiled_layer(layer, x, mask, 16)[mask]
+        for value in (torch.nan, torch.inf, 3e38):
+            torch.testing.assert_close(
+                compiled_layer(layer, x.masked_fill(~mask[..., None], value), mask, 16)[mask], wanted
+            )
+
+
+@pytest.mark.parametrize("shapes", [((2, 9, 24), (1, 9)), ((2, 9, 24), (2, 8)), ((2, 9, 28), None)])
+def test_wrong_shapes_are_refused(shapes):
+    states, mask = shapes
+    with pytest.raises(RuntimeError, match="needed"):
+        compiled_layer(make_layer(), torch.randn(states), None if mask is None else torch.ones(mask))
+
+
+def test_queries_that_are_all_positions_count_once():
+    layer, x = make_layer(), torch.randn(1, 30, HIDDEN, requires_grad=True)
+    compiled_layer(layer, x).sum().backward()
+    wanted, x.grad = x.grad, None
+    compiled_layer(layer, x, queries=x).sum().backward()
+    torch.testing.assert_close(x.grad, wanted)
+
+
+def test_another_default_dtype_changes_nothing():
+    layer, x = make_layer(), torch.randn(1, 30, HIDDEN, requires_grad=True)
+    wanted = compiled_layer(layer, x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = compiled_layer(layer, x)
+        found.sum().backward()
+        assert use_compiled_layers().enabled
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted)
+
+
 def test_dropout_keeps_the_plain_block():
     torch.manual_seed(0)
     for option in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         layer, x = make_layer(**{option: 0.5}).train(), torch.randn(1, 20, HIDDEN)
         assert not torch.equal(layer(x), layer(x))
+        with torch.no_grad():
+            assert not torch.equal(layer(x), layer(x))
         assert torch.equal(layer.eval()(x), layer(x))
-
-
-def fresh(monkeypatch, tmp_path, **environment):
-    """As if nothing had been built or loaded yet."""
-    monkeypatch.setattr(compiled, "NAMESPACE", "scbert_not_loaded")
-    monkeypatch.setenv("SCBERT_CACHE", str(tmp_path / "cache"))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-
-
-def test_a_failing_compiler_is_reported_and_leaves_nothing(monkeypatch, tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\necho "no such luck" >&2\nexit 1\n')
-    compiler.chmod(0o700)
-    fresh(monkeypatch, tmp_path, CXX=str(compiler))
-    report = use_compiled_layers()
-    assert not report.enabled and "no such luck" in str(report)
-    assert not compiled_serves(make_layer(), torch.randn(1, 9, HIDDEN))
-    assert not list((tmp_path / "cache").iterdir())
-    monkeypatch.undo()
-    assert use_compiled_layers().enabled
-
-
-def test_no_compiler_is_reported(monkeypatch, tmp_path):
-    fresh(monkeypatch, tmp_path, CXX=str(tmp_path / "none"))
-    report = use_compiled_layers()
-    assert not report.enabled and "none" in report.reason
-    monkeypatch.undo()
-    assert use_compiled_layers().enabled
-
-
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners of files here")
-def test_a_folder_that_others_can_write_is_refused(monkeypatch, tmp_path):
-    fresh(monkeypatch, tmp_path)
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache").chmod(0o777)
-    report = use_compiled_layers()
-    assert not report.enabled and "SCBERT_CACHE" in report.reason
-    assert (tmp_path / "cache").stat().st_mode & stat.S_IWOTH
-    monkeypatch.undo()
-    assert use_compiled_layers().enabled
 
 
 def test_labelled_positions_keep_their_order():

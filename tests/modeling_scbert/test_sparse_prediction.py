@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from scbert import ScBertConfig, ScBertForMaskedExpression
+from scbert.modeling_scbert.positions_scbert import labelled_positions
 
 LENGTH = 41
 
@@ -69,3 +70,24 @@ def test_sparse_prediction_still_records_every_token():
     torch.testing.assert_close(output.loss, model(cells(), labels=labels).loss)
     nothing = model(cells(), labels=torch.full_like(labels, -100))
     assert nothing.logits.shape == (0, 7)
+
+
+def test_positions_beside_what_is_recorded():
+    model, positions = tiny_model().scbert, torch.tensor([[3, 1], [0, 40], [7, 7]])
+    wanted = model(cells(), positions=positions).last_hidden_state
+    recorded = model(cells(), positions=positions, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(recorded.last_hidden_state, wanted)
+    assert len(recorded.attentions) == 2 and recorded.hidden_states[1].shape[1] == LENGTH
+
+
+def test_chunks_of_the_feed_forward_network_need_not_fit():
+    plain, chunked = (
+        tiny_model(sparse_prediction=True),
+        tiny_model(sparse_prediction=True, chunk_size_feed_forward=3),
+    )
+    labels = some_labels()
+    torch.testing.assert_close(chunked(cells(), labels=labels).loss, plain(cells(), labels=labels).loss)
+
+
+def test_no_cells_have_no_labelled_positions():
+    assert labelled_positions(torch.empty(0, LENGTH, dtype=torch.long)) is None
