@@ -34,7 +34,7 @@ from .speed_tasks import FULL_LENGTH, TASKS, VARIANTS, Variant, build_config, in
 FULL = {
     "n_layers": 6,
     "length": FULL_LENGTH,
-    "rounds": {"inference": 4, "pretraining step": 2, "fine-tuning step": 3},
+    "rounds": {"inference": 6, "pretraining step": 4, "fine-tuning step": 4},
     "lengths": [1000, 2000, 4000, 8000, 12000, 16000, 20000],
     "softmax_up_to": 8000,
     "length_rounds": 2,

@@ -7,6 +7,7 @@ seconds once), compares them with the portable steps, and keeps them only if the
 (adapters, hooks, active dropout, biases of queries) stay with the portable steps.
 """
 
+import functools
 import hashlib
 import logging
 import os
@@ -99,7 +100,7 @@ def use_compiled_layers() -> CompileReport:
     restore_layers()
     try:
         _operators = _load()
-        error = _difference_from_portable()
+        error = _difference_from_portable(_operators)
         _enabled = error <= MAX_ERROR
         reason = "" if _enabled else f"Their relative error is {error:.0e} on this machine."
         report = CompileReport(_enabled, error, reason)
@@ -192,8 +193,9 @@ def _build(library: Path, name: str) -> None:
         os.replace(built, library)
 
 
-def _difference_from_portable() -> float:
-    """Largest relative difference of a small block's output and gradients, some positions masked."""
+@functools.cache
+def _difference_from_portable(operators) -> float:
+    """Largest relative difference of a small block's output and gradients, some positions masked; once for each."""
     # imported here: blocks are made of these functions
     from .chunked_training_scbert import train_in_chunks
     from .configuration_scbert import ScBertConfig
