@@ -66,6 +66,10 @@ def _scbert(
     compiled: Compiled = False,
 ) -> None:
     """Cell-type annotation of single cells with scBERT models."""
+    if onednn or compiled:
+        from .modeling_scbert.cpu_speed_scbert import request_cpu_speed
+
+        request_cpu_speed(compiled, onednn)
 
 
 @app.command()

@@ -161,32 +161,14 @@ Strict = Annotated[
 Verify = Annotated[bool, typer.Option("--verify", help="Compare a corpus (SRC) with its checksums.")]
 
 
-def _use_onednn(context: typer.Context, wanted: bool) -> bool:
-    # completion of a line on the shell parses it too
-    if wanted and not context.resilient_parsing:
-        from .modeling_scbert.cpu_matmul_scbert import use_onednn
-
-        use_onednn()
-    return wanted
-
-
 OneDnn = Annotated[
     bool,
     typer.Option(
         "--onednn",
         envvar="SCBERT_ONEDNN",
-        callback=_use_onednn,
         help="On a CPU, let oneDNN do the matrix products if it is found exact and faster (AMD processors).",
     ),
 ]
-
-
-def _use_compiled_layers(context: typer.Context, wanted: bool) -> bool:
-    if wanted and not context.resilient_parsing:
-        from .modeling_scbert.compiled_layer_scbert import use_compiled_layers
-
-        use_compiled_layers()
-    return wanted
 
 
 Compiled = Annotated[
@@ -194,7 +176,6 @@ Compiled = Annotated[
     typer.Option(
         "--compiled",
         envvar="SCBERT_COMPILED",
-        callback=_use_compiled_layers,
         help="On a CPU, compile the encoder's blocks for this machine (a C++ compiler and some ten seconds, once).",
     ),
 ]

@@ -304,8 +304,8 @@ def _settings(layer, chunk_size) -> tuple:
     if chunk_size is None:
         chunk_size = chunk_positions(config.num_attention_heads, len(projection), projection.device)
         if not os.environ.get("SCBERT_CHUNK_SIZE"):
-            # every thread has a chunk of its own in the cache that they share
-            chunk_size = max(64, chunk_size // torch.get_num_threads() // 64 * 64)
+            # every thread has a chunk of its own in the cache that they share, with buffers of half the features' size
+            chunk_size = max(64, chunk_size * 2 // 3 // torch.get_num_threads() // 64 * 64)
     in_bfloat16 = torch.is_autocast_enabled("cpu")
     numbers = (config.num_attention_heads, config.kernel_epsilon, layer.attention_norm.eps, chunk_size)
     return projection, *numbers, in_bfloat16

@@ -8,6 +8,7 @@ import torch
 
 from scbert import ScBertConfig
 from scbert.modeling_scbert import compiled_layer_scbert as compiled
+from scbert.modeling_scbert import cpu_speed_scbert
 from scbert.modeling_scbert.compiled_layer_scbert import compiled_serves, restore_layers, use_compiled_layers
 from scbert.modeling_scbert.layers_scbert import ScBertLayer
 
@@ -80,3 +81,20 @@ def test_blocks_that_disagree_are_not_kept(monkeypatch):
     assert not report.enabled and "relative error" in str(report)
     monkeypatch.undo()
     assert use_compiled_layers().enabled
+
+
+def test_the_environment_asks_once(monkeypatch):
+    used = []
+    monkeypatch.setattr(cpu_speed_scbert, "SWITCHES", {"SCBERT_COMPILED": lambda: used.append("compiled")})
+    for value in ("0", "1"):
+        monkeypatch.setenv("SCBERT_COMPILED", value)
+        cpu_speed_scbert.apply_requested_cpu_speed.cache_clear()
+        for _ in range(2):
+            cpu_speed_scbert.apply_requested_cpu_speed()
+    assert used == ["compiled"]
+    cpu_speed_scbert.apply_requested_cpu_speed.cache_clear()
+    monkeypatch.delenv("SCBERT_COMPILED")
+    cpu_speed_scbert.request_cpu_speed(compiled=True)
+    assert used == ["compiled"] * 2 and os.environ["SCBERT_COMPILED"] == "1"
+    cpu_speed_scbert.apply_requested_cpu_speed.cache_clear()
+    monkeypatch.delenv("SCBERT_COMPILED")
