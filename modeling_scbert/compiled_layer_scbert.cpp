@@ -1,6 +1,7 @@
 // A FAVOR+ block in chunks of positions on a CPU: the operators `layer_forward` and `layer_backward` that
-// compiled_layer_scbert.py builds and calls. The backward keeps nothing but the block's input and the table of the
-// keys, and computes everything else again, chunk by chunk, as chunked_training_scbert.py does.
+// compiled_layer_scbert.py builds and calls. For the backward, the forward keeps the block's input, the table of the
+// keys and the residual stream between the branches; everything else is computed again, chunk by chunk, as
+// chunked_training_scbert.py does.
 
 #include "compiled_layer_scbert.h"
 
@@ -18,9 +19,11 @@ struct Gradients {
     const int64_t hidden = layer.hidden, inner = layer.inner, intermediate = layer.up.size(0);
     for (Tensor* vector : {&norm_w, &norm_b, &o_b, &ffn_norm_w, &ffn_norm_b, &down_b})
       *vector = at::zeros({hidden}, at::kFloat);
-    q = at::zeros({hidden, inner}, at::kFloat), kv = at::zeros({hidden, 2 * inner}, at::kFloat),
+    q = at::zeros({hidden, inner}, at::kFloat);
+    kv = at::zeros({hidden, 2 * inner}, at::kFloat);
     o = at::zeros({hidden, inner}, at::kFloat);
-    up = at::zeros({hidden, intermediate}, at::kFloat), up_b = at::zeros({intermediate}, at::kFloat),
+    up = at::zeros({hidden, intermediate}, at::kFloat);
+    up_b = at::zeros({intermediate}, at::kFloat);
     down = at::zeros({hidden, intermediate}, at::kFloat);
   }
 
@@ -68,8 +71,8 @@ Tensor as_operand(Buffers& buffers, Slot slot, const Tensor& x) {
 
 // what the backward reads of a table [heads, dim + 1, features] or of its gradient
 struct Operand {
-  Tensor whole, values,
-      sums;  // [heads, dim + 1, features] and [heads, features, dim] as T; epsilon * sum over features, [heads, dim]
+  Tensor whole, values;  // [heads, dim + 1, features] and [heads, features, dim], as T
+  Tensor sums;           // epsilon * sum over features, [heads, dim]
 
   Operand(const Layer& layer, const Tensor& table, at::ScalarType dtype)
       : whole(table.to(dtype).contiguous()),
