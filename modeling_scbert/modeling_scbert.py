@@ -116,16 +116,17 @@ class ScBertModel(ScBertPreTrainedModel):
     def _encode(
         self, hidden_states, attention_mask, output_attentions, kwargs, first_layer=0, positions=None
     ):
-        if first_layer < len(self.layers) and not self.config.reversible:
-            for layer in self.layers[first_layer:-1]:
-                hidden_states = layer(hidden_states, attention_mask, output_attentions)
-            return self.layers[-1](hidden_states, attention_mask, output_attentions, positions=positions)
-        if positions is not None:
+        record = output_attentions or kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        last_only = not (record or self.config.reversible or first_layer == len(self.layers))
+        if positions is not None and not last_only:
+            # what is recorded is recorded of every token
             encoded = self._encode(hidden_states, attention_mask, output_attentions, kwargs, first_layer)
             return rows_at(positions, encoded)
         if not self.config.reversible:
+            for layer in self.layers[first_layer:]:
+                wanted = positions if layer is self.layers[-1] else None
+                hidden_states = layer(hidden_states, attention_mask, output_attentions, positions=wanted)
             return hidden_states
-        record = output_attentions or kwargs.get("output_hidden_states", self.config.output_hidden_states)
         # a compiled graph cannot hold the recomputing function, and gets the plain form: equal, but memory as usual
         if torch.is_grad_enabled() and not record and not torch.compiler.is_compiling():
             return reversible_encode(self.layers, hidden_states, attention_mask)
@@ -179,13 +180,9 @@ class ScBertModel(ScBertPreTrainedModel):
             hidden_states = self.embeddings(input_ids, gene_ids, modality_ids, inputs_embeds)
         else:
             hidden_states, first_layer = self.prefix(input_ids, attention_mask, gene_ids, modality_ids)
-        # what is recorded is recorded of every token
-        early, late = (None, positions) if records else (positions, None)
         hidden_states = self._encode(
-            hidden_states, attention_mask, bool(output_attentions), kwargs, first_layer, early
+            hidden_states, attention_mask, bool(output_attentions), kwargs, first_layer, positions
         )
-        if late is not None:
-            hidden_states = rows_at(late, hidden_states)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
 

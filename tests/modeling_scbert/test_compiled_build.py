@@ -9,17 +9,10 @@ import torch
 from scbert import ScBertConfig
 from scbert.modeling_scbert import compiled_layer_scbert as compiled
 from scbert.modeling_scbert import cpu_speed_scbert
-from scbert.modeling_scbert.compiled_layer_scbert import compiled_serves, restore_layers, use_compiled_layers
+from scbert.modeling_scbert.compiled_layer_scbert import compiled_serves, use_compiled_layers
 from scbert.modeling_scbert.layers_scbert import ScBertLayer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def in_use():
-    report = use_compiled_layers()
-    if not report.enabled:
-        pytest.skip(str(report))
-    yield
-    restore_layers()
+pytestmark = pytest.mark.usefixtures("compiled_blocks")
 
 
 def fresh(monkeypatch, tmp_path, **environment):

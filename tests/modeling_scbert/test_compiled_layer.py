@@ -23,14 +23,7 @@ from scbert.modeling_scbert.positions_scbert import labelled_positions, rows_at
 HIDDEN = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def in_use():
-    """Compiled blocks are on in this module; built once, some ten seconds where they have not been."""
-    report = use_compiled_layers()
-    if not report.enabled:
-        pytest.skip(str(report))
-    yield
-    restore_layers()
+pytestmark = pytest.mark.usefixtures("compiled_blocks")
 
 
 @pytest.fixture(autouse=True)
