@@ -109,7 +109,7 @@ class _LayerInChunks(torch.autograd.Function):
                 residual = steps.residual(chunk, steps.quotient(joined))
                 torch.add(residual, layer.feed_forward(residual), out=output[group, start:stop])
         ctx.save_for_backward(hidden_states, queries, keep, *tables)
-        ctx.layer, ctx.chunk_size, ctx.n_weights = layer, chunk_size, len(weights)
+        ctx.layer, ctx.chunk_size = layer, chunk_size
         enabled = torch.is_autocast_enabled("cpu")
         ctx.autocast = torch.get_autocast_dtype("cpu") if enabled else None
         return output

@@ -105,7 +105,7 @@ def use_compiled_layers() -> CompileReport:
         reason = "" if _enabled else f"Their relative error is {error:.0e} on this machine."
         report = CompileReport(_enabled, error, reason)
     except (OSError, RuntimeError, subprocess.SubprocessError) as failure:
-        report = CompileReport(False, reason=_first_lines(failure))
+        report = CompileReport(False, reason=_explanation(failure))
     logger.info("%s", report)
     return report
 
@@ -116,9 +116,14 @@ def restore_layers() -> None:
     _enabled = False
 
 
-def _first_lines(error: Exception, limit: int = 600) -> str:
-    text = getattr(error, "stderr", None) or str(error)
-    return text.strip()[:limit]
+def _explanation(error: Exception, limit: int = 600) -> str:
+    """What failed and what mends it, in few lines."""
+    remedy = "A C++ compiler with OpenMP is needed: install g++, or name one in CXX."
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename} was not found. {remedy}"
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{error.cmd[0]} ended with code {error.returncode}. {remedy} {error.stderr.strip()[:limit]}".strip()
+    return str(error).strip()[:limit]
 
 
 def _load():

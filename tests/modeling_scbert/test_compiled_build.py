@@ -39,7 +39,7 @@ def test_a_failing_compiler_is_reported_and_leaves_nothing(monkeypatch, tmp_path
 def test_no_compiler_is_reported(monkeypatch, tmp_path):
     fresh(monkeypatch, tmp_path, CXX=str(tmp_path / "none"))
     report = use_compiled_layers()
-    assert not report.enabled and "none" in report.reason
+    assert not report.enabled and "none was not found" in report.reason and "CXX" in report.reason
     monkeypatch.undo()
     assert use_compiled_layers().enabled
 
