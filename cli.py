@@ -19,7 +19,6 @@ from .cli_options import (
     BatchSize,
     CacheFrozen,
     ClassBalance,
-    Compiled,
     Force,
     GenesReport,
     GeneTable,
@@ -29,7 +28,6 @@ from .cli_options import (
     Layer,
     MajorityVote,
     Model,
-    OneDnn,
     OutputFile,
     OutputFolder,
     Overwrite,
@@ -62,14 +60,8 @@ def _scbert(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
-    onednn: OneDnn = False,
-    compiled: Compiled = False,
 ) -> None:
     """Cell-type annotation of single cells with scBERT models."""
-    if onednn or compiled:
-        from .modeling_scbert.cpu_speed_scbert import request_cpu_speed
-
-        request_cpu_speed(compiled, onednn)
 
 
 @app.command()

@@ -159,23 +159,3 @@ Strict = Annotated[
     ),
 ]
 Verify = Annotated[bool, typer.Option("--verify", help="Compare a corpus (SRC) with its checksums.")]
-
-
-OneDnn = Annotated[
-    bool,
-    typer.Option(
-        "--onednn",
-        envvar="SCBERT_ONEDNN",
-        help="On a CPU, let oneDNN do the matrix products if it is found exact and faster (AMD processors).",
-    ),
-]
-
-
-Compiled = Annotated[
-    bool,
-    typer.Option(
-        "--compiled",
-        envvar="SCBERT_COMPILED",
-        help="On a CPU, compile the encoder's blocks for this machine (a C++ compiler and some ten seconds, once).",
-    ),
-]

@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import snapshot_download
 
 from ..modeling_scbert import ScBertForCellClassification, ScBertModel
-from ..modeling_scbert.cpu_speed_scbert import apply_requested_cpu_speed
 from ..tokenization import InputError, ScBertTokenizer
 from ..training.pretrained import quiet_transformers, read_config
 
@@ -104,7 +103,6 @@ def load_model(
     >>> loaded.labels  # doctest: +SKIP
     ['B', 'NK', 'T']
     """
-    apply_requested_cpu_speed()
     if isinstance(model, LoadedModel):
         return model
     folder = model_folder(model)

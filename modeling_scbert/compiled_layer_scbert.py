@@ -1,8 +1,8 @@
 """
-A FAVOR+ block compiled for this machine's processor, on request: the same function as `layer_in_chunks` and
-`train_in_chunks`, with the steps between the matrix products fused and every thread working on chunks of its own.
+A FAVOR+ block compiled for this machine's processor: the same function as `run_chunked`, with the steps between the
+matrix products fused and every thread working on chunks of its own.
 
-`use_compiled_layers` builds the operators of compiled_layer_scbert.cpp (it takes a C++ compiler with OpenMP, and ten
+`compiled_blocks` builds the operators of compiled_layer_scbert.cpp (a C++ compiler with OpenMP is needed, and ten
 seconds once), compares them with the portable steps, and keeps them only if they agree. Blocks that are not plain
 (adapters, hooks, active dropout, biases of queries) stay with the portable steps.
 """
@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import GELUActivation
 
+from .backends_scbert import VARIABLE
+from .chunked_layer_scbert import run_chunked
 from .favor_chunks_scbert import chunk_positions
 
 logger = logging.getLogger(__name__)
@@ -47,73 +50,83 @@ WEIGHTS = (
     *("intermediate.weight", "intermediate.bias", "output.weight", "output.bias"),
 )
 
-_operators = None
-_enabled = False
+# what building takes, in seconds, and the share of the portable blocks' time that compiled ones spare
+SECONDS_TO_BUILD = 10.0
+SECONDS_TO_CHECK = 0.5
+SHARE_SPARED = 0.3
 
 
-@dataclass
+@dataclass(frozen=True)
 class CompileReport:
     """
-    What came of asking for compiled blocks.
+    What came of compiling blocks.
 
     Attributes
     ----------
-    enabled
-        Plain FAVOR+ blocks in float32, or under bfloat16 autocast, are now run by the compiled operators.
+    operators
+        ``layer_forward`` and ``layer_backward``; None where they are not to be used.
     error
         Largest difference from the portable steps, of outputs and gradients; None where nothing was built.
     reason
         Why they are not in use, where they are not.
     """
 
-    enabled: bool
+    operators: object | None = None
     error: float | None = None
     reason: str = ""
 
     def __str__(self) -> str:
-        if self.enabled:
-            return f"compiled blocks: in use, with a relative difference of {self.error:.0e} from the portable ones."
-        return f"compiled blocks: not in use, the portable ones serve. {self.reason}"
+        if self.operators is None:
+            return f"Compiled blocks are not in use, the portable ones serve. {self.reason}"
+        return (
+            f"Blocks compiled for this machine are in use, with a relative difference of {self.error:.0e} from the "
+            f"portable ones ({VARIABLE}=-compiled forbids them)."
+        )
 
 
-def use_compiled_layers() -> CompileReport:
+def seconds_to_pay() -> float:
+    """Seconds of work that have to be ahead if compiling, or loading what was compiled before, is to pay."""
+    return (SECONDS_TO_CHECK if _is_built() else SECONDS_TO_BUILD + SECONDS_TO_CHECK) / SHARE_SPARED
+
+
+@functools.cache
+def _is_built() -> bool:
+    try:
+        return _library().exists()
+    except OSError:
+        return False
+
+
+@functools.cache
+def compiled_blocks(layer_class: type[nn.Module], config_class: type) -> CompileReport:
     """
-    Run FAVOR+ blocks on the CPU by operators compiled for this machine; built at the first call, then kept on disk.
+    The operators compiled for this machine: built at the first call, kept on disk, checked once in a process; logged.
 
-    Together with `use_onednn` this is the fastest way to annotate and to train on a CPU. What was built is kept in the
-    folder ``compiled`` of ``$SCBERT_CACHE``, or else of ``scbert`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; the compiler
-    is ``$CXX`` or ``c++``.
+    They are kept in the folder ``compiled`` of ``$SCBERT_CACHE``, or else of ``scbert`` in ``$XDG_CACHE_HOME`` or
+    ``~/.cache``; the compiler is ``$CXX`` or ``c++``.
 
-    Returns
-    -------
-    CompileReport
-        Also logged. `restore_layers` undoes it.
+    Parameters
+    ----------
+    layer_class, config_class
+        `ScBertLayer` and `ScBertConfig`, for a block to compare on.
 
     Examples
     --------
-    >>> report = use_compiled_layers()
-    >>> report.enabled in (True, False)
+    >>> from scbert import ScBertConfig
+    >>> from scbert.modeling_scbert.layers_scbert import ScBertLayer
+    >>> report = compiled_blocks(ScBertLayer, ScBertConfig)
+    >>> report.operators is None or report.error < MAX_ERROR
     True
-    >>> restore_layers()
     """
-    global _enabled, _operators
-    restore_layers()
     try:
-        _operators = _load()
-        error = _difference_from_portable(_operators)
-        _enabled = error <= MAX_ERROR
-        reason = "" if _enabled else f"Their relative error is {error:.0e} on this machine."
-        report = CompileReport(_enabled, error, reason)
+        operators = _load()
+        error = _difference_from_portable(operators, layer_class(config_class(), 0))
+        reason = "" if error <= MAX_ERROR else f"Their relative error is {error:.0e} on this machine."
+        report = CompileReport(None if reason else operators, error, reason)
     except (OSError, RuntimeError, subprocess.SubprocessError) as failure:
-        report = CompileReport(False, reason=_explanation(failure))
+        report = CompileReport(reason=_explanation(failure))
     logger.info("%s", report)
     return report
-
-
-def restore_layers() -> None:
-    """Undo `use_compiled_layers`."""
-    global _enabled
-    _enabled = False
 
 
 def _explanation(error: Exception, limit: int = 600) -> str:
@@ -128,12 +141,10 @@ def _explanation(error: Exception, limit: int = 600) -> str:
 
 def _load():
     """The operators, built before or now."""
-    # one namespace for every version of the sources: another copy of this package may be loaded as well
-    name = f"scbert_compiled_{_fingerprint()}"
-    operators = getattr(torch.ops, name)
+    library = _library()
+    operators = getattr(torch.ops, library.stem)
     if hasattr(operators, "layer_backward"):
         return operators
-    library = _cache_folder() / f"{name}.so"
     if library.exists():
         try:
             torch.ops.load_library(library)
@@ -141,9 +152,14 @@ def _load():
         except OSError:
             # cut short by a full disk, or of a torch that is gone
             library.unlink()
-    _build(library, name)
+    _build(library)
     torch.ops.load_library(library)
     return operators
+
+
+def _library() -> Path:
+    """Where the operators are, or are to be; each version of the sources has a namespace of its own."""
+    return _cache_folder() / f"scbert_compiled_{_fingerprint()}.so"
 
 
 def _cache_folder() -> Path:
@@ -182,12 +198,15 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(kept)))
 
 
-def _build(library: Path, name: str) -> None:
+def _build(library: Path) -> None:
     """Compile to a temporary name and move it into place: a killed build leaves nothing that would be loaded."""
     root = Path(torch.__file__).parent
     include = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
     linked = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
-    defined = {"TORCH_EXTENSION_NAME": name, "_GLIBCXX_USE_CXX11_ABI": int(torch.compiled_with_cxx11_abi())}
+    defined = {
+        "TORCH_EXTENSION_NAME": library.stem,
+        "_GLIBCXX_USE_CXX11_ABI": int(torch.compiled_with_cxx11_abi()),
+    }
     flags = [*FLAGS, *(f"-D{key}={value}" for key, value in defined.items())]
     flags += [WIDE_VECTORS] if "avx512" in _processor() else []
     logger.info("Compiling %s, once for this machine ...", SOURCES[0])
@@ -198,46 +217,59 @@ def _build(library: Path, name: str) -> None:
         os.replace(built, library)
 
 
-@functools.cache
-def _difference_from_portable(operators) -> float:
-    """Largest relative difference of a small block's output and gradients, some positions masked; once for each."""
-    # imported here: blocks are made of these functions
-    from .chunked_training_scbert import train_in_chunks
-    from .configuration_scbert import ScBertConfig
-    from .layers_scbert import ScBertLayer
-
+def _difference_from_portable(operators, layer: nn.Module) -> float:
+    """Largest relative difference of a small block's output and gradients, some positions masked."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         torch.manual_seed(0)
-        layer = ScBertLayer(ScBertConfig(), 0).float()
+        layer = layer.float()
         layer.attention.projection_matrix.copy_(layer.attention.initial_projection())
         hidden_states = torch.randn(2, 150, layer.attention.config.hidden_size, dtype=torch.float32)
         hidden_states.requires_grad_()
         mask = torch.rand(2, 150) < 0.7
         inputs = [hidden_states, *(attrgetter(name)(layer) for name in WEIGHTS)]
-        outputs = [function(layer, hidden_states, mask, 64) for function in (compiled_layer, train_in_chunks)]
+        compiled = partial(_by_operators, operators)
+        outputs = [function(layer, hidden_states, mask) for function in (compiled, run_chunked)]
         grad = torch.randn(outputs[0].shape, dtype=torch.float32)
         pairs = zip(*((x.detach(), *torch.autograd.grad(x, inputs, grad)) for x in outputs), strict=True)
         return max(((mine - theirs).abs().max() / theirs.abs().max()).item() for mine, theirs in pairs)
 
 
-def compiled_serves(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether the compiled operators may run a FAVOR+ block: asked for, on a CPU, in float32, nothing added to it."""
-    if not _enabled or not _is_plain_tensor(hidden_states) or _has_any_global_hook():
-        return False
+def compiled_supports(layer: nn.Module, hidden_states: torch.Tensor) -> str | None:
+    """Why the compiled operators cannot run a FAVOR+ block, if they cannot."""
+    reason = _what_is_not_plain(layer, hidden_states)
+    if reason is None:
+        report = _report(layer)
+        reason = None if report.operators else report.reason
+    return reason
+
+
+def _report(layer: nn.Module) -> CompileReport:
+    return compiled_blocks(type(layer), type(layer.attention.config))
+
+
+def _what_is_not_plain(layer: nn.Module, hidden_states: torch.Tensor) -> str | None:
+    """Of a block and its input: a CPU, float32, and the published layer without anything added are served."""
+    if not _is_plain_tensor(hidden_states):
+        return "the hidden states are not float32 on a CPU"
+    if _has_any_global_hook():
+        return "hooks of all modules expect to be called"
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
-        return False
+        return "autocast is to another dtype than bfloat16"
     if layer.training and (layer.dropout.p > 0 or layer.attention.dropout.p > 0):
-        return False
+        return "dropout is active"
     # without epsilon, a feature that underflows is a zero normaliser
-    same_norms = layer.attention_norm.eps == layer.ffn_norm.eps and layer.attention.config.kernel_epsilon > 0
-    if not same_norms or type(layer.activation) is not GELUActivation or _is_changed(layer.activation):
-        return False
+    if layer.attention_norm.eps != layer.ffn_norm.eps or layer.attention.config.kernel_epsilon <= 0:
+        return "its norms differ, or its kernel has no epsilon"
+    if type(layer.activation) is not GELUActivation or _is_changed(layer.activation):
+        return "its activation is not GELU"
     if layer.attention.q_proj.bias is not None:
-        return False
+        return "its projections have biases"
     modules = [attrgetter(name.rpartition(".")[0])(layer) for name in WEIGHTS]
     if any(type(module) not in (nn.Linear, nn.LayerNorm) or _is_changed(module) for module in modules):
-        return False
-    return all(_is_plain_tensor(attrgetter(name)(layer)) for name in WEIGHTS)
+        return "it has adapters or hooks"
+    if not all(_is_plain_tensor(attrgetter(name)(layer)) for name in WEIGHTS):
+        return "its weights are not float32 on a CPU"
+    return None
 
 
 def _is_plain_tensor(x: torch.Tensor | None) -> bool:
@@ -257,11 +289,10 @@ def _is_changed(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
-def compiled_layer(
+def run_compiled(
     layer: nn.Module,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
-    chunk_size: int | None = None,
     queries: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
@@ -272,13 +303,11 @@ def compiled_layer(
     Parameters
     ----------
     layer
-        A block that `compiled_serves` accepts.
+        A block that `compiled_supports` accepts.
     hidden_states
         ``[batch, length, hidden]``, float32.
     attention_mask
         ``[batch, length]``, true where a position may be attended to.
-    chunk_size
-        Positions per chunk and thread; by default chosen from the cache size.
     queries
         ``[batch, n, hidden]``: rows of ``hidden_states`` at which alone the output is wanted; by default all.
 
@@ -292,25 +321,27 @@ def compiled_layer(
     >>> from scbert.modeling_scbert.layers_scbert import ScBertLayer
     >>> layer, hidden_states = ScBertLayer(ScBertConfig(hidden_size=32), 0), torch.randn(1, 50, 32)
     >>> _ = layer.attention.projection_matrix.copy_(layer.attention.initial_projection())
-    >>> if use_compiled_layers().enabled:
-    ...     assert compiled_layer(layer, hidden_states).shape == hidden_states.shape
-    >>> restore_layers()
+    >>> if compiled_supports(layer, hidden_states) is None:
+    ...     assert run_compiled(layer, hidden_states).shape == hidden_states.shape
     """
+    return _by_operators(_report(layer).operators, layer, hidden_states, attention_mask, queries)
+
+
+def _by_operators(operators, layer, hidden_states, attention_mask=None, queries=None):
     weights = [attrgetter(name)(layer) for name in WEIGHTS]
     keep = None if attention_mask is None else attention_mask.bool()
     # asked here: inside of an autograd function it is off
-    settings = (torch.is_grad_enabled(), *_settings(layer, chunk_size))
+    settings = (torch.is_grad_enabled(), *_settings(layer))
     queries = None if queries is hidden_states else queries
-    return _CompiledLayer.apply(settings, keep, hidden_states, queries, *weights)
+    return _CompiledLayer.apply(operators, settings, keep, hidden_states, queries, *weights)
 
 
-def _settings(layer, chunk_size) -> tuple:
+def _settings(layer) -> tuple:
     config, projection = layer.attention.config, layer.attention.projection_matrix
-    if chunk_size is None:
-        chunk_size = chunk_positions(config.num_attention_heads, len(projection), projection.device)
-        if not os.environ.get("SCBERT_CHUNK_SIZE"):
-            # every thread has a chunk of its own in the cache that they share, with buffers of half the features' size
-            chunk_size = max(64, chunk_size * 2 // 3 // torch.get_num_threads() // 64 * 64)
+    chunk_size = chunk_positions(config.num_attention_heads, len(projection), projection.device)
+    if not os.environ.get("SCBERT_CHUNK_SIZE"):
+        # every thread has a chunk of its own in the cache that they share, with buffers of half the features' size
+        chunk_size = max(64, chunk_size * 2 // 3 // torch.get_num_threads() // 64 * 64)
     in_bfloat16 = torch.is_autocast_enabled("cpu")
     numbers = (config.num_attention_heads, config.kernel_epsilon, layer.attention_norm.eps, chunk_size)
     return projection, *numbers, in_bfloat16
@@ -318,10 +349,10 @@ def _settings(layer, chunk_size) -> tuple:
 
 class _CompiledLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, settings, keep, hidden_states, queries, *weights):
-        output, *saved = _operators.layer_forward(queries, hidden_states, keep, weights, *settings)
-        ctx.settings, ctx.n_saved, (_, projection, *_) = settings[2:], len(saved), settings
-        ctx.save_for_backward(hidden_states, queries, keep, projection, *saved, *weights)
+    def forward(ctx, operators, settings, keep, hidden_states, queries, *weights):
+        output, *saved = operators.layer_forward(queries, hidden_states, keep, weights, *settings)
+        ctx.operators, ctx.settings, ctx.n_saved = operators, settings[2:], len(saved)
+        ctx.save_for_backward(hidden_states, queries, keep, settings[1], *saved, *weights)
         return output
 
     @staticmethod
@@ -329,8 +360,8 @@ class _CompiledLayer(torch.autograd.Function):
     def backward(ctx, grad):
         hidden_states, queries, keep, projection, *rest = ctx.saved_tensors
         saved, weights = rest[: ctx.n_saved], rest[ctx.n_saved :]
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
         state = (queries, hidden_states, keep, weights, saved, any(wanted), projection)
-        query_grad, hidden_grad, *found = _operators.layer_backward(grad, *state, *ctx.settings)
+        query_grad, hidden_grad, *found = ctx.operators.layer_backward(grad, *state, *ctx.settings)
         shares = [share if want else None for share, want in zip(found or wanted, wanted, strict=True)]
-        return None, None, hidden_grad, None if queries is None else query_grad, *shares
+        return None, None, None, hidden_grad, None if queries is None else query_grad, *shares

@@ -1,5 +1,5 @@
 """
-Float32 matrix products by oneDNN instead of MKL, on request.
+Float32 matrix products by oneDNN instead of MKL, where they are as exact and faster.
 
 On AMD processors MKL runs at less than half the speed of oneDNN, which torch uses for float32 only where it is also
 *permitted* bfloat16. Whether it then stays in float32 is up to the processor, so that is measured before it is kept.
@@ -11,12 +11,20 @@ from dataclasses import dataclass
 
 import torch
 
+from .backends_scbert import VARIABLE, is_unwanted, is_wanted
+
 logger = logging.getLogger(__name__)
 
 # relative error of a product that float32 explains; bfloat16 makes 3e-3
 MAX_ERROR = 1e-5
 # the model's products: features, context, projections, feed-forward network, gradients of weights
 SHAPES = ((4096, 64, 266), (266, 1024, 65), (1024, 200, 640), (1024, 800, 200), (200, 4096, 800))
+
+
+# of work ahead; measuring takes some tenths of a second
+SECONDS_TO_PAY = 5.0
+# the report, once there is one
+_considered = []
 
 
 @dataclass
@@ -42,7 +50,8 @@ class MatmulReport:
         if self.error is None:
             return "oneDNN products cannot be asked for in this version of torch; nothing was changed."
         found = f"{self.speedup:.1f} times as fast with a relative error of {self.error:.0e}"
-        return f"float32 products by oneDNN: {found}; {'kept' if self.enabled else 'not kept'}."
+        kept = f"kept ({VARIABLE}=-onednn forbids them)" if self.enabled else "not kept"
+        return f"float32 products by oneDNN: {found}; {kept}."
 
 
 def use_onednn(max_error: float = MAX_ERROR) -> MatmulReport:
@@ -62,7 +71,7 @@ def use_onednn(max_error: float = MAX_ERROR) -> MatmulReport:
     Examples
     --------
     >>> report = use_onednn()
-    >>> report.enabled in (True, False)
+    >>> report.enabled == (torch.backends.mkldnn.matmul.fp32_precision == "bf16")
     True
     >>> restore_matmul()
     """
@@ -79,6 +88,14 @@ def use_onednn(max_error: float = MAX_ERROR) -> MatmulReport:
             restore_matmul()
     logger.info("%s", report)
     return report
+
+
+def consider_onednn(seconds_ahead: float) -> None:
+    """Measure once in a process whether to `use_onednn`: where work enough is ahead, or it was asked for by name."""
+    if _considered or is_unwanted("onednn"):
+        return
+    if seconds_ahead >= SECONDS_TO_PAY or is_wanted("onednn"):
+        _considered.append(use_onednn())
 
 
 def restore_matmul() -> None:

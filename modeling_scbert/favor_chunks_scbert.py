@@ -1,5 +1,5 @@
 """
-Steps of FAVOR+ attention on one chunk of positions: what the engine and chunked inference loop over.
+Steps of FAVOR+ attention on one chunk of positions: what favor_chunked_scbert.py and chunked_layer_scbert.py loop over.
 
 Logarithms are to base 2, with log2(e) folded into the projection, so that a feature costs one product and one
 ``exp2`` in place. Everything that scales a whole position (the |x'|^2/2 term, the stabiliser, the mask) is applied to
@@ -190,6 +190,21 @@ class KeyContext:
         self.maximum = torch.where(self.maximum.isinf(), self.shift, self.maximum)
         self.table.mul_(per_head((self.shift - self.maximum).exp2_(), self.heads))
         return self.table.add_(self.sums, alpha=epsilon), self.maximum
+
+    def mean(self) -> torch.Tensor:
+        """Mean value of each head over the keys in use, ``[cells * heads, 1, dv]``."""
+        return self.sums[..., :-1] / self.sums[..., -1:].clamp_min(1)
+
+
+def centre(table: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Make a context table that of the values less their mean, in place: outputs lack the mean then; returns it."""
+    table[..., :-1] -= table[..., -1:] * mean
+    return mean
+
+
+def uncentre_gradient(table_grad: torch.Tensor, mean: torch.Tensor) -> None:
+    """Make the gradient of a centred table that of the table itself, in place."""
+    table_grad[..., -1:] -= (table_grad[..., :-1] * mean).sum(-1, keepdim=True)
 
 
 def _with_ones(value: torch.Tensor) -> torch.Tensor:

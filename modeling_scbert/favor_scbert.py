@@ -8,14 +8,10 @@ With x' = x * d^(-1/4), rows w of a random projection [m, d], and one stabiliser
     out      = phi_q (phi_k^T v) / (phi_q . sum phi_k)
 
 The original takes the key maximum over the whole batch; taken per cell it is equal at batch size 1, and a cell's
-output no longer depends on its batch mates. The stabilisers are constants to the gradient, here and in every engine.
+output no longer depends on its batch mates. The stabilisers are constants to the gradient, here and in every backend.
 """
 
 import torch
-from torch import nn
-from transformers import initialization as init
-
-from .favor_engine_scbert import favor_attention_chunked
 
 # above this length a full attention matrix is refused: it would take length^2 * heads numbers a layer
 MAX_ATTENTION_MATRIX_LENGTH = 4096
@@ -113,51 +109,15 @@ def favor_attention_naive(
     epsilon: float = 1e-4,
 ) -> torch.Tensor:
     """
-    FAVOR+ with the features of the whole sequence in memory: the reference every engine is tested against.
+    FAVOR+ with the features of the whole sequence in memory: the reference every backend is tested against.
 
-    Shapes as in `favor_attention`.
+    Shapes as in `favor_attention` of favor_engine_scbert.py.
     """
     phi_q, phi_k = favor_feature_maps(query, key, projection_matrix, attention_mask, epsilon)
     context = phi_k.mT @ value.to(phi_k.dtype)
     normaliser = phi_q @ phi_k.sum(dim=2).unsqueeze(-1)
     # a cell without any key gets zeros
     return (phi_q @ context / normaliser.masked_fill(normaliser == 0, 1)).to(value.dtype)
-
-
-def favor_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    projection_matrix: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    epsilon: float = 1e-4,
-) -> torch.Tensor:
-    """
-    FAVOR+ attention by the fastest engine at hand.
-
-    Parameters
-    ----------
-    query, key, value
-        ``[batch, heads, length, d]``; queries may have another length than keys, values another width.
-    projection_matrix
-        Random features ``[m, d]``; no gradient flows to it.
-    attention_mask
-        ``[batch, key length]``, true where a key may be attended to. Masked keys contribute exactly nothing.
-    epsilon
-        The kernel's additive constant.
-
-    Returns
-    -------
-    ``[batch, heads, query length, value width]``, in the dtype of ``value``.
-
-    Examples
-    --------
-    >>> projection = draw_projection(266, 64, torch.Generator().manual_seed(0))
-    >>> q = k = v = torch.randn(1, 10, 100, 64)
-    >>> favor_attention(q, k, v, projection).shape
-    torch.Size([1, 10, 100, 64])
-    """
-    return favor_attention_chunked(query, key, value, projection_matrix, attention_mask, epsilon)
 
 
 def favor_attention_weights(
@@ -202,54 +162,3 @@ def favor_attention_received(
     if attention_mask is not None:
         weights = weights * attention_mask.to(weights.dtype)[:, None, :, None]
     return (phi_k @ weights.sum(dim=2).unsqueeze(-1)).squeeze(-1)
-
-
-class ScBertFavorAttention(nn.Module):
-    """Multi-head FAVOR+ attention; every head of a layer shares one random projection."""
-
-    def __init__(self, config, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        inner_size = config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(inner_size, config.hidden_size)
-        # there are no probabilities to drop: as in Performer, the attention's output is
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-        self.register_buffer("projection_matrix", torch.empty(config.num_random_features, config.head_dim))
-
-    def start_weights(self) -> None:
-        """The random features; weights start as in every model of transformers."""
-        init.copy_(self.projection_matrix, self.initial_projection())
-
-    def initial_projection(self) -> torch.Tensor:
-        """The layer's first random features; a pure function of the config, so that two inits agree."""
-        generator = torch.Generator("cpu").manual_seed(self.config.seed * 100_003 + self.layer_idx)
-        return draw_projection(*self.projection_matrix.shape, generator)
-
-    def project(
-        self, hidden_states: torch.Tensor, queries: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values ``[batch, heads, length, d]`` of normalised hidden states."""
-        sources = (hidden_states if queries is None else queries, hidden_states, hidden_states)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (
-            proj(source).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-            for proj, source in zip(projections, sources, strict=True)
-        )
-        return query, key, value
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        queries: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self.project(hidden_states, queries)
-        kernel = (self.projection_matrix, attention_mask, self.config.kernel_epsilon)
-        weights = favor_attention_weights(query, key, *kernel) if output_attentions else None
-        context = favor_attention(query, key, value, *kernel)
-        return self.dropout(self.o_proj(context.transpose(1, 2).flatten(-2))), weights

@@ -6,7 +6,6 @@ interpreter, ``TRITON_INTERPRET=1``, where the kernels are tested on a CPU). Flo
 tensor-float products each), bfloat16 in bfloat16 with float32 sums.
 """
 
-import logging
 import math
 import os
 
@@ -17,40 +16,43 @@ from .favor_kernels_scbert import key_kernel, query_kernel
 
 try:
     import triton
+    from triton.runtime.errors import TritonError
 except ImportError:
     triton = None
-
-logger = logging.getLogger(__name__)
 
 # widths beyond this do not fit the registers of the kernels
 MAX_WIDTH = 128
 # features and positions of a tile, and how it is compiled
 TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-_state = {"failed": False, "told": False}
+# what Triton raises where a kernel does not compile or launch, beside the errors of the system and of the driver
+LAUNCH_ERRORS = () if triton is None else (TritonError,)
 
 
-def tell_once(message: str) -> None:
-    """One log line for the life of the process."""
-    if not _state["told"]:
-        logger.warning(message)
-    _state["told"] = True
-
-
-def triton_serves(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the kernels can take these tensors; on CUDA, one log line says why not."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (query.is_cuda or interpreted) or _state["failed"]:
-        return False
+def triton_supports(query: torch.Tensor, value: torch.Tensor, projection_matrix: torch.Tensor) -> str | None:
+    """Why the kernels cannot take these tensors, if they cannot."""
+    if not query.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on no CUDA device"
     if triton is None:
-        tell_once("Triton is not installed: FAVOR+ runs on the portable engine, several times slower.")
-        return False
-    return query.dtype != torch.float64 and max(query.shape[-1], value.shape[-1]) <= MAX_WIDTH
+        return "Triton is not installed"
+    if query.dtype == torch.float64:
+        return "float64 is none of its dtypes"
+    if max(query.shape[-1], value.shape[-1]) > MAX_WIDTH:
+        return f"heads are wider than {MAX_WIDTH}"
+    if 0 in query.shape or 0 in value.shape:
+        return "the batch is empty"
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
 
 
-def give_up(error: Exception) -> None:
-    """After a failed launch: the portable engine from now on."""
-    _state["failed"] = True
-    tell_once(f"The Triton kernels do not run here ({error}): FAVOR+ falls back to the portable engine.")
+def triton_state(
+    query: torch.Tensor, value: torch.Tensor, projection_matrix: torch.Tensor
+) -> list[torch.Tensor]:
+    """What the forward keeps for the backward beside the output, uninitialised."""
+    cells, heads, length, _ = query.shape
+    new = torch.empty(0, dtype=torch.float32, device=query.device).new_empty
+    table = new(cells * heads, len(projection_matrix), value.shape[-1] + 1)
+    return [table, new(cells), new(cells, heads, length), new(cells, heads, length)]
 
 
 class _Launch:

@@ -1,4 +1,4 @@
-"""One block of the encoder: exact attention beside the approximate ones, and the residual layers around them."""
+"""One block of the encoder: the residual layers around attention and feed-forward network."""
 
 import torch
 from torch import nn
@@ -6,49 +6,12 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import apply_chunking_to_forward
 
-from .chunked_inference_scbert import layer_in_chunks, runs_in_chunks
-from .chunked_training_scbert import train_in_chunks, trains_in_chunks
+from .attention_scbert import ScBertFavorAttention, ScBertSoftmaxAttention
+from .blocks_scbert import choose_block, run_block, run_plain
 from .configuration_scbert import ScBertConfig
-from .favor_scbert import ScBertFavorAttention
 from .lsh_scbert import ScBertLshAttention
 from .packing_scbert import is_packed, per_cell
 from .positions_scbert import rows_at
-
-
-class ScBertSoftmaxAttention(nn.Module):
-    """Exact multi-head attention, for short sequences and as the yardstick of the approximate ones."""
-
-    def __init__(self, config: ScBertConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        inner_size = config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(inner_size, config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        queries: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = ScBertFavorAttention.project(self, hidden_states, queries)
-        keep = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        if output_attentions:
-            scores = query @ key.mT * self.config.head_dim**-0.5
-            if keep is not None:
-                scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
-            weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-            context = nn.functional.dropout(weights, dropout) @ value
-        else:
-            weights = None
-            context = nn.functional.scaled_dot_product_attention(query, key, value, keep, dropout)
-        return self.o_proj(context.transpose(1, 2).flatten(-2)), weights
-
 
 ATTENTION_CLASSES = {
     "favor": ScBertFavorAttention,
@@ -70,18 +33,24 @@ class ScBertLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.keeps_nothing = False
 
     def __call__(self, hidden_states, *args, **kwargs):
-        checkpointed = self.gradient_checkpointing and not isinstance(self, ScBertReversibleLayer)
-        if not (checkpointed and trains_in_chunks(self, hidden_states, any(args[1:2]))):
+        if not self.gradient_checkpointing or torch.compiler.is_compiling():
             return super().__call__(hidden_states, *args, **kwargs)
-        # in chunks, a layer keeps no more than a checkpoint would: checkpointed as well, it would run forward twice
-        self.gradient_checkpointing, self.keeps_nothing = False, True
+        # chosen once, for the recomputation must be of the same kind
+        kwargs["block"] = self.choose_block(hidden_states, any(args[1:2]))
+        if kwargs["block"] == "plain":
+            return super().__call__(hidden_states, *args, **kwargs)
+        # the others keep no more than a checkpoint would: checkpointed as well, they would run forward twice
+        self.gradient_checkpointing = False
         try:
             return super().__call__(hidden_states, *args, **kwargs)
         finally:
-            self.gradient_checkpointing, self.keeps_nothing = True, False
+            self.gradient_checkpointing = True
+
+    def choose_block(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> str:
+        """Name of the backend that is to run this block."""
+        return choose_block(self, hidden_states, output_attentions)
 
     def attend(
         self, hidden_states, attention_mask=None, output_attentions=False, queries=None
@@ -116,38 +85,32 @@ class ScBertLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
         positions: torch.Tensor | None = None,
+        block: str | None = None,
     ) -> torch.Tensor:
-        """Output ``[batch, length, hidden]``, or at ``positions [batch, n]`` alone, ``[batch, n, hidden]``."""
-        if positions is not None:
-            return self._at(positions, hidden_states, attention_mask)
-        if runs_in_chunks(self, hidden_states, output_attentions):
-            return self._in_chunks(layer_in_chunks, hidden_states, attention_mask)
-        if trains_in_chunks(self, hidden_states, output_attentions):
-            return self._in_chunks(train_in_chunks, hidden_states, attention_mask)
-        hidden_states = hidden_states + self.attend(hidden_states, attention_mask, output_attentions)
-        return hidden_states + self.feed_forward(hidden_states)
+        """
+        Output ``[batch, length, hidden]``, or at ``positions [batch, n]`` alone, ``[batch, n, hidden]``.
 
-    def _at(self, positions, hidden_states, attention_mask):
-        if is_packed(attention_mask) or isinstance(self.attention, ScBertLshAttention):
-            return rows_at(positions, self.forward(hidden_states, attention_mask))
-        queries = rows_at(positions, hidden_states)
-        if runs_in_chunks(self, hidden_states, False):
-            return layer_in_chunks(self, hidden_states, attention_mask, queries=queries)
-        if trains_in_chunks(self, hidden_states, False):
-            return train_in_chunks(self, hidden_states, attention_mask, queries=queries)
-        residual = queries + self.attend(hidden_states, attention_mask, queries=queries)
-        return residual + self.feed_forward(residual)
-
-    def _in_chunks(self, function, hidden_states, attention_mask):
-        if is_packed(attention_mask):
-            return per_cell(lambda cell: function(self, cell), hidden_states, attention_mask)
-        return function(self, hidden_states, attention_mask)
+        ``block`` names the backend of blocks_scbert.py that computes it; chosen by itself if left out.
+        """
+        block = block or self.choose_block(hidden_states, output_attentions)
+        if positions is not None and (
+            is_packed(attention_mask) or isinstance(self.attention, ScBertLshAttention)
+        ):
+            return rows_at(positions, run_block(block, self, hidden_states, attention_mask))
+        if output_attentions:
+            return run_plain(self, hidden_states, attention_mask, output_attentions=True)
+        queries = None if positions is None else rows_at(positions, hidden_states)
+        return run_block(block, self, hidden_states, attention_mask, queries)
 
 
 class ScBertReversibleLayer(ScBertLayer):
     """The same branches on two residual streams: y1 = x1 + attention(x2); y2 = x2 + feed-forward(y1)."""
 
-    def forward(self, hidden_states, attention_mask=None, output_attentions=False, streams=None):
+    def choose_block(self, hidden_states, output_attentions=False):
+        # the branches only are backends' work: the streams are this layer's own
+        return "plain"
+
+    def forward(self, hidden_states, attention_mask=None, output_attentions=False, streams=None, block=None):
         """Mean of both streams, and the streams; they start as ``hidden_states``."""
         first, second = (hidden_states.float(),) * 2 if streams is None else streams
         dtype = hidden_states.dtype

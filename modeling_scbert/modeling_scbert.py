@@ -11,19 +11,20 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .alignment_scbert import align_memory
+from .attention_scbert import ScBertFavorAttention
 from .configuration_scbert import ScBertConfig
 from .embeddings_scbert import ScBertEmbeddings
-from .favor_scbert import ScBertFavorAttention, draw_projection
-from .growth_scbert import GrowthMixin
+from .favor_scbert import draw_projection
 from .heads_scbert import ScBertClassificationHead
 from .layers_scbert import ATTENTION_CLASSES, ScBertLayer, ScBertReversibleLayer
 from .packing_scbert import is_packed
 from .positions_scbert import labelled_positions, rows_at
+from .resize_scbert import ResizeEmbeddingsMixin
 from .reversible_scbert import reversible_encode
+from .weight_storage_scbert import align_weights
 
 
-class ScBertPreTrainedModel(GrowthMixin, PreTrainedModel):
+class ScBertPreTrainedModel(ResizeEmbeddingsMixin, PreTrainedModel):
     """Weight initialisation and what `from_pretrained` needs to know of every scBERT class."""
 
     config: ScBertConfig
@@ -36,11 +37,20 @@ class ScBertPreTrainedModel(GrowthMixin, PreTrainedModel):
         "attentions": [OutputRecorder(cls, index=1) for cls in ATTENTION_CLASSES.values()],
     }
 
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        # asked of a model and not of its class: attention_type decides
+        if self.config.attention_type == "softmax":
+            return True
+        raise ValueError(
+            f'attn_implementation="sdpa" is a way to compute exact attention; this model has attention_type="'
+            f'{self.config.attention_type}", whose backends are chosen by SCBERT_BACKEND. Leave attn_implementation out.'
+        )
+
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """Load a checkpoint; see `transformers.PreTrainedModel.from_pretrained`."""
         loaded = super().from_pretrained(*args, **kwargs)
-        align_memory(loaded[0] if isinstance(loaded, tuple) else loaded)
+        align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     def as_pipeline(self, tokenizer, **options):

@@ -16,7 +16,6 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 
 from ..data.output import check_output_folder
-from ..modeling_scbert.cpu_speed_scbert import apply_requested_cpu_speed
 from ..tokenization import InputError
 from .callbacks import saving_on_terminate
 from .finetune_arguments import (
@@ -90,7 +89,6 @@ def finetune(
     >>> summary = finetune("reference.h5ad", "cell_type", "model", epochs=5)  # doctest: +SKIP
     >>> summary["test"]["macro_f1"]  # doctest: +SKIP
     """
-    apply_requested_cpu_speed()
     settings, data_arguments, model_arguments, training_arguments = parse(
         {"reference": reference, "label_key": label_key, "output": output, **options}
     )

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, set_seed
 
 from ..data.corpus_manifest import is_corpus
 from ..data.output import check_output_folder
-from ..modeling_scbert.cpu_speed_scbert import apply_requested_cpu_speed
 from ..tokenization import InputError
 from .callbacks import saving_on_terminate
 from .corpus_data import load_corpus_data
@@ -83,7 +82,6 @@ def pretrain(
     >>> summary = pretrain("cells.h5ad", "model", epochs=5)  # doctest: +SKIP
     >>> summary["masked_accuracy"], summary["control_masked_accuracy"]  # doctest: +SKIP
     """
-    apply_requested_cpu_speed()
     settings = pretrain_settings({"corpus": corpus, "output": output, **options})
     data_arguments, model_arguments, training = pretrain_arguments(settings)
     check_output_folder(data_arguments.output, data_arguments.overwrite)

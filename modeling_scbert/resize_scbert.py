@@ -1,4 +1,4 @@
-"""Growing a trained model's vocabularies: more genes or other features, more modalities.
+"""Resizing a trained model's vocabularies: more genes or other features, more modalities.
 
 Rows that were there keep their bits; only what is new is initialised. A new gene goes in front of the trailing token,
 whose row stays the last one, so a tokenizer with the longer panel (old genes first, new ones appended) fits as it is.
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-class GrowthMixin:
+class ResizeEmbeddingsMixin:
     """`resize_gene_embeddings` and `resize_modality_embeddings` of every scBERT class."""
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from torch import nn
 
 
-def align_memory(model: nn.Module, boundary: int = 64):
+def align_weights(model: nn.Module, boundary: int = 64):
     """
     Copy CPU weights that start off a cache line, in place.
 
