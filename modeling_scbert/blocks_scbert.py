@@ -20,7 +20,7 @@ from .workload_scbert import note_work, seconds_ahead, seconds_of_a_cell
 # queries of a batch up to this size are left to plain autograd: with little to compute, calls cost more than memory
 KEPT_BYTES = 16 << 20
 # a cell's block below this gains too little from being compiled
-MIN_CELL_SECONDS = 0.005
+MIN_CELL_SECONDS = 0.01
 
 
 def choose_block(layer: nn.Module, hidden_states: torch.Tensor, output_attentions: bool = False) -> str:

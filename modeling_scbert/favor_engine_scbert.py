@@ -207,6 +207,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, grads):
+    if grads[0] is None:
+        return (None,) * 7
     query, key, value, projection_matrix, attention_mask, output, *state = ctx.saved_tensors
     given = (query, key, value, projection_matrix, attention_mask)
     found = _favor_backward(grads[0], *given, output, state, ctx.epsilon, ctx.backend)

@@ -42,8 +42,8 @@ class ScBertPreTrainedModel(ResizeEmbeddingsMixin, PreTrainedModel):
         if self.config.attention_type == "softmax":
             return True
         raise ValueError(
-            f'attn_implementation="sdpa" is a way to compute exact attention; this model has attention_type="'
-            f'{self.config.attention_type}", whose backends are chosen by SCBERT_BACKEND. Leave attn_implementation out.'
+            'attn_implementation="sdpa" is a way to compute exact attention; this model has attention_type='
+            f'"{self.config.attention_type}", which does without. Leave attn_implementation out.'
         )
 
     @classmethod

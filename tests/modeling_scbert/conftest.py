@@ -3,7 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from scbert.modeling_scbert.compiled_layer_scbert import restore_layers, use_compiled_layers
+from scbert import ScBertConfig
+from scbert.modeling_scbert.backends_scbert import favor_backend
+from scbert.modeling_scbert.compiled_layer_scbert import compiled_blocks
+from scbert.modeling_scbert.layers_scbert import ScBertLayer
 
 
 @pytest.fixture(scope="session")
@@ -16,11 +19,11 @@ def original_reference():
     return module
 
 
-@pytest.fixture(scope="module")
-def compiled_blocks():
-    """Compiled blocks are in use in the module; built once, some ten seconds where they have not been."""
-    report = use_compiled_layers()
-    if not report.enabled:
+@pytest.fixture
+def compiled():
+    """Blocks are the compiled ones, or an error; built once, some ten seconds where they have not been."""
+    report = compiled_blocks(ScBertLayer, ScBertConfig)
+    if report.operators is None:
         pytest.skip(str(report))
-    yield
-    restore_layers()
+    with favor_backend("compiled"):
+        yield

@@ -1,14 +1,12 @@
 """Whole blocks in chunks, for inference and for training, against the plain block."""
 
-import contextlib
-
 import pytest
 import torch
 
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertModel
-from scbert.modeling_scbert import chunked_training_scbert, layers_scbert
-from scbert.modeling_scbert.chunked_inference_scbert import layer_in_chunks
-from scbert.modeling_scbert.chunked_training_scbert import train_in_chunks
+from scbert.modeling_scbert.backends_scbert import favor_backend
+from scbert.modeling_scbert.blocks_scbert import KEPT_BYTES, choose_block, run_plain
+from scbert.modeling_scbert.chunked_layer_scbert import run_chunked
 from scbert.modeling_scbert.cpu_matmul_scbert import restore_matmul, use_onednn
 from scbert.modeling_scbert.positions_scbert import rows_at
 
@@ -28,11 +26,6 @@ def layer():
     return ScBertModel(small_config(qkv_bias=True)).layers[0].double().train()
 
 
-def plain(layer, hidden_states, attention_mask):
-    residual = hidden_states + layer.attend(hidden_states, attention_mask)
-    return residual + layer.feed_forward(residual)
-
-
 def batch(cells, length, masked, dtype=torch.float64):
     generator = torch.Generator().manual_seed(cells)
     hidden = torch.randn(cells, length, 12, generator=generator, dtype=dtype)
@@ -42,37 +35,41 @@ def batch(cells, length, masked, dtype=torch.float64):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("cells, length, chunk_size", SHAPES)
-def test_inference_is_the_plain_block(layer, cells, length, chunk_size, masked):
+def test_inference_is_the_plain_block(layer, cells, length, chunk_size, masked, monkeypatch):
+    monkeypatch.setenv("SCBERT_CHUNK_SIZE", str(chunk_size))
     hidden, mask = batch(cells, length, masked)
-    found = layer_in_chunks(layer, hidden, mask, chunk_size)
-    torch.testing.assert_close(found, plain(layer, hidden, mask).detach(), rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        found = run_chunked(layer, hidden, mask)
+    torch.testing.assert_close(found, run_plain(layer, hidden, mask).detach(), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("cells, length, chunk_size", SHAPES)
-def test_training_has_the_plain_block_s_gradients(layer, cells, length, chunk_size, masked):
+def test_training_has_the_plain_block_s_gradients(layer, cells, length, chunk_size, masked, monkeypatch):
+    monkeypatch.setenv("SCBERT_CHUNK_SIZE", str(chunk_size))
     hidden, mask = batch(cells, length, masked)
     hidden.requires_grad_()
     layer.ffn_norm.requires_grad_(False)
     inputs = [hidden, *(weight for weight in layer.parameters() if weight.requires_grad)]
     grad = torch.randn(hidden.shape, dtype=torch.float64)
-    wanted = torch.autograd.grad(plain(layer, hidden, mask), inputs, grad)
-    found = torch.autograd.grad(train_in_chunks(layer, hidden, mask, chunk_size), inputs, grad)
+    wanted = torch.autograd.grad(run_plain(layer, hidden, mask), inputs, grad)
+    found = torch.autograd.grad(run_chunked(layer, hidden, mask), inputs, grad)
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_output_at_some_positions_is_that_of_the_plain_block(layer, masked):
+def test_output_at_some_positions_is_that_of_the_plain_block(layer, masked, monkeypatch):
+    monkeypatch.setenv("SCBERT_CHUNK_SIZE", "16")
     hidden, mask = batch(3, 70, masked)
     hidden.requires_grad_()
     positions = torch.tensor([[0, 5, 69], [2, 2, 1], [40, 3, 68]])
     inputs = [hidden, *layer.parameters()]
-    wanted = rows_at(positions, plain(layer, hidden, mask))
+    wanted = rows_at(positions, run_plain(layer, hidden, mask))
     grad = torch.randn(wanted.shape, dtype=torch.float64)
     wanted_grads = torch.autograd.grad(wanted, inputs, grad)
     plainly = layer(hidden, mask, positions=positions)
-    in_chunks = train_in_chunks(layer, hidden, mask, 16, rows_at(positions, hidden))
+    in_chunks = run_chunked(layer, hidden, mask, rows_at(positions, hidden))
     for found in (plainly, in_chunks):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
         for mine, theirs in zip(torch.autograd.grad(found, inputs, grad), wanted_grads, strict=True):
@@ -81,23 +78,25 @@ def test_output_at_some_positions_is_that_of_the_plain_block(layer, masked):
         torch.testing.assert_close(layer(hidden, mask, positions=positions), wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_frozen_block_passes_its_gradient_on(layer):
+def test_frozen_block_passes_its_gradient_on(layer, monkeypatch):
+    monkeypatch.setenv("SCBERT_CHUNK_SIZE", "16")
     hidden, _ = batch(1, 50, False)
     layer.requires_grad_(False)
     hidden.requires_grad_()
-    (wanted,) = torch.autograd.grad(plain(layer, hidden, None).sum(), hidden)
-    (found,) = torch.autograd.grad(train_in_chunks(layer, hidden, None, 16).sum(), hidden)
+    (wanted,) = torch.autograd.grad(run_plain(layer, hidden, None).sum(), hidden)
+    (found,) = torch.autograd.grad(run_chunked(layer, hidden).sum(), hidden)
     torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_autocast_reaches_the_recomputation(layer, trained):
+def test_autocast_reaches_the_recomputation(layer, trained, monkeypatch):
+    monkeypatch.setenv("SCBERT_CHUNK_SIZE", "16")
     layer = layer.float()
     hidden, mask = batch(2, 60, True, torch.float32)
-    exact = plain(layer, hidden, mask)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = (train_in_chunks if trained else layer_in_chunks)(layer, hidden, mask, 16)
-        again = plain(layer, hidden, mask)
+    exact = run_plain(layer, hidden, mask)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(trained):
+        found = run_chunked(layer, hidden, mask)
+        again = run_plain(layer, hidden, mask)
     torch.testing.assert_close(found, again, rtol=2e-2, atol=2e-2)
     assert 0 < (found - exact).abs().max() < 2e-2
     if trained:
@@ -107,67 +106,92 @@ def test_autocast_reaches_the_recomputation(layer, trained):
             assert ((mine - theirs).norm() / theirs.norm()).item() < 3e-2
 
 
-@contextlib.contextmanager
-def counted(monkeypatch, name):
-    calls = []
-    original = getattr(layers_scbert, name)
-    monkeypatch.setattr(layers_scbert, name, lambda *a, **k: calls.append(a) or original(*a, **k))
-    yield calls
-
-
 def gradients(model, ids):
     model.zero_grad()
     model(ids, labels=ids).loss.backward()
     return [weight.grad.clone() for weight in model.parameters()]
 
 
-def test_checkpointed_and_large_blocks_are_trained_in_chunks(monkeypatch):
+def blocks_of(model, length=130, cells=2):
+    """Backends that its blocks choose for hidden states of their own that need a gradient."""
+    hidden = torch.empty(cells, length, model.config.hidden_size, requires_grad=torch.is_grad_enabled())
+    return [choose_block(layer, hidden) for layer in model.scbert.layers]
+
+
+def test_checkpointed_blocks_and_blocks_in_chunks_have_the_plain_gradients():
     torch.manual_seed(0)
     model = ScBertForMaskedExpression(small_config()).train()
     ids = torch.randint(0, 6, (2, 130))
-    with counted(monkeypatch, "train_in_chunks") as calls:
+    with favor_backend("plain"):
         wanted = gradients(model, ids)
-        assert not calls
+    with favor_backend("chunked"):
+        chunked = gradients(model, ids)
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        checkpointed = gradients(model, ids)
-        assert len(calls) == 2
+        both = gradients(model, ids)
         assert model.scbert.layers[0].gradient_checkpointing
-        model.gradient_checkpointing_disable()
-        monkeypatch.setattr(chunked_training_scbert, "KEPT_BYTES", 0)
-        large = gradients(model, ids)
-        assert len(calls) == 4
-    for other in (checkpointed, large):
+    checkpointed = gradients(model, ids)
+    for other in (checkpointed, chunked, both):
         for mine, theirs in zip(other, wanted, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_what_needs_no_gradient_runs_in_chunks(monkeypatch):
+def test_small_blocks_are_checkpointed_as_transformers_does_it_and_large_ones_recompute_themselves():
     model = ScBertForMaskedExpression(small_config()).train()
-    ids = torch.randint(0, 6, (2, 130))
-    for weight in (*model.scbert.embeddings.parameters(), *model.scbert.layers[0].parameters()):
-        weight.requires_grad_(False)
-    with counted(monkeypatch, "layer_in_chunks") as calls:
-        model(ids)
-        assert [call[0] for call in calls] == [model.scbert.layers[0]]
-        calls.clear()
-        model.eval()(ids, output_attentions=True)
-        assert not calls
-        with torch.no_grad():
-            model(ids, output_hidden_states=True)
-        assert len(calls) == 2
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    calls = []
+    for layer in model.scbert.layers:
+        checkpoint = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = lambda *a, f=checkpoint: calls.append(a) or f(*a)
+    gradients(model, torch.randint(0, 6, (2, 130)))
+    assert len(calls) == 2
+    with favor_backend("chunked"):
+        gradients(model, torch.randint(0, 6, (2, 130)))
+    assert len(calls) == 2
 
 
-def test_dropout_is_left_to_the_plain_block(monkeypatch):
-    model = ScBertForMaskedExpression(small_config(hidden_dropout_prob=0.5)).train()
-    monkeypatch.setattr(chunked_training_scbert, "KEPT_BYTES", 0)
-    with counted(monkeypatch, "train_in_chunks") as calls:
-        gradients(model, torch.randint(0, 6, (1, 130)))
-        assert not calls
+def test_training_keeps_what_is_small_and_recomputes_what_is_large():
+    model = ScBertForMaskedExpression(small_config()).train()
+    assert blocks_of(model) == ["plain"] * 2
+    cells = KEPT_BYTES // (130 * 12 * 4)
+    assert blocks_of(model, cells=cells) == ["plain"] * 2
+    assert blocks_of(model, cells=cells + 1) == ["chunked"] * 2
+
+
+def test_what_needs_no_gradient_runs_in_chunks():
+    model = ScBertForMaskedExpression(small_config()).train()
+    model.scbert.layers[0].requires_grad_(False)
+    hidden = torch.empty(2, 130, 12)
+    assert [choose_block(layer, hidden) for layer in model.scbert.layers] == ["chunked", "plain"]
+    with torch.no_grad():
+        assert blocks_of(model) == ["chunked"] * 2
+        assert choose_block(model.scbert.layers[0], hidden, output_attentions=True) == "plain"
+
+
+@pytest.mark.parametrize("dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_is_left_to_the_plain_block(dropout):
+    model = ScBertForMaskedExpression(small_config(**{dropout: 0.5})).train()
+    assert blocks_of(model, cells=4000) == ["plain"] * 2
+    with favor_backend("chunked"), pytest.raises(ValueError, match="dropout is active"):
+        blocks_of(model)
+
+
+def test_attention_that_is_asked_for_is_that_of_the_block():
+    model = ScBertForMaskedExpression(small_config())
+    with torch.no_grad(), favor_backend("naive"):
+        assert blocks_of(model) == ["plain"] * 2
+
+
+def test_other_attention_types_are_plain():
+    for kind in ("softmax", "lsh"):
+        model = ScBertForMaskedExpression(small_config(attention_type=kind, reversible=False))
+        with torch.no_grad(), favor_backend("chunked"):
+            assert blocks_of(model) == ["plain"] * 2
 
 
 def test_onednn_is_kept_only_where_it_is_exact():
     try:
         assert not use_onednn(max_error=0.0).enabled
+        assert torch.backends.mkldnn.matmul.fp32_precision == "none"
         report = use_onednn()
         if report.enabled:
             left, right = torch.randn(600, 64), torch.randn(64, 266)

@@ -1,5 +1,6 @@
 """Compiled blocks against the plain one in float64, outputs and gradients; what they refuse; how they are built."""
 
+import contextlib
 import copy
 
 import pytest
@@ -9,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scbert import ScBertConfig, ScBertForMaskedExpression
+from scbert.modeling_scbert.backends_scbert import favor_backend
+from scbert.modeling_scbert.blocks_scbert import run_plain
 from scbert.modeling_scbert.compiled_layer_scbert import (
     WEIGHTS,
-    compiled_layer,
-    compiled_serves,
-    restore_layers,
-    use_compiled_layers,
+    compiled_blocks,
+    compiled_supports,
+    run_compiled,
 )
-from scbert.modeling_scbert.favor_scbert import favor_attention_naive
 from scbert.modeling_scbert.layers_scbert import ScBertLayer
 from scbert.modeling_scbert.positions_scbert import labelled_positions, rows_at
 
 HIDDEN = 24
 
 
-pytestmark = pytest.mark.usefixtures("compiled_blocks")
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(autouse=True)
@@ -52,13 +53,19 @@ def make_layer(seed=0, heads=3, head_dim=8, features=19, scale=1.0, **options):
     return layer
 
 
-def reference(layer, hidden_states, mask, monkeypatch, positions=None):
+@contextlib.contextmanager
+def chunks_of(size):
+    with pytest.MonkeyPatch.context() as environment:
+        if size is not None:
+            environment.setenv("SCBERT_CHUNK_SIZE", str(size))
+        yield
+
+
+def reference(layer, hidden_states, mask, positions=None):
     """The block's plain operations in float64, with the naive attention."""
     exact = copy.deepcopy(layer).double()
-    with monkeypatch.context() as patch:
-        patch.setattr("scbert.modeling_scbert.favor_scbert.favor_attention", favor_attention_naive)
-        residual = hidden_states + exact.attend(hidden_states, mask)
-        output = residual + exact.feed_forward(residual)
+    with favor_backend("naive"):
+        output = run_plain(exact, hidden_states, mask)
     return exact, output if positions is None else rows_at(positions, output)
 
 
@@ -67,16 +74,19 @@ def relative_error(found, wanted):
     return ((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(0.05)).item()
 
 
-def check(layer, cells, length, mask, monkeypatch, chunk_size=None, positions=None, tolerance=5e-5, seed=0):
+def check(layer, cells, length, mask, chunk_size=None, positions=None, tolerance=5e-5, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    hidden_states = torch.randn(cells, length, HIDDEN, generator=generator).requires_grad_()
+    hidden_states = torch.randn(
+        cells, length, layer.output.out_features, generator=generator
+    ).requires_grad_()
     exact_states = hidden_states.detach().double().requires_grad_()
-    exact, wanted = reference(layer, exact_states, mask, monkeypatch, positions)
+    exact, wanted = reference(layer, exact_states, mask, positions)
     queries = None if positions is None else rows_at(positions, hidden_states)
-    found = compiled_layer(layer, hidden_states, mask, chunk_size, queries)
+    grad = torch.randn(wanted.shape, generator=generator)
+    with chunks_of(chunk_size):
+        found = run_compiled(layer, hidden_states, mask, queries)
+        found.backward(grad)
     assert relative_error(found, wanted) < tolerance
-    grad = torch.randn(found.shape, generator=generator)
-    found.backward(grad)
     wanted.backward(grad.double())
     assert relative_error(hidden_states.grad, exact_states.grad) < tolerance
     for name in WEIGHTS:
@@ -103,40 +113,38 @@ def test_equals_the_plain_block(
     torch.set_num_threads(n_threads)
     mask = torch.rand(cells, length, generator=torch.Generator().manual_seed(seed)) < 0.6 if masked else None
     layer = make_layer(seed, heads, head_dim, features)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        check(layer, cells, length, mask, monkeypatch, chunk_size, seed=seed)
+    check(layer, cells, length, mask, chunk_size, seed=seed)
 
 
-def test_a_cell_without_keys_and_one_with_all(monkeypatch):
+def test_a_cell_without_keys_and_one_with_all():
     mask = torch.tensor([[0], [1]]).expand(2, 30).contiguous()
-    check(make_layer(), 2, 30, mask, monkeypatch, chunk_size=8)
+    check(make_layer(), 2, 30, mask, chunk_size=8)
 
 
 @pytest.mark.parametrize("scale", [6.0, 40.0])
-def test_large_logarithms_neither_overflow_nor_vanish(scale, monkeypatch):
+def test_large_logarithms_neither_overflow_nor_vanish(scale):
     # at 40, features span more than float32 holds: without running stabilisers all would be infinite or zero
-    check(make_layer(scale=scale), 2, 60, None, monkeypatch, chunk_size=16, tolerance=2e-3)
+    check(make_layer(scale=scale), 2, 60, None, chunk_size=16, tolerance=2e-3)
 
 
-def test_output_at_some_queries_only(monkeypatch):
+def test_output_at_some_queries_only():
     mask = torch.rand(3, 50, generator=torch.Generator().manual_seed(1)) < 0.7
     positions = torch.tensor([[0, 7, 49], [3, 3, 12], [20, 1, 2]])
-    check(make_layer(), 3, 50, mask, monkeypatch, chunk_size=8, positions=positions)
+    check(make_layer(), 3, 50, mask, chunk_size=8, positions=positions)
 
 
-def test_the_published_width(monkeypatch):
+def test_the_published_width():
     torch.manual_seed(0)
     layer = ScBertLayer(ScBertConfig(), 0)
     layer.attention.projection_matrix.copy_(layer.attention.initial_projection())
-    monkeypatch.setattr(f"{__name__}.HIDDEN", 200)
-    check(layer, 2, 300, None, monkeypatch, chunk_size=64)
+    check(layer, 2, 300, None, chunk_size=64)
 
 
-def test_bfloat16_autocast_is_near(monkeypatch):
+def test_bfloat16_autocast_is_near():
     layer, hidden_states = make_layer(), torch.randn(2, 90, HIDDEN)
-    exact, wanted = reference(layer, hidden_states.double(), None, monkeypatch)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = compiled_layer(layer, hidden_states, None, 16)
+    exact, wanted = reference(layer, hidden_states.double(), None)
+    with torch.autocast("cpu", torch.bfloat16), chunks_of(16):
+        found = run_compiled(layer, hidden_states)
     assert found.dtype == torch.float32 and relative_error(found, wanted) < 2e-2
     grad = torch.randn_like(found)
     found.backward(grad)
@@ -148,10 +156,10 @@ def test_bfloat16_autocast_is_near(monkeypatch):
 
 def test_a_frozen_block_passes_its_gradient_on():
     layer, hidden_states = make_layer(), torch.randn(1, 40, HIDDEN, requires_grad=True)
-    compiled_layer(layer, hidden_states).square().sum().backward()
+    run_compiled(layer, hidden_states).square().sum().backward()
     wanted, hidden_states.grad = hidden_states.grad, None
     layer.zero_grad()
-    compiled_layer(layer.requires_grad_(False), hidden_states).square().sum().backward()
+    run_compiled(layer.requires_grad_(False), hidden_states).square().sum().backward()
     torch.testing.assert_close(hidden_states.grad, wanted)
     assert all(weight.grad is None for weight in layer.parameters())
 
@@ -159,25 +167,25 @@ def test_a_frozen_block_passes_its_gradient_on():
 def test_a_cell_does_not_depend_on_its_batch():
     layer, hidden_states = make_layer(), torch.randn(5, 33, HIDDEN)
     with torch.no_grad():
-        together = compiled_layer(layer, hidden_states)
-        alone = torch.cat([compiled_layer(layer, cell[None]) for cell in hidden_states])
+        together = run_compiled(layer, hidden_states)
+        alone = torch.cat([run_compiled(layer, cell[None]) for cell in hidden_states])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_what_it_does_not_serve():
     x = torch.randn(1, 9, HIDDEN)
-    assert compiled_serves(make_layer(), x)
-    assert not compiled_serves(make_layer().double(), x.double())
-    assert not compiled_serves(make_layer(hidden_act="relu"), x)
-    assert not compiled_serves(make_layer(qkv_bias=True), x)
+    assert compiled_supports(make_layer(), x) is None
+    assert compiled_supports(make_layer().double(), x.double())
+    assert compiled_supports(make_layer(hidden_act="relu"), x)
+    assert compiled_supports(make_layer(qkv_bias=True), x)
     adapted, hooked = make_layer(), make_layer()
     adapted.attention.v_proj = torch.nn.Sequential(adapted.attention.v_proj)
     adapted.attention.v_proj.weight = adapted.attention.v_proj[0].weight
-    assert not compiled_serves(adapted, x)
+    assert compiled_supports(adapted, x)
     hooked.intermediate.register_forward_hook(lambda *_: None)
-    assert not compiled_serves(hooked, x)
+    assert compiled_supports(hooked, x)
     with torch.autocast("cpu", torch.float16):
-        assert not compiled_serves(make_layer(), x)
+        assert compiled_supports(make_layer(), x)
 
 
 def test_a_model_trains_the_same_with_it():
@@ -196,9 +204,8 @@ def test_a_model_trains_the_same_with_it():
         return loss.item(), [weight.grad for weight in model.parameters() if weight.grad is not None]
 
     loss, grads = step()
-    restore_layers()
-    wanted_loss, wanted = step()
-    use_compiled_layers()
+    with favor_backend("chunked"):
+        wanted_loss, wanted = step()
     assert loss == pytest.approx(wanted_loss, rel=1e-6)
     for mine, theirs in zip(grads, wanted, strict=True):
         assert relative_error(mine, theirs.double()) < 2e-4
@@ -207,46 +214,48 @@ def test_a_model_trains_the_same_with_it():
 def test_hooks_of_all_modules_and_of_the_activation_are_called():
     x, layer = torch.randn(1, 9, HIDDEN), make_layer()
     handle = layer.activation.register_forward_hook(lambda *_: None)
-    assert not compiled_serves(layer, x)
+    assert compiled_supports(layer, x)
     handle.remove()
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert not compiled_serves(layer, x)
+    assert compiled_supports(layer, x)
     handle.remove()
-    assert compiled_serves(layer, x)
+    assert compiled_supports(layer, x) is None
 
 
 def test_norms_that_differ_and_no_epsilon_are_left_to_the_plain_block():
     x, layer = torch.randn(1, 9, HIDDEN), make_layer()
     layer.ffn_norm.eps = 0.5
-    assert not compiled_serves(layer, x) and not compiled_serves(make_layer(kernel_epsilon=0.0), x)
+    assert compiled_supports(layer, x)
+    assert compiled_supports(make_layer(kernel_epsilon=0.0), x)
 
 
-def test_offloaded_weights_are_fetched(monkeypatch):
+def test_offloaded_weights_are_fetched():
     layer, x = make_layer().eval(), torch.randn(1, 30, HIDDEN)
     with torch.no_grad():
         wanted = layer(x)
         cpu_offload(layer, execution_device="cpu")
-        assert not compiled_serves(layer, x)
-        torch.testing.assert_close(layer(x), wanted)
+        assert compiled_supports(layer, x)
+        with favor_backend():
+            torch.testing.assert_close(layer(x), wanted)
 
 
 def test_other_weights_for_one_call():
     layer, x = make_layer(), torch.randn(1, 30, HIDDEN)
     weights = {name: weight.detach() * 1.1 for name, weight in layer.named_parameters()}
     found = torch.func.functional_call(layer, weights, (x,))
-    restore_layers()
-    torch.testing.assert_close(found, torch.func.functional_call(layer, weights, (x,)), rtol=1e-4, atol=1e-5)
-    use_compiled_layers()
+    with favor_backend("plain"):
+        wanted = torch.func.functional_call(layer, weights, (x,))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_masked_may_hold_anything():
     layer, mask = make_layer(), torch.rand(2, 40, generator=torch.Generator().manual_seed(0)) < 0.5
     x = torch.randn(2, 40, HIDDEN)
-    with torch.no_grad():
-        wanted = compiled_layer(layer, x, mask, 16)[mask]
+    with torch.no_grad(), chunks_of(16):
+        wanted = run_compiled(layer, x, mask)[mask]
         for value in (torch.nan, torch.inf, 3e38):
             torch.testing.assert_close(
-                compiled_layer(layer, x.masked_fill(~mask[..., None], value), mask, 16)[mask], wanted
+                run_compiled(layer, x.masked_fill(~mask[..., None], value), mask)[mask], wanted
             )
 
 
@@ -254,25 +263,26 @@ def test_what_is_masked_may_hold_anything():
 def test_wrong_shapes_are_refused(shapes):
     states, mask = shapes
     with pytest.raises(RuntimeError, match="needed"):
-        compiled_layer(make_layer(), torch.randn(states), None if mask is None else torch.ones(mask))
+        run_compiled(make_layer(), torch.randn(states), None if mask is None else torch.ones(mask))
 
 
 def test_queries_that_are_all_positions_count_once():
     layer, x = make_layer(), torch.randn(1, 30, HIDDEN, requires_grad=True)
-    compiled_layer(layer, x).sum().backward()
+    run_compiled(layer, x).sum().backward()
     wanted, x.grad = x.grad, None
-    compiled_layer(layer, x, queries=x).sum().backward()
+    run_compiled(layer, x, queries=x).sum().backward()
     torch.testing.assert_close(x.grad, wanted)
 
 
 def test_another_default_dtype_changes_nothing():
     layer, x = make_layer(), torch.randn(1, 30, HIDDEN, requires_grad=True)
-    wanted = compiled_layer(layer, x)
+    wanted = run_compiled(layer, x)
     torch.set_default_dtype(torch.float64)
     try:
-        found = compiled_layer(layer, x)
+        found = run_compiled(layer, x)
         found.sum().backward()
-        assert use_compiled_layers().enabled
+        compiled_blocks.cache_clear()
+        assert compiled_blocks(ScBertLayer, ScBertConfig).operators
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, wanted)
@@ -282,9 +292,11 @@ def test_dropout_keeps_the_plain_block():
     torch.manual_seed(0)
     for option in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         layer, x = make_layer(**{option: 0.5}).train(), torch.randn(1, 20, HIDDEN)
-        assert not torch.equal(layer(x), layer(x))
-        with torch.no_grad():
+        assert compiled_supports(layer, x) == "dropout is active"
+        with favor_backend():
             assert not torch.equal(layer(x), layer(x))
+            with torch.no_grad():
+                assert not torch.equal(layer(x), layer(x))
         assert torch.equal(layer.eval()(x), layer(x))
 
 

@@ -1,13 +1,33 @@
-"""The portable engine against the naive reference: outputs, gradients, masks, dtypes, chunk sizes, compilers."""
+"""Attention in chunks against the naive reference: outputs, gradients, masks, dtypes, chunk sizes, compilers."""
+
+import contextlib
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scbert.modeling_scbert.backends_scbert import favor_backend
 from scbert.modeling_scbert.favor_chunks_scbert import chunk_positions
-from scbert.modeling_scbert.favor_engine_scbert import favor_attention_chunked
+from scbert.modeling_scbert.favor_engine_scbert import favor_attention
 from scbert.modeling_scbert.favor_scbert import draw_projection, favor_attention_naive
+
+pytestmark = pytest.mark.usefixtures("in_chunks")
+
+
+@pytest.fixture
+def in_chunks():
+    with favor_backend("chunked"):
+        yield
+
+
+@contextlib.contextmanager
+def chunks_of(size):
+    with pytest.MonkeyPatch.context() as environment:
+        if size is not None:
+            environment.setenv("SCBERT_CHUNK_SIZE", str(size))
+        yield
+
 
 # output, then gradients: relative to the largest entry
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -57,7 +77,8 @@ def test_equals_the_reference(seed, masked, epsilon, chunk_size, **shape):
     tensors, projection, mask, grad = inputs(seed, **shape)
     mask = mask if masked else None
     wanted = with_gradients(favor_attention_naive, tensors, grad, projection, mask, epsilon)
-    found = with_gradients(favor_attention_chunked, tensors, grad, projection, mask, epsilon, chunk_size)
+    with chunks_of(chunk_size):
+        found = with_gradients(favor_attention, tensors, grad, projection, mask, epsilon)
     assert_equal(found, wanted, 1e-9)
 
 
@@ -69,7 +90,8 @@ def test_every_dtype_accumulates_in_float32_or_better(dtype, masked):
     mask = mask if masked else None
     exact = [x.double() for x in tensors]
     wanted = with_gradients(favor_attention_naive, exact, grad.double(), projection, mask, 1e-4)
-    found = with_gradients(favor_attention_chunked, tensors, grad, projection.float(), mask, 1e-4, 64)
+    with chunks_of(64):
+        found = with_gradients(favor_attention, tensors, grad, projection.float(), mask, 1e-4)
     assert all(x.dtype == dtype for x in found)
     if dtype == torch.float64:
         wanted = with_gradients(favor_attention_naive, exact, grad, projection.float(), mask, 1e-4)
@@ -82,9 +104,10 @@ def test_gradients_by_finite_differences(masked):
     tensors, projection, mask, _ = inputs(3, queries=3, keys=4, dim=3, width=2, features=5)
     tensors = [x.requires_grad_() for x in tensors]
     mask = mask if masked else None
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: favor_attention_chunked(q, k, v, projection, mask, 0.0, 2), tensors
-    )
+    with chunks_of(2):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v: favor_attention(q, k, v, projection, mask, 0.0), tensors
+        )
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
@@ -94,9 +117,11 @@ def test_chunk_size_changes_nothing(scale):
     tensors = [x.float() for x in tensors]
     tensors[1] = tensors[1] * torch.linspace(0.1, 3, 60)[:, None]
     arguments = (grad.float(), projection.float(), mask, 1e-4)
-    wanted = with_gradients(favor_attention_chunked, tensors, *arguments, 1000)
+    with chunks_of(1000):
+        wanted = with_gradients(favor_attention, tensors, *arguments)
     for chunk_size in (7, 32):
-        found = with_gradients(favor_attention_chunked, tensors, *arguments, chunk_size)
+        with chunks_of(chunk_size):
+            found = with_gradients(favor_attention, tensors, *arguments)
         # with queries this long features are far below epsilon, and their gradient is all rounding
         assert_equal(
             found[: 2 if scale == 1 else 1], [x.double() for x in wanted][: 2 if scale == 1 else 1], 1e-4
@@ -107,24 +132,22 @@ def test_chunk_size_changes_nothing(scale):
 def test_large_logarithms_do_not_overflow():
     tensors, projection, mask, grad = inputs(2, keys=60, scale=25.0)
     wanted = with_gradients(favor_attention_naive, tensors, grad, projection, mask, 1e-4)
-    found = with_gradients(
-        favor_attention_chunked, [x.float() for x in tensors], grad, projection.float(), mask
-    )
+    found = with_gradients(favor_attention, [x.float() for x in tensors], grad, projection.float(), mask)
     assert all(torch.isfinite(x).all() for x in found)
     assert_equal(found[:1], wanted[:1], 1e-4)
 
 
 def test_masked_keys_contribute_nothing_whatever_they_hold():
     tensors, projection, mask, grad = inputs(4)
-    wanted = with_gradients(favor_attention_chunked, tensors, grad, projection, mask)
+    wanted = with_gradients(favor_attention, tensors, grad, projection, mask)
     hidden = ~mask[:, None, :, None]
     tensors = (tensors[0], *(x.masked_fill(hidden, float("nan")) for x in tensors[1:]))
-    found = with_gradients(favor_attention_chunked, tensors, grad, projection, mask)
+    found = with_gradients(favor_attention, tensors, grad, projection, mask)
     assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
     assert not found[2].masked_select(hidden).any() and not found[3].masked_select(hidden).any()
 
 
-@pytest.mark.parametrize("attention", [favor_attention_naive, favor_attention_chunked])
+@pytest.mark.parametrize("attention", [favor_attention_naive, favor_attention])
 def test_a_cell_without_keys_gets_zeros(attention):
     tensors, projection, mask, grad = inputs(5)
     mask[1] = False
@@ -135,11 +158,10 @@ def test_a_cell_without_keys_gets_zeros(attention):
 
 def test_a_cell_does_not_depend_on_its_batch():
     tensors, projection, mask, _ = inputs(6, cells=5)
-    whole = favor_attention_chunked(*tensors, projection, mask, chunk_size=64)
+    with chunks_of(64):
+        whole = favor_attention(*tensors, projection, mask)
     for cell in range(5):
-        alone = favor_attention_chunked(
-            *(x[cell : cell + 1] for x in tensors), projection, mask[cell : cell + 1]
-        )
+        alone = favor_attention(*(x[cell : cell + 1] for x in tensors), projection, mask[cell : cell + 1])
         torch.testing.assert_close(whole[cell : cell + 1], alone, rtol=1e-12, atol=1e-12)
 
 
@@ -147,7 +169,7 @@ def test_operator_is_registered_as_torch_wants_it():
     tensors, projection, mask, _ = inputs(7, queries=5, keys=6)
     operator = torch.ops.scbert.favor_attention.default
     for keep in (None, mask):
-        arguments = ([x.requires_grad_() for x in tensors], projection, keep, 1e-4, 4)
+        arguments = ([x.requires_grad_() for x in tensors], projection, keep, 1e-4, "chunked")
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(operator, (*arguments[0], *arguments[1:]), test_utils=checks)
 
@@ -155,7 +177,7 @@ def test_operator_is_registered_as_torch_wants_it():
 def test_exports_with_any_length():
     class Attention(torch.nn.Module):
         def forward(self, query, key, value, projection):
-            return favor_attention_chunked(query, key, value, projection)
+            return favor_attention(query, key, value, projection)
 
     tensors, projection, _, _ = inputs(8, queries=20, keys=20)
     length = torch.export.Dim("length", min=2)
@@ -166,15 +188,40 @@ def test_exports_with_any_length():
     torch.testing.assert_close(program.module()(*tensors, projection), wanted)
 
 
+def rms_error(found, wanted):
+    return ((found.double() - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_that_share_an_offset_leave_the_gradients_of_half_precision_alone(dtype, masked):
+    """A gradient of a query is a difference of outputs: rounded with their offset, it would be mostly rounding."""
+    sizes = {"queries": 300, "keys": 300, "dim": 64, "width": 64, "features": 266}
+    tensors, projection, mask, grad = inputs(12, cells=1, **sizes)
+    tensors[2].add_(4)
+    tensors, mask = [x.to(dtype) for x in tensors], mask if masked else None
+    grad = grad.to(dtype)
+    exact = [x.double() for x in tensors]
+    wanted = with_gradients(favor_attention_naive, exact, grad.double(), projection, mask)
+    found = with_gradients(favor_attention, tensors, grad, projection.float(), mask)
+    assert [rms_error(*pair) < 2e-2 for pair in zip(found, wanted, strict=True)] == [True] * 4
+
+
+def test_an_empty_batch_has_empty_gradients():
+    tensors, projection, _, grad = inputs(13)
+    found = with_gradients(favor_attention, [x[:0] for x in tensors], grad[:0], projection)
+    assert [len(x) for x in found] == [0] * 4
+
+
 def test_under_checkpoint_and_autocast():
     tensors, projection, mask, grad = inputs(9)
     tensors = [x.float() for x in tensors]
-    plain = with_gradients(favor_attention_chunked, tensors, grad.float(), projection.float(), mask)
+    plain = with_gradients(favor_attention, tensors, grad.float(), projection.float(), mask)
 
     def checkpointed(*x):
         with torch.autocast("cpu", torch.bfloat16):
             return torch.utils.checkpoint.checkpoint(
-                favor_attention_chunked, *x, projection.float(), mask, use_reentrant=False
+                favor_attention, *x, projection.float(), mask, use_reentrant=False
             )
 
     again = with_gradients(checkpointed, tensors, grad.float())
@@ -183,7 +230,7 @@ def test_under_checkpoint_and_autocast():
 
 def test_joining_the_heads_copies_nothing():
     tensors, projection, _, _ = inputs(10)
-    output = favor_attention_chunked(*tensors, projection)
+    output = favor_attention(*tensors, projection)
     assert output.transpose(1, 2).is_contiguous()
 
 
@@ -201,6 +248,6 @@ def test_more_features_come_closer_to_softmax():
     errors = []
     for features in (32, 256, 2048):
         projection = draw_projection(features, 16, torch.Generator().manual_seed(0)).double()
-        approximate = favor_attention_chunked(*tensors, projection, epsilon=0.0)
+        approximate = favor_attention(*tensors, projection, epsilon=0.0)
         errors.append(((approximate - exact).norm() / exact.norm()).item())
     assert errors[0] > errors[1] > errors[2]
