@@ -84,7 +84,7 @@ class ScBertFavorAttention(ScBertProjections):
         super().__init__(config, layer_idx)
         # there are no probabilities to drop: as in Performer, the attention's output is
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-        self.register_buffer("projection_matrix", torch.empty(config.num_random_features, config.head_dim))
+        self.register_buffer("projection_matrix", self.initial_projection().to(self.o_proj.weight.device))
 
     def start_weights(self) -> None:
         """The random features; weights start as in every model of transformers."""
@@ -93,7 +93,7 @@ class ScBertFavorAttention(ScBertProjections):
     def initial_projection(self) -> torch.Tensor:
         """The layer's first random features; a pure function of the config, so that two inits agree."""
         generator = torch.Generator("cpu").manual_seed(self.config.seed * 100_003 + self.layer_idx)
-        return draw_projection(*self.projection_matrix.shape, generator)
+        return draw_projection(self.config.num_random_features, self.config.head_dim, generator)
 
     def forward(
         self,
@@ -104,6 +104,10 @@ class ScBertFavorAttention(ScBertProjections):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.project(hidden_states, queries)
         kernel = (self.projection_matrix, attention_mask, self.config.kernel_epsilon)
-        weights = favor_attention_weights(query, key, *kernel) if output_attentions else None
-        context = favor_attention(query, key, value, *kernel)
+        if output_attentions:
+            # what is shown is what is used, and has its gradient
+            weights = favor_attention_weights(query, key, *kernel)
+            context = (weights @ value.to(weights.dtype)).to(value.dtype)
+        else:
+            weights, context = None, favor_attention(query, key, value, *kernel)
         return self.dropout(self.o_proj(context.transpose(1, 2).flatten(-2))), weights

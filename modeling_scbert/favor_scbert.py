@@ -38,13 +38,15 @@ def draw_projection(num_features: int, head_dim: int, generator: torch.Generator
     torch.Size([266, 64])
     """
     num_blocks = -(-num_features // head_dim)
-    gaussians = torch.randn(num_blocks, head_dim, head_dim, generator=generator, device="cpu")
+    # whatever dtype and device new tensors have by default
+    drawn = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    gaussians = torch.randn(num_blocks, head_dim, head_dim, **drawn)
     rotations, triangles = torch.linalg.qr(gaussians)
     # lapack leaves the signs to chance of its own; without them the directions are not uniform (Mezzadri 2007), and
     # the kernel stays off by 6% at d = 8 however many features are drawn
     rotations = rotations * triangles.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     directions = rotations.mT.reshape(-1, head_dim)[:num_features]
-    norms = torch.randn(num_features, head_dim, generator=generator, device="cpu").norm(dim=1)
+    norms = torch.randn(num_features, head_dim, **drawn).norm(dim=1)
     return norms[:, None] * directions
 
 
@@ -137,7 +139,9 @@ def favor_attention_weights(
         )
     phi_q, phi_k = favor_feature_maps(query, key, projection_matrix, attention_mask, epsilon)
     weights = phi_q @ phi_k.mT
-    return weights / weights.sum(-1, keepdim=True)
+    total = weights.sum(-1, keepdim=True)
+    # a cell without any key gives no attention
+    return weights / total.masked_fill(total == 0, 1)
 
 
 def favor_attention_received(

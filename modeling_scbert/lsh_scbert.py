@@ -331,9 +331,7 @@ class ScBertLshAttention(nn.Module):
             config.lsh_num_hashes,
             config.lsh_num_buckets,
         )
-        self.register_buffer(
-            "hash_rotations", torch.empty(*self.hash_size[:3], config.lsh_num_buckets // 2 + 1)
-        )
+        self.register_buffer("hash_rotations", self.initial_rotations().to(self.o_proj.weight.device))
 
     def start_weights(self) -> None:
         """The rotations that hash; weights start as in every model of transformers."""
@@ -342,7 +340,7 @@ class ScBertLshAttention(nn.Module):
     def initial_rotations(self) -> torch.Tensor:
         """The layer's hash in evaluation; a pure function of the config, so that two inits agree."""
         generator = torch.Generator("cpu").manual_seed(self.config.seed * 100_003 + self.layer_idx)
-        return draw_rotations(*self.hash_size, generator)
+        return draw_rotations(*self.hash_size, generator, torch.device("cpu"))
 
     def _project(self, hidden_states, projection):
         return projection(hidden_states).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)

@@ -31,7 +31,6 @@ class ScBertPreTrainedModel(ResizeEmbeddingsMixin, PreTrainedModel):
     base_model_prefix = "scbert"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ScBertLayer", "ScBertReversibleLayer"]
-    _keep_in_fp32_modules_strict = ["projection_matrix", "hash_rotations"]
     _can_record_outputs = {
         "hidden_states": ScBertLayer,
         "attentions": [OutputRecorder(cls, index=1) for cls in ATTENTION_CLASSES.values()],
@@ -99,6 +98,9 @@ class ScBertModel(ScBertPreTrainedModel):
         # stands in for the embeddings and the first layers where training keeps what frozen ones put out: a callable
         # (input_ids, attention_mask, gene_ids, modality_ids) -> (hidden states, layers they have passed)
         self.prefix = None
+        # random features and the directions of a hash
+        buffers = (name for layer in self.layers for name, _ in layer.attention.named_buffers())
+        self._keep_in_fp32_modules_strict = set(buffers)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
