@@ -132,17 +132,18 @@ class ScBertConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self):
-        """All fields, and the pipelines whose code travels with a checkpoint."""
-        pipelines = {
-            "cell-type-annotation": ("CellTypeAnnotationPipeline", "AutoModelForSequenceClassification"),
-            "cell-embedding": ("CellEmbeddingPipeline", "AutoModel"),
-        }
-        return super().to_dict() | {
-            "custom_pipelines": {
-                task: {"impl": f"pipeline_scbert.{pipeline_class}", "pt": [model_class]}
-                for task, (pipeline_class, model_class) in pipelines.items()
-            }
-        }
+        """All fields, and the model's pipeline, whose code travels with a checkpoint."""
+        # one task only, or transformers could not tell which is meant by pipeline(model=FOLDER)
+        if "ScBertForCellClassification" in (self.architectures or []):
+            task, impl, auto = (
+                "cell-type-annotation",
+                "CellTypeAnnotationPipeline",
+                "AutoModelForSequenceClassification",
+            )
+        else:
+            task, impl, auto = "cell-embedding", "CellEmbeddingPipeline", "AutoModel"
+        pipelines = {task: {"impl": f"pipeline_scbert.{impl}", "pt": [auto]}}
+        return super().to_dict() | {"custom_pipelines": pipelines}
 
     def validate_sizes(self):
         """Refuse sizes no model can be built from; run by ``@strict`` after initialisation."""

@@ -37,6 +37,8 @@ CLASSIFIER_NAMES = {
 }
 LAYER = re.compile(r"performer\.net\.layers\.(\d+)\.(.+)")
 GENE_TABLE = "pos_emb.emb.weight"
+# the opcode that pickles of protocol 2 and later begin with
+PICKLE_START = b"\x80"
 # counts the original's forwards since it last drew random features; the Trainer counts steps itself
 COUNTER = "calls_since_last_redraw"
 
@@ -90,11 +92,17 @@ def read_checkpoint(path) -> dict:
         If it is no complete zip of torch's, or holds objects other than tensors and plain values.
     """
     if not zipfile.is_zipfile(path):
-        with open(path, "rb"):
-            pass  # a missing or unreadable file says so itself
+        # a missing or unreadable file says so itself
+        with open(path, "rb") as file:
+            is_pickle = file.read(1) == PICKLE_START
+        if is_pickle:
+            raise CheckpointError(
+                f"{path} is a bare pickle, as torch wrote before 1.6. Reading one is unsafe: it can run any code of "
+                "whoever made it. If you trust it, load it with the torch that wrote it and save its tensors anew: "
+                "torch.save({'model_state_dict': checkpoint['model_state_dict']}, 'clean.pth')."
+            )
         raise CheckpointError(
-            f"{path} is not a whole torch checkpoint (a zip file): it is truncated, something else, or was "
-            "saved before torch 1.6. Fetch it again, or load and save it once with a current torch."
+            f"{path} is not a whole torch checkpoint (a zip file): it is truncated or something else. Fetch it again."
         )
     try:
         with zipfile.ZipFile(path) as archive:
@@ -159,6 +167,22 @@ def new_name(name: str) -> str | None:
         return new and f"scbert.layers.{layer[1]}.{new}.{kind}"
     new = (BODY_NAMES | PRETRAINED_HEAD_NAMES | CLASSIFIER_NAMES).get(module)
     return new and f"{new}.{kind}"
+
+
+def original_name(name: str) -> str:
+    """
+    The original's name of one of our weights, for messages about its file.
+
+    Examples
+    --------
+    >>> original_name("scbert.layers.2.attention.q_proj.weight")
+    'performer.net.layers.2.0.fn.to_q.weight'
+    """
+    module, _, kind = name.rpartition(".")
+    layer = re.fullmatch(r"scbert\.layers\.(\d+)\.(.+)", module)
+    names = LAYER_NAMES if layer else BODY_NAMES | PRETRAINED_HEAD_NAMES | CLASSIFIER_NAMES
+    original = {ours: theirs for theirs, ours in names.items()}.get(layer[2] if layer else module, module)
+    return f"performer.net.layers.{layer[1]}.{original}.{kind}" if layer else f"{original}.{kind}"
 
 
 def new_value(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -267,15 +291,15 @@ def load_exactly(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None
     missing = sorted(wanted.keys() - state.keys())
     surplus = sorted(state.keys() - wanted.keys())
     if missing or surplus:
+        few, many = (", ".join(map(original_name, names[:3])) or "none" for names in (missing, surplus))
         raise CheckpointError(
-            f"The checkpoint lacks {len(missing)} weights ({', '.join(missing[:3]) or 'none'}) and has "
-            f"{len(surplus)} too many ({', '.join(surplus[:3]) or 'none'})."
+            f"The checkpoint lacks {len(missing)} weights ({few}) and has {len(surplus)} too many ({many})."
         )
     for name, shape in wanted.items():
         if tuple(state[name].shape) != shape:
             raise CheckpointError(
-                f"{name} has the shape {list(state[name].shape)} in the checkpoint, {list(shape)} is needed: "
-                "its weights do not belong to one model."
+                f"{original_name(name)} has the shape {list(state[name].shape)} in the checkpoint, {list(shape)} is "
+                "needed: its weights do not belong to one model."
             )
     model.load_state_dict(state)
 

@@ -50,8 +50,14 @@ with torch.no_grad():
     found["hidden"] = AutoModel.from_pretrained(classifier, **trusted)(**encoded).last_hidden_state
     found["masked"] = AutoModelForMaskedLM.from_pretrained(pretrained, **trusted)(**encoded).logits
 annotator = pipeline("cell-type-annotation", model=classifier, **trusted)
-embedder = pipeline("cell-embedding", model=classifier, **trusted)
+# the one task that a classifier's config lists
+assert type(pipeline(model=classifier, **trusted)).__name__ == "CellTypeAnnotationPipeline"
+assert type(pipeline(model=pretrained, **trusted)).__name__ == "CellEmbeddingPipeline"
+embedder = AutoModel.from_pretrained(classifier, **trusted).as_pipeline(tokenizer)
 found["embeddings"] = np.stack(embedder(cells, batch_size=4))
+# the kernels and the compiled blocks, which need more than torch, are the package's
+modules = [name.rpartition(".")[2] for name in sys.modules if name.startswith("transformers_modules")]
+assert "blocks_scbert" in modules and not {"compiled_layer_scbert", "favor_triton_scbert"} & set(modules)
 labels = annotator(cells, batch_size=4)
 # what was loaded this way can be saved and loaded again
 annotator.save_pretrained(output + "/again")

@@ -3,7 +3,12 @@ import pickle
 import pytest
 import torch
 
-from scbert.modeling_scbert.convert_checkpoint import CheckpointError, convert_checkpoint, new_name
+from scbert.modeling_scbert.convert_checkpoint import (
+    CheckpointError,
+    convert_checkpoint,
+    new_name,
+    original_name,
+)
 
 
 @pytest.fixture
@@ -47,7 +52,10 @@ def test_weights_are_cast_and_prefix_dropped(original_reference, save, prefix):
 
 def test_a_bare_state_dict_will_do(original_reference, save):
     checkpoint = original_reference.original_checkpoint(original_reference.make_original())
-    convert_checkpoint(save(checkpoint["model_state_dict"]))
+    bare, whole = (
+        convert_checkpoint(save(x)).state_dict() for x in (checkpoint["model_state_dict"], checkpoint)
+    )
+    assert all(torch.equal(bare[name], whole[name]) for name in whole)
 
 
 def test_labels_name_the_classes(original_reference, save):
@@ -71,12 +79,12 @@ def test_a_missing_gene_table_becomes_zeros(original_reference, save, caplog):
 def broken_states(state):
     layer = "performer.net.layers.1"
     yield "not the original", {**state, "extra.weight": torch.zeros(2)}
-    yield "lacks 1", {k: v for k, v in state.items() if k != "norm.bias"}
+    yield r"lacks 1 weights \(norm.bias\) and has 0", {k: v for k, v in state.items() if k != "norm.bias"}
     yield (
         "w1.weight is missing",
         {k: v for k, v in state.items() if not k.startswith("performer.net.layers.0.1")},
     )
-    yield "shape", {**state, f"{layer}.1.norm.weight": torch.zeros(7)}
+    yield rf"{layer}.1.norm.weight has the shape \[7\]", {**state, f"{layer}.1.norm.weight": torch.zeros(7)}
     yield "not finite", {**state, "norm.weight": torch.full((20,), torch.nan)}
     yield "heads", {**state, "performer.net.layers.0.0.fn.to_q.weight": torch.zeros(25, 20)}
     yield "no model_state_dict", {}
@@ -112,6 +120,22 @@ def test_pickled_objects_are_refused_and_not_run(save, payload):
         convert_checkpoint(save({"model_state_dict": payload}))
 
 
+def test_pickles_without_a_zip_are_called_unsafe_and_not_read(tmp_path):
+    path = tmp_path / "old.pth"
+    path.write_bytes(pickle.dumps({"model_state_dict": Payload()}))
+    with pytest.raises(CheckpointError, match="unsafe"):
+        convert_checkpoint(path)
+    torch.save({"a": torch.zeros(1)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="unsafe"):
+        convert_checkpoint(path)
+
+
+def test_every_name_is_found_back(original_reference):
+    checkpoint = original_reference.original_checkpoint(original_reference.make_original(labels=2))
+    names = [name for name in checkpoint["model_state_dict"] if new_name(name)]
+    assert len(names) > 30 and [original_name(new_name(name)) for name in names] == names
+
+
 def test_damaged_files_are_refused(original_reference, save, tmp_path):
     path = save(original_reference.original_checkpoint(original_reference.make_original()))
     whole = path.read_bytes()
@@ -125,8 +149,8 @@ def test_damaged_files_are_refused(original_reference, save, tmp_path):
     path.write_bytes(flipped)
     with pytest.raises(CheckpointError):
         convert_checkpoint(path)
-    path.write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(CheckpointError, match="truncated, something else"):
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError, match="truncated or something else"):
         convert_checkpoint(path)
     with pytest.raises(FileNotFoundError):
         convert_checkpoint(tmp_path / "absent.pth")

@@ -1,4 +1,4 @@
-"""transformers' own common tests, from the source distribution of the version that is installed, pass without a failure."""
+"""transformers' own common tests, from the source distribution of the installed version, pass without a failure."""
 
 import re
 import shutil
