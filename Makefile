@@ -32,7 +32,7 @@ benchmark: $(INSTALLED)
 
 # the models that ship, from the folder of their cells: make mini DATA=cells (two hours on one core; scratch in build/)
 mini: $(INSTALLED)
-	$(VENV)/bin/python -m scbert.model_cards.make_mini $(DATA) --work build/mini --onednn
+	$(VENV)/bin/python -m scbert.model_cards.make_mini $(DATA) --work build/mini
 	$(VENV)/bin/python -m scbert.model_cards.pretraining_effect model_cards/scbert-mini $(DATA)/zheng_facs_pbmc.h5ad \
 		--label-key cell_type_coarse --work build/mini
 	$(VENV)/bin/python -m scbert.model_cards.make_pbmc $(DATA) --work build/pbmc

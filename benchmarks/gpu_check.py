@@ -29,8 +29,10 @@ if not __package__:
     __package__ = "scbert.benchmarks"
 
 from ..modeling_scbert import ScBertConfig, ScBertForMaskedExpression
+from ..modeling_scbert import favor_engine_scbert as engine
 from ..modeling_scbert import favor_triton_scbert as launcher
-from ..modeling_scbert.favor_engine_scbert import favor_attention_chunked
+from ..modeling_scbert.backends_scbert import favor_backend
+from ..modeling_scbert.favor_engine_scbert import favor_attention
 from ..modeling_scbert.favor_scbert import draw_projection, favor_attention_naive
 
 # largest error of output and gradients, relative to the largest entry
@@ -64,7 +66,7 @@ def main() -> int:
         print("No CUDA device.", file=sys.stderr)
         return 1
     results = {"device": describe_device(), "checks": [check(*case) for case in checks()]}
-    results["portable_engine_stepped_in"] = launcher._state["failed"]
+    results["portable_engine_stepped_in"] = bool(engine._disabled)
     print_checks(results)
     sizes = (arguments.batch, arguments.length, arguments.layers, arguments.repeats)
     results["attention"] = [attention_speed(*sizes[:2], *way) for way in attention_ways()]
@@ -114,7 +116,7 @@ def check(dtype, cells, heads, queries, keys, dim, width, features, masked) -> d
     ]
     projection = draw_projection(features, dim, torch.Generator().manual_seed(0)).cuda()
     mask = torch.rand(cells, keys, device="cuda") < 0.6 if masked else None
-    output = favor_attention_chunked(*tensors, projection, mask)
+    output = favor_attention(*tensors, projection, mask)
     grad = torch.randn(output.shape, device="cuda")
     exact = [x.detach().double().requires_grad_() for x in tensors]
     wanted = favor_attention_naive(*exact, projection.double(), mask)
@@ -144,19 +146,14 @@ def attention_ways() -> list[tuple[str, Callable, bool]]:
     """FAVOR+ by the kernels and by the portable engine, exact attention by torch; forward, and with backward."""
 
     def portable(query, key, value, projection):
-        failed, launcher._state["failed"] = launcher._state["failed"], True
-        try:
-            return favor_attention_chunked(query, key, value, projection)
-        finally:
-            launcher._state["failed"] = failed
+        with favor_backend("chunked"):
+            return favor_attention(query, key, value, projection)
 
     def exact(query, key, value, projection):
         return torch.nn.functional.scaled_dot_product_attention(query, key, value)
 
-    ways = [("kernels", favor_attention_chunked), ("portable engine", portable), ("exact softmax", exact)]
-    # a portable backward would run outside of the switch above
-    backward = [(name, way, True) for name, way in ways if way is not portable]
-    return [*((name, way, False) for name, way in ways), *backward]
+    ways = [("kernels", favor_attention), ("portable engine", portable), ("exact softmax", exact)]
+    return [(name, way, backward) for backward in (False, True) for name, way in ways]
 
 
 def attention_speed(batch: int, length: int, name: str, attention: Callable, backward: bool) -> dict:
@@ -187,13 +184,13 @@ def sweep(batch: int, length: int) -> list[dict]:
         launcher.TILES.update(tiles)
         try:
             speeds = [
-                attention_speed(batch, length, "kernels", favor_attention_chunked, backward)["ms_per_cell"]
+                attention_speed(batch, length, "kernels", favor_attention, backward)["ms_per_cell"]
                 for backward in (False, True)
             ]
-            failed = launcher._state["failed"]
+            failed = bool(engine._disabled)
         except Exception as error:
             speeds, failed = [None, None], str(error)[:100]
-        launcher._state["failed"] = False
+        engine._disabled.clear()
         found.append(tiles | {"forward_ms": speeds[0], "both_ms": speeds[1], "failed": failed})
         print(found[-1], flush=True)
     launcher.TILES.update(kept)

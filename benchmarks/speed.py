@@ -25,8 +25,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from ..modeling_scbert.compiled_layer_scbert import restore_layers, use_compiled_layers
+from ..modeling_scbert import ScBertConfig
+from ..modeling_scbert.compiled_layer_scbert import compiled_blocks
 from ..modeling_scbert.cpu_matmul_scbert import restore_matmul, use_onednn
+from ..modeling_scbert.layers_scbert import ScBertLayer
 from .speed_report import plot, tables
 from .speed_steps import measure_steps
 from .speed_tasks import FULL_LENGTH, TASKS, VARIANTS, Variant, build_config, inference
@@ -80,19 +82,18 @@ def main() -> None:
 
 def measure(settings: dict) -> dict:
     """Everything, as it is written to speed.json."""
-    compiled, onednn = use_compiled_layers(), use_onednn()
-    restore_layers()
+    compiled, onednn = compiled_blocks(ScBertLayer, ScBertConfig), use_onednn()
     restore_matmul()
     variants = {
         task: {
             name: variant
             for name, variant in ways.items()
-            if (onednn.enabled or not variant.onednn) and (compiled.enabled or not variant.compiled)
+            if (onednn.enabled or not variant.onednn) and (compiled.operators or not variant.compiled)
         }
         for task, ways in VARIANTS.items()
     }
     engines = {"engine": Variant(onednn=onednn.enabled)}
-    if compiled.enabled:
+    if compiled.operators:
         engines["compiled"] = Variant(onednn=onednn.enabled, compiled=True)
     start = time.perf_counter()
     results = {"machine": describe_machine(), "settings": settings, "tasks": {}}

@@ -6,15 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..modeling_scbert import (
-    ScBertConfig,
-    ScBertForCellClassification,
-    ScBertForMaskedExpression,
-    favor_scbert,
-    layers_scbert,
-)
-from ..modeling_scbert.compiled_layer_scbert import restore_layers, use_compiled_layers
+from ..modeling_scbert import ScBertConfig, ScBertForCellClassification, ScBertForMaskedExpression
+from ..modeling_scbert.backends_scbert import Backend, favor_backend
 from ..modeling_scbert.cpu_matmul_scbert import restore_matmul
+from ..modeling_scbert.favor_engine_scbert import FAVOR
 from ..training.frozen_prefix import FrozenPrefix
 from .performer_attention import performer_attention
 
@@ -91,31 +86,25 @@ VARIANTS = {
 
 @contextlib.contextmanager
 def running_as(variant: Variant) -> Iterator[None]:
-    """Put the model's switches as a variant has them, and back."""
-    places = (
-        (favor_scbert, "favor_attention"),
-        (layers_scbert, "runs_in_chunks"),
-        (layers_scbert, "trains_in_chunks"),
-    )
-    kept = [getattr(module, name) for module, name in places]
+    """Choose the backends that a variant asks for, and put back what was."""
     if variant.naive:
-        favor_scbert.favor_attention = performer_attention
-        layers_scbert.runs_in_chunks = layers_scbert.trains_in_chunks = lambda *_: False
+        names = ("naive",)
+    elif variant.compiled:
+        names = ("compiled",)
     elif variant.in_chunks is not None:
-        layers_scbert.trains_in_chunks = lambda *_: variant.in_chunks
-    if variant.compiled:
-        use_compiled_layers()
+        names = ("chunked",) if variant.in_chunks else ("plain",)
+    else:
+        names = ("-compiled",)
+    autocast = torch.autocast("cpu", torch.bfloat16) if variant.half else contextlib.nullcontext()
+    naive, FAVOR["naive"] = FAVOR["naive"], Backend(lambda *_: None, performer_attention)
     if variant.onednn:
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    autocast = torch.autocast("cpu", torch.bfloat16) if variant.half else contextlib.nullcontext()
     try:
-        with autocast:
+        with favor_backend(*names, "-onednn"), autocast:
             yield
     finally:
         restore_matmul()
-        restore_layers()
-        for (module, name), original in zip(places, kept, strict=True):
-            setattr(module, name, original)
+        FAVOR["naive"] = naive
 
 
 def build_config(n_layers: int, length: int, attention: str = "favor") -> ScBertConfig:

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 import torch
 
 from ..modeling_scbert.pipeline_scbert import mean_of_expressed
+from ..modeling_scbert.workload_scbert import expect_work
 from .loading import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def predict(
         float32 [batch, hidden], see `mean_of_expressed`; None unless asked for or the model has no head.
     """
     lengths = sequence_lengths(loaded.tokenizer, bins)
+    expect_work(loaded.model.config, lengths.sum())
     order = np.argsort(lengths, kind="stable")
     batches = _batches(order, lengths, loaded, batch_size)
     for rows, encoded in _encoded_ahead(loaded.tokenizer, bins, batches):

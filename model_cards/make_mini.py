@@ -61,7 +61,7 @@ def write_corpus_manifest(data: Path, path: Path) -> Path:
     return path
 
 
-def make(data: Path, work: Path, onednn: bool) -> Path:
+def make(data: Path, work: Path) -> Path:
     """Corpus, panel, gene vectors and the pretrained model in the work folder, each if it is not there yet."""
     work.mkdir(parents=True, exist_ok=True)
     corpus, panel, vectors, model = (
@@ -79,9 +79,8 @@ def make(data: Path, work: Path, onednn: bool) -> Path:
     if not model.exists():
         partial = model.with_name("pretrained.partial")
         more = ["--resume"] if partial.exists() else []
-        switches = ["--onednn"] if onednn else []
         options = ("--genes", panel, "--gene-vectors", vectors, "--recipe", "mini")
-        run("scbert", *switches, "pretrain", corpus, *options, "--output", model, *more)
+        run("scbert", "pretrain", corpus, *options, "--output", model, *more)
     return model
 
 
@@ -188,9 +187,8 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=HERE / "scbert-mini")
-    parser.add_argument("--onednn", action="store_true", help="See scbert --onednn.")
     options = parser.parse_args()
-    make(options.data, options.work, options.onednn)
+    make(options.data, options.work)
     release(options.work, options.output)
 
 

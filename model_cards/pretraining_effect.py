@@ -72,7 +72,7 @@ def measure(base: Path, cells: Path, label_key: str, work: Path) -> dict[str, An
         if not output.exists():
             settings = {"base": str(folder), "disable_tqdm": True, **more}
             run(
-                "scbert", "--onednn", "evaluate", "few-shot", part, "--label-key", LABEL, "--recipe", RECIPE,
+                "scbert", "evaluate", "few-shot", part, "--label-key", LABEL, "--recipe", RECIPE,
                 "--settings", json.dumps(settings), "--controls", controls,
                 "--shots", ",".join(map(str, SHOTS)), "--folds", DRAWS, "--output", output,
             )  # fmt: skip

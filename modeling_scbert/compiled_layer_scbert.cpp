@@ -138,7 +138,11 @@ void query_backward(const Layer& layer, Worker& worker, const Tensor& x, const T
 
   Tensor branch_grad = as_operand<T>(buffers, OUTPUT_GRAD, grad);
   worker.add_product<T>(&Gradients::o, branch_grad.t(), attended);
-  if (worker.weights) add_column_sums(data<float>(grad), rows, layer.hidden, worker.grad(&Gradients::o_b));
+  if (worker.weights) {
+    const Tensor sums = grad.sum(0);
+    worker.weights->o_b.add_(sums);
+    worker.weights->o.addr_(sums, context.mean);
+  }
   Tensor attended_grad = buffers.get(WIDE, {rows, layer.inner}, dtype_of<T>);
   at::mm_out(attended_grad, branch_grad, layer.o);
 
@@ -161,7 +165,7 @@ void query_backward(const Layer& layer, Worker& worker, const Tensor& x, const T
 
 // all that depends on a chunk's keys and values, added to the gradient of the block's input
 template <typename T>
-void key_backward(const Layer& layer, Worker& worker, const Tensor& x, const bool* keep, float shift,
+void key_backward(const Layer& layer, Worker& worker, const Tensor& x, const bool* keep, float shift, const float* mean,
                   const Operand& table, Tensor grad) {
   Buffers& buffers = worker.buffers;
   const int64_t rows = x.size(0), head_rows = layer.heads * rows;
@@ -176,7 +180,7 @@ void key_backward(const Layer& layer, Worker& worker, const Tensor& x, const boo
   merge_value_gradient(data<T>(heads_grad), factor, data<float>(table.sums), keep, rows, layer.heads, layer.dim,
                        2 * layer.inner, data<T>(projected_grad) + layer.inner);
   Tensor weighted = buffers.get(JOINED, {layer.heads, rows, layer.dim + 1}, dtype_of<T>);
-  weigh_values(data<T>(projected) + layer.inner, 2 * layer.inner, rows, layer.heads, layer.dim, factor,
+  weigh_values(data<T>(projected) + layer.inner, 2 * layer.inner, rows, layer.heads, layer.dim, factor, mean,
                data<T>(weighted));
   input_gradient<T>(layer, buffers, weighted, table.whole, features, projected_grad);
 
@@ -188,7 +192,7 @@ void key_backward(const Layer& layer, Worker& worker, const Tensor& x, const boo
 
 // what the forward keeps, of all cells
 struct Saved {
-  Tensor tables, maxima, residuals;
+  Tensor tables, maxima, means, residuals;
 };
 
 // `query_grad` of a cell's output becomes that of its queries; what keys and values owe is added to `grad`
@@ -196,12 +200,12 @@ template <typename T>
 void cell_backward(const Layer& layer, std::vector<Worker>& workers, int outer, const Tensor& queries,
                    const Tensor& keys, const bool* keep, const Saved& saved, int64_t cell, int64_t chunk_size,
                    Tensor query_grad, Tensor grad) {
-  const Tensor table = saved.tables[cell], residuals = saved.residuals[cell];
+  const Tensor table = saved.tables[cell], mean = saved.means[cell], residuals = saved.residuals[cell];
   const float shift = data<float>(saved.maxima)[cell];
   const int last = outer + free_threads();
   for (int i = outer; i < last; ++i)
     workers[i].table = at::zeros_like(table), workers[i].plain = at::zeros({layer.heads, layer.dim + 1}, at::kFloat);
-  const Context context(layer, table, dtype_of<T>);
+  const Context context(layer, table, mean, dtype_of<T>);
   const Operand operand(layer, table, dtype_of<T>);
   for_each_chunk(queries.size(0), chunk_size, outer, [&](int64_t start, int64_t stop, int thread) {
     query_backward<T>(layer, workers[thread], queries.slice(0, start, stop), residuals.slice(0, start, stop), context,
@@ -212,8 +216,8 @@ void cell_backward(const Layer& layer, std::vector<Worker>& workers, int outer, 
   const Operand gradient(layer, finish_table(layer, table_grad, plain), dtype_of<T>);
   const int64_t length = keep ? used_length(keep, keys.size(0)) : keys.size(0);
   for_each_chunk(length, chunk_size, outer, [&](int64_t start, int64_t stop, int thread) {
-    key_backward<T>(layer, workers[thread], keys.slice(0, start, stop), keep ? keep + start : nullptr, shift, gradient,
-                    grad.slice(0, start, stop));
+    key_backward<T>(layer, workers[thread], keys.slice(0, start, stop), keep ? keep + start : nullptr, shift,
+                    data<float>(mean), gradient, grad.slice(0, start, stop));
   });
 }
 
@@ -258,11 +262,10 @@ void check(const Layer& layer, const Tensor& x, const Tensor& queries, const Ten
 
 Tensor contiguous_or_none(const std::optional<Tensor>& x) { return x ? x->contiguous() : Tensor(); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const std::optional<Tensor>& queries, const Tensor& hidden,
-                                                         const std::optional<Tensor>& keep, at::TensorList weights,
-                                                         bool for_backward, const Tensor& projection, int64_t heads,
-                                                         double epsilon, double norm_eps, int64_t chunk_size,
-                                                         bool in_bfloat16) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
+    const std::optional<Tensor>& queries, const Tensor& hidden, const std::optional<Tensor>& keep,
+    at::TensorList weights, bool for_backward, const Tensor& projection, int64_t heads, double epsilon, double norm_eps,
+    int64_t chunk_size, bool in_bfloat16) {
   const BelowAutograd guard;
   const Layer layer =
       make_layer(weights, projection, heads, epsilon, norm_eps, in_bfloat16 ? at::kBFloat16 : at::kFloat);
@@ -281,7 +284,7 @@ std::vector<Tensor> layer_backward(const Tensor& grad, const std::optional<Tenso
       make_layer(weights, projection, heads, epsilon, norm_eps, in_bfloat16 ? at::kBFloat16 : at::kFloat);
   const Tensor x = hidden.contiguous(), rows = queries ? queries->contiguous() : x, used = contiguous_or_none(keep);
   check(layer, x, rows, used);
-  const Saved state{saved[0], saved[1], saved[2]};
+  const Saved state{saved[0], saved[1], saved[2], saved[3]};
   return in_bfloat16 ? backward<bfloat16>(layer, grad, rows, x, used, state, chunk_size, weight_grads)
                      : backward<float>(layer, grad, rows, x, used, state, chunk_size, weight_grads);
 }
@@ -292,7 +295,7 @@ TORCH_LIBRARY(TORCH_EXTENSION_NAME, m) {
   m.def(
       "layer_forward(Tensor? queries, Tensor hidden, Tensor? keep, Tensor[] weights, bool for_backward, "
       "Tensor projection, int heads, float epsilon, float norm_eps, int chunk_size, bool in_bfloat16) "
-      "-> (Tensor, Tensor, Tensor, Tensor)",
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       &layer_forward);
   m.def(
       "layer_backward(Tensor grad, Tensor? queries, Tensor hidden, Tensor? keep, Tensor[] weights, Tensor[] saved, "

@@ -1,6 +1,9 @@
 // A FAVOR+ block in chunks of positions on a CPU, forward: what chunked_inference_scbert.py computes, every thread
 // working on chunks of its own. Matrix products are torch's; T is what they read and write, float or bfloat16. Residual
 // stream, logarithms of features and sums over keys are float32 either way.
+//
+// Tables hold values less their mean, and attention puts out that: what values share would drown the gradients of
+// queries and keys, which are differences, in bfloat16's rounding. The mean comes back behind the output projection.
 
 #pragma once
 
@@ -150,14 +153,27 @@ Tensor normed_chunk(const Layer& layer, Buffers& buffers, const Tensor& x) {
   return normed;
 }
 
-// running sum of exp2(log phi_k) [v, 1], transposed: [heads, dim + 1, features], under the largest logarithm so far
+// mean values of sums of [v, 1]: [heads, dim + 1] to [heads, dim]
+inline Tensor mean_values(const Tensor& sums) {
+  const int64_t dim = sums.size(1) - 1;
+  return sums.narrow(1, 0, dim).div(sums.narrow(1, dim, 1).clamp_min(1));
+}
+
+// running sum of exp2(log phi_k) [v - centre, 1], transposed: [heads, dim + 1, features], under the largest logarithm
+// so far
 struct KeySums {
   Tensor table, plain;  // plain: sum of [v, 1], [heads, dim + 1]
+  Tensor centre;        // mean values of the first chunk, [heads, dim]
   float shift = -std::numeric_limits<float>::infinity();
 
   explicit KeySums(const Layer& layer)
       : table(at::zeros({layer.heads, layer.dim + 1, layer.features}, at::kFloat)),
         plain(at::zeros({layer.heads, layer.dim + 1}, at::kFloat)) {}
+
+  void recentre(const Tensor& to) {
+    const int64_t dim = to.size(1);
+    if (centre.defined()) table.narrow(1, 0, dim).addcmul_(table.narrow(1, dim, 1), (centre - to).unsqueeze(-1));
+  }
 
   void raise(float to) {
     if (to <= shift) return;
@@ -190,8 +206,10 @@ void add_keys(const Layer& layer, Buffers& buffers, const Tensor& x, const bool*
   const float* factor = data<float>(buffers.get(FACTOR, {layer.heads * rows}, at::kFloat));
   const T* value = data<T>(projected) + layer.inner;
   Tensor weighted = buffers.get(JOINED, {layer.heads, rows, layer.dim + 1}, dtype_of<T>);
-  weigh_values(value, 2 * layer.inner, rows, layer.heads, layer.dim, factor, data<T>(weighted));
   sum_values(value, 2 * layer.inner, rows, layer.heads, layer.dim, keep, data<float>(sums.plain));
+  if (!sums.centre.defined()) sums.centre = mean_values(sums.plain).contiguous();
+  weigh_values(value, 2 * layer.inner, rows, layer.heads, layer.dim, factor, data<float>(sums.centre),
+               data<T>(weighted));
   if constexpr (std::is_same_v<T, float>) {
     sums.table.baddbmm_(weighted.mT(), features);
   } else {
@@ -208,31 +226,42 @@ inline Tensor finish_table(const Layer& layer, Tensor table, const Tensor& plain
   return table;
 }
 
-// table of phi_k [v, 1], and the stabiliser it stands under
-inline std::pair<Tensor, float> finish(const Layer& layer, std::vector<KeySums>& parts) {
+struct Table {
+  Tensor table, mean;  // of phi_k [v - mean, 1], [heads, dim + 1, features]; [heads, dim]
+  float shift;         // the stabiliser it stands under
+};
+
+inline Table finish(const Layer& layer, std::vector<KeySums>& parts) {
   float shift = -std::numeric_limits<float>::infinity();
   for (const auto& part : parts) shift = std::max(shift, part.shift);
   if (!std::isfinite(shift)) shift = 0;
   Tensor table = at::zeros_like(parts[0].table), plain = at::zeros_like(parts[0].plain);
+  for (auto& part : parts) plain.add_(part.plain);
+  const Tensor mean = mean_values(plain).contiguous();
   for (auto& part : parts) {
     part.raise(shift);
+    part.recentre(mean);
     table.add_(part.table);
-    plain.add_(part.plain);
   }
-  return {finish_table(layer, table, plain), shift};
+  // the sum of v less its mean is zero
+  plain.narrow(1, 0, layer.dim).zero_();
+  return {finish_table(layer, table, plain), mean, shift};
 }
 
 // what the query pass reads of a table: numerators [heads, features, dim] as T, the rest float32
 struct Context {
   Tensor numerators, normalisers, sums;  // [heads, features], [heads, dim + 1]
+  Tensor mean, o_b;                      // [inner]; bias of the output projection, with what it makes of the mean
 
-  Context(const Layer& layer, const Tensor& table, at::ScalarType dtype)
+  Context(const Layer& layer, const Tensor& table, const Tensor& mean, at::ScalarType dtype)
       : numerators(table.narrow(1, 0, layer.dim).mT().to(dtype).contiguous()),
         normalisers(table.select(1, layer.dim).contiguous()),
-        sums(table.sum(-1).mul_(layer.epsilon)) {}
+        sums(table.sum(-1).mul_(layer.epsilon)),
+        mean(mean.flatten()),
+        o_b(layer.o_b + at::mv(layer.o.to(at::kFloat), this->mean)) {}
 };
 
-// attention's output of a chunk, [rows, inner]; its features, normalisers and |q'|^2 / 2 stay in the buffers
+// attention's output of a chunk less the mean value, [rows, inner]; its features, normalisers and |q'|^2 / 2 stay in the buffers
 template <typename T>
 Tensor attend(const Layer& layer, Buffers& buffers, const Tensor& normed, const Context& context) {
   const int64_t rows = normed.size(0), head_rows = layer.heads * rows;
@@ -255,10 +284,11 @@ Tensor attend(const Layer& layer, Buffers& buffers, const Tensor& normed, const 
 
 // the chunk after the attention's branch, into `residual`
 template <typename T>
-void add_attention(const Layer& layer, Buffers& buffers, const Tensor& x, const Tensor& attended, Tensor& residual) {
+void add_attention(const Layer& layer, Buffers& buffers, const Tensor& x, const Tensor& attended,
+                   const Context& context, Tensor& residual) {
   Tensor branch = buffers.get(BRANCH, x.sizes(), dtype_of<T>);
   at::mm_out(branch, attended, layer.o.t());
-  add_branch(data<float>(x), data<T>(branch), data<float>(layer.o_b), x.size(0), layer.hidden, data<float>(residual));
+  add_branch(data<float>(x), data<T>(branch), data<float>(context.o_b), x.size(0), layer.hidden, data<float>(residual));
 }
 
 // the feed-forward network up to its activation: its norm in `FFN_NORMED`, its inner values in `UP`, and what GELU
@@ -279,7 +309,7 @@ template <typename T>
 void query_chunk(const Layer& layer, Buffers& buffers, const Tensor& x, const Context& context, Tensor residual,
                  float* output) {
   Tensor attended = attend<T>(layer, buffers, normed_chunk<T>(layer, buffers, x), context);
-  add_attention<T>(layer, buffers, x, attended, residual);
+  add_attention<T>(layer, buffers, x, attended, context, residual);
   Tensor active = feed_forward_inner<T>(layer, buffers, residual), branch = buffers.get(BRANCH, x.sizes(), dtype_of<T>);
   at::mm_out(branch, active, layer.down.t());
   add_branch(data<float>(residual), data<T>(branch), data<float>(layer.down_b), x.size(0), layer.hidden, output);
@@ -316,14 +346,15 @@ inline int64_t used_length(const bool* keep, int64_t length) {
   return length;
 }
 
-// output at the queries, [cells, queries, hidden]; for the backward, tables and stabilisers of the keys, and the
-// residual stream between the branches
+// output at the queries, [cells, queries, hidden]; for the backward, tables, stabilisers and mean values of the keys,
+// and the residual stream between the branches
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, const Tensor& queries, const Tensor& hidden,
-                                                   const Tensor& keep, int64_t chunk_size, bool for_backward) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, const Tensor& queries, const Tensor& hidden,
+                                                           const Tensor& keep, int64_t chunk_size, bool for_backward) {
   const int64_t cells = hidden.size(0), length = hidden.size(1);
   Tensor output = at::empty_like(queries), maxima = at::empty({cells}, at::kFloat);
   Tensor tables = at::empty({cells, layer.heads, layer.dim + 1, layer.features}, at::kFloat);
+  Tensor means = at::empty({cells, layer.heads, layer.dim}, at::kFloat);
   Tensor residuals = for_backward ? at::empty_like(queries) : at::empty({0}, at::kFloat);
   std::vector<Buffers> buffers(at::get_num_threads());
   for_each_cell(cells, length / chunk_size, [&](int64_t cell, int outer) {
@@ -336,10 +367,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, const Ten
                      add_keys<T>(layer, buffers[thread], keys.slice(0, start, stop), kept ? kept + start : nullptr,
                                  sums[thread - outer]);
                    });
-    auto [table, shift] = finish(layer, sums);
-    tables[cell].copy_(table);
-    data<float>(maxima)[cell] = shift;
-    const Context context(layer, table, dtype_of<T>);
+    const Table table = finish(layer, sums);
+    tables[cell].copy_(table.table);
+    means[cell].copy_(table.mean);
+    data<float>(maxima)[cell] = table.shift;
+    const Context context(layer, table.table, table.mean, dtype_of<T>);
     float* out = data<float>(output[cell]);
     for_each_chunk(rows.size(0), chunk_size, outer, [&](int64_t start, int64_t stop, int thread) {
       Tensor x = rows.slice(0, start, stop);
@@ -348,7 +380,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, const Ten
       query_chunk<T>(layer, buffers[thread], x, context, residual, out + start * layer.hidden);
     });
   });
-  return {output, tables, maxima, residuals};
+  return {output, tables, maxima, means, residuals};
 }
 
 }  // namespace scbert_cpu

@@ -137,16 +137,16 @@ inline float kept_maximum(const float* maxima, const bool* keep, int64_t heads, 
   return largest;
 }
 
-// factor * [v, 1] of a chunk: [rows, heads * dim], rows `stride` apart, to [heads, rows, dim + 1]
+// factor * [v - centre, 1] of a chunk: [rows, heads * dim], rows `stride` apart, to [heads, rows, dim + 1]
 template <typename T>
 void weigh_values(const T* value, int64_t stride, int64_t rows, int64_t heads, int64_t dim, const float* factor,
-                  T* out) {
-  for (int64_t head = 0; head < heads; ++head)
+                  const float* centre, T* out) {
+  for (int64_t head = 0; head < heads; ++head, centre += dim)
     for (int64_t row = 0; row < rows; ++row, out += dim + 1) {
       const T* in = value + row * stride + head * dim;
       const float scale = *factor++;
 #pragma omp simd
-      for (int64_t i = 0; i < dim; ++i) put(out[i], wide(in[i]) * scale);
+      for (int64_t i = 0; i < dim; ++i) put(out[i], (wide(in[i]) - centre[i]) * scale);
       put(out[dim], scale);
     }
 }

@@ -204,17 +204,3 @@ def test_module_runs_like_the_command(tmp_path):
     )
     assert done.returncode == 0
     assert done.stdout.startswith("scbert ")
-
-
-def test_switches_of_the_cpu_are_passed_on(monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(
-        "scbert.modeling_scbert.cpu_speed_scbert.request_cpu_speed", lambda *given: asked.append(given)
-    )
-    cli.main(["--compiled", "annotate", "no such file.h5ad"])
-    monkeypatch.setenv("SCBERT_ONEDNN", "1")
-    cli.main(["annotate", "no such file.h5ad"])
-    assert asked == [(True, False), (False, True)]
-    # a shell that completes a line parses it too
-    typer.main.get_command(cli.app).make_context("scbert", ["--compiled", "annotate"], resilient_parsing=True)
-    assert len(asked) == 2

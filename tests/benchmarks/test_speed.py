@@ -11,7 +11,9 @@ from scbert.benchmarks import speed_report
 from scbert.benchmarks.performer_attention import performer_attention
 from scbert.benchmarks.speed import straight_line, summary
 from scbert.benchmarks.speed_tasks import TASKS, VARIANTS, Variant, running_as
-from scbert.modeling_scbert import ScBertConfig, favor_scbert, layers_scbert
+from scbert.modeling_scbert import ScBertConfig, favor_scbert
+from scbert.modeling_scbert.backends_scbert import is_unwanted, is_wanted
+from scbert.modeling_scbert.favor_engine_scbert import FAVOR
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,16 +58,12 @@ def test_the_stand_in_computes_the_reference():
 
 
 def test_switches_are_put_back():
-    kept = (favor_scbert.favor_attention, layers_scbert.runs_in_chunks, layers_scbert.trains_in_chunks)
     with pytest.raises(KeyError), running_as(Variant(naive=True, onednn=True, half=True)):
-        assert favor_scbert.favor_attention is performer_attention
+        assert is_wanted("naive") and FAVOR["naive"].run is performer_attention
         assert torch.is_autocast_enabled("cpu")
         raise KeyError
-    assert kept == (
-        favor_scbert.favor_attention,
-        layers_scbert.runs_in_chunks,
-        layers_scbert.trains_in_chunks,
-    )
+    assert FAVOR["naive"].run is favor_scbert.favor_attention_naive
+    assert not is_wanted("naive") and not is_unwanted("onednn")
     assert not torch.is_autocast_enabled("cpu")
 
 
