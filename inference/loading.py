@@ -232,7 +232,8 @@ def _pick_device(device: torch.device | str | None) -> torch.device:
 
 def _pick_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:
     if dtype is None or dtype == "auto":
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        # older GPUs emulate it, slowly
+        half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if half else torch.float32
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in (torch.float32, torch.bfloat16):

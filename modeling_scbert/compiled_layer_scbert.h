@@ -1,4 +1,4 @@
-// A FAVOR+ block in chunks of positions on a CPU, forward: what chunked_inference_scbert.py computes, every thread
+// A FAVOR+ block in chunks of positions on a CPU, forward: what chunked_layer_scbert.py computes, every thread
 // working on chunks of its own. Matrix products are torch's; T is what they read and write, float or bfloat16. Residual
 // stream, logarithms of features and sums over keys are float32 either way.
 //
