@@ -21,6 +21,15 @@ def test_the_command_says_what_it_picked(verb, query, model_dir, tmp_path, capsy
     assert about["dtype"] == "bfloat16"
 
 
+def test_a_backend_that_is_none_is_an_error_in_one_line(query, model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SCBERT_BACKEND", "fast")
+    arguments = ["annotate", str(query), "--model", str(model_dir), "--output", str(tmp_path / "out.h5ad")]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "SCBERT_BACKEND names fast; known are" in said and "Traceback" not in said
+    assert not (tmp_path / "out.h5ad").exists()
+
+
 def test_auto_is_the_default(model_dir):
     chosen, default = load_model(model_dir, device="auto", dtype="auto"), load_model(model_dir)
     assert (chosen.device, chosen.dtype) == (default.device, default.dtype)
