@@ -144,7 +144,7 @@ def explain(error: Exception) -> str | None:
             return f"{error.strerror}: {error.filename}"
         return str(error) or type(error).__name__
     if isinstance(error, ValueError):
-        from .tokenization.expression_scbert import InputError
+        from .tokenization import InputError
 
         return str(error) if isinstance(error, InputError) else None
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRAS:

@@ -1,4 +1,4 @@
-"""Which cells and genes are good enough to learn from."""
+"""Which cells are good enough to learn from."""
 
 from dataclasses import dataclass
 
@@ -75,7 +75,7 @@ def choose_cells(
     layer=None,
     quality=None,
 ):
-    """Cells worth learning from, and how many each rule leaves out.
+    """Cells that pass the quality rules, and how many each rule leaves out.
 
     Parameters
     ----------
@@ -125,20 +125,15 @@ def choose_cells(
     return keep, report
 
 
-def choose_genes(adata, min_cells=3, layer=None):
-    """Genes expressed in at least `min_cells` cells, as a bool array [genes]."""
-    return measure_cells(adata, layer).cells_per_gene >= min_cells
-
-
 def _above_mito(quality, maximum):
     if maximum is None:
         return np.zeros(len(quality.total), dtype=bool)
     if not 0 <= maximum <= 1:
-        raise InputError(f"The greatest mitochondrial share must be from 0 to 1; found {maximum}.")
+        raise InputError(f"The largest mitochondrial share must be between 0 and 1; found {maximum}.")
     if quality.mito_fraction is None:
         raise InputError(
             f"There are no mitochondrial genes (names that begin with {MITOCHONDRIAL}), so their share cannot "
-            f"be limited; leave that rule out."
+            f"be limited. Leave out max_mito_fraction (--max-mito-fraction)."
         )
     return quality.mito_fraction > maximum
 
@@ -150,7 +145,7 @@ def _is_doublet(obs, key, maximum):
         raise InputError(f"There is no column {key!r} in obs; it has: {', '.join(map(str, obs.columns))}.")
     column = obs[key]
     if column.dtype.kind == "f":
-        # a cell that was never scored is no doublet
+        # a cell that was never scored is not taken for a doublet
         return (column > maximum).to_numpy()
     words = column.astype(str).str.strip().str.lower()
     if not set(words) <= {"true", "false", "doublet", "singlet", "1", "0", "nan", "none", ""}:

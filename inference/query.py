@@ -13,8 +13,8 @@ import scipy.sparse as sp
 from anndata import AnnData
 from tqdm import tqdm
 
-from ..data.file_cells import FileCells, open_cells
 from ..data.read import matrix_rows
+from ..data.read_backed import BackedCells, open_cells
 from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes
 from .gene_report import name_genes
 
@@ -26,7 +26,7 @@ CHUNK_SIZE = 4096
 
 
 @contextlib.contextmanager
-def opened(query: str | Path, layer: str | None = None) -> Iterator[AnnData | FileCells]:
+def opened(query: str | Path, layer: str | None = None) -> Iterator[AnnData | BackedCells]:
     """The cells of a file: matrices of an .h5ad stay on disk, other formats are read into memory."""
     adata = open_cells(query, layer=layer)
     try:
@@ -69,7 +69,7 @@ class BinnedQuery:
 
     def __init__(
         self,
-        adata: AnnData | FileCells,
+        adata: AnnData | BackedCells,
         tokenizer: ScBertTokenizer,
         layer: str | None = None,
         input: str = "auto",

@@ -1,16 +1,14 @@
 """ScBertTokenizer: cells in, expression ids out."""
 
 import os
-import zlib
 
 import numpy as np
-import scipy.sparse as sp
 from transformers import BatchEncoding, PreTrainedTokenizer
 
-from .cells_scbert import matrix_and_names, other_sources, sample_rows, stack_chunks
+from .cells_scbert import matrix_and_names, other_sources, raw_hint, row_blocks, sample_rows, stack_chunks
+from .errors_scbert import InputError
 from .expression_scbert import (
     INPUT_KINDS,
-    InputError,
     as_csr,
     bin_dtype,
     bin_floor,
@@ -18,20 +16,19 @@ from .expression_scbert import (
     change_log_base,
     check_values,
     detect_input_kind,
+    expm1,
     is_integer_valued,
     log1p_scale,
     normalize_expression,
 )
-from .genes_scbert import (
-    align_genes,
-    check_gene_panel,
-    read_panel_rows,
-    write_gene_panel,
-)
+from .genes_scbert import align_genes, check_gene_panel, read_panel_rows, write_gene_panel
+from .sequences_scbert import encode_expressed, subsample
 
 BINNINGS = {"floor", "quantile"}
-# cells binned at once: bounds the float64 work space to some 100 MB
+# cells read together
 CHUNK_SIZE = 2048
+# cells binned together: their float64 work space stays in the processor's cache
+BLOCK_SIZE = 512
 
 
 class ScBertTokenizer(PreTrainedTokenizer):
@@ -152,32 +149,84 @@ class ScBertTokenizer(PreTrainedTokenizer):
         write_gene_panel(path, self.gene_panel, self.feature_modalities)
         return (path,)
 
-    # cells to bins
+    # cells to batches
 
-    def __call__(self, cells, gene_names=None, return_tensors=None, input="auto", layer=None):
+    def __call__(
+        self,
+        cells,
+        gene_names=None,
+        return_tensors=None,
+        input="auto",
+        layer=None,
+        padding=True,
+        truncation=None,
+        max_length=None,
+    ):
         """Encode cells.
 
         Parameters
         ----------
         cells
-            AnnData, ``{"X": matrix, "gene_names": [...]}``, scipy sparse matrix or array [cells, genes].
+            AnnData, pandas DataFrame (genes as columns), ``{"X": matrix, "gene_names": [...]}``, scipy sparse
+            matrix or array [cells, genes].
         gene_names : sequence of str [genes], optional
-            Names of the columns; those of the AnnData, or the panel, if left out.
+            Names of the columns; those of the AnnData or DataFrame, or the panel, if left out.
         return_tensors : {"np", "pt"}, optional
             numpy arrays if left out.
         input : {"auto", "counts", "log1p"}
             What the values are; see `detect_input_kind`.
         layer : str, optional
             Layer of the AnnData to take, or ``"raw"``.
+        padding : bool or {"longest", "max_length", "do_not_pad"}
+            Cells of expressed genes differ in length: pad to the longest of them (True), to `max_length`, or give
+            lists of different lengths (False). Cells with every gene are of one length already.
+        truncation : bool, optional
+            Whether a cell longer than `max_length` is cut to a random subset of its genes; it is if there is such a
+            length, here or in the tokenizer.
+        max_length : int, optional
+            Replaces the tokenizer's own `max_length` in this call.
 
         Returns
         -------
         transformers.BatchEncoding
             `input_ids` [cells, panel + 1]; or, without zeros, `input_ids`, `gene_ids` and
             `attention_mask` [cells, longest]; with modalities also `modality_ids`.
+
+        Raises
+        ------
+        InputError
+            As `bin_cells`, and if cells with every gene were to be cut or padded.
+        TypeError
+            If `cells` is a path.
         """
+        limit = self.max_length if max_length is None else max_length
+        width = (limit or self.model_max_length) if padding == "max_length" else None
+        if truncation in (False, "do_not_truncate"):
+            limit = None
+        self._check_lengths(limit, width)
         bins = self.bin_cells(cells, gene_names=gene_names, input=input, layer=layer)
-        return BatchEncoding(self.encode_bins(bins), tensor_type=return_tensors)
+        encoded = self._encode(subsample(bins, limit, self.seed), width)
+        if padding in (False, "do_not_pad") and not self.keep_zeros:
+            lengths = encoded["attention_mask"].sum(axis=1)
+            encoded = {
+                name: [row[:length].tolist() for row, length in zip(rows, lengths)]
+                for name, rows in encoded.items()
+            }
+        return BatchEncoding(encoded, tensor_type=return_tensors)
+
+    def _check_lengths(self, limit, width):
+        n_tokens = len(self.gene_panel) + 1
+        if self.keep_zeros and ((limit or n_tokens) < n_tokens or (width or n_tokens) != n_tokens):
+            raise InputError(
+                f"This tokenizer keeps every gene, so that all cells have {n_tokens} tokens; max_length="
+                f"{width or limit} would cut or pad them. Leave it out, or make the tokenizer with keep_zeros=False."
+            )
+        if limit is not None and limit < 2:
+            raise InputError(
+                f"max_length must be at least 2, one gene and the trailing token; found {limit}."
+            )
+
+    # cells to bins
 
     def bin_cells(self, cells, gene_names=None, input="auto", layer=None):
         """Expression bins of cells over the panel, sparse.
@@ -192,7 +241,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
         Raises
         ------
         InputError
-            If there are no cells, no gene of the panel, or values that are no expression.
+            If there are no cells, no genes of the panel, or values that cannot be expression.
         """
         chunks = self.iter_bins(cells, gene_names=gene_names, input=input, layer=layer)
         return stack_chunks(chunks, len(self.gene_panel), bin_dtype(self.n_bins))
@@ -206,15 +255,15 @@ class ScBertTokenizer(PreTrainedTokenizer):
         """
         matrix, names = matrix_and_names(cells, self.gene_panel, gene_names, layer)
         alignment = align_genes(names, self.gene_panel)
-        alignment.check(minimum=0.0)
+        alignment.check(minimum=0.0, hint=raw_hint(cells, self.gene_panel, layer))
         kind, scale = self.resolve_input(matrix, input, hint=other_sources(cells, layer))
         for start in range(0, matrix.shape[0], chunk_size):
             chunk = as_csr(matrix[start : start + chunk_size])
             check_values(chunk)
             if input == "auto" and kind == "counts" and not is_integer_valued(chunk):
                 raise InputError(
-                    f"Cells from row {start} on have fractions, while earlier ones are whole-number counts: "
-                    f"say what the values are with --input counts or --input log1p."
+                    f"Cells from row {start} on have fractions, while earlier ones are whole-number counts. "
+                    f"Say what the values are: input='counts' or 'log1p' (--input counts, --input log1p)."
                 )
             yield self.bin_rows(chunk, alignment, kind, scale is not None)
 
@@ -242,21 +291,38 @@ class ScBertTokenizer(PreTrainedTokenizer):
             raise InputError(f"{error}{hint}") from None
         return kind, log1p_scale(sample, self.target_sum) if kind == "log1p" else None
 
-    def bin_rows(self, chunk, alignment, kind="counts", whole=True):
-        """Bins of rows [cells, genes of `alignment`] whose `kind` is known; log1p of all genes is `whole`."""
-        values = self._log_values(chunk, alignment, kind, whole)
+    def bin_rows(self, chunk, alignment, kind="counts", covers_all_genes=True):
+        """Bins of rows whose kind of values is known.
+
+        Parameters
+        ----------
+        chunk : scipy.sparse.csr_matrix [cells, genes of `alignment`]
+        alignment : GeneAlignment
+        kind : {"counts", "log1p"}
+        covers_all_genes : bool
+            Whether log1p values are of all genes, so that the size factor can be taken anew.
+
+        Returns
+        -------
+        scipy.sparse.csr_matrix [cells, panel]
+        """
+        if chunk.shape[0] > BLOCK_SIZE:
+            blocks = row_blocks(chunk, BLOCK_SIZE)
+            bins = (self.bin_rows(block, alignment, kind, covers_all_genes) for block in blocks)
+            return stack_chunks(bins, len(self.gene_panel), bin_dtype(self.n_bins))
+        values = self._log_values(chunk, alignment, kind, covers_all_genes)
         if self.binning == "quantile":
             return bin_quantile(values, self.n_bins)
         return bin_floor(values, self.n_bins, self.bin_width)
 
-    def _log_values(self, chunk, alignment, kind, whole):
+    def _log_values(self, chunk, alignment, kind, covers_all_genes):
         """Rows on the model's log scale, aligned to the panel."""
-        if kind == "log1p" and not whole:
+        if kind == "log1p" and not covers_all_genes:
             # a part of the genes: what the others held is not known, so the size factor stays
-            return change_log_base(_apply_to_logs(alignment, chunk), self.log_base)
+            return change_log_base(alignment.apply_to_logs(chunk), self.log_base)
         # the size factor is taken after alignment, so log1p of all genes goes back to the counts' scale;
         # float64 keeps bins from counts exact at their edges, float32 admits the rounding of log1p
-        counts, dtype = (chunk, np.float64) if kind == "counts" else (_expm1(chunk), np.float32)
+        counts, dtype = (chunk, np.float64) if kind == "counts" else (expm1(chunk), np.float32)
         aligned = alignment.apply(counts)
         return normalize_expression(aligned, self.target_sum, self.log_base, self.feature_modalities, dtype)
 
@@ -280,6 +346,11 @@ class ScBertTokenizer(PreTrainedTokenizer):
             [cells, longest]; with modalities also ``modality_ids``. Pads and the trailing token have gene id
             ``len(gene_panel)``.
         """
+        return self._encode(
+            bins if self.keep_zeros else subsample(bins, self.max_length, self.seed, generator)
+        )
+
+    def _encode(self, bins, width=None):
         n_cells, n_genes = bins.shape
         if self.keep_zeros:
             input_ids = np.zeros((n_cells, n_genes + 1), dtype=np.int64)
@@ -288,45 +359,11 @@ class ScBertTokenizer(PreTrainedTokenizer):
             encoded = {"input_ids": input_ids}
             gene_ids = np.broadcast_to(np.arange(n_genes + 1), input_ids.shape)
         else:
-            encoded = self._encode_expressed(bins, generator)
+            encoded = encode_expressed(bins, width)
             gene_ids = encoded["gene_ids"]
         if self.feature_modalities is not None:
             encoded["modality_ids"] = np.append(self.feature_modalities, 0)[gene_ids]
         return encoded
-
-    def _encode_expressed(self, bins, generator):
-        """Expressed genes of each cell, the trailing token, then pads."""
-        bins = self._subsample(bins, generator)
-        lengths = np.diff(bins.indptr)
-        shape = (bins.shape[0], int(lengths.max(initial=0)) + 1)
-        rows = np.repeat(np.arange(bins.shape[0]), lengths)
-        places = np.arange(bins.nnz) - np.repeat(bins.indptr[:-1], lengths)
-        input_ids = np.zeros(shape, dtype=np.int64)
-        gene_ids = np.full(shape, bins.shape[1], dtype=np.int64)
-        input_ids[rows, places] = bins.data
-        gene_ids[rows, places] = bins.indices
-        attention_mask = (np.arange(shape[1]) <= lengths[:, None]).astype(np.int64)
-        return {"input_ids": input_ids, "gene_ids": gene_ids, "attention_mask": attention_mask}
-
-    def _subsample(self, bins, generator):
-        """Rows cut to max_length - 1 random genes, in panel order."""
-        if self.max_length is None or np.diff(bins.indptr).max(initial=0) < self.max_length:
-            return bins
-        kept = np.ones(bins.nnz, dtype=bool)
-        for start, stop in zip(bins.indptr[:-1], bins.indptr[1:]):
-            excess = stop - start - (self.max_length - 1)
-            if excess > 0:
-                rng = generator or self._cell_generator(bins.indices[start:stop], bins.data[start:stop])
-                kept[start + rng.choice(stop - start, excess, replace=False)] = False
-        indptr = np.concatenate([[0], np.cumsum(kept)])[bins.indptr]
-        return sp.csr_matrix((bins.data[kept], bins.indices[kept], indptr), shape=bins.shape)
-
-    def _cell_generator(self, indices, values):
-        """A generator of the cell itself: its subset is the same in any batch and any order."""
-        content = zlib.crc32(
-            values.astype(np.int16).tobytes(), zlib.crc32(indices.astype(np.int32).tobytes())
-        )
-        return np.random.default_rng([self.seed, content])
 
     def _pad(self, encoded_inputs, *args, **kwargs):
         """Pad gene and modality ids along with the expression ids."""
@@ -338,19 +375,6 @@ class ScBertTokenizer(PreTrainedTokenizer):
                 pads, ids = [value] * missing, list(padded[name])
                 padded[name] = ids + pads if side == "right" else pads + ids
         return padded
-
-
-def _expm1(chunk):
-    return sp.csr_matrix((np.expm1(chunk.data, dtype=np.float64), chunk.indices, chunk.indptr), chunk.shape)
-
-
-def _apply_to_logs(alignment, chunk):
-    """Align log1p values; genes standing twice are summed as counts."""
-    if not alignment.n_duplicates:
-        return alignment.apply(chunk)
-    aligned = alignment.apply(_expm1(chunk))
-    aligned.data = np.log1p(aligned.data)
-    return aligned
 
 
 def _check_options(options, gene_panel, modalities):
@@ -371,3 +395,7 @@ def _check_options(options, gene_panel, modalities):
         problems.append("feature_modalities must hold one id from 0 on for every gene of the panel")
     if problems:
         raise InputError("ScBertTokenizer: " + "; ".join(problems) + ".")
+
+
+# a saved tokenizer carries this code, so that it loads where the package is not installed
+ScBertTokenizer.register_for_auto_class("AutoTokenizer")

@@ -7,13 +7,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scbert.data.multiomics import (
-    combine_modalities,
-    feature_panel,
-    map_peaks,
-    modalities_of,
-    read_multiomics,
-)
+from scbert.data.modalities import combine_modalities, feature_panel, map_peaks
+from scbert.data.multiomics import read_multiomics
+from scbert.data.read_mudata import modalities_of
 from scbert.data.regions import genome_build, map_regions, parse_regions
 from scbert.tokenization import InputError, ScBertTokenizer
 

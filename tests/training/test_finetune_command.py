@@ -245,7 +245,7 @@ def test_the_module_reads_a_recipe_and_flags(reference, tiny_recipe, tmp_path, m
     assert config["vocab_size"] == 9
     monkeypatch.setattr(sys, "argv", ["run_finetune", str(tiny_recipe)])
     assert run_finetune.main() == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ import scipy.sparse as sp
 from torch.utils.data import DataLoader, Dataset
 
 from scbert import ScBertTokenizer
-from scbert.data.corpus import build_corpus
+from scbert.data.corpus_build import build_corpus
+from scbert.data.corpus_stream import BinnedCells, CellFile, StreamOrder, open_corpus
 from scbert.data.read import read_cells
-from scbert.data.streaming import BinnedCells, CellFile, StreamOrder, open_corpus
 from scbert.tokenization import InputError
 
 

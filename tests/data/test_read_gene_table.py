@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from scbert.data.gene_table import fetch_hgnc, load_gene_table
+from scbert.data.read_gene_table import fetch_hgnc, load_gene_table
 from scbert.tokenization import InputError
 
 pytest.importorskip("pooch")

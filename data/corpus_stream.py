@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
-from .corpus_manifest import read_manifest, shards_of
+from .corpus_manifest import read_manifest, shards_of, shards_of_source
 from .read import matrix_rows, read_cells
 
 BLOCK_SIZE = 1024
@@ -38,7 +38,11 @@ class Shard:
 
     def __init__(self, folder, facts, alignment):
         self.path, self.alignment = Path(folder) / facts["file"], alignment
-        self.n_cells, self.kind, self.whole = facts["cells"], facts["kind"], facts["whole"]
+        self.n_cells, self.kind, self.covers_all_genes = (
+            facts["cells"],
+            facts["kind"],
+            facts["covers_all_genes"],
+        )
         self._bytes, self._batches = facts["bytes"], None
 
     def check(self):
@@ -52,8 +56,8 @@ class Shard:
 
     def _unreadable(self, found):
         return InputError(
-            f"The shard {self.path} {found}. Bring back an intact copy (scbert build {self.path.parent} --verify "
-            f"names all that differ), or build the corpus anew."
+            f"The shard {self.path} {found}. Restore an intact copy (scbert build {self.path.parent} --verify "
+            f"names all files that differ), or build the corpus again."
         )
 
     def _open(self):
@@ -113,7 +117,7 @@ class CellFile:
         self.n_cells = matrix.shape[0]
         self.alignment = align_genes(names, tokenizer.gene_panel)
         self.kind, scale = tokenizer.resolve_input(matrix, input)
-        self.whole = scale is not None
+        self.covers_all_genes = scale is not None
 
     def check(self):
         """Nothing to be done: the file was opened."""
@@ -175,13 +179,13 @@ class CorpusPart:
     """What a corpus holds of one file, for measures taken file by file; see `corpus_parts`."""
 
     folder: Path
-    facts: dict
+    shards: list
     genes: list
 
     @property
     def name(self):
         """Name of the file the cells came from."""
-        return Path(self.facts["path"]).name
+        return Path(self.shards[0]["source"]).name
 
     def sample(self, max_cells=None, seed=0):
         """Cells drawn at random, in ascending order.
@@ -194,20 +198,20 @@ class CorpusPart:
         kind : {"counts", "log1p"}
         """
         alignment = align_genes(self.genes, self.genes)
-        shards = [Shard(self.folder, {**self.facts, **shard}, alignment) for shard in self.facts["shards"]]
+        shards = [Shard(self.folder, shard, alignment) for shard in self.shards]
         starts = np.cumsum([0, *(shard.n_cells for shard in shards)])
         rows = np.sort(np.random.default_rng(seed).permutation(starts[-1])[:max_cells])
         parts = zip(shards, starts, np.split(rows, np.searchsorted(rows, starts[1:-1])))
         values = sp.vstack([shard.rows(own - start) for shard, start, own in parts if len(own)], format="csr")
         own = np.flatnonzero(np.bincount(values.indices, minlength=len(self.genes)))
-        return values[:, own], [self.genes[i] for i in own], self.facts["kind"]
+        return values[:, own], [self.genes[i] for i in own], self.shards[0]["kind"]
 
 
 def corpus_parts(folder):
     """The files that a corpus was made of, as far as they brought cells in, as `CorpusPart`."""
     manifest = read_manifest(folder)
-    sources = [source for source in manifest["sources"] if source["shards"]]
-    return [CorpusPart(Path(folder), source, manifest["genes"]) for source in sources]
+    parts = [shards_of_source(source) for source in manifest["sources"]]
+    return [CorpusPart(Path(folder), shards, manifest["genes"]) for shards in parts if shards]
 
 
 class BinnedCells(Dataset):
@@ -247,7 +251,9 @@ class BinnedCells(Dataset):
         cuts = np.searchsorted(chosen, self.starts[1:-1])
         stacked = sp.vstack(
             [
-                self.tokenizer.bin_rows(part.rows(own - start), part.alignment, part.kind, part.whole)
+                self.tokenizer.bin_rows(
+                    part.rows(own - start), part.alignment, part.kind, part.covers_all_genes
+                )
                 for part, start, own in zip(self.parts, self.starts, np.split(chosen, cuts))
                 if len(own)
             ],

@@ -1,0 +1,202 @@
+"""Several modalities of the same cells in one AnnData: told apart, brought together, made into a panel, mapped to one.
+
+The one AnnData has ``var["feature_types"]`` as 10x writes it and ``uns["genome_build"]``; `feature_panel` gives what
+`ScBertTokenizer` needs of it, and `map_peaks` brings other data to the panel of a model.
+"""
+
+import logging
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from ..tokenization import InputError
+from .regions import genome_build, map_regions, parse_regions
+
+logger = logging.getLogger(__name__)
+
+# the place of a feature type is its modality id
+FEATURE_TYPES = ("Gene Expression", "Peaks", "Antibody Capture")
+GENES, PEAKS = FEATURE_TYPES[:2]
+
+
+def combine_modalities(modalities, genome=None):
+    """One AnnData of the cells that every modality has.
+
+    Parameters
+    ----------
+    modalities : dict of str to anndata.AnnData
+        By feature type (`FEATURE_TYPES`); cells are paired by name, in the order of the first.
+    genome : str, optional
+        Genome build of the peaks.
+
+    Returns
+    -------
+    anndata.AnnData
+        X CSR; `obs` of the first modality, and further columns of the others.
+    """
+    parts = list(modalities.values())
+    for kind, part in modalities.items():
+        if not part.obs_names.is_unique:
+            raise InputError(f"The cell names of {kind} repeat, so cells cannot be paired; make them unique.")
+    cells = parts[0].obs_names
+    for part in parts[1:]:
+        cells = cells[cells.isin(part.obs_names)]
+    if not len(cells):
+        seen = "; ".join(f"{kind}: {', '.join(part.obs_names[:2])}" for kind, part in modalities.items())
+        raise InputError(f"The modalities have no cell name in common ({seen}). Rename them (obs_names).")
+    for kind, part in modalities.items():
+        if len(cells) < part.n_obs:
+            logger.warning("%d of %d cells of %s have no partner.", part.n_obs - len(cells), part.n_obs, kind)
+    parts = [part[cells] for part in parts]
+    obs = parts[0].obs.copy()
+    for part in parts[1:]:
+        obs = obs.join(part.obs[part.obs.columns.difference(obs.columns, sort=False)])
+    kinds = np.repeat(list(modalities), [part.n_vars for part in parts])
+    var = pd.concat([part.var for part in parts])
+    var["feature_types"] = kinds
+    adata = anndata.AnnData(
+        sp.hstack([sp.csr_matrix(part.X) for part in parts], format="csr"), obs=obs, var=var
+    )
+    for part in parts:
+        adata.uns |= {name: part.uns[name] for name in ("genome_build", "genome") if name in part.uns}
+    return check_modalities(adata, genome)
+
+
+def check_modalities(adata, genome):
+    """Feature types known, coordinates sound, the build recorded."""
+    kinds = adata.var["feature_types"].astype(str)
+    strange = sorted(set(kinds) - set(FEATURE_TYPES))
+    if strange:
+        raise InputError(
+            f"var['feature_types'] holds {', '.join(strange[:5])}; known are {', '.join(FEATURE_TYPES)}. "
+            "Rename these, or leave the features out."
+        )
+    build = genome_build(genome) or _recorded_build(adata)
+    peaks = (kinds == PEAKS).to_numpy()
+    if peaks.any():
+        parse_regions(adata.var_names[peaks], build)
+        if build is None:
+            logger.warning(
+                "The genome build of the peaks is not known; say it, so that a model can refuse others."
+            )
+    if build is not None:
+        adata.uns["genome_build"] = build
+    return adata
+
+
+def _recorded_build(adata):
+    for name in ("genome_build", "genome"):
+        if isinstance(adata.uns.get(name), str):
+            return genome_build(adata.uns[name])
+    recorded = {genome_build(name) for name in adata.var.get("genome", []) if isinstance(name, str) and name}
+    return recorded.pop() if len(recorded) == 1 else None
+
+
+def feature_modalities(var):
+    """Modality id of every feature, or None where the table names no modality but gene expression.
+
+    Parameters
+    ----------
+    var : pandas.DataFrame [features]
+
+    Returns
+    -------
+    numpy.ndarray [features] of int64, or None
+    """
+    if "feature_types" not in var:
+        return None
+    ids = var["feature_types"].astype(str).map({kind: i for i, kind in enumerate(FEATURE_TYPES)})
+    return ids.to_numpy(dtype=np.int64) if ids.notna().all() and ids.max() > 0 else None
+
+
+def feature_panel(adata, min_cells=1):
+    """The features of multi-omic cells as a panel, in the form `ScBertTokenizer` takes.
+
+    Parameters
+    ----------
+    adata : anndata.AnnData
+        Of `read_multiomics`.
+    min_cells : int
+        Cells a feature must be found in.
+
+    Returns
+    -------
+    dict
+        ``gene_panel`` (genes first, then peaks; of a repeated name the first), ``feature_modalities`` and
+        ``genome_build``, to be passed to `ScBertTokenizer` and saved with it.
+
+    Examples
+    --------
+    >>> cells = anndata.AnnData(np.eye(3, dtype="float32"))
+    >>> cells.var_names = ["CD3E", "chr1:1-9", "MS4A1"]
+    >>> cells.var["feature_types"] = ["Gene Expression", "Peaks", "Gene Expression"]
+    >>> feature_panel(cells)["gene_panel"]
+    ['CD3E', 'MS4A1', 'chr1:1-9']
+    """
+    expressed = np.asarray((sp.csr_matrix(adata.X) > 0).sum(axis=0)).ravel() >= min_cells
+    names, kinds = [], []
+    seen = set()
+    for modality, kind in enumerate(FEATURE_TYPES):
+        chosen = expressed & (adata.var["feature_types"] == kind).to_numpy()
+        fresh = [name for name in dict.fromkeys(adata.var_names[chosen]) if name not in seen]
+        seen.update(fresh)
+        names += fresh
+        kinds += [modality] * len(fresh)
+    return {"gene_panel": names, "feature_modalities": kinds, "genome_build": adata.uns.get("genome_build")}
+
+
+def map_peaks(adata, gene_panel, feature_modalities, build=None):
+    """Bring the peaks of cells to the regions of a panel, by genomic overlap.
+
+    Parameters
+    ----------
+    adata : anndata.AnnData
+        Of `read_multiomics`.
+    gene_panel, feature_modalities
+        Of the model's tokenizer.
+    build : str, optional
+        Genome build of the panel (``tokenizer.init_kwargs.get("genome_build")``).
+
+    Returns
+    -------
+    anndata.AnnData
+        Same cells; every feature but the peaks as it was, then the panel's regions, each with the sum of the peaks
+        that overlap it most. ``uns["peak_mapping"]`` counts them.
+
+    Raises
+    ------
+    InputError
+        If the builds differ, or no peak overlaps the panel.
+    """
+    own = adata.uns.get("genome_build")
+    if own and build and genome_build(own) != genome_build(build):
+        raise InputError(
+            f"The peaks are on {genome_build(own)}, the model's regions on {genome_build(build)}. Lift the peaks over "
+            "first (UCSC liftOver), or call them on the other build."
+        )
+    regions = [name for name, kind in zip(gene_panel, feature_modalities) if FEATURE_TYPES[kind] == PEAKS]
+    peaks = (adata.var["feature_types"] == PEAKS).to_numpy()
+    if not regions or not peaks.any():
+        return adata.copy()
+    mapping = map_regions(parse_regions(adata.var_names[peaks], own or build), parse_regions(regions, build))
+    if not mapping.n_mapped:
+        raise InputError(
+            f"No peak overlaps a region of the panel (peaks: {', '.join(adata.var_names[peaks][:2])}; panel: "
+            f"{', '.join(regions[:2])}). Is the genome build the same?"
+        )
+    logger.info("%s.", mapping)
+    others = adata[:, ~peaks]
+    matrix = sp.hstack(
+        [sp.csr_matrix(others.X), sp.csr_matrix(adata[:, peaks].X) @ mapping.matrix], format="csr"
+    )
+    var = pd.concat([others.var, pd.DataFrame({"feature_types": PEAKS}, index=regions)])
+    mapped = anndata.AnnData(matrix, obs=adata.obs.copy(), var=var, uns=dict(adata.uns))
+    mapped.uns["peak_mapping"] = {
+        "peaks": int(peaks.sum()),
+        "mapped": mapping.n_mapped,
+        "regions": len(regions),
+        "regions_found": mapping.n_regions,
+    }
+    return mapped
