@@ -168,13 +168,14 @@ def sample_rows(matrix, size=SAMPLE_SIZE):
     return sp.vstack([as_csr(matrix[start : start + block]) for start in starts], format="csr")
 
 
-def row_blocks(csr, size):
-    """Blocks of `size` rows, sharing memory with `csr`."""
-    for start in range(0, csr.shape[0], size):
-        indptr = csr.indptr[start : start + size + 1]
-        values = slice(indptr[0], indptr[-1])
-        shape = (len(indptr) - 1, csr.shape[1])
-        yield sp.csr_matrix((csr.data[values], csr.indices[values], indptr - indptr[0]), shape=shape)
+def take_rows(matrix, start, stop):
+    """Rows of a matrix; those of a CSR matrix share its memory."""
+    if not sp.issparse(matrix):
+        return matrix[start:stop]
+    indptr = matrix.indptr[start : stop + 1]
+    values = slice(indptr[0], indptr[-1])
+    shape = (len(indptr) - 1, matrix.shape[1])
+    return sp.csr_matrix((matrix.data[values], matrix.indices[values], indptr - indptr[0]), shape=shape)
 
 
 def stack_chunks(chunks, n_columns, dtype):

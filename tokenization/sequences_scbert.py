@@ -1,10 +1,18 @@
-"""Rows of expression bins to padded sequences of the expressed genes."""
+"""Rows of expression bins to sequences: of every gene, or of the expressed ones, padded."""
 
 import zlib
 
 import numpy as np
 
 from .expression_scbert import keep_values
+
+
+def encode_every_gene(bins):
+    """All genes of the panel in order, then the trailing token: ``input_ids``, int64 [cells, panel + 1]."""
+    input_ids = np.zeros((bins.shape[0], bins.shape[1] + 1), dtype=np.int64)
+    rows = np.repeat(np.arange(bins.shape[0]), np.diff(bins.indptr))
+    input_ids[rows, bins.indices] = bins.data
+    return {"input_ids": input_ids}
 
 
 def encode_expressed(bins, width=None):

@@ -5,7 +5,7 @@ import os
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
 
-from .cells_scbert import matrix_and_names, other_sources, raw_hint, row_blocks, sample_rows, stack_chunks
+from .cells_scbert import matrix_and_names, other_sources, raw_hint, sample_rows, stack_chunks, take_rows
 from .errors_scbert import InputError
 from .expression_scbert import (
     INPUT_KINDS,
@@ -22,7 +22,7 @@ from .expression_scbert import (
     normalize_expression,
 )
 from .genes_scbert import align_genes, check_gene_panel, read_panel_rows, write_gene_panel
-from .sequences_scbert import encode_expressed, subsample
+from .sequences_scbert import encode_every_gene, encode_expressed, subsample
 
 BINNINGS = {"floor", "quantile"}
 # cells read together
@@ -152,16 +152,9 @@ class ScBertTokenizer(PreTrainedTokenizer):
     # cells to batches
 
     def __call__(
-        self,
-        cells,
-        gene_names=None,
-        return_tensors=None,
-        input="auto",
-        layer=None,
-        padding=True,
-        truncation=None,
-        max_length=None,
-    ):
+        self, cells, gene_names=None, return_tensors=None, input="auto", layer=None,
+        padding=True, truncation=None, max_length=None,
+    ):  # fmt: skip
         """Encode cells.
 
         Parameters
@@ -178,13 +171,13 @@ class ScBertTokenizer(PreTrainedTokenizer):
         layer : str, optional
             Layer of the AnnData to take, or ``"raw"``.
         padding : bool or {"longest", "max_length", "do_not_pad"}
-            Cells of expressed genes differ in length: pad to the longest of them (True), to `max_length`, or give
-            lists of different lengths (False). Cells with every gene are of one length already.
+            Where only expressed genes are kept, cells differ in length: pad them to the longest (True) or to
+            `max_length`, or return lists of different lengths (False).
         truncation : bool, optional
-            Whether a cell longer than `max_length` is cut to a random subset of its genes; it is if there is such a
-            length, here or in the tokenizer.
+            Cut cells longer than `max_length` to a random subset of their genes; done wherever there is a
+            `max_length`, unless this is False.
         max_length : int, optional
-            Replaces the tokenizer's own `max_length` in this call.
+            Replaces the tokenizer's own `max_length` for this call.
 
         Returns
         -------
@@ -195,9 +188,16 @@ class ScBertTokenizer(PreTrainedTokenizer):
         Raises
         ------
         InputError
-            As `bin_cells`, and if cells with every gene were to be cut or padded.
+            As `bin_cells`; and if cells with every gene would be cut or padded.
         TypeError
             If `cells` is a path.
+
+        Examples
+        --------
+        >>> tokenizer = ScBertTokenizer(gene_panel=["CD3E", "MS4A1", "NKG7"], keep_zeros=False)
+        >>> tokenizer(np.array([[2, 0, 1], [0, 0, 9]]), padding="max_length", max_length=4)["gene_ids"]
+        array([[0, 2, 3, 3],
+               [2, 3, 3, 3]])
         """
         limit = self.max_length if max_length is None else max_length
         width = (limit or self.model_max_length) if padding == "max_length" else None
@@ -218,8 +218,8 @@ class ScBertTokenizer(PreTrainedTokenizer):
         n_tokens = len(self.gene_panel) + 1
         if self.keep_zeros and ((limit or n_tokens) < n_tokens or (width or n_tokens) != n_tokens):
             raise InputError(
-                f"This tokenizer keeps every gene, so that all cells have {n_tokens} tokens; max_length="
-                f"{width or limit} would cut or pad them. Leave it out, or make the tokenizer with keep_zeros=False."
+                f"This tokenizer keeps every gene, so that all cells have {n_tokens} tokens, and max_length="
+                f"{width or limit} cannot be met. Leave it out, or make the tokenizer with keep_zeros=False."
             )
         if limit is not None and limit < 2:
             raise InputError(
@@ -255,10 +255,11 @@ class ScBertTokenizer(PreTrainedTokenizer):
         """
         matrix, names = matrix_and_names(cells, self.gene_panel, gene_names, layer)
         alignment = align_genes(names, self.gene_panel)
-        alignment.check(minimum=0.0, hint=raw_hint(cells, self.gene_panel, layer))
+        if not alignment.n_matched:
+            alignment.check(minimum=0.0, hint=raw_hint(cells, self.gene_panel, layer))
         kind, scale = self.resolve_input(matrix, input, hint=other_sources(cells, layer))
         for start in range(0, matrix.shape[0], chunk_size):
-            chunk = as_csr(matrix[start : start + chunk_size])
+            chunk = as_csr(take_rows(matrix, start, start + chunk_size))
             check_values(chunk)
             if input == "auto" and kind == "counts" and not is_integer_valued(chunk):
                 raise InputError(
@@ -307,8 +308,10 @@ class ScBertTokenizer(PreTrainedTokenizer):
         scipy.sparse.csr_matrix [cells, panel]
         """
         if chunk.shape[0] > BLOCK_SIZE:
-            blocks = row_blocks(chunk, BLOCK_SIZE)
-            bins = (self.bin_rows(block, alignment, kind, covers_all_genes) for block in blocks)
+            bins = (
+                self.bin_rows(take_rows(chunk, start, start + BLOCK_SIZE), alignment, kind, covers_all_genes)
+                for start in range(0, chunk.shape[0], BLOCK_SIZE)
+            )
             return stack_chunks(bins, len(self.gene_panel), bin_dtype(self.n_bins))
         values = self._log_values(chunk, alignment, kind, covers_all_genes)
         if self.binning == "quantile":
@@ -351,17 +354,10 @@ class ScBertTokenizer(PreTrainedTokenizer):
         )
 
     def _encode(self, bins, width=None):
-        n_cells, n_genes = bins.shape
-        if self.keep_zeros:
-            input_ids = np.zeros((n_cells, n_genes + 1), dtype=np.int64)
-            rows = np.repeat(np.arange(n_cells), np.diff(bins.indptr))
-            input_ids[rows, bins.indices] = bins.data
-            encoded = {"input_ids": input_ids}
-            gene_ids = np.broadcast_to(np.arange(n_genes + 1), input_ids.shape)
-        else:
-            encoded = encode_expressed(bins, width)
-            gene_ids = encoded["gene_ids"]
+        encoded = encode_every_gene(bins) if self.keep_zeros else encode_expressed(bins, width)
         if self.feature_modalities is not None:
+            every_gene = np.broadcast_to(np.arange(bins.shape[1] + 1), encoded["input_ids"].shape)
+            gene_ids = encoded.get("gene_ids", every_gene)
             encoded["modality_ids"] = np.append(self.feature_modalities, 0)[gene_ids]
         return encoded
 
