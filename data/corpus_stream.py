@@ -119,9 +119,6 @@ class CellFile:
         self.kind, scale = tokenizer.resolve_input(matrix, input)
         self.covers_all_genes = scale is not None
 
-    def check(self):
-        """Nothing to be done: the file was opened."""
-
     def _open(self):
         adata = read_cells(self.path, layer=self._layer, backed=True)
         self._matrix, names = matrix_rows(adata, self._layer)

@@ -1,7 +1,6 @@
-"""Several modalities of the same cells in one AnnData: told apart, brought together, made into a panel, mapped to one.
+"""Several modalities of the same cells in one AnnData, from MuData or from one AnnData each; peaks to a model's panel.
 
-The one AnnData has ``var["feature_types"]`` as 10x writes it and ``uns["genome_build"]``; `feature_panel` gives what
-`ScBertTokenizer` needs of it, and `map_peaks` brings other data to the panel of a model.
+The one AnnData has ``var["feature_types"]`` as 10x writes it and ``uns["genome_build"]``.
 """
 
 import logging
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from ..extras import how_to_install
 from ..tokenization import InputError
 from .regions import genome_build, map_regions, parse_regions
 
@@ -18,7 +18,63 @@ logger = logging.getLogger(__name__)
 
 # the place of a feature type is its modality id
 FEATURE_TYPES = ("Gene Expression", "Peaks", "Antibody Capture")
-GENES, PEAKS = FEATURE_TYPES[:2]
+GENES, PEAKS, PROTEINS = FEATURE_TYPES
+MODALITY_NAMES = {"rna": GENES, "gex": GENES, "atac": PEAKS, "peaks": PEAKS, "prot": PROTEINS}
+
+
+def read_mudata(path, genome=None):
+    """Read a MuData .h5mu file as one AnnData.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        An HDF5 file.
+    genome : str, optional
+        Genome build of the peaks.
+
+    Returns
+    -------
+    anndata.AnnData
+        See `combine_modalities`.
+
+    Raises
+    ------
+    InputError
+        If mudata is not installed, or as `modalities_of` and `combine_modalities`.
+    """
+    try:
+        import mudata
+    except ImportError:
+        raise InputError(
+            f"Reading {path} needs the library mudata, which is not installed: {how_to_install('mudata')}"
+        ) from None
+    return combine_modalities(modalities_of(mudata.read_h5mu(path)), genome)
+
+
+def modalities_of(mdata):
+    """AnnData objects of a MuData by feature type.
+
+    Parameters
+    ----------
+    mdata : mudata.MuData
+        Its modalities are named rna (or gex), atac (or peaks), prot.
+
+    Returns
+    -------
+    dict of str to anndata.AnnData
+    """
+    known = {
+        MODALITY_NAMES[name.lower()]: mdata[name] for name in mdata.mod if name.lower() in MODALITY_NAMES
+    }
+    if not known:
+        raise InputError(
+            f"The modalities of this MuData are called {', '.join(mdata.mod)}; names such as "
+            f"{', '.join(MODALITY_NAMES)} are needed. Rename them (mdata.mod)."
+        )
+    left_out = [name for name in mdata.mod if name.lower() not in MODALITY_NAMES]
+    if left_out:
+        logger.warning("Modalities left out: %s.", ", ".join(left_out))
+    return known
 
 
 def combine_modalities(modalities, genome=None):
@@ -109,42 +165,6 @@ def feature_modalities(var):
         return None
     ids = var["feature_types"].astype(str).map({kind: i for i, kind in enumerate(FEATURE_TYPES)})
     return ids.to_numpy(dtype=np.int64) if ids.notna().all() and ids.max() > 0 else None
-
-
-def feature_panel(adata, min_cells=1):
-    """The features of multi-omic cells as a panel, in the form `ScBertTokenizer` takes.
-
-    Parameters
-    ----------
-    adata : anndata.AnnData
-        Of `read_multiomics`.
-    min_cells : int
-        Cells a feature must be found in.
-
-    Returns
-    -------
-    dict
-        ``gene_panel`` (genes first, then peaks; of a repeated name the first), ``feature_modalities`` and
-        ``genome_build``, to be passed to `ScBertTokenizer` and saved with it.
-
-    Examples
-    --------
-    >>> cells = anndata.AnnData(np.eye(3, dtype="float32"))
-    >>> cells.var_names = ["CD3E", "chr1:1-9", "MS4A1"]
-    >>> cells.var["feature_types"] = ["Gene Expression", "Peaks", "Gene Expression"]
-    >>> feature_panel(cells)["gene_panel"]
-    ['CD3E', 'MS4A1', 'chr1:1-9']
-    """
-    expressed = np.asarray((sp.csr_matrix(adata.X) > 0).sum(axis=0)).ravel() >= min_cells
-    names, kinds = [], []
-    seen = set()
-    for modality, kind in enumerate(FEATURE_TYPES):
-        chosen = expressed & (adata.var["feature_types"] == kind).to_numpy()
-        fresh = [name for name in dict.fromkeys(adata.var_names[chosen]) if name not in seen]
-        seen.update(fresh)
-        names += fresh
-        kinds += [modality] * len(fresh)
-    return {"gene_panel": names, "feature_modalities": kinds, "genome_build": adata.uns.get("genome_build")}
 
 
 def map_peaks(adata, gene_panel, feature_modalities, build=None):

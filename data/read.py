@@ -13,8 +13,8 @@ from ..tokenization import InputError, gene_names_of, read_gene_panel, select_ma
 from ..tokenization.cells_scbert import check_shape, other_sources
 from ..tokenization.expression_scbert import check_values
 from .check_paths import check_cells_path, is_zarr
+from .modalities import read_mudata
 from .read_10x import is_10x_h5, read_10x_folder, read_10x_h5
-from .read_mudata import read_mudata
 
 CHUNK_SIZE = 4096
 # values of a CSC file looked at together while its rows are gathered

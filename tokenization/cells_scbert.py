@@ -136,16 +136,9 @@ def other_sources(cells, layer):
 
 
 def raw_hint(cells, gene_panel, layer=None):
-    """A sentence that names ``.raw`` where it holds more genes of the panel than the matrix in use, or "".
+    """For `GeneAlignment.check`: a sentence that names ``.raw`` where it has more genes of the panel than `layer`.
 
-    Files often keep highly variable genes in X and all of them in `.raw`. For `GeneAlignment.check`.
-
-    Parameters
-    ----------
-    cells : anndata.AnnData
-    gene_panel : sequence of str
-    layer : str, optional
-        The matrix in use.
+    Files often keep highly variable genes in X and all of them in `.raw`.
     """
     raw = getattr(cells, "raw", None)
     if raw is None or layer == "raw":

@@ -16,19 +16,10 @@ def encode_every_gene(bins):
 
 
 def encode_expressed(bins, width=None):
-    """Expressed genes of each cell in panel order, the trailing token, then pads.
+    """Expressed genes of each cell in panel order, the trailing token, then pads, to a length of `width` at least.
 
-    Parameters
-    ----------
-    bins : scipy.sparse.csr_matrix [cells, panel]
-    width : int, optional
-        Least length of the sequences; that of the longest if left out.
-
-    Returns
-    -------
-    dict of numpy.ndarray, int64 [cells, length]
-        ``input_ids``, ``gene_ids`` and ``attention_mask``. Pads and the trailing token have id 0 and the gene id
-        ``panel``.
+    ``input_ids``, ``gene_ids`` and ``attention_mask`` are int64 [cells, length]; pads and the trailing token have id 0
+    and the gene id ``panel``.
     """
     lengths = np.diff(bins.indptr)
     shape = (bins.shape[0], max(int(lengths.max(initial=0)) + 1, width or 0))
@@ -45,15 +36,7 @@ def encode_expressed(bins, width=None):
 def subsample(bins, max_length, seed=0, generator=None):
     """Rows cut to ``max_length - 1`` random genes, in panel order: the trailing token needs a place too.
 
-    Parameters
-    ----------
-    bins : scipy.sparse.csr_matrix [cells, panel]
-    max_length : int or None
-        None: nothing is cut.
-    seed : int
-        The subset depends on the cell and this alone.
-    generator : numpy.random.Generator, optional
-        Draws a new subset at every call instead.
+    The subset depends on the cell and `seed` alone, or is drawn anew by a `generator`.
     """
     if max_length is None or np.diff(bins.indptr).max(initial=0) < max_length:
         return bins

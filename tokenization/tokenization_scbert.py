@@ -293,20 +293,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
         return kind, log1p_scale(sample, self.target_sum) if kind == "log1p" else None
 
     def bin_rows(self, chunk, alignment, kind="counts", covers_all_genes=True):
-        """Bins of rows whose kind of values is known.
-
-        Parameters
-        ----------
-        chunk : scipy.sparse.csr_matrix [cells, genes of `alignment`]
-        alignment : GeneAlignment
-        kind : {"counts", "log1p"}
-        covers_all_genes : bool
-            Whether log1p values are of all genes, so that the size factor can be taken anew.
-
-        Returns
-        -------
-        scipy.sparse.csr_matrix [cells, panel]
-        """
+        """Bins of rows [cells, genes of `alignment`] whose kind is known, and for log1p whether all genes are there."""
         if chunk.shape[0] > BLOCK_SIZE:
             bins = (
                 self.bin_rows(take_rows(chunk, start, start + BLOCK_SIZE), alignment, kind, covers_all_genes)
@@ -356,9 +343,11 @@ class ScBertTokenizer(PreTrainedTokenizer):
     def _encode(self, bins, width=None):
         encoded = encode_every_gene(bins) if self.keep_zeros else encode_expressed(bins, width)
         if self.feature_modalities is not None:
-            every_gene = np.broadcast_to(np.arange(bins.shape[1] + 1), encoded["input_ids"].shape)
-            gene_ids = encoded.get("gene_ids", every_gene)
-            encoded["modality_ids"] = np.append(self.feature_modalities, 0)[gene_ids]
+            modalities = np.append(self.feature_modalities, 0)
+            if self.keep_zeros:
+                encoded["modality_ids"] = np.tile(modalities, (bins.shape[0], 1))
+            else:
+                encoded["modality_ids"] = modalities[encoded["gene_ids"]]
         return encoded
 
     def _pad(self, encoded_inputs, *args, **kwargs):
