@@ -1,7 +1,7 @@
 """Many files of cells to one corpus for pretraining: the job behind ``scbert build``.
 
 A corpus is a folder of Arrow shards that `datasets.load_from_disk` opens too. A cell is its non-zero values and
-their gene ids (places in ``genes.txt``), just as its file holds them, and its columns of `obs`.
+their gene ids (positions in ``genes.txt``), just as its file holds them, and its columns of `obs`.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def build_corpus(
     output : path
         The folder to write; it is built in ``OUTPUT.partial``.
     layer, input
-        Where the values stand and what they are.
+        Where the values are, and what they are: ``"auto"``, ``"counts"`` or ``"log1p"``.
     min_genes, max_mito_fraction, doublet_key, max_doublet_score
         See `choose_cells`.
     min_cells : int
-        Cells of a file that must express a gene for the file to bring it in.
+        A gene is taken from a file if at least this many of the file's cells express it.
     keep_duplicates : bool
-        Keep cells that stand in several files, or several times in one.
+        Keep cells that occur more than once, in one file or in several.
     columns : sequence of str, optional
         Columns of `obs` to keep; all of them if left out.
     shard_cells : int
@@ -172,9 +172,8 @@ class _Workers:
                 return [self._finished(future.result, bar) for future in futures]
             except BrokenProcessPool:
                 raise InputError(
-                    "A worker process was killed, perhaps because memory ran out. Continue with fewer processes or "
-                    "smaller shards (num_proc, shard_cells, resume=True; or --num-proc, --shard-cells, --resume): "
-                    "finished work is kept."
+                    "A worker process was killed, perhaps because memory ran out. Continue with fewer processes "
+                    "(num_proc=1, resume=True; or --num-proc 1 --resume): what is finished is kept."
                 ) from None
             except BaseException:
                 for process in list(pool._processes.values()):

@@ -1,6 +1,6 @@
-"""One file of cells into shards of a corpus: looked through once, then written.
+"""One file of cells to shards of a corpus: scanned once, then written.
 
-Both steps leave a record beside the corpus that is being built, so that a killed build goes on where it was.
+Both steps leave a record beside the corpus that is being built, so that an interrupted build continues there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class QualityRules:
 
 @dataclass
 class Scan:
-    """What one look through a file found.
+    """What the scan of a file found.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class Scan:
 
 
 def scan_file(source, input, rules, record):
-    """Look through a file in bounded memory; the result is kept in `record` and read from there the next time.
+    """Scan a file in bounded memory; the result is kept in `record` and read from there the next time.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def _hash_of(name):
 
 
 def hash_cells(chunk, gene_hashes):
-    """A number of 64 bits for every cell, decided by its genes and values in whatever order.
+    """A 64-bit hash of the genes and values of every cell, in whatever order they come.
 
     Parameters
     ----------
@@ -213,7 +213,7 @@ def _common_kind(kinds):
 
 
 def write_file(source, rows, facts, genes, schema, folder, prefix, shard_cells):
-    """Write chosen cells of a file as shards; one that is there already is left as it is.
+    """Write chosen cells of a file as shards; those that exist are kept.
 
     Parameters
     ----------
@@ -332,11 +332,11 @@ def _opened(source):
 
 @contextlib.contextmanager
 def _damage(path):
-    """A block of a file that cannot be read is the file's fault; a full disk and the like are not."""
+    """Blame the file for a block that cannot be read, but not for a full disk and the like."""
     try:
         yield
     except OSError as error:
-        # h5py reports damage without a number of the system's
+        # h5py reports damage without an error number
         if error.errno is not None:
             raise
         raise InputError(

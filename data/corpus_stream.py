@@ -1,7 +1,7 @@
-"""Cells of a corpus, or of files as they are, for training: binned when they are asked for, in bounded memory.
+"""Cells of a corpus, or of files as they are, for training: read and binned on demand, in bounded memory.
 
-`BinnedCells` is map-style; any order may be asked of it. `StreamOrder` is an order that reads neighbouring cells
-together and deals them out to processes and workers, so that disks and caches like it.
+`BinnedCells` is map-style and can be read in any order. `StreamOrder` is an order that reads neighbouring cells
+together and shares them among processes and workers, which suits disks and caches.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Shard:
         self._bytes, self._batches = facts["bytes"], None
 
     def check(self):
-        """Refuse a shard that is missing or cut short; cheap."""
+        """Refuse a shard that is missing or truncated, by its size alone."""
         size = self.path.stat().st_size if self.path.is_file() else None
         if size != self._bytes:
             found = (
@@ -152,7 +152,7 @@ class CellFile:
 
 
 def open_corpus(folder, tokenizer):
-    """The shards of a corpus, found to be there, with their genes aligned to the tokenizer's panel.
+    """The shards of a corpus, checked to be there, with their genes aligned to the tokenizer's panel.
 
     Parameters
     ----------
@@ -173,7 +173,7 @@ def open_corpus(folder, tokenizer):
 
 @dataclass(frozen=True)
 class CorpusPart:
-    """What a corpus holds of one file, for measures taken file by file; see `corpus_parts`."""
+    """The part of a corpus that came from one file, for measures taken file by file; see `corpus_parts`."""
 
     folder: Path
     shards: list
@@ -190,7 +190,7 @@ class CorpusPart:
         Returns
         -------
         values : scipy.sparse.csr_matrix [cells, genes]
-            The genes expressed here: of those that only other files hold, nothing is known.
+            The genes expressed here; of genes that only other files have, nothing is known.
         names : list of str [genes]
         kind : {"counts", "log1p"}
         """
@@ -205,14 +205,14 @@ class CorpusPart:
 
 
 def corpus_parts(folder):
-    """The files that a corpus was made of, as far as they brought cells in, as `CorpusPart`."""
+    """The files of a corpus from which cells were taken, as `CorpusPart`."""
     manifest = read_manifest(folder)
     parts = [shards_of_source(source) for source in manifest["sources"]]
     return [CorpusPart(Path(folder), shards, manifest["genes"]) for shards in parts if shards]
 
 
 class BinnedCells(Dataset):
-    """Cells of shards or files as items for the collators, binned when asked for.
+    """Cells of shards or files as items for the collators, binned on demand.
 
     Parameters
     ----------
@@ -276,7 +276,7 @@ class BinnedCells(Dataset):
 class StreamOrder(Sampler):
     """Batches of one process: every cell once an epoch over all processes and workers, neighbours together.
 
-    Blocks of neighbouring cells are shuffled and dealt out as one contiguous share to each worker of each process;
+    Blocks of neighbouring cells are shuffled, and each worker of each process gets one contiguous share of them;
     cells are shuffled within windows of several blocks. Batch ``i`` goes to worker ``i % n_workers``, as torch's
     DataLoader has it, and so each worker reads its own share. All processes have equally many batches: the last
     one of a worker may be one cell longer. The order depends on seed, epoch and number of processes and workers.
@@ -312,7 +312,7 @@ class StreamOrder(Sampler):
         self.block_size, self.window, self.numbered = block_size, window, numbered
         self.epoch = 0
         if n_cells < self.n_shares:
-            raise InputError(f"{n_cells} cell(s) cannot be dealt out to {self.n_shares} workers; take fewer.")
+            raise InputError(f"{n_cells} cell(s) cannot be shared among {self.n_shares} workers; use fewer.")
 
     def set_epoch(self, epoch):
         """Choose the epoch of the next pass."""

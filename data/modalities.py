@@ -73,7 +73,7 @@ def modalities_of(mdata):
         )
     left_out = [name for name in mdata.mod if name.lower() not in MODALITY_NAMES]
     if left_out:
-        logger.warning("Modalities left out: %s.", ", ".join(left_out))
+        logger.warning("Modalities that are left out: %s.", ", ".join(left_out))
     return known
 
 
@@ -95,7 +95,9 @@ def combine_modalities(modalities, genome=None):
     parts = list(modalities.values())
     for kind, part in modalities.items():
         if not part.obs_names.is_unique:
-            raise InputError(f"The cell names of {kind} repeat, so cells cannot be paired; make them unique.")
+            raise InputError(
+                f"The cell names of {kind} are not unique, so cells cannot be paired. Make them unique (obs_names)."
+            )
     cells = parts[0].obs_names
     for part in parts[1:]:
         cells = cells[cells.isin(part.obs_names)]
@@ -104,7 +106,10 @@ def combine_modalities(modalities, genome=None):
         raise InputError(f"The modalities have no cell name in common ({seen}). Rename them (obs_names).")
     for kind, part in modalities.items():
         if len(cells) < part.n_obs:
-            logger.warning("%d of %d cells of %s have no partner.", part.n_obs - len(cells), part.n_obs, kind)
+            lost = part.n_obs - len(cells)
+            logger.warning(
+                "%d of %d cells of %s are left out: another modality lacks them.", lost, part.n_obs, kind
+            )
     parts = [part[cells] for part in parts]
     obs = parts[0].obs.copy()
     for part in parts[1:]:
@@ -121,7 +126,7 @@ def combine_modalities(modalities, genome=None):
 
 
 def check_modalities(adata, genome):
-    """Feature types known, coordinates sound, the build recorded."""
+    """Check feature types and coordinates of peaks, and record the genome build."""
     kinds = adata.var["feature_types"].astype(str)
     strange = sorted(set(kinds) - set(FEATURE_TYPES))
     if strange:
@@ -135,7 +140,8 @@ def check_modalities(adata, genome):
         parse_regions(adata.var_names[peaks], build)
         if build is None:
             logger.warning(
-                "The genome build of the peaks is not known; say it, so that a model can refuse others."
+                "The genome build of the peaks is unknown. Name it (genome=, or --genome), so that models of other "
+                "builds can be refused."
             )
     if build is not None:
         adata.uns["genome_build"] = build
@@ -182,7 +188,7 @@ def map_peaks(adata, gene_panel, feature_modalities, build=None):
     Returns
     -------
     anndata.AnnData
-        Same cells; every feature but the peaks as it was, then the panel's regions, each with the sum of the peaks
+        Same cells; all features but the peaks unchanged, then the panel's regions, each with the sum of the peaks
         that overlap it most. ``uns["peak_mapping"]`` counts them.
 
     Raises

@@ -44,7 +44,7 @@ def measure_cells(adata, layer=None, chunk_size=CHUNK_SIZE, on_chunk=None):
     chunk_size : int
         Cells per chunk.
     on_chunk : callable, optional
-        Called with every chunk (CSR) in turn, so that a large file need not be read again for another measure.
+        Called with every chunk (CSR) in turn, so that a large file need not be read twice.
 
     Returns
     -------
@@ -83,26 +83,26 @@ def choose_cells(
     min_genes : int
         Least number of expressed genes.
     max_mito_fraction : float, optional
-        Greatest share of mitochondrial counts; not looked at if left out.
+        Largest share of mitochondrial counts; no limit if left out.
     doublet_key : str, optional
         Column of `obs` with a doublet score, or a doublet call (true, or the word "doublet").
     max_doublet_score : float
-        Greatest score.
+        Largest score.
     layer : str, optional
     quality : CellQuality, optional
-        What `measure_cells` found, where it is known already.
+        What `measure_cells` returned, if it is known already.
 
     Returns
     -------
     keep : numpy.ndarray of bool [cells]
     report : dict of str to int
-        ``few_genes``, ``mitochondrial``, ``doublets``: cells left out, each counted at the first rule that
-        meets it; ``kept``.
+        ``few_genes``, ``mitochondrial``, ``doublets``: cells left out, each counted under the first rule that
+        applies; ``kept``.
 
     Raises
     ------
     InputError
-        If a rule needs what the data do not hold.
+        If a rule needs something that the data lack.
 
     Examples
     --------

@@ -120,7 +120,7 @@ def test_epochs_differ_and_repeat_and_windows_shuffle():
 def test_exact_restart_in_the_middle():
     whole = stream(600, 1, 2, 2, epoch=4)
     assert stream(600, 1, 2, 2, epoch=4, skip=7) == whole[7:]
-    with pytest.raises(InputError, match="dealt out"):
+    with pytest.raises(InputError, match="shared among 4 workers"):
         StreamOrder(3, 8, world_size=4)
 
 

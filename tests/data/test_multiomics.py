@@ -53,7 +53,7 @@ def test_cells_that_cannot_be_paired_are_refused(pair):
     with pytest.raises(InputError, match=r"no cell name in common.*cell0.*other0"):
         combine_modalities({"Gene Expression": rna, "Peaks": atac})
     rna.obs_names = ["same"] * 6
-    with pytest.raises(InputError, match="repeat"):
+    with pytest.raises(InputError, match="not unique"):
         combine_modalities({"Gene Expression": rna, "Peaks": atac})
 
 

@@ -9,6 +9,7 @@ import scipy.sparse as sp
 
 from scbert.data import read
 from scbert.data.read import matrix_rows, read_cells, read_gene_names
+from scbert.data.read_backed import open_cells
 from scbert.tokenization import InputError, ScBertTokenizer
 
 
@@ -226,6 +227,26 @@ def test_impossible_values(tmp_path, adata, gene_panel, bad, words, dense):
     assert read_cells(tmp_path / "a.h5ad", layer="counts").n_obs == 120
     with pytest.raises(InputError, match="no layer 'other'"):
         read_cells(tmp_path / "a.h5ad", layer="other")
+
+
+@pytest.mark.parametrize("opened", [read_cells, open_cells, lambda path: read_cells(path, backed=True)])
+def test_a_matrix_of_one_dimension(h5ad, opened):
+    with h5py.File(h5ad, "r+") as file:
+        del file["X"]
+        file["X"] = np.ones(120, dtype=np.float32)
+        file["X"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    with pytest.raises(InputError, match=r"has shape \(120,\); two dimensions, cells x genes"):
+        opened(h5ad)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_matrix_of_zeros(tmp_path, adata, dense):
+    adata.layers["counts"] = adata.X
+    adata.X = np.zeros(adata.shape) if dense else sp.csr_matrix(adata.shape)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(InputError, match=r"Every value of .* is zero.*also has: counts \(layer=NAME"):
+        read_cells(tmp_path / "a.h5ad")
+    assert read_cells(tmp_path / "a.h5ad", layer="counts").n_obs == 120
 
 
 def test_duplicate_names_are_read_in_silence(tmp_path, adata, recwarn):
