@@ -23,8 +23,8 @@ from tqdm import tqdm
 from ..tokenization import InputError
 from ..tokenization.expression_scbert import INPUT_KINDS
 from ..tokenization.genes_scbert import write_gene_panel
-from .corpus_manifest import FORMAT, GENES, MANIFEST, verify_corpus
-from .corpus_shards import QualityRules, checksum, corpus_schema, scan_file, write_file
+from .corpus_manifest import FORMAT, GENES, MANIFEST, checksum, verify_corpus
+from .corpus_shards import QualityRules, corpus_schema, scan_file, write_file
 from .corpus_sources import find_sources
 from .worker_processes import end_with_parent
 from .write_output import PARTIAL, partial_folder

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 from ..tokenization import InputError
 from ..tokenization.genes_scbert import read_panel_rows
-from .corpus_shards import checksum
 
 MANIFEST = "corpus.json"
 GENES = "genes.txt"
@@ -98,3 +98,9 @@ def verify_corpus(folder):
     shards = shards_of(manifest)
     size = sum(shard["bytes"] for shard in shards)
     return {"corpus": str(folder), "shards": len(shards), "cells": manifest["cells"], "bytes": size}
+
+
+def checksum(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -23,6 +23,7 @@ from ..tokenization.expression_scbert import (
     is_integer_valued,
     log1p_scale,
 )
+from .corpus_manifest import checksum
 from .modalities import feature_modalities
 from .quality_control import choose_cells, measure_cells
 from .read import CHUNK_SIZE, matrix_rows, read_cells
@@ -148,6 +149,7 @@ def hash_cells(chunk, gene_hashes):
 
     Examples
     --------
+    >>> import scipy.sparse as sp
     >>> cells = sp.csr_matrix(np.array([[1, 2], [2, 1], [1, 2]], dtype=np.float32))
     >>> a, b, c = hash_cells(cells, np.array([5, 6], dtype=np.uint64))
     >>> bool(a == c), bool(a == b)
@@ -342,9 +344,3 @@ def _damage(path):
         raise InputError(
             f"{path} cannot be read to its end: it is corrupt or truncated ({error})."
         ) from error
-
-
-def checksum(path):
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -81,15 +79,3 @@ def test_folders_above_the_cells_name_what_is_below(tmp_path):
         (tmp_path / f"{i}.h5ad").touch()
     with pytest.raises(InputError, match=r"0.h5ad, .*3.h5ad and 2 more"):
         check_cells_path(tmp_path)
-
-
-def test_nothing_but_the_standard_library_is_imported():
-    script = """
-import sys
-before = set(sys.modules)
-import scbert.data.check_paths, scbert.data.write_output
-names = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(*sorted(names - set(sys.stdlib_module_names)))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["scbert"]
