@@ -120,24 +120,12 @@ def _same_file(path, source):
 
 
 def check_output_folder(path, overwrite=False, marker="config.json"):
-    """Refuse an output folder that exists, unless it may be replaced.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-    overwrite : bool
-        Accept an existing folder, if it is empty or holds `marker`.
-    marker : str
-        The file by which a folder is known as one of ours: nothing else is ever removed.
+    """Like `check_output_path` for a folder; one that exists may be replaced only if it is empty or holds `marker`.
 
     Returns
     -------
     pathlib.Path
         Absolute, with links in it as they are.
-
-    Raises
-    ------
-    InputError
     """
     path = Path(os.path.abspath(path))
     check_output_path(path, overwrite)

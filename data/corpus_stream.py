@@ -85,13 +85,7 @@ class Shard:
         if self._batches is None:
             self._batches = self._open()
         starts, batches = self._batches
-        cuts = np.searchsorted(rows, starts[1:-1])
-        parts = [
-            batch[chosen - start]
-            for batch, start, chosen in zip(batches, starts, np.split(rows, cuts))
-            if len(chosen)
-        ]
-        return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
+        return _rows_of_parts(batches, starts, rows, lambda batch, own: batch[own])
 
     def __getstate__(self):
         return {**self.__dict__, "_batches": None}
@@ -151,6 +145,13 @@ class CellFile:
         return {**self.__dict__, "_matrix": None, "_blocks": OrderedDict(), "_process": None}
 
 
+def _rows_of_parts(parts, starts, rows, take):
+    """CSR of the `rows` (ascending, counted through all parts) of what begins at `starts`: ``take(part, own rows)``."""
+    owned = np.split(rows, np.searchsorted(rows, starts[1:-1]))
+    taken = [take(part, own - start) for part, start, own in zip(parts, starts, owned) if len(own)]
+    return taken[0] if len(taken) == 1 else sp.vstack(taken, format="csr")
+
+
 def open_corpus(folder, tokenizer):
     """The shards of a corpus, checked to be there, with their genes aligned to the tokenizer's panel.
 
@@ -198,8 +199,7 @@ class CorpusPart:
         shards = [Shard(self.folder, shard, alignment) for shard in self.shards]
         starts = np.cumsum([0, *(shard.n_cells for shard in shards)])
         rows = np.sort(np.random.default_rng(seed).permutation(starts[-1])[:max_cells])
-        parts = zip(shards, starts, np.split(rows, np.searchsorted(rows, starts[1:-1])))
-        values = sp.vstack([shard.rows(own - start) for shard, start, own in parts if len(own)], format="csr")
+        values = _rows_of_parts(shards, starts, rows, Shard.rows)
         own = np.flatnonzero(np.bincount(values.indices, minlength=len(self.genes)))
         return values[:, own], [self.genes[i] for i in own], self.shards[0]["kind"]
 
@@ -245,17 +245,11 @@ class BinnedCells(Dataset):
         rows = self.rows[np.asarray(positions, dtype=np.int64)]
         order = np.argsort(rows, kind="stable")
         chosen = rows[order]
-        cuts = np.searchsorted(chosen, self.starts[1:-1])
-        stacked = sp.vstack(
-            [
-                self.tokenizer.bin_rows(
-                    part.rows(own - start), part.alignment, part.kind, part.covers_all_genes
-                )
-                for part, start, own in zip(self.parts, self.starts, np.split(chosen, cuts))
-                if len(own)
-            ],
-            format="csr",
-        )
+
+        def bin_part(part, own):
+            return self.tokenizer.bin_rows(part.rows(own), part.alignment, part.kind, part.covers_all_genes)
+
+        stacked = _rows_of_parts(self.parts, self.starts, chosen, bin_part)
         return stacked if (order[:-1] < order[1:]).all() else stacked[np.argsort(order)]
 
     def iter_bins(self, block_size=2 * BLOCK_SIZE):

@@ -23,25 +23,7 @@ MODALITY_NAMES = {"rna": GENES, "gex": GENES, "atac": PEAKS, "peaks": PEAKS, "pr
 
 
 def read_mudata(path, genome=None):
-    """Read a MuData .h5mu file as one AnnData.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-        An HDF5 file.
-    genome : str, optional
-        Genome build of the peaks.
-
-    Returns
-    -------
-    anndata.AnnData
-        See `combine_modalities`.
-
-    Raises
-    ------
-    InputError
-        If mudata is not installed, or as `modalities_of` and `combine_modalities`.
-    """
+    """Read a MuData .h5mu file as one AnnData; see `combine_modalities`."""
     try:
         import mudata
     except ImportError:

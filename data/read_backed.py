@@ -66,7 +66,7 @@ class BackedCells:
     Parameters
     ----------
     path
-        An .h5ad file as anndata has written it since 0.7.
+        An .h5ad file as anndata has written it since 0.8.
 
     Attributes
     ----------
@@ -106,17 +106,14 @@ class _Columns(Mapping):
     """Columns of a data frame by name, read when asked for."""
 
     def __init__(self, group):
-        if group.attrs.get("encoding-type") != "dataframe":
-            raise TypeError(f"the encoding of {group.name} is not that of a data frame")
+        if group.attrs["encoding-type"] != "dataframe" or group.attrs["encoding-version"] != TABLE_VERSION:
+            raise TypeError(f"the encoding of {group.name} is not that of a data frame, or too old")
         self._group, self._names = group, [str(name) for name in group.attrs["column-order"]]
         self.n_rows = count_rows(group)
 
     def __getitem__(self, name):
         if name not in self._names:
             raise KeyError(name)
-        if self._group.attrs["encoding-version"] != TABLE_VERSION:
-            # categories were kept apart from their column
-            return anndata.io.read_elem(self._group)[name].reset_index(drop=True)
         return pd.Series(anndata.io.read_elem(self._group[name]), name=name)
 
     def __iter__(self):

@@ -80,18 +80,13 @@ def _temporary_prefix(final, process):
 
 def _remove_stale(final):
     """Remove what processes of this machine left behind that were killed while they wrote this output."""
+    import psutil
+
     mine = _temporary_prefix(final, "").removesuffix(".")
     for stale in final.parent.glob(f"{glob.escape(mine)}*{PARTIAL}"):
         process = stale.name.removeprefix(mine).split(".")[0]
-        if process.isdigit() and not _is_alive(int(process)):
+        if process.isdigit() and not psutil.pid_exists(int(process)):
             stale.unlink(missing_ok=True)
-
-
-def _is_alive(process):
-    # imported here: most outputs meet no left-overs
-    import psutil
-
-    return psutil.pid_exists(process)
 
 
 def _sync(path):

@@ -19,13 +19,10 @@ def matrix_and_names(cells, gene_panel, gene_names=None, layer=None):
 
     Parameters
     ----------
-    cells
-        AnnData, pandas DataFrame (genes as columns), ``{"X": matrix, "gene_names": [...]}``, sparse matrix or array
-        [cells, genes]; one cell as an array or Series [genes].
+    cells, gene_names, layer
+        As of calling the tokenizer; also one cell alone, as an array or Series [genes].
     gene_panel : sequence of str
         Names of the columns where nothing else tells them.
-    gene_names : sequence of str [genes], optional
-    layer : str, optional
 
     Raises
     ------

@@ -101,6 +101,8 @@ class GeneAlignment:
         Panel index of every column, -1 where it is not in the panel.
     names : sequence of str [genes of the file]
     panel : sequence of str
+    hint : str
+        A sentence for `check` that knows better than the names what mends a low overlap, such as `raw_hint`.
     panel_size : int
     n_matched : int
         Genes of the panel found.
@@ -115,6 +117,7 @@ class GeneAlignment:
     target: np.ndarray
     names: list
     panel: list
+    hint: str = ""
 
     def __post_init__(self):
         used = self.target[self.target >= 0]
@@ -186,7 +189,7 @@ class GeneAlignment:
             f"one name were summed."
         ]
 
-    def check(self, minimum=MINIMUM_OVERLAP, force=False, hint=""):
+    def check(self, minimum=MINIMUM_OVERLAP, force=False):
         """Refuse a low overlap between the file's genes and the panel.
 
         Parameters
@@ -195,8 +198,6 @@ class GeneAlignment:
             Smallest share of the panel that has to be found.
         force : bool
             Accept any overlap but none.
-        hint : str
-            A sentence that knows better than the names what mends it, such as `raw_hint`.
 
         Raises
         ------
@@ -210,7 +211,7 @@ class GeneAlignment:
         raise InputError(
             f"The input has {self.n_matched} of the model's {self.panel_size} genes; at least {needed} are "
             f"needed. First names of the input: {theirs}; of the model: {ours}. "
-            f"{hint or _name_hint(self.names[:5], self.panel[:5])}"
+            f"{self.hint or _name_hint(self.names[:5], self.panel[:5])}"
             + (" To go on regardless: force=True, or --force." if self.n_matched else "")
         )
 

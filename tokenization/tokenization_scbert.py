@@ -21,7 +21,7 @@ from .expression_scbert import (
     log1p_scale,
     normalize_expression,
 )
-from .genes_scbert import align_genes, check_gene_panel, read_panel_rows, write_gene_panel
+from .genes_scbert import MINIMUM_OVERLAP, align_genes, check_gene_panel, read_panel_rows, write_gene_panel
 from .sequences_scbert import encode_every_gene, encode_expressed, subsample
 
 BINNINGS = {"floor", "quantile"}
@@ -254,9 +254,8 @@ class ScBertTokenizer(PreTrainedTokenizer):
         scipy.sparse.csr_matrix [up to chunk_size, panel]
         """
         matrix, names = matrix_and_names(cells, self.gene_panel, gene_names, layer)
-        alignment = align_genes(names, self.gene_panel)
-        if not alignment.n_matched:
-            alignment.check(minimum=0.0, hint=raw_hint(cells, self.gene_panel, layer))
+        alignment = self._align(names, cells, layer)
+        alignment.check(minimum=0.0)
         kind, scale = self.resolve_input(matrix, input, hint=other_sources(cells, layer))
         for start in range(0, matrix.shape[0], chunk_size):
             chunk = as_csr(take_rows(matrix, start, start + chunk_size))
@@ -270,7 +269,13 @@ class ScBertTokenizer(PreTrainedTokenizer):
 
     def align(self, cells, gene_names=None, layer=None):
         """How the genes of `cells` match the panel, as a `GeneAlignment`."""
-        return align_genes(matrix_and_names(cells, self.gene_panel, gene_names, layer)[1], self.gene_panel)
+        return self._align(matrix_and_names(cells, self.gene_panel, gene_names, layer)[1], cells, layer)
+
+    def _align(self, names, cells, layer):
+        alignment = align_genes(names, self.gene_panel)
+        if alignment.overlap < MINIMUM_OVERLAP:
+            alignment.hint = raw_hint(cells, self.gene_panel, layer)
+        return alignment
 
     def resolve_input(self, matrix, input="auto", hint=""):
         """What kind of values a matrix holds, from a sample of its rows.

@@ -77,8 +77,10 @@ def test_duplicates_are_told():
 
 
 def test_a_hint_comes_before_the_look_of_the_names():
+    alignment = align_genes(["ENSG00000141510"], ["CD3E"])
+    alignment.hint = "Take the other one."
     with pytest.raises(InputError, match=r"of the model: CD3E. Take the other one.$"):
-        align_genes(["ENSG00000141510"], ["CD3E"]).check(hint="Take the other one.")
+        alignment.check()
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".csv"])

@@ -66,8 +66,11 @@ def test_genes_cut_to_a_subset_point_to_raw(tokenizer, adata):
     adata.raw = adata
     cut = adata[:, :1].copy()
     cut.var_names = ["NOT-IN-THE-PANEL"]
-    with pytest.raises(InputError, match=r"\.raw holds 300 of them \(layer='raw', or --layer raw\)"):
+    words = r"\.raw holds 300 of them \(layer='raw', or --layer raw\)"
+    with pytest.raises(InputError, match=words):
         tokenizer(cut)
+    with pytest.raises(InputError, match=f"30 of the model's 300 genes.*{words}"):
+        tokenizer.align(adata[:, :30]).check()
     assert raw_hint(adata, tokenizer.gene_panel) == raw_hint(cut, tokenizer.gene_panel, "raw") == ""
 
 
