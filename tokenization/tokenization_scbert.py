@@ -246,15 +246,20 @@ class ScBertTokenizer(PreTrainedTokenizer):
         chunks = self.iter_bins(cells, gene_names=gene_names, input=input, layer=layer)
         return stack_chunks(chunks, len(self.gene_panel), bin_dtype(self.n_bins))
 
-    def iter_bins(self, cells, gene_names=None, input="auto", layer=None, chunk_size=CHUNK_SIZE):
+    def iter_bins(
+        self, cells, gene_names=None, input="auto", layer=None, chunk_size=CHUNK_SIZE, alignment=None
+    ):
         """Like `bin_cells`, in chunks of rows: memory does not grow with the cells of a backed file.
+
+        An `alignment` of the columns with the panel may be given in the place of `gene_names`.
 
         Yields
         ------
         scipy.sparse.csr_matrix [up to chunk_size, panel]
         """
+        gene_names = gene_names if alignment is None else alignment.names
         matrix, names = matrix_and_names(cells, self.gene_panel, gene_names, layer)
-        alignment = self._align(names, cells, layer)
+        alignment = self._align(names, cells, layer) if alignment is None else alignment
         alignment.check(minimum=0.0)
         kind, scale = self.resolve_input(matrix, input, hint=other_sources(cells, layer))
         for start in range(0, matrix.shape[0], chunk_size):
