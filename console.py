@@ -144,7 +144,7 @@ def explain(error: Exception) -> str | None:
             return f"{error.strerror}: {error.filename}"
         return str(error) or type(error).__name__
     if isinstance(error, ValueError):
-        from .tokenization.expression_scbert import InputError
+        from .tokenization import InputError
 
         # by its name: its module would import torch
         mendable = isinstance(error, InputError) or type(error).__name__ == "BackendError"

@@ -16,8 +16,8 @@ import anndata
 import numpy as np
 from torch.utils.data import DataLoader
 
-from ..data.corpus import build_corpus
-from ..data.streaming import BinnedCells, CellFile, StreamOrder, open_corpus
+from ..data.corpus_build import build_corpus
+from ..data.corpus_stream import BinnedCells, CellFile, StreamOrder, open_corpus
 from ..tokenization import ScBertTokenizer
 from ..training.collators import DataCollatorForMaskedExpression
 from ..training.numbered_cells import NumberedCells, NumberedSampler

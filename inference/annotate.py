@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ..data.output import check_output_path
+from ..data.check_paths import check_output_path
 from ..tokenization import InputError
 from ..training.labels import UNASSIGNED
 from .annotate_processes import main, sharded_prediction

@@ -15,8 +15,8 @@ from anndata import AnnData
 from rich.console import Console
 from rich.table import Table
 
-from ..data.output import atomic_write_h5ad
 from ..data.splits import stratified_split
+from ..data.write_h5ad import atomic_write_h5ad
 from ..evaluation.embedding_plot import plot_embedding
 from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..evaluation.requirements import require

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from anndata import AnnData
 
-from ..data.output import check_output_path
+from ..data.check_paths import check_output_path
 from .loading import LoadedModel, load_model
 from .parts import add_parts, rows_for, rows_in_memory, versions, write_parts
 from .prediction import predict, say_batch_size

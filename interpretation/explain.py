@@ -14,8 +14,10 @@ import pandas as pd
 import scipy.sparse as sp
 from rich.console import Console
 
-from ..data.output import atomic_write_h5ad, check_output_folder, partial_folder
+from ..data.check_paths import check_output_folder
 from ..data.read import read_cells
+from ..data.write_h5ad import atomic_write_h5ad
+from ..data.write_output import partial_folder
 from ..evaluation.tables import TextTable
 from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError, ScBertTokenizer, gene_names_of, select_matrix

@@ -12,11 +12,11 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data.corpus_manifest import is_corpus, read_manifest
-from ..data.corpus_shards import replaced
+from ..data.corpus_stream import BinnedCells, CellFile, open_corpus
 from ..data.multiomics import common_build
 from ..data.quality_control import measure_cells
 from ..data.read import matrix_rows, read_cells, read_gene_names
-from ..data.streaming import BinnedCells, CellFile, open_corpus
+from ..data.write_output import atomic_file
 from ..tokenization import InputError, ScBertTokenizer, align_genes
 from ..tokenization.genes_scbert import MINIMUM_OVERLAP
 from .pretrain_arguments import PretrainDataArguments
@@ -161,7 +161,7 @@ def _measured(cells, corpus):
     lengths, counts = _bin_counts(cells, shown=True)
     if os.access(corpus, os.W_OK):
         path.parent.mkdir(exist_ok=True)
-        with replaced(path) as handle:
+        with atomic_file(path) as handle:
             np.savez_compressed(handle, lengths=lengths, counts=counts)
     return lengths, counts
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.output import check_output_path
-from ..data.streaming import corpus_parts
+from ..data.check_paths import check_output_path
+from ..data.corpus_stream import corpus_parts
 from ..tokenization import InputError, read_gene_panel
 from ..tokenization.genes_scbert import write_gene_panel
 

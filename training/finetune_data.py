@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
 
-from ..data.multiomics import feature_modalities
+from ..data.modalities import feature_modalities
 from ..data.read import read_cells
 from ..data.splits import stratified_split
 from ..evaluation.baselines import log_normalize

@@ -10,7 +10,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..data.cell_dataset import CellDataset
-from ..data.multiomics import common_build, feature_modalities
+from ..data.modalities import feature_modalities
+from ..data.multiomics import common_build
 from ..data.read import matrix_rows, read_cells, read_gene_names
 from ..tokenization import InputError, ScBertTokenizer
 from ..tokenization.genes_scbert import MINIMUM_OVERLAP

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..data.streaming import StreamOrder
+from ..data.corpus_stream import StreamOrder
 from ..tokenization import InputError
 from .callbacks import RedrawFeaturesCallback, SetEpochCallback
 from .collators import DataCollatorForMaskedExpression

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
-from ..data.output import check_output_folder
+from ..data.check_paths import check_output_folder
 from ..tokenization import InputError
 from .callbacks import saving_on_terminate
 from .finetune_arguments import (

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from ..data.output import partial_folder
+from ..data.write_output import partial_folder
 from ..tokenization import ScBertTokenizer
 from .finetune_trainer import last_checkpoint
 from .pretrained import quiet_transformers

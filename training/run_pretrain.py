@@ -16,8 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
+from ..data.check_paths import check_output_folder
 from ..data.corpus_manifest import is_corpus
-from ..data.output import check_output_folder
 from ..tokenization import InputError
 from .callbacks import saving_on_terminate
 from .corpus_data import load_corpus_data

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from transformers import set_seed
 
-from ...data.output import partial_folder
 from ...data.splits import stratified_split
+from ...data.write_output import partial_folder
 from ...tokenization import InputError
 from ...training import run_pretrain
 from ...training.finetune_arguments import merge_settings

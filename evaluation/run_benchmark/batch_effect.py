@@ -10,7 +10,7 @@ from typing import Any
 import anndata
 import numpy as np
 
-from ...data.output import partial_folder
+from ...data.write_output import partial_folder
 from ...tokenization import InputError
 from ...training.classifier_outputs import classifier_outputs
 from ...training.pretrained import load_masked_model, load_tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ...data.multiomics import feature_modalities
+from ...data.modalities import feature_modalities
 from ...data.read import read_cells
 from ...tokenization import InputError, align_genes, detect_input_kind, gene_names_of, select_matrix
 from ...tokenization.expression_scbert import as_csr

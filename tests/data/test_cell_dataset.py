@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from scbert.data import CellDataset, stack_rows
+from scbert.data.cell_dataset import CellDataset, stack_rows
 from scbert.tokenization import ScBertTokenizer
 
 

@@ -78,7 +78,7 @@ def test_importing_vectors(run, files):
     [
         (["gene2vec", "cells", "--output", "v.txt", "--cutoff", "0.999"], "--top-pairs"),
         (["gene2vec", "--output", "v.txt"], "either a corpus"),
-        (["gene2vec", "cells", "--output", "genes.txt"], "exists already"),
+        (["gene2vec", "cells", "--output", "genes.txt"], "already exists"),
         (["gene2vec", "--import", "genes.txt", "--output", "v.txt"], "genes.txt"),
         (["gene2vec", "absent", "--output", "v.txt"], "No such file"),
         (["pretrain", "cells", "--output", "model", "--recipe", "absent"], "no pretraining recipe"),

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from datasets import load_from_disk
 
 from scbert.data import corpus_shards
-from scbert.data.corpus import build_corpus
+from scbert.data.corpus_build import build_corpus
 from scbert.data.corpus_manifest import read_manifest, shards_of
 from scbert.data.corpus_sources import find_sources
 from scbert.tokenization import InputError

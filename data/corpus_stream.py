@@ -1,7 +1,7 @@
-"""Cells of a corpus, or of files as they are, for training: binned when they are asked for, in bounded memory.
+"""Cells of a corpus, or of files as they are, for training: read and binned on demand, in bounded memory.
 
-`BinnedCells` is map-style; any order may be asked of it. `StreamOrder` is an order that reads neighbouring cells
-together and deals them out to processes and workers, so that disks and caches like it.
+`BinnedCells` is map-style and can be read in any order. `StreamOrder` is an order that reads neighbouring cells
+together and shares them among processes and workers, which suits disks and caches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
-from .corpus_manifest import read_manifest, shards_of
+from .corpus_manifest import read_manifest, shards_of, shards_of_source
 from .read import matrix_rows, read_cells
 
 BLOCK_SIZE = 1024
@@ -38,11 +38,15 @@ class Shard:
 
     def __init__(self, folder, facts, alignment):
         self.path, self.alignment = Path(folder) / facts["file"], alignment
-        self.n_cells, self.kind, self.whole = facts["cells"], facts["kind"], facts["whole"]
+        self.n_cells, self.kind, self.covers_all_genes = (
+            facts["cells"],
+            facts["kind"],
+            facts["covers_all_genes"],
+        )
         self._bytes, self._batches = facts["bytes"], None
 
     def check(self):
-        """Refuse a shard that is missing or cut short; cheap."""
+        """Refuse a shard that is missing or truncated, by its size alone."""
         size = self.path.stat().st_size if self.path.is_file() else None
         if size != self._bytes:
             found = (
@@ -52,8 +56,8 @@ class Shard:
 
     def _unreadable(self, found):
         return InputError(
-            f"The shard {self.path} {found}. Bring back an intact copy (scbert build {self.path.parent} --verify "
-            f"names all that differ), or build the corpus anew."
+            f"The shard {self.path} {found}. Restore an intact copy (scbert build {self.path.parent} --verify "
+            f"names all files that differ), or build the corpus again."
         )
 
     def _open(self):
@@ -81,13 +85,7 @@ class Shard:
         if self._batches is None:
             self._batches = self._open()
         starts, batches = self._batches
-        cuts = np.searchsorted(rows, starts[1:-1])
-        parts = [
-            batch[chosen - start]
-            for batch, start, chosen in zip(batches, starts, np.split(rows, cuts))
-            if len(chosen)
-        ]
-        return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
+        return _rows_of_parts(batches, starts, rows, lambda batch, own: batch[own])
 
     def __getstate__(self):
         return {**self.__dict__, "_batches": None}
@@ -113,10 +111,7 @@ class CellFile:
         self.n_cells = matrix.shape[0]
         self.alignment = align_genes(names, tokenizer.gene_panel)
         self.kind, scale = tokenizer.resolve_input(matrix, input)
-        self.whole = scale is not None
-
-    def check(self):
-        """Nothing to be done: the file was opened."""
+        self.covers_all_genes = scale is not None
 
     def _open(self):
         adata = read_cells(self.path, layer=self._layer, backed=True)
@@ -150,8 +145,15 @@ class CellFile:
         return {**self.__dict__, "_matrix": None, "_blocks": OrderedDict(), "_process": None}
 
 
+def _rows_of_parts(parts, starts, rows, take):
+    """CSR of the `rows` (ascending, counted through all parts) of what begins at `starts`: ``take(part, own rows)``."""
+    owned = np.split(rows, np.searchsorted(rows, starts[1:-1]))
+    taken = [take(part, own - start) for part, start, own in zip(parts, starts, owned) if len(own)]
+    return taken[0] if len(taken) == 1 else sp.vstack(taken, format="csr")
+
+
 def open_corpus(folder, tokenizer):
-    """The shards of a corpus, found to be there, with their genes aligned to the tokenizer's panel.
+    """The shards of a corpus, checked to be there, with their genes aligned to the tokenizer's panel.
 
     Parameters
     ----------
@@ -172,16 +174,16 @@ def open_corpus(folder, tokenizer):
 
 @dataclass(frozen=True)
 class CorpusPart:
-    """What a corpus holds of one file, for measures taken file by file; see `corpus_parts`."""
+    """The part of a corpus that came from one file, for measures taken file by file; see `corpus_parts`."""
 
     folder: Path
-    facts: dict
+    shards: list
     genes: list
 
     @property
     def name(self):
         """Name of the file the cells came from."""
-        return Path(self.facts["path"]).name
+        return Path(self.shards[0]["source"]).name
 
     def sample(self, max_cells=None, seed=0):
         """Cells drawn at random, in ascending order.
@@ -189,29 +191,28 @@ class CorpusPart:
         Returns
         -------
         values : scipy.sparse.csr_matrix [cells, genes]
-            The genes expressed here: of those that only other files hold, nothing is known.
+            The genes expressed here; of genes that only other files have, nothing is known.
         names : list of str [genes]
         kind : {"counts", "log1p"}
         """
         alignment = align_genes(self.genes, self.genes)
-        shards = [Shard(self.folder, {**self.facts, **shard}, alignment) for shard in self.facts["shards"]]
+        shards = [Shard(self.folder, shard, alignment) for shard in self.shards]
         starts = np.cumsum([0, *(shard.n_cells for shard in shards)])
         rows = np.sort(np.random.default_rng(seed).permutation(starts[-1])[:max_cells])
-        parts = zip(shards, starts, np.split(rows, np.searchsorted(rows, starts[1:-1])))
-        values = sp.vstack([shard.rows(own - start) for shard, start, own in parts if len(own)], format="csr")
+        values = _rows_of_parts(shards, starts, rows, Shard.rows)
         own = np.flatnonzero(np.bincount(values.indices, minlength=len(self.genes)))
-        return values[:, own], [self.genes[i] for i in own], self.facts["kind"]
+        return values[:, own], [self.genes[i] for i in own], self.shards[0]["kind"]
 
 
 def corpus_parts(folder):
-    """The files that a corpus was made of, as far as they brought cells in, as `CorpusPart`."""
+    """The files of a corpus from which cells were taken, as `CorpusPart`."""
     manifest = read_manifest(folder)
-    sources = [source for source in manifest["sources"] if source["shards"]]
-    return [CorpusPart(Path(folder), source, manifest["genes"]) for source in sources]
+    parts = [shards_of_source(source) for source in manifest["sources"]]
+    return [CorpusPart(Path(folder), shards, manifest["genes"]) for shards in parts if shards]
 
 
 class BinnedCells(Dataset):
-    """Cells of shards or files as items for the collators, binned when asked for.
+    """Cells of shards or files as items for the collators, binned on demand.
 
     Parameters
     ----------
@@ -244,15 +245,11 @@ class BinnedCells(Dataset):
         rows = self.rows[np.asarray(positions, dtype=np.int64)]
         order = np.argsort(rows, kind="stable")
         chosen = rows[order]
-        cuts = np.searchsorted(chosen, self.starts[1:-1])
-        stacked = sp.vstack(
-            [
-                self.tokenizer.bin_rows(part.rows(own - start), part.alignment, part.kind, part.whole)
-                for part, start, own in zip(self.parts, self.starts, np.split(chosen, cuts))
-                if len(own)
-            ],
-            format="csr",
-        )
+
+        def bin_part(part, own):
+            return self.tokenizer.bin_rows(part.rows(own), part.alignment, part.kind, part.covers_all_genes)
+
+        stacked = _rows_of_parts(self.parts, self.starts, chosen, bin_part)
         return stacked if (order[:-1] < order[1:]).all() else stacked[np.argsort(order)]
 
     def iter_bins(self, block_size=2 * BLOCK_SIZE):
@@ -273,7 +270,7 @@ class BinnedCells(Dataset):
 class StreamOrder(Sampler):
     """Batches of one process: every cell once an epoch over all processes and workers, neighbours together.
 
-    Blocks of neighbouring cells are shuffled and dealt out as one contiguous share to each worker of each process;
+    Blocks of neighbouring cells are shuffled, and each worker of each process gets one contiguous share of them;
     cells are shuffled within windows of several blocks. Batch ``i`` goes to worker ``i % n_workers``, as torch's
     DataLoader has it, and so each worker reads its own share. All processes have equally many batches: the last
     one of a worker may be one cell longer. The order depends on seed, epoch and number of processes and workers.
@@ -309,7 +306,7 @@ class StreamOrder(Sampler):
         self.block_size, self.window, self.numbered = block_size, window, numbered
         self.epoch = 0
         if n_cells < self.n_shares:
-            raise InputError(f"{n_cells} cell(s) cannot be dealt out to {self.n_shares} workers; take fewer.")
+            raise InputError(f"{n_cells} cell(s) cannot be shared among {self.n_shares} workers; use fewer.")
 
     def set_epoch(self, epoch):
         """Choose the epoch of the next pass."""

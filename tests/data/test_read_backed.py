@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from scbert.data.file_cells import FileCells, open_cells
 from scbert.data.read import matrix_rows
+from scbert.data.read_backed import BackedCells, open_cells
 from scbert.tokenization import InputError
 
 
@@ -21,7 +21,7 @@ def path(adata, tmp_path):
 @pytest.mark.parametrize("layer", [None, "csc", "dense", "raw"])
 def test_rows_of_every_matrix(path, adata, layer):
     cells = open_cells(path, layer)
-    assert isinstance(cells, FileCells) and cells.isbacked
+    assert isinstance(cells, BackedCells) and cells.isbacked
     matrix, names = matrix_rows(cells, layer)
     rows = matrix[10:20]
     found = rows.toarray() if sp.issparse(rows) else rows

@@ -6,9 +6,9 @@ import scipy.sparse as sp
 from torch.utils.data import DataLoader, Dataset
 
 from scbert import ScBertTokenizer
-from scbert.data.corpus import build_corpus
+from scbert.data.corpus_build import build_corpus
+from scbert.data.corpus_stream import BinnedCells, CellFile, StreamOrder, open_corpus
 from scbert.data.read import read_cells
-from scbert.data.streaming import BinnedCells, CellFile, StreamOrder, open_corpus
 from scbert.tokenization import InputError
 
 
@@ -120,7 +120,7 @@ def test_epochs_differ_and_repeat_and_windows_shuffle():
 def test_exact_restart_in_the_middle():
     whole = stream(600, 1, 2, 2, epoch=4)
     assert stream(600, 1, 2, 2, epoch=4, skip=7) == whole[7:]
-    with pytest.raises(InputError, match="dealt out"):
+    with pytest.raises(InputError, match="shared among 4 workers"):
         StreamOrder(3, 8, world_size=4)
 
 

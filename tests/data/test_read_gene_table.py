@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from scbert.data.gene_table import fetch_hgnc, load_gene_table
+from scbert.data.read_gene_table import fetch_hgnc, load_gene_table
 from scbert.tokenization import InputError
 
 pytest.importorskip("pooch")
@@ -40,7 +40,7 @@ def test_downloaded_once_and_held_to_its_checksum(tmp_path, site):
     path = fetch_hgnc(tmp_path, url)
     assert path.read_bytes() == TABLE and fetch_hgnc(tmp_path, url) == path and handler.visits == 1
     path.write_bytes(TABLE[:-5])
-    with pytest.raises(InputError, match="another checksum"):
+    with pytest.raises(InputError, match="does not have the checksum"):
         fetch_hgnc(tmp_path, url)
 
 

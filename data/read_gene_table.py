@@ -9,7 +9,7 @@ from ..tokenization import GeneTable, InputError
 
 logger = logging.getLogger(__name__)
 
-# the current release; HGNC replaces it in place, so its checksum cannot be written here beforehand
+# the current release; HGNC replaces it in place, so its checksum cannot be known here
 HGNC_URL = "https://storage.googleapis.com/public-download-files/hgnc/tsv/tsv/hgnc_complete_set.txt"
 HGNC_FILE = "hgnc_complete_set.txt"
 
@@ -22,7 +22,7 @@ def load_gene_table(table="hgnc", sha256=None):
     table : str or os.PathLike
         Path of a table (see `GeneTable.from_file`), or ``"hgnc"``.
     sha256 : str, optional
-        Checksum a downloaded table must have; by default the one it had when it was first downloaded.
+        Checksum that a downloaded table must have; by default that of the first download.
 
     Returns
     -------
@@ -34,8 +34,8 @@ def load_gene_table(table="hgnc", sha256=None):
 def fetch_hgnc(folder=None, url=HGNC_URL, sha256=None):
     """Path of the HGNC complete set, downloaded on the first call.
 
-    The checksum of the first download is kept beside the file, and the file is held to it at every use: a
-    damaged or exchanged copy is noticed. Delete the folder to take a newer release.
+    The checksum of the first download is kept beside the file, and the file is compared with it at every use, so
+    that a damaged or exchanged copy is noticed. Delete the folder to download a newer release.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def fetch_hgnc(folder=None, url=HGNC_URL, sha256=None):
     url : str
         Where to download from.
     sha256 : str, optional
-        Checksum to insist on.
+        Checksum that the file must have.
 
     Raises
     ------
@@ -58,7 +58,7 @@ def fetch_hgnc(folder=None, url=HGNC_URL, sha256=None):
     # a half-finished first download has no record: pooch itself moves a file in only when it is whole
     if (folder / HGNC_FILE).is_file() and known and pooch.file_hash(folder / HGNC_FILE) != known:
         raise InputError(
-            f"{folder / HGNC_FILE} has another checksum than when it was downloaded (or than asked for). "
+            f"{folder / HGNC_FILE} does not have the checksum it was downloaded with (or that was asked for). "
             f"Delete {folder} and try again."
         )
     pooch.get_logger().setLevel(logging.WARNING)
@@ -69,8 +69,8 @@ def fetch_hgnc(folder=None, url=HGNC_URL, sha256=None):
     # requests' errors are OSErrors
     except OSError as error:
         raise InputError(
-            f"The gene table could not be downloaded from {url} ({type(error).__name__}). Without a network "
-            f"download it elsewhere and give the file: --gene-table hgnc_complete_set.txt."
+            f"The gene table could not be downloaded from {url} ({type(error).__name__}). Without a network, "
+            f"download it elsewhere and give the file (gene_table=FILE, or --gene-table FILE)."
         ) from error
     record.write_text(pooch.file_hash(path) + "\n", encoding="ascii")
     return Path(path)
@@ -81,7 +81,7 @@ def _import_pooch():
         import pooch
     except ImportError:
         raise InputError(
-            f"Downloading the gene table needs pooch: {how_to_install('pooch')}. Or give a file: "
-            "--gene-table hgnc_complete_set.txt."
+            f"Downloading the gene table needs pooch: {how_to_install('pooch')}. Or give it as a file "
+            f"(gene_table=FILE, or --gene-table FILE)."
         ) from None
     return pooch

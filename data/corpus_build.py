@@ -1,7 +1,7 @@
-"""Many files of cells to one corpus for training: ``scbert build``.
+"""Many files of cells to one corpus for pretraining: the job behind ``scbert build``.
 
 A corpus is a folder of Arrow shards that `datasets.load_from_disk` opens too. A cell is its non-zero values and
-their gene ids (places in ``genes.txt``), just as its file holds them, and its columns of `obs`.
+their gene ids (positions in ``genes.txt``), just as its file holds them, and its columns of `obs`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,11 +23,11 @@ from tqdm import tqdm
 from ..tokenization import InputError
 from ..tokenization.expression_scbert import INPUT_KINDS
 from ..tokenization.genes_scbert import write_gene_panel
-from .corpus_manifest import FORMAT, GENES, MANIFEST, verify_corpus
-from .corpus_shards import QualityRules, checksum, corpus_schema, scan_file, write_file
+from .corpus_manifest import FORMAT, GENES, MANIFEST, checksum, verify_corpus
+from .corpus_shards import QualityRules, corpus_schema, scan_file, write_file
 from .corpus_sources import find_sources
-from .output import partial_folder
 from .worker_processes import end_with_parent
+from .write_output import PARTIAL, partial_folder
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ def build_corpus(
 ):
     """Build a corpus, or verify one.
 
-    Every file is looked through twice, in chunks: once to check and judge its cells, once to write them. Of cells
-    with the same genes and values the first one stays.
+    Every file is read twice, in chunks: once to check its cells and apply the quality rules, once to write them. Of
+    cells with the same genes and values the first one stays.
 
     Parameters
     ----------
@@ -66,25 +67,25 @@ def build_corpus(
     output : path
         The folder to write; it is built in ``OUTPUT.partial``.
     layer, input
-        Where the values stand and what they are.
+        Where the values are, and what they are: ``"auto"``, ``"counts"`` or ``"log1p"``.
     min_genes, max_mito_fraction, doublet_key, max_doublet_score
         See `choose_cells`.
     min_cells : int
-        Cells of a file that must express a gene for the file to bring it in.
+        A gene is taken from a file if at least this many of the file's cells express it.
     keep_duplicates : bool
-        Keep cells that stand in several files, or several times in one.
+        Keep cells that occur more than once, in one file or in several.
     columns : sequence of str, optional
         Columns of `obs` to keep; all of them if left out.
     shard_cells : int
         Cells of a shard, the unit of restarts.
     num_proc : int
-        Files worked on side by side.
+        Number of worker processes, a file each.
     strict : bool
-        Stop at a file that cannot be used, which is otherwise reported and left out.
+        Stop at a file that cannot be used; otherwise it is reported and left out.
     verify : bool
         Compare the corpus with its checksums instead.
     resume, overwrite : bool
-        Go on with a killed build; replace an existing corpus.
+        Continue an interrupted build; replace an existing corpus.
 
     Returns
     -------
@@ -95,7 +96,7 @@ def build_corpus(
     Raises
     ------
     InputError
-        For faults of the sources; all of them with `strict`, else if no cell is left.
+        If no cell is left; with `strict`, if any source cannot be used.
 
     Examples
     --------
@@ -103,10 +104,12 @@ def build_corpus(
     """
     if verify:
         if len(sources) != 1 or output is not None:
-            raise InputError("--verify takes one corpus in the place of the sources, and no --output.")
+            raise InputError("To verify a corpus, give it as the only source, and no output.")
         return verify_corpus(sources[0])
     if output is None:
-        raise InputError("Name the corpus to write with --output, or check an existing one with --verify.")
+        raise InputError(
+            "Name the corpus to write (output=, or --output), or check an existing one (verify=True, or --verify)."
+        )
     if input not in INPUT_KINDS:
         raise InputError(f"input must be one of {', '.join(INPUT_KINDS)}; found {input!r}.")
     started = time.monotonic()
@@ -135,22 +138,22 @@ def build_corpus(
 
 
 def _check_settings(folder, settings):
-    """A killed build goes on only as the one it was."""
+    """Refuse to continue an interrupted build with other settings."""
     path = folder / SETTINGS
     if path.exists():
         before = json.loads(path.read_text())
         changed = sorted(name for name in settings if before.get(name) != settings[name])
         if changed:
             raise InputError(
-                f"{folder} was begun with other settings ({', '.join(changed)}). Go on with the same ones, or "
-                f"leave --resume out to start anew."
+                f"{folder} was begun with other settings ({', '.join(changed)}). Use the same ones to continue, or "
+                f"start again without resuming (resume=False, or no --resume)."
             )
     path.write_text(json.dumps(settings))
     (folder / SCANS).mkdir(exist_ok=True)
 
 
 class _Workers:
-    """Calls of one function for many files, in this process or side by side, in order."""
+    """Calls of one function for many files, in this process or in several, in order."""
 
     def __init__(self, number, strict):
         self.number, self.strict = number, strict
@@ -169,8 +172,8 @@ class _Workers:
                 return [self._finished(future.result, bar) for future in futures]
             except BrokenProcessPool:
                 raise InputError(
-                    "A worker process was killed, perhaps for want of memory. Take a smaller --num-proc or "
-                    "--shard-cells, and go on with --resume: what is finished stays."
+                    "A worker process was killed, perhaps because memory ran out. Continue with fewer processes "
+                    "(num_proc=1, resume=True; or --num-proc 1 --resume): what is finished is kept."
                 ) from None
             except BaseException:
                 for process in list(pool._processes.values()):
@@ -193,7 +196,7 @@ class _Workers:
 def _scan_all(sources, folder, input, rules, workers):
     jobs = [(source, input, rules, folder / SCANS / f"{i:05d}.npz") for i, source in enumerate(sources)]
     reports = []
-    for source, scan in zip(sources, workers.map(scan_file, jobs, "looking through")):
+    for source, scan in zip(sources, workers.map(scan_file, jobs, "reading")):
         problem = str(scan) if isinstance(scan, InputError) else None
         if problem:
             logger.warning("%s is left out: %s", source.path, problem)
@@ -225,9 +228,11 @@ def _write_genes(folder, reports):
             modality.setdefault(gene, kind)
     builds = {report["scan"].facts["genome_build"] for report in reports} - {None}
     if len(builds) > 1:
-        raise InputError(f"The files are of several genome builds ({', '.join(sorted(builds))}).")
+        raise InputError(
+            f"The files use different genome builds ({', '.join(sorted(builds))}). Lift all peaks over to one of them."
+        )
     if not modality:
-        raise InputError("No gene is expressed in enough cells of any file (--min-cells).")
+        raise InputError("No gene is expressed in enough cells of any file; lower min_cells (--min-cells).")
     write_gene_panel(
         folder / GENES, list(modality), list(modality.values()) if any(modality.values()) else None
     )
@@ -245,7 +250,7 @@ def _write_all(reports, folder, genes, columns, shard_cells, workers):
         jobs.append((source, rows, facts, genes, schema, folder, prefix, shard_cells))
     for report, shards in zip(reports, workers.map(write_file, jobs, "writing")):
         if isinstance(shards, InputError):
-            # it was whole a moment ago: better stop than leave out what duplicates were judged by
+            # it could be read a moment ago: better to stop than to leave out what duplicates were judged by
             raise shards
         report["shards"] = shards
     info = DatasetInfo(features=Features.from_arrow_schema(schema))
@@ -258,7 +263,10 @@ def _finish(folder, reports, settings, genes):
     shards = [shard["file"] for source in sources for shard in source["shards"]]
     cells = sum(source["kept"] for source in sources)
     if not cells:
-        raise InputError("No cell is left by the rules (--min-genes and the others): nothing to write.")
+        raise InputError(
+            "No cell passes the quality rules, so there is nothing to write. Relax them (min_genes, --min-genes, and "
+            "the others)."
+        )
     manifest = {
         "format": FORMAT,
         "cells": cells,
@@ -274,9 +282,10 @@ def _finish(folder, reports, settings, genes):
     report = pd.DataFrame(sources).drop(columns=["shards", "whole", "columns"])
     report.to_csv(folder / "report.csv", index=False)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-    for path in [*folder.glob("cells-*.json"), *(folder / SCANS).glob("*"), folder / SETTINGS]:
+    # with what processes left that were killed while they wrote
+    for path in [*folder.glob("cells-*.json"), *folder.glob(f".*{PARTIAL}"), folder / SETTINGS]:
         path.unlink()
-    (folder / SCANS).rmdir()
+    shutil.rmtree(folder / SCANS)
     skipped = [source["path"] for source in sources if source["problem"] is not None]
     return {
         "cells": cells,
@@ -295,11 +304,12 @@ def _facts(report):
     source, scan = report["source"], report["scan"]
     facts = {"path": str(source.path), "layer": source.layer, "columns": source.columns}
     facts["problem"] = report["problem"]
-    names = ("kind", "whole", "genome_build", "cells")
+    # under its name in the file -> of a `Scan`
+    names = {"kind": "kind", "whole": "covers_all_genes", "genome_build": "genome_build", "cells": "cells"}
     if scan is None:
         return {**facts, **dict.fromkeys(names), "duplicates": 0, "kept": 0, "shards": []}
     rules = {name: scan.facts["rules"][name] for name in ("few_genes", "mitochondrial", "doublets")}
-    found = {name: scan.facts[name] for name in names}
+    found = {name: scan.facts[fact] for name, fact in names.items()}
     return {
         **facts, **found, **rules,
         "duplicates": report["duplicates"], "kept": len(report["rows"]), "shards": report["shards"],
