@@ -17,10 +17,10 @@ from pathlib import Path
 import anndata
 import numpy as np
 
+from ..data.labels import find_labels
 from ..data.splits import stratified_split
 from ..evaluation.baselines import BASELINES
 from ..evaluation.metrics import classification_metrics, plot_confusion
-from ..training.labels import find_labels
 
 LABEL_KEY = "cell_type"
 SPLIT_SEED = 0

@@ -1,11 +1,9 @@
 """Files to validated cells, and results back to files."""
 
-from .cell_dataset import CellDataset, stack_rows
 from .output import atomic_copy_h5ad, atomic_path, atomic_write_h5ad, check_output_path, partial_folder
 from .read import iter_cell_chunks, matrix_rows, read_cells, read_gene_names
 
 __all__ = [
-    "CellDataset",
     "atomic_copy_h5ad",
     "atomic_path",
     "atomic_write_h5ad",
@@ -15,5 +13,4 @@ __all__ = [
     "partial_folder",
     "read_cells",
     "read_gene_names",
-    "stack_rows",
 ]

@@ -27,8 +27,9 @@ def read_cells(path, layer=None, backed=False, check=True):
 
     Parameters
     ----------
-    path : str or os.PathLike
-        .h5ad, .h5 (10x), .zarr, or a folder with a 10x matrix.mtx (gzip-compressed or not).
+    path : str, os.PathLike or anndata.AnnData
+        .h5ad, .h5 (10x), .zarr, or a folder with a 10x matrix.mtx (gzip-compressed or not); an AnnData is checked
+        and comes back as it is.
     layer : str, optional
         Layer whose values will be used, or ``"raw"``; X if left out. Only checked here: the AnnData comes
         back as it stands in the file.
@@ -50,13 +51,10 @@ def read_cells(path, layer=None, backed=False, check=True):
     --------
     >>> adata = read_cells("cells.h5ad")  # doctest: +SKIP
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"There is no file {path}.")
-    with _clear_errors(path), warnings.catch_warnings():
-        # repeated gene or cell names are dealt with, old formats are read all the same
-        warnings.simplefilter("ignore")
-        adata = _read_any(path, backed)
+    if isinstance(path, anndata.AnnData):
+        adata, path = path, "The AnnData"
+    else:
+        adata = _read_file(Path(path), backed)
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise InputError(
             f"{path} holds {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed."
@@ -65,6 +63,15 @@ def read_cells(path, layer=None, backed=False, check=True):
     if check and not adata.isbacked:
         check_values(matrix)
     return adata
+
+
+def _read_file(path, backed):
+    if not path.exists():
+        raise InputError(f"There is no file {path}.")
+    with _clear_errors(path), warnings.catch_warnings():
+        # repeated gene or cell names are dealt with, old formats are read all the same
+        warnings.simplefilter("ignore")
+        return _read_any(path, backed)
 
 
 def _read_any(path, backed):

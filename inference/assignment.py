@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from ..data.labels import UNASSIGNED
 from ..data.row_file import RowFile, row_blocks
-from ..training.labels import UNASSIGNED
 
 
 def assign(

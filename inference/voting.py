@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ..data.labels import UNASSIGNED
 from ..data.row_file import RowFile, row_blocks
 from ..tokenization import InputError
-from ..training.labels import UNASSIGNED
 
 logger = logging.getLogger(__name__)
 

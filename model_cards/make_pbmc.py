@@ -16,10 +16,10 @@ import anndata
 import numpy as np
 import pandas as pd
 
+from ..data.labels import find_labels
 from ..data.read import read_cells
 from ..tokenization import align_genes
 from ..tokenization.expression_scbert import as_csr
-from ..training.labels import find_labels
 from ..training.pretrained import load_classifier, load_tokenizer
 from .card import public_metrics
 from .make_mini import HERE, run, save_small, write_card

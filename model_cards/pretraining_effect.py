@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.labels import find_labels
 from ..data.read import read_cells
 from ..modeling_scbert import ScBertForMaskedExpression
-from ..training.labels import find_labels
 from ..training.pretrained import load_masked_model, load_tokenizer, quiet_transformers
 from .card import public_metrics
 from .make_mini import run, write_card
