@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from scbert.benchmarks import speed_report
-from scbert.benchmarks.performer_attention import performer_attention
-from scbert.benchmarks.speed import straight_line, summary
-from scbert.benchmarks.speed_tasks import TASKS, VARIANTS, Variant, running_as
+import speed_report
+from performer_attention import performer_attention
 from scbert.modeling_scbert import ScBertConfig, favor_scbert, layers_scbert
+from speed import straight_line, summary
+from speed_tasks import TASKS, VARIANTS, Variant, running_as
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -102,7 +102,9 @@ def test_removing_the_genes_that_decide_hurts(classifier, adata):
     good = np.zeros(bins.shape)
     good[:, list(DECISIVE)] = 1
     targets = np.zeros(20, dtype=int)
-    table = deletion_test(LoadedModel(model, tokenizer), bins, targets, {"good": good, "bad": -good}, n_genes=3)
+    table = deletion_test(
+        LoadedModel(model, tokenizer), bins, targets, {"good": good, "bad": -good}, n_genes=3
+    )
     assert list(table.columns) == COLUMNS
     good_row, bad_row = table.to_dict(orient="records")
     assert good_row["drop"] > 3 * good_row["random_drop"] and bad_row["drop"] < 0.01
