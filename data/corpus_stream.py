@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
@@ -211,38 +211,30 @@ def corpus_parts(folder):
     return [CorpusPart(Path(folder), shards, manifest["genes"]) for shards in parts if shards]
 
 
-class BinnedCells(Dataset):
-    """Cells of shards or files as items for the collators, binned on demand.
+class BinnedCells:
+    """Expression bins of the cells of shards or files, read and binned when they are asked for.
+
+    They are indexed as the rows of a CSR matrix are: ``cells[rows]`` is CSR [rows, panel], in any order of rows.
 
     Parameters
     ----------
     parts : sequence of Shard or CellFile
     tokenizer : ScBertTokenizer
-    rows : sequence of int, optional
-        Cells to take, counted through all parts; all of them if left out.
 
     Examples
     --------
     >>> cells = BinnedCells(open_corpus("corpus", tokenizer), tokenizer)  # doctest: +SKIP
-    >>> cells[0]["row"]["indices"]  # doctest: +SKIP
+    >>> cells[[5, 0]].indices  # doctest: +SKIP
     array([   4,   17, ...], dtype=int32)
     """
 
-    def __init__(self, parts, tokenizer, rows=None):
+    def __init__(self, parts, tokenizer):
         self.parts, self.tokenizer = list(parts), tokenizer
         self.starts = np.cumsum([0, *(part.n_cells for part in self.parts)])
-        self.rows = np.arange(self.starts[-1]) if rows is None else np.asarray(rows, dtype=np.int64)
+        self.shape = int(self.starts[-1]), len(tokenizer.gene_panel)
 
-    def __len__(self):
-        return len(self.rows)
-
-    def subset(self, rows):
-        """The cells at positions `rows` of this data set."""
-        return BinnedCells(self.parts, self.tokenizer, self.rows[np.asarray(rows, dtype=np.int64)])
-
-    def bins(self, positions):
-        """Expression bins of the cells at `positions`, CSR [positions, panel]."""
-        rows = self.rows[np.asarray(positions, dtype=np.int64)]
+    def __getitem__(self, rows):
+        rows = np.asarray(rows, dtype=np.int64)
         order = np.argsort(rows, kind="stable")
         chosen = rows[order]
 
@@ -251,20 +243,6 @@ class BinnedCells(Dataset):
 
         stacked = _rows_of_parts(self.parts, self.starts, chosen, bin_part)
         return stacked if (order[:-1] < order[1:]).all() else stacked[np.argsort(order)]
-
-    def iter_bins(self, block_size=2 * BLOCK_SIZE):
-        """Bins of all cells in order, block by block."""
-        for start in range(0, len(self), block_size):
-            yield self.bins(np.arange(start, min(start + block_size, len(self))))
-
-    def __getitems__(self, positions):
-        # torch asks for a whole batch at once where it can
-        bins = self.bins(positions)
-        spans = zip(bins.indptr[:-1], bins.indptr[1:])
-        return [{"row": {"indices": bins.indices[a:b], "values": bins.data[a:b]}} for a, b in spans]
-
-    def __getitem__(self, position):
-        return self.__getitems__([position])[0]
 
 
 class StreamOrder(Sampler):
@@ -287,7 +265,7 @@ class StreamOrder(Sampler):
     block_size, window : int
         Cells of a block, and blocks of a window.
     numbered : bool
-        Count visits through all epochs, as `training.numbered_cells` wants them.
+        Go on counting from epoch to epoch, as `training.cell_batches` wants it.
 
     Examples
     --------

@@ -26,8 +26,9 @@ def read_cells(path, layer=None, backed=False, check=True, every_feature=False):
 
     Parameters
     ----------
-    path : str or os.PathLike
-        .h5ad, .h5 (10x), .h5mu, .zarr, or a folder with a 10x matrix.mtx (gzip-compressed or not).
+    path : str, os.PathLike or anndata.AnnData
+        .h5ad, .h5 (10x), .h5mu, .zarr, or a folder with a 10x matrix.mtx (gzip-compressed or not); an AnnData is
+        checked and comes back as it is.
     layer : str, optional
         Layer whose values will be used, or ``"raw"``; X if left out. Only checked here: the AnnData comes
         back as it stands in the file.
@@ -51,11 +52,10 @@ def read_cells(path, layer=None, backed=False, check=True, every_feature=False):
     --------
     >>> adata = read_cells("cells.h5ad")  # doctest: +SKIP
     """
-    path = check_cells_path(path)
-    with _clear_errors(path), warnings.catch_warnings():
-        # repeated gene or cell names are dealt with, old formats are read all the same
-        warnings.simplefilter("ignore")
-        adata = _read_any(path, backed, every_feature)
+    if isinstance(path, anndata.AnnData):
+        adata, path = path, "The AnnData"
+    else:
+        adata = _read_file(check_cells_path(path), backed, every_feature)
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise InputError(
             f"{path} holds {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed."
@@ -69,6 +69,13 @@ def read_cells(path, layer=None, backed=False, check=True, every_feature=False):
                 f"another matrix.{other_sources(adata, layer)}"
             )
     return adata
+
+
+def _read_file(path, backed, every_feature):
+    with _clear_errors(path), warnings.catch_warnings():
+        # repeated gene or cell names are dealt with, old formats are read all the same
+        warnings.simplefilter("ignore")
+        return _read_any(path, backed, every_feature)
 
 
 def _read_any(path, backed, every_feature):

@@ -30,10 +30,10 @@ from ..data.worker_processes import end_with_parent
 from ..data.write_output import atomic_file
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
+from ..trained_model.loaded_model import LoadedModel, load_model
+from ..trained_model.prediction import predict_probabilities
 from .gene_report import name_genes
-from .loading import LoadedModel, load_model
 from .parts import NewRows
-from .prediction import predict_cells
 from .query import CHUNK_SIZE, BinnedQuery, opened, progress_bar
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ def write_shards(
             stop = min(start + run.shard_cells, matrix.shape[0])
             rows = as_csr(matrix[start:stop])
             bins = sp.csr_matrix(loaded.tokenizer.bin_rows(rows, alignment, kind, scale is not None))
-            probabilities, embeddings = predict_cells(loaded, bins, run.batch_size, run.embed)
+            probabilities, embeddings = predict_probabilities(loaded, bins, run.batch_size, run.embed)
             arrays = {"probabilities": probabilities, **({"embeddings": embeddings} if run.embed else {})}
             with atomic_file(path) as handle:
                 np.savez(handle, **arrays)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.disk_matrix import DiskMatrix, row_blocks
-from ..training.labels import UNASSIGNED
+from ..data.labels import UNASSIGNED
 
 
 def assign(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -45,14 +44,3 @@ def write_parts(query, adata: AnnData, parts: dict[str, dict], output, overwrite
         return
     add_parts(adata, parts)
     atomic_write_h5ad(adata, output, overwrite=overwrite, inputs=(query,))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what made a result."""
-    found = {}
-    for package in ("scbert-transformers", "transformers", "torch", "anndata"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found

@@ -10,8 +10,8 @@ import pandas as pd
 from anndata import AnnData
 
 from ..data.disk_matrix import DiskMatrix, row_blocks
+from ..data.labels import UNASSIGNED
 from ..tokenization import InputError
-from ..training.labels import UNASSIGNED
 
 logger = logging.getLogger(__name__)
 

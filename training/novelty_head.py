@@ -125,7 +125,7 @@ def _simulate_one(products, features, targets, folds, left) -> Simulated:
     # of types whose cells are all held out nothing can be right
     held &= novel | np.isin(targets, known)
     axes = axes_by_products(products, features, learnt, rank=min(200, learnt.sum()))
-    (coefficients, bias), = ridge_path(axes.coordinates[learnt], index, len(known), (DEFAULT_PENALTY,))
+    ((coefficients, bias),) = ridge_path(axes.coordinates[learnt], index, len(known), (DEFAULT_PENALTY,))
     logits = axes.coordinates[held] @ coefficients.T + bias
     novel, true = novel[held], targets[held]
     logits /= _temperature(logits[~novel], np.searchsorted(known, true[~novel]))
@@ -154,7 +154,10 @@ def fit_novelty(simulated: list[Simulated]) -> np.ndarray:
     facts = np.concatenate([one.facts for one in simulated])
     novel = np.concatenate([one.novel for one in simulated])
     weights = np.concatenate(
-        [np.where(one.novel, 1 / max(1, one.novel.sum()), 1 / max(1, (~one.novel).sum())) for one in simulated]
+        [
+            np.where(one.novel, 1 / max(1, one.novel.sum()), 1 / max(1, (~one.novel).sum()))
+            for one in simulated
+        ]
     )
     center, scale = facts.mean(axis=0), facts.std(axis=0) + 1e-9
     model = LogisticRegression().fit((facts - center) / scale, novel, sample_weight=weights / weights.mean())
@@ -183,7 +186,9 @@ def choose_threshold(
     for threshold in np.linspace(0.3, 0.98, 69):
         called = [confidence < threshold for confidence in confidences]
         known = np.mean([(s.right & ~c)[~s.novel].mean() for s, c in zip(simulated, called)])
-        found = np.mean([(s.novel & c).sum() / max(1, (s.novel | c).sum()) for s, c in zip(simulated, called)])
+        found = np.mean(
+            [(s.novel & c).sum() / max(1, (s.novel | c).sum()) for s, c in zip(simulated, called)]
+        )
         if known >= needed:
             best = max(best, (float(found), float(threshold)))
     return round(best[1], 2)

@@ -10,6 +10,7 @@ from scbert.data.corpus_build import build_corpus
 from scbert.data.corpus_stream import BinnedCells, CellFile, StreamOrder, open_corpus
 from scbert.data.read import read_cells
 from scbert.tokenization import InputError
+from scbert.training.cell_batches import CellDataset
 
 
 @pytest.fixture
@@ -49,13 +50,10 @@ def test_bins_are_those_of_the_files(corpus, files, tokenizer, source):
         else [CellFile(path, tokenizer) for path in files]
     )
     cells = BinnedCells(parts, tokenizer)
-    assert len(cells) == 120 and (cells.bins(np.arange(120)) != wanted).nnz == 0
+    assert cells.shape == wanted.shape and (cells[np.arange(120)] != wanted).nnz == 0
     order = np.random.default_rng(0).permutation(120)
-    assert (cells.bins(order) != wanted[order]).nnz == 0
-    few = cells.subset([5, 100, 7]).subset([2, 1])
-    assert (few.bins([0, 1]) != wanted[[7, 100]]).nnz == 0
-    np.testing.assert_array_equal(few[1]["row"]["indices"], wanted[100].indices)
-    assert sum(block.shape[0] for block in cells.iter_bins(50)) == 120
+    assert (cells[order] != wanted[order]).nnz == 0
+    assert (cells[[7, 100, 7]] != wanted[[7, 100, 7]]).nnz == 0
 
 
 @pytest.mark.parametrize("source", ["corpus", "files"])
@@ -66,13 +64,11 @@ def test_workers_read_the_same(corpus, files, tokenizer, source):
         else [CellFile(path, tokenizer) for path in files]
     )
     cells = BinnedCells(parts, tokenizer)
-    cells[0]  # opened before the workers are forked
-    loader = DataLoader(cells, batch_size=32, num_workers=2, collate_fn=list)
-    rows = [item["row"] for batch in loader for item in batch]
-    wanted = bins_in_memory(files, tokenizer)
-    for row, cell in zip(rows, wanted, strict=True):
-        np.testing.assert_array_equal(row["indices"], cell.indices)
-        np.testing.assert_array_equal(row["values"], cell.data)
+    cells[[0]]  # opened before the workers are forked
+    loader = DataLoader(
+        CellDataset(cells), batch_size=32, num_workers=2, collate_fn=lambda batch: batch["bins"]
+    )
+    assert (sp.vstack(list(loader)) != bins_in_memory(files, tokenizer)).nnz == 0
 
 
 class Numbers(Dataset):
@@ -132,7 +128,7 @@ def test_damaged_shards_are_named(corpus, tokenizer):
         open_corpus(corpus, tokenizer)
     path.write_bytes(bytes(len(content)))
     with pytest.raises(InputError, match="cannot be read"):
-        BinnedCells(open_corpus(corpus, tokenizer), tokenizer)[30]
+        BinnedCells(open_corpus(corpus, tokenizer), tokenizer)[[30]]
     path.unlink()
     with pytest.raises(InputError, match="is missing"):
         open_corpus(corpus, tokenizer)

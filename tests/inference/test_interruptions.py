@@ -18,7 +18,7 @@ from scbert.inference import annotate
 COMMAND = "import sys; from scbert.cli import main; sys.exit(main())"
 # slow enough to be caught in the act: every batch waits
 SLOW = (
-    "import time; from scbert.inference import prediction; run = prediction._forward; "
+    "import time; from scbert.trained_model import prediction; run = prediction._forward; "
     "prediction._forward = lambda *a: (time.sleep(0.2), run(*a))[1]; "
 )
 # the copy lies beside the output, and is killed before its columns are complete

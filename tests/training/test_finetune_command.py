@@ -211,9 +211,12 @@ DAMAGES = {
     "no panel": (lambda folder: (folder / "gene_panel.txt").unlink(), "incomplete"),
     "another type": (lambda folder: spoil_config(folder, model_type="bert"), "'bert'"),
     "damaged config": (lambda folder: cut_short(folder / "config.json"), "damaged"),
-    "damaged weights": (lambda folder: cut_short(folder / "model.safetensors"), "cannot be loaded"),
+    "damaged weights": (
+        lambda folder: cut_short(folder / "model.safetensors"),
+        "model.safetensors are damaged",
+    ),
     "a weight missing": (drop_a_weight, "layers.1.output.weight"),
-    "another size": (lambda folder: spoil_config(folder, intermediate_size=32), "another shape"),
+    "another size": (lambda folder: spoil_config(folder, intermediate_size=32), "do not have the shape"),
 }
 
 

@@ -5,9 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from corpus_panel import corpus_panel
 from scbert.data.corpus_build import build_corpus
 from scbert.tokenization import InputError, read_gene_panel
-from scbert.training.corpus_panel import corpus_panel
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """
 Make ``scbert-mini``: corpus, gene panel, gene2vec, pretraining, model folder and card.
 
-    python -m scbert.model_cards.make_mini DATA --work DIR --output model_cards/scbert-mini
+    python scripts/make_mini.py DATA --work DIR --output model_cards/scbert-mini
 
 DATA holds the files that scbert-mini/sources.csv names, and ``tables/scbert_gene_order_16906.txt.gz``. What stands in
 DIR already is not made again; pretraining that was interrupted goes on.
@@ -18,27 +18,28 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..data.corpus_manifest import read_manifest
-from ..tokenization import ScBertTokenizer
-from ..training.pretrained import load_masked_model, load_tokenizer, quiet_transformers
-from .card import build_card, public_metrics
-from .curves import plot_pretraining
+from corpus_panel import corpus_panel
+from pretraining_curves import plot_pretraining
+from scbert.data.corpus_manifest import read_manifest
+from scbert.model_cards.card import build_card, public_metrics
+from scbert.tokenization import ScBertTokenizer
+from scbert.trained_model.model_folder import load_tokenizer, save_model
+from scbert.training.initial_model import load_masked_model
 
 CHECKED = ("config.json", "gene_panel.txt", "model.safetensors", "tokenizer_config.json")
-HERE = Path(__file__).parent
-SOURCES = HERE / "scbert-mini" / "sources.csv"
+ROOT = Path(__file__).resolve().parents[1]
+CARDS = ROOT / "model_cards"
+SOURCES = CARDS / "scbert-mini" / "sources.csv"
 PANEL = Path("tables") / "scbert_gene_order_16906.txt.gz"
 PANEL_RULE = {"min_cells": 10, "min_files": 4}
 PROBLEM = "its values are neither whole counts nor log1p"
 TOP_PAIRS = 150_000
-HIDDEN_SIZE = json.loads((HERE.parent / "training/recipes/pretrain/mini.json").read_text())["model"][
-    "hidden_size"
-]
+HIDDEN_SIZE = json.loads((ROOT / "training/recipes/pretrain/mini.json").read_text())["model"]["hidden_size"]
 
 
-def run(module: str, *arguments: Any) -> None:
-    """One of the package's commands, in a process of its own."""
-    line = [sys.executable, "-m", module, *map(str, arguments)]
+def run(*arguments: Any) -> None:
+    """The command ``scbert``, in a process of its own."""
+    line = [sys.executable, "-m", "scbert", *map(str, arguments)]
     print(" ".join(line[2:]), file=sys.stderr)
     subprocess.run(line, check=True)
 
@@ -69,18 +70,17 @@ def make(data: Path, work: Path) -> Path:
     )
     if not corpus.exists():
         table = write_corpus_manifest(data, work / "sources.csv")
-        run("scbert", "build", table, "--output", corpus, "--column", "dataset", "--overwrite")
+        run("build", table, "--output", corpus, "--column", "dataset", "--overwrite")
     if not panel.exists():
-        rule = [f"--{name.replace('_', '-')}={value}" for name, value in PANEL_RULE.items()]
-        run("scbert.training.corpus_panel", corpus, "--output", panel, "--within", data / PANEL, *rule)
+        corpus_panel(corpus, panel, within=data / PANEL, **PANEL_RULE)
     if not vectors.exists():
         options = ("--genes", panel, "--size", HIDDEN_SIZE, "--top-pairs", TOP_PAIRS)
-        run("scbert", "gene2vec", corpus, *options, "--output", vectors)
+        run("gene2vec", corpus, *options, "--output", vectors)
     if not model.exists():
         partial = model.with_name("pretrained.partial")
         more = ["--resume"] if partial.exists() else []
         options = ("--genes", panel, "--gene-vectors", vectors, "--recipe", "mini")
-        run("scbert", "pretrain", corpus, *options, "--output", model, *more)
+        run("pretrain", corpus, *options, "--output", model, *more)
     return model
 
 
@@ -129,7 +129,7 @@ def corpus_section(report: dict[str, Any], genes: int) -> str:
         "",
         f"Panel: the {genes:,} genes that at least {rule['min_cells']} cells of each of at least {rule['min_files']} "
         "files express, among the 16,906 of the original panel and in their order "
-        "(`python -m scbert.training.corpus_panel`).",
+        "(`python scripts/corpus_panel.py`).",
         "",
     ])  # fmt: skip
 
@@ -144,7 +144,7 @@ def curve_section(metrics: dict[str, Any]) -> str:
         f"{training['steps']:,} steps, {metrics['seconds'] / 60:.0f} minutes on one thread of a busy CPU; "
         f"{settings['mlm_probability']:.0%} of a cell's expressed genes are asked for. Gene vectors: gene2vec on "
         "the same corpus, brought to the scale of the other embeddings. Most of what can be known of a hidden gene is "
-        "the depth of its cell, which the cell's own commonest bin knows too: that control is the one to beat.",
+        "the depth of its cell, which the cell's own commonest bin knows too: that baseline is the one to beat.",
         "",
         "![Loss and masked accuracy by step](learning_curve.png)",
         "",
@@ -153,9 +153,7 @@ def curve_section(metrics: dict[str, Any]) -> str:
 
 def save_small(model: PreTrainedModel, tokenizer: ScBertTokenizer, output: Path) -> None:
     """Weights rounded to bfloat16, tokenizer, and their checksums; no code, which ships once, as the package."""
-    with quiet_transformers():
-        model.bfloat16().save_pretrained(output)
-        tokenizer.save_pretrained(output)
+    save_model(model.bfloat16(), tokenizer, output)
     for code in output.glob("*.py"):
         code.unlink()
     sums = [f"{hashlib.sha256((output / name).read_bytes()).hexdigest()}  {name}" for name in CHECKED]
@@ -186,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make_mini", description=__doc__.strip().partition("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=HERE / "scbert-mini")
+    parser.add_argument("--output", type=Path, default=CARDS / "scbert-mini")
     options = parser.parse_args()
     make(options.data, options.work)
     release(options.work, options.output)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from scbert.inference import loading
 from scbert.tokenization import InputError
+from scbert.trained_model import model_folder
+from scbert.trained_model.loaded_model import load_model
 
 
 def test_a_hub_id_is_downloaded_without_its_code(monkeypatch, tmp_path):
@@ -13,28 +14,28 @@ def test_a_hub_id_is_downloaded_without_its_code(monkeypatch, tmp_path):
         asked.update(repo_id=repo_id, allow_patterns=allow_patterns)
         return tmp_path
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(model_folder, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    assert loading.model_folder("lab/scbert-pbmc") == tmp_path
+    assert model_folder.find_model("lab/scbert-pbmc") == tmp_path
     assert asked["repo_id"] == "lab/scbert-pbmc"
     assert not any(pattern.endswith(".py") for pattern in asked["allow_patterns"])
 
 
 def test_a_local_folder_comes_before_the_hub(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(model_folder, "snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lab" / "model").mkdir(parents=True)
-    assert loading.model_folder("lab/model").is_dir()
+    assert model_folder.find_model("lab/model").is_dir()
     # a mistyped path in a folder that exists is a mistyped path
-    assert str(loading.model_folder("lab/modle")) == "lab/modle"
-    assert str(loading.model_folder(tmp_path / "nothing")) == str(tmp_path / "nothing")
+    assert str(model_folder.find_model("lab/modle")) == "lab/modle"
+    assert str(model_folder.find_model(tmp_path / "nothing")) == str(tmp_path / "nothing")
 
 
 def test_an_unknown_hub_id_is_one_clear_message(monkeypatch, tmp_path):
     def download(*_, **__):
         raise OSError("401 Client Error: Repository Not Found\nmore lines")
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(model_folder, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no model folder lab/none.*Repository Not Found"):
-        loading.load_model("lab/none")
+        load_model("lab/none")

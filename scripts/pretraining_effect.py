@@ -1,7 +1,7 @@
 """
 What pretraining does for fine-tuning: few-shot learning with and without it, beside logistic regression.
 
-    python -m scbert.model_cards.pretraining_effect model_cards/scbert-mini CELLS.h5ad --label-key KEY --work DIR
+    python scripts/pretraining_effect.py model_cards/scbert-mini CELLS.h5ad --label-key KEY --work DIR
 
 Runs ``scbert evaluate few-shot`` on five draws of 5, 20 and 100 cells a type (every other cell is the test) and writes
 fine_tuning.json and its part of the card into the model's folder.
@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.read import read_cells
-from ..modeling_scbert import ScBertForMaskedExpression
-from ..training.labels import find_labels
-from ..training.pretrained import load_masked_model, load_tokenizer, quiet_transformers
-from .card import public_metrics
-from .make_mini import run, write_card
+from make_mini import run, write_card
+from scbert.data.labels import find_labels
+from scbert.data.read import read_cells
+from scbert.model_cards.card import public_metrics
+from scbert.modeling_scbert import ScBertForMaskedExpression
+from scbert.trained_model.model_folder import load_tokenizer, save_model
+from scbert.training.initial_model import load_masked_model
 
 LABEL = "label"
 SHOTS, DRAWS = (5, 20, 100), 5
@@ -49,9 +50,7 @@ def write_untrained(base: Path, folder: Path) -> None:
     """The base with new weights everywhere."""
     config, tokenizer = load_masked_model(base).config, load_tokenizer(base)
     torch.manual_seed(0)
-    with quiet_transformers():
-        ScBertForMaskedExpression(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    save_model(ScBertForMaskedExpression(config), tokenizer, folder)
 
 
 def measure(base: Path, cells: Path, label_key: str, work: Path) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def measure(base: Path, cells: Path, label_key: str, work: Path) -> dict[str, An
         if not output.exists():
             settings = {"base": str(folder), "disable_tqdm": True, **more}
             run(
-                "scbert", "evaluate", "few-shot", part, "--label-key", LABEL, "--recipe", RECIPE,
+                "evaluate", "few-shot", part, "--label-key", LABEL, "--recipe", RECIPE,
                 "--settings", json.dumps(settings), "--controls", controls,
                 "--shots", ",".join(map(str, SHOTS)), "--folds", DRAWS, "--output", output,
             )  # fmt: skip

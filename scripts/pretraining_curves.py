@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.requirements import require
+from matplotlib.figure import Figure
 
 BLUE, RED, GREY = "#4477aa", "#cc6677", "#777777"
 
 
 def plot_pretraining(metrics: dict[str, Any], path: str | Path) -> None:
     """
-    Loss and masked accuracy by step, each beside its controls.
+    Loss and masked accuracy by step, each beside its baselines.
 
     Parameters
     ----------
@@ -20,15 +20,15 @@ def plot_pretraining(metrics: dict[str, Any], path: str | Path) -> None:
         Picture to write.
     """
     history = metrics["training"]["history"]
-    figure = require("matplotlib.figure").Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
     draw(losses, history, "loss", "training", BLUE)
     draw(losses, history, "eval_loss", "validation", RED, marker="o")
-    line(losses, metrics["control_loss"], "each gene's shares of bins", "--")
+    line(losses, metrics["baseline_loss"], "each gene's shares of bins", "--")
     losses.set_title("cross-entropy of hidden genes", fontsize=10)
     draw(accuracies, history, "eval_masked_accuracy", "validation", RED, marker="o")
-    line(accuracies, metrics["control_masked_accuracy"], "each gene's commonest bin", "--")
-    line(accuracies, metrics["cell_control_masked_accuracy"], "the cell's own commonest bin", ":")
+    line(accuracies, metrics["baseline_masked_accuracy"], "each gene's commonest bin", "--")
+    line(accuracies, metrics["cell_baseline_masked_accuracy"], "the cell's own commonest bin", ":")
     accuracies.set_title("masked accuracy", fontsize=10)
     for axes in (losses, accuracies):
         axes.set_xlabel("step")
@@ -47,5 +47,5 @@ def draw(
 
 
 def line(axes: Any, height: float, label: str, style: str) -> None:
-    """A control, the same at every step."""
+    """A baseline, the same at every step."""
     axes.axhline(height, label=label, color=GREY, linestyle=style, linewidth=1)

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scbert.data.labels import choose_classes, find_labels
 from scbert.tokenization import InputError
-from scbert.training.labels import choose_classes, find_labels
 
 
 def labels_of(values):

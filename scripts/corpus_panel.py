@@ -1,7 +1,7 @@
 """
 A gene panel from the cells of a corpus: the genes that enough cells of enough files express.
 
-    python -m scbert.training.corpus_panel CORPUS --output PANEL.txt [--within FILE] [--min-cells 10] [--min-files 4]
+    python scripts/corpus_panel.py CORPUS --output PANEL.txt [--within FILE] [--min-cells 10] [--min-files 4]
 """
 
 import argparse
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.check_paths import check_output_path
-from ..data.corpus_stream import corpus_parts
-from ..tokenization import InputError, read_gene_panel
-from ..tokenization.genes_scbert import write_gene_panel
+from scbert.data.check_paths import check_output_path
+from scbert.data.corpus_stream import corpus_parts
+from scbert.tokenization import InputError, read_gene_panel
+from scbert.tokenization.genes_scbert import write_gene_panel
 
 
 def corpus_panel(
@@ -71,7 +71,7 @@ def corpus_panel(
 
 
 def main() -> int:
-    """Entry of ``python -m scbert.training.corpus_panel``; returns the exit code."""
+    """Entry of ``python scripts/corpus_panel.py``; returns the exit code."""
     parser = argparse.ArgumentParser(prog="corpus_panel", description=__doc__.strip().partition("\n")[0])
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--output", type=Path, required=True)

@@ -1,7 +1,7 @@
 """
 Make ``scbert-mini-pbmc``, the annotator that ships: two cohorts of labelled PBMC, cross-cohort scores, folder and card.
 
-    python -m scbert.model_cards.make_pbmc DATA --work DIR --output model_cards/scbert-mini-pbmc
+    python scripts/make_pbmc.py DATA --work DIR --output model_cards/scbert-mini-pbmc
 
 DATA holds the files of COHORTS, BACKGROUND, OTHER_TISSUE and BLOOD. What stands in DIR already is not made
 again.
@@ -16,13 +16,13 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from ..data.read import read_cells
-from ..tokenization import align_genes
-from ..tokenization.expression_scbert import as_csr
-from ..training.labels import find_labels
-from ..training.pretrained import load_classifier, load_tokenizer
-from .card import public_metrics
-from .make_mini import HERE, run, save_small, write_card
+from make_mini import CARDS, run, save_small, write_card
+from scbert.data.labels import find_labels
+from scbert.data.read import read_cells
+from scbert.model_cards.card import public_metrics
+from scbert.tokenization import align_genes
+from scbert.tokenization.expression_scbert import as_csr
+from scbert.trained_model.loaded_model import load_model
 
 COHORTS = {
     "pbmc3k_10x.h5ad": ("10x PBMC 3k, one healthy donor", "MIT"),
@@ -36,7 +36,7 @@ WHAT = (
     "head. That L1 carries over to other cohorts better than L2 was known from earlier results on these two. "
     "Temperature and threshold of unassigned were chosen on validation cells. The panel is what both cohorts measured."
 )
-LABELS = HERE / "scbert-mini-pbmc" / "labels.csv"
+LABELS = CARDS / "scbert-mini-pbmc" / "labels.csv"
 RECIPE = "pbmc"
 CONTROLS = "logistic_l1,logistic_l2"
 # cells that teach the annotator what is not blood; of the tumour those without a transcript of PTPRC (CD45)
@@ -84,8 +84,7 @@ def cross_cohort(data: Path, work: Path) -> dict[str, Any]:
             "--controls",
             CONTROLS,
         )
-        run(
-            "scbert", "evaluate", "leave-one-out", *files, "--label-key", LABEL_KEY, *options,
+        run("evaluate", "leave-one-out", *files, "--label-key", LABEL_KEY, *options,
             "--settings", json.dumps({"disable_tqdm": True}), "--output", output,
         )  # fmt: skip
     return json.loads((output / "results.json").read_text())
@@ -98,7 +97,7 @@ def finetune(data: Path, work: Path) -> Path:
         joined = anndata.concat([labelled(data / name) for name in COHORTS], join="inner")
         parts = [joined, *(background(data / name, list(joined.var_names)) for name in BACKGROUND)]
         anndata.concat(parts, join="outer", index_unique="-").write_h5ad(cells, compression="gzip")
-        run("scbert", "finetune", cells, "--label-key", LABEL, "--recipe", RECIPE, "--output", model)
+        run("finetune", cells, "--label-key", LABEL, "--recipe", RECIPE, "--output", model)
     return model
 
 
@@ -128,7 +127,7 @@ def strangers(data: Path, work: Path, model: Path) -> dict[str, dict[str, Any]]:
     for name, tissue in {**OTHER_TISSUE, **BLOOD}.items():
         output = work / f"annotated_{name}"
         if not output.exists():
-            run("scbert", "annotate", data / name, "--model", model, "--output", output)
+            run("annotate", data / name, "--model", model, "--output", output)
         called = anndata.read_h5ad(output, backed="r").obs["scbert_cell_type"].astype(str)
         named = called[~called.isin([NOT_BLOOD, "unassigned"])]
         found[name] = {
@@ -218,7 +217,8 @@ def origin_section() -> str:
 
 def release(work: Path, output: Path, cross: dict[str, Any], others: dict[str, Any]) -> None:
     """The annotator's folder as it ships."""
-    model, tokenizer = load_classifier(work / "annotator"), load_tokenizer(work / "annotator")
+    loaded = load_model(work / "annotator", device="cpu", dtype="float32")
+    model, tokenizer = loaded.model, loaded.tokenizer
     save_small(model, tokenizer, output)
     metrics = public_metrics(json.loads((work / "annotator" / "metrics.json").read_text()))
     kept = {name: cross[name] for name in ("rows", "warnings", "settings", "versions")} | {"earlier": EARLIER}
@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make_pbmc", description=__doc__.strip().partition("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=HERE / "scbert-mini-pbmc")
+    parser.add_argument("--output", type=Path, default=CARDS / "scbert-mini-pbmc")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     cross = cross_cohort(options.data, options.work)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from scbert import ScBertConfig, ScBertForCellClassification
-from scbert.training.finetune_trainer import freeze_for_finetuning
-from scbert.training.frozen_prefix import FrozenPrefix, attach_frozen_prefix, frozen_layers
+from scbert.training.frozen_layer_cache import FrozenLayerCache, cached_frozen_layers, frozen_layers
+from scbert.training.initial_model import freeze_for_finetuning
 
 
 @pytest.fixture
@@ -59,34 +59,30 @@ def test_losses_are_those_without_the_cache(model, storage, tmp_path):
     start = {name: x.clone() for name, x in model.state_dict().items()}
     wanted = losses(model)
     model.load_state_dict(start)
-    cache = attach_frozen_prefix(model.scbert, storage, 8, tmp_path)
-    assert losses(model) == pytest.approx(wanted, abs=1e-5)
+    with cached_frozen_layers(model.scbert, storage, 8, tmp_path) as cache:
+        assert losses(model) == pytest.approx(wanted, abs=1e-5)
+        kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert bool(kept) == (storage == "disk")
     if storage == "off":
         assert cache is None
         return
     assert cache.misses <= 8 < cache.hits + cache.misses == 18
-    cache.detach()
     assert model.scbert.prefix is None
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_bfloat16_takes_half_the_room_and_rounds_once(model):
-    wanted = losses(model)
-    fresh = ScBertForCellClassification(model.config).train()
-    assert len(wanted) == 6
-    fresh.load_state_dict(model.state_dict())
-    freeze_for_finetuning(fresh)
+def test_a_disk_that_is_full_ends_the_keeping(model, tmp_path):
     batch = next(batches(1))
-    exact = fresh(**batch).logits
-    cache = FrozenPrefix(fresh.scbert, dtype=torch.bfloat16).attach()
-    for _ in range(2):
-        torch.testing.assert_close(fresh(**batch).logits, exact, rtol=2e-2, atol=2e-2)
-    assert cache.store.used == int(batch["attention_mask"].sum()) * 16 * 2
+    # every write fails: the folder is not there
+    cache = FrozenLayerCache(model.scbert, folder=tmp_path / "gone").attach()
+    logits = [model(**batch).logits for _ in range(2)]
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
+    assert (cache.hits, cache.misses, cache.max_bytes) == (0, 6, 0)
 
 
 def test_changed_weights_empty_the_cache(model):
     batch = next(batches(1))
-    cache = FrozenPrefix(model.scbert).attach()
+    cache = FrozenLayerCache(model.scbert).attach()
     model(**batch)
     with torch.no_grad():
         model.scbert.layers[0].output.bias.add_(1.0)
@@ -98,7 +94,7 @@ def test_changed_weights_empty_the_cache(model):
 
 def test_a_reload_of_the_same_weights_keeps_it(model):
     batch = next(batches(1))
-    cache = FrozenPrefix(model.scbert).attach()
+    cache = FrozenLayerCache(model.scbert).attach()
     model(**batch)
     model.load_state_dict(model.state_dict())
     model(**batch)
@@ -107,7 +103,7 @@ def test_a_reload_of_the_same_weights_keeps_it(model):
 
 def test_a_token_that_differs_is_another_cell(model):
     batch = next(batches(1))
-    cache = FrozenPrefix(model.scbert).attach()
+    cache = FrozenLayerCache(model.scbert).attach()
     model(**batch)
     batch["input_ids"] = batch["input_ids"].clone()
     batch["input_ids"][0, 0] = (batch["input_ids"][0, 0] + 1) % 6
@@ -117,10 +113,11 @@ def test_a_token_that_differs_is_another_cell(model):
     assert (cache.hits, cache.misses) == (1, 5)
 
 
-def test_a_full_store_computes_the_rest(model):
-    cache = FrozenPrefix(model.scbert, max_bytes=40 * 16 * 4).attach()
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_full_store_computes_the_rest(model, on_disk, tmp_path):
+    cache = FrozenLayerCache(model.scbert, 40 * 16 * 4, tmp_path if on_disk else None).attach()
     wanted = losses(model)
-    assert cache.store.used <= 40 * 16 * 4
+    assert cache.used <= 40 * 16 * 4
     assert cache.misses > 8
     assert all(torch.isfinite(torch.tensor(wanted)))
 
@@ -136,5 +133,5 @@ def test_what_counts_as_frozen(model):
 
 def test_hidden_states_on_request_are_all_there(model):
     batch = next(batches(1))
-    FrozenPrefix(model.scbert).attach()
+    FrozenLayerCache(model.scbert).attach()
     assert len(model(**batch, output_hidden_states=True).hidden_states) == 5
