@@ -24,17 +24,8 @@ LEVELS = (
     {"trained_model"},
     {"training"},
     {"inference", "interpretation", "model_cards", "evaluation/run_benchmark"},
-    {
-        "cli",
-        "cli_options",
-        "cli_share",
-        "cli_studies",
-        "app",
-        "console",
-        "registration",
-        "__init__",
-        "__main__",
-    },
+    {"commands"},
+    {"__init__", "__main__"},
 )
 THIRD_PARTY = {
     "modeling_scbert": {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "triton"},

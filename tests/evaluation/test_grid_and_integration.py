@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
-from scbert.cli import main
+from scbert.commands.cli import main
 from scbert.evaluation.run_benchmark import batch_effect, run_benchmark
 from scbert.evaluation.run_benchmark.ablation import FACTORS, grid
 from scbert.evaluation.run_benchmark.cells import load_benchmark_cells

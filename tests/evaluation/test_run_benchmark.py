@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
-from scbert.cli import main
+from scbert.commands.cli import main
 from scbert.evaluation.run_benchmark import PROTOCOLS, run_benchmark
 from scbert.evaluation.run_benchmark.cells import LABEL, load_benchmark_cells
 from scbert.evaluation.run_benchmark.contestants import control, scbert

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 import scbert
-from scbert.cli import main
+from scbert.commands.cli import main
 
 RECIPES = ("scbert", "scmbert", "screformer")
 SIZES = {

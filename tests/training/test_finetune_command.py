@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
-from scbert.cli import main
+from scbert.commands.cli import main
 from scbert.training import run_finetune
 
 

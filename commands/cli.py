@@ -13,9 +13,11 @@ from typing import Annotated
 
 import typer
 
-from . import __version__, cli_share
-from . import cli_options as opt
-from .cli_options import (
+from .. import __version__
+from . import options as opt
+from . import share
+from .console import existing, guarded, run, show_messages, silence_libraries
+from .options import (
     BatchSize,
     CacheFrozen,
     ClassBalance,
@@ -38,8 +40,7 @@ from .cli_options import (
     Seed,
     Threshold,
 )
-from .cli_studies import evaluate, explain
-from .console import existing, guarded, run, show_messages, silence_libraries
+from .studies import evaluate, explain
 
 app = typer.Typer(
     name="scbert",
@@ -71,7 +72,7 @@ def demo(
 ) -> None:
     """Fine-tune a small model on real cells, annotate held-out ones and show the scores."""
     given = locals()
-    from .inference.demo import run_demo
+    from ..inference.demo import run_demo
 
     run(run_demo, **given)
 
@@ -131,7 +132,7 @@ def finetune(
     for path in (reference, base, genes, test):
         if path is not None:
             existing(path)
-    from .training.run_finetune import finetune as job
+    from ..training.run_finetune import finetune as job
 
     run(job, **given)
 
@@ -160,7 +161,7 @@ def annotate(
     """Give every cell a cell type and a confidence."""
     given = locals()
     existing(query)
-    from .inference.annotate import annotate_file
+    from ..inference.annotate import annotate_file
 
     # None is an answer here: the shipped annotator
     run(partial(annotate_file, model=given.pop("model")), **given)
@@ -185,7 +186,7 @@ def embed(
     """Write each cell's embedding to obsm["X_scbert"]."""
     given = locals()
     existing(query)
-    from .inference.embed import embed_file
+    from ..inference.embed import embed_file
 
     run(embed_file, **given)
 
@@ -212,7 +213,7 @@ def convert(
     given = locals()
     existing(checkpoint)
     existing(genes)
-    from .inference.convert import convert as job
+    from ..inference.convert import convert as job
 
     run(job, **given)
 
@@ -254,7 +255,7 @@ def pretrain(
     given = locals()
     for path in (corpus, base, genes, gene_vectors):
         path and existing(path)
-    from .training.run_pretrain import pretrain as job
+    from ..training.run_pretrain import pretrain as job
 
     run(job, **given)
 
@@ -305,7 +306,7 @@ def gene2vec(
     given = locals()
     for path in (corpus, import_file, genes):
         path and existing(path)
-    from .training.run_gene2vec import gene2vec as job
+    from ..training.run_gene2vec import gene2vec as job
 
     run(job, **given)
 
@@ -332,7 +333,7 @@ def build(
 ) -> None:
     """Bring many files of cells into one corpus to train on, or verify one."""
     given = locals()
-    from .data.corpus_build import build_corpus as job
+    from ..data.corpus_build import build_corpus as job
 
     run(job, **given)
 
@@ -362,13 +363,13 @@ def combine(
     given = locals()
     for path in (cells, atac, model):
         path and existing(path)
-    from .data.multiomics import combine_files
+    from ..data.multiomics import combine_files
 
     run(combine_files, **given)
 
 
-app.command()(cli_share.push)
-app.command()(cli_share.app)
+app.command()(share.push)
+app.command()(share.app)
 app.command()(evaluate)
 app.command()(explain)
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import (
+from .console import existing, run
+from .options import (
     Force,
     Input,
     InputKind,
@@ -23,7 +24,6 @@ from .cli_options import (
     Resume,
     Seed,
 )
-from .console import existing, run
 
 PROTOCOL_HELP = (
     "cross-validation, leave-one-out (with --group-key), reference-size, few-shot, zero-shot (with --base), "
@@ -92,7 +92,7 @@ def evaluate(
     given = locals()
     for path in (*cells, label_map, base, variants, folds_from, markers):
         path and existing(path)
-    from .evaluation.run_benchmark import run_benchmark
+    from ..evaluation.run_benchmark import run_benchmark
 
     run(run_benchmark, **given)
 
@@ -133,6 +133,6 @@ def explain(
     given = locals()
     for path in (query, markers, marker_names, gene_sets):
         path and existing(path)
-    from .interpretation.explain import explain as job
+    from ..interpretation.explain import explain as job
 
     run(job, **given)
