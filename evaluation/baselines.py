@@ -1,5 +1,5 @@
 """
-The classifiers that stand beside every score as its controls, on log1p CP10k.
+The classifiers that stand beside every score as its baselines, on log1p CP10k.
 
 All have one interface: `fit(adata, label_key)`, `predict_proba(adata)`, `predict(adata)`, `classes_`, and `notes`,
 what a reader of the score has to know (convergence, a fallback). All are deterministic.
