@@ -42,11 +42,23 @@ from .options import (
 )
 from .studies import evaluate, explain
 
+# verbs and options that were called otherwise: the old spelling is understood, and not shown
+RENAMED = {
+    "build": "build-corpus",
+    "combine": "combine-modalities",
+    "controls": "baselines",
+    "input": "values",
+    "test-key": "split-key",
+}
+
 app = typer.Typer(
     name="scbert",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: RENAMED.get(name, name),
+    },
 )
 
 
@@ -103,10 +115,12 @@ def finetune(
     ] = None,
     test_key: Annotated[
         str | None,
-        typer.Option(help="Column of obs that says 'train', 'validation' or 'test' for each cell."),
+        typer.Option(
+            "--split-key", help="Column of obs that says 'train', 'validation' or 'test' for each cell."
+        ),
     ] = None,
     class_balance: Annotated[
-        ClassBalance | None, typer.Option(help="How rare classes are strengthened.", show_default=False)
+        ClassBalance | None, typer.Option(help="How class imbalance is handled.", show_default=False)
     ] = None,
     train_all: Annotated[
         bool | None,
@@ -271,7 +285,7 @@ def gene2vec(
     import_file: Annotated[
         Path | None,
         typer.Option(
-            "--import", metavar="FILE", help="Vectors to bring in: text or .npy.", show_default=False
+            "--import", metavar="FILE", help="Existing vectors to import: text or .npy.", show_default=False
         ),
     ] = None,
     genes: Annotated[
@@ -282,7 +296,7 @@ def gene2vec(
         float | None, typer.Option(min=-1, max=1, help="Least correlation of a pair.", show_default="0.9")
     ] = None,
     top_pairs: Annotated[
-        int | None, typer.Option(min=1, help="Keep each file's most correlated so many pairs instead.")
+        int | None, typer.Option(min=1, help="Keep the N most correlated pairs of each file instead.")
     ] = None,
     min_cells: Annotated[
         int | None, typer.Option(min=1, help="Cells that must express a gene.", show_default="20")
@@ -302,7 +316,7 @@ def gene2vec(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Train gene vectors on co-expression, or bring foreign ones into our format."""
+    """Train gene vectors on co-expression, or import existing ones."""
     given = locals()
     for path in (corpus, import_file, genes):
         path and existing(path)
@@ -311,8 +325,8 @@ def gene2vec(
     run(job, **given)
 
 
-@app.command()
-def build(
+@app.command("build-corpus")
+def build_corpus(
     sources: opt.Sources,
     output: opt.CorpusFolder = None,
     layer: Layer = None,
@@ -338,8 +352,8 @@ def build(
     run(job, **given)
 
 
-@app.command()
-def combine(
+@app.command("combine-modalities")
+def combine_modalities(
     cells: Annotated[
         Path,
         typer.Argument(

@@ -127,7 +127,7 @@ def guarded(command: Callable[[], Any]) -> int:
     else:
         code = 0
     if code in _STOPPED:
-        say(f"{_STOPPED[code]}: nothing unfinished was left under a final name.", style="yellow")
+        say(f"{_STOPPED[code]}. No incomplete output was left.", style="yellow")
     return code
 
 

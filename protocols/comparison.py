@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.requirements import require
 from ..evaluation.tables import TextTable
+from ..extras import require
 
 SCORES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy"}
 NOVELTY = {

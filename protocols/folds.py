@@ -190,8 +190,8 @@ def modalities(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fold]:
     found = [kind for kind in FEATURE_TYPES if (kinds == kind).any()]
     if len(found) < 2:
         raise InputError(
-            f"Comparing modalities needs cells with several; these have {found[0]} only. `scbert combine` brings "
-            "RNA and ATAC of the same cells into one file."
+            f"Comparing modalities needs cells with several; these have {found[0]} only. "
+            "`scbert combine-modalities` brings RNA and ATAC of the same cells into one file."
         )
     settings = {"+".join(MODALITIES[kind] for kind in found): found}
     settings |= {f"{MODALITIES[kind]} alone": [kind] for kind in found}

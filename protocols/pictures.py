@@ -8,7 +8,7 @@ import numpy as np
 
 from ..evaluation.calibration import plot_reliability, softmax
 from ..evaluation.metrics import classification_metrics, plot_confusion
-from ..evaluation.requirements import require
+from ..extras import require
 from .methods import Outputs
 
 

@@ -19,9 +19,8 @@ from integration_metrics import integration_metrics
 from scbert.data.write_output import partial_folder
 from scbert.evaluation.baselines import log_normalize
 from scbert.evaluation.embedding_plot import plot_embedding, umap_of
-from scbert.evaluation.requirements import require
 from scbert.evaluation.tables import TextTable
-from scbert.extras import versions
+from scbert.extras import require, versions
 from scbert.protocols.cells import LABEL, input_of
 from scbert.protocols.folds import groups_of
 from scbert.protocols.methods import write_ablation

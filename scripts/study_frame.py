@@ -21,7 +21,7 @@ def study_parser(description: str) -> argparse.ArgumentParser:
         "--label-map", type=Path, help="Other names for types: columns from and to of a .csv."
     )
     parser.add_argument("--layer", help="Layer that holds the values (X without it).")
-    parser.add_argument("--input", default="auto", choices=["auto", "counts", "log1p"])
+    parser.add_argument("--values", dest="input", default="auto", choices=["auto", "counts", "log1p"])
     parser.add_argument("--max-cells", type=int, help="Take a part of the cells.")
     parser.add_argument("--output", type=Path, required=True, help="The folder to write.")
     parser.add_argument("--seed", type=int, default=0)

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from ..evaluation.baselines import LogisticRegressionBaseline
 from ..evaluation.calibration import calibration_metrics, choose_threshold, fit_temperature, softmax
 from ..evaluation.metrics import classification_metrics, plot_confusion
-from ..evaluation.requirements import require
-from ..extras import versions
+from ..extras import require, versions
 from .finetune_data import FinetuneData, LabelledCells
 
 # the baseline is a yardstick, not the job: past this many training cells it learns from a random part
