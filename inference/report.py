@@ -12,8 +12,8 @@ from anndata import AnnData
 from ..data.write_output import atomic_path
 from ..evaluation.embedding_plot import plot_embedding, umap_of
 from ..evaluation.report import Section, report_html
-from ..evaluation.requirements import require
 from ..evaluation.tables import TextTable
+from ..extras import require
 
 # more cells make a UMAP slow and no clearer
 MAX_CELLS_DRAWN = 5000
