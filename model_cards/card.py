@@ -232,13 +232,8 @@ def _data_section(metrics: dict) -> dict[str, Any]:
 
 
 def _result_section(metrics: dict, split: str | None) -> dict[str, Any]:
-    section = {
-        "results": [],
-        "results_intro": "",
-        "result_columns": [],
-        "per_class": [],
-        "split": (split or "").replace("_", "-"),
-    }
+    section: dict[str, Any] = {"results": [], "results_intro": "", "result_columns": [], "per_class": []}
+    section["split"] = (split or "").replace("_", "-")
     section["result_notes"] = [_cell(note) for note in metrics.get("notes", [])]
     if split is None:
         return section | _pretraining_results(metrics)
@@ -254,7 +249,8 @@ def _result_section(metrics: dict, split: str | None) -> dict[str, Any]:
         [_cell(label), score["support"], *(_number(score[key]) for key in ("precision", "recall", "f1"))]
         for label, score in scores.items()
     ]
-    intro = f"{split.replace('_', '-').capitalize()} on {metrics[split].get('cells', 'some')} cells ({ESTIMATES[split]}):"
+    n_cells = metrics[split].get("cells", "some")
+    intro = f"{section['split'].capitalize()} on {n_cells} cells ({ESTIMATES[split]}):"
     return section | {
         "results": rows,
         "results_intro": intro,
