@@ -16,8 +16,6 @@ MOST_FILES_OF_ANNOTATE = 26
 MOST_FILES_OF_FINETUNE = 35
 # the goal is 21,000
 MOST_LINES = 25_400
-# a classifier without attention layers, as the annotator that ships
-RECIPE = "pbmc"
 
 
 def files_run(job):
@@ -48,7 +46,7 @@ def reference(adata, tmp_path):
 
 def test_fine_tuning_and_annotating_run_through_few_files(adata, reference, tmp_path):
     model = tmp_path / "model"
-    learnt = files_run(lambda: finetune(reference, "cell_type", model, recipe=RECIPE, use_cpu=True))
+    learnt = files_run(lambda: finetune(reference, "cell_type", model, use_cpu=True))
     assert "training/run_finetune.py" in learnt and len(learnt) <= MOST_FILES_OF_FINETUNE, learnt
     asked = files_run(lambda: annotate(adata, model))
     assert "inference/annotate.py" in asked and len(asked) <= MOST_FILES_OF_ANNOTATE, asked
