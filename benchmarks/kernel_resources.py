@@ -3,11 +3,10 @@ What the compiler makes of the Triton kernels, for GPUs that need not be there.
 
     python -m scbert.benchmarks.kernel_resources --output benchmarks/results/kernel_resources.json
 
-The launcher runs on tensors without memory that pass for CUDA ones; what it launches is compiled by the compiler that
-Triton's wheel carries, with the launcher's own tiles, warps and dtypes. Nothing is run: a line says what a kernel
-takes, not that it is right or fast. The cycles are those that a block of positions keeps a Hopper multiprocessor's
-schedulers, tensor cores and exponential units busy, counted in its machine code; no block takes less than the largest
-of the three.
+A block of the published size runs on tensors without memory that pass for CUDA ones; what it launches is compiled by
+the compiler that Triton's wheel carries, with its own tiles, warps and dtypes. Nothing is run: a line says what a kernel
+takes, not that it is right or fast. The times are how long a cell keeps an H100's schedulers, tensor cores and units of
+special functions busy, counted in the machine code of the kernel's loop; the kernel takes no less than the largest.
 """
 
 import argparse
@@ -29,11 +28,19 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import MockTensor, create_function_from_signature
 
+from ..modeling_scbert import ScBertConfig
+from ..modeling_scbert import cuda_layer_scbert as blocks
 from ..modeling_scbert import favor_triton_scbert as launcher
+from ..modeling_scbert.layers_scbert import ScBertLayer
 
-KERNELS = ("sum_kernel", "table_kernel", "apply_kernel", "gradient_kernel")
+KERNELS = {
+    launcher: ("sum_kernel", "table_kernel", "apply_kernel", "gradient_kernel"),
+    blocks: ("norm_kernel", "feed_forward_kernel", "hidden_gradient_kernel", "norm_gradient_kernel"),
+}
 # cells, heads, tokens, head size, features
 REAL = (32, 10, 16_907, 64, 266)
+# an H100's multiprocessors and cycles a microsecond
+PROCESSORS, CYCLES = 132, 1755
 
 
 class Chip(NamedTuple):
@@ -67,9 +74,10 @@ class Launch(NamedTuple):
     @property
     def name(self) -> str:
         """The kernel, and whose rows it goes over."""
-        return (
-            f"{self.kernel.__name__.removesuffix('_kernel')}, {'keys' if self.options['KEYS'] else 'queries'}"
-        )
+        name, options = self.kernel.__name__.removesuffix("_kernel"), self.options
+        if "KEYS" in options:
+            return f"{name}, {'keys' if options['KEYS'] else 'queries'}"
+        return f"{name}, branch added" if options.get("HAS_BRANCH") else name
 
 
 class _Recorder:
@@ -88,7 +96,7 @@ class _Recorder:
 
 @contextmanager
 def recording(target: int):
-    """The launches made within, as they would be on a GPU of the target; tensors have shapes and strides only."""
+    """The launches made within, as they would be on a GPU of the target; none is made."""
     launches, current = [], []
 
     @contextmanager
@@ -98,20 +106,20 @@ def recording(target: int):
         current.pop()
 
     with ExitStack() as stack:
-        for name in KERNELS:
-            kernel = _Recorder(getattr(launcher, name), launches, current)
-            stack.enter_context(patch.object(launcher, name, kernel))
-        stack.enter_context(patch.object(launcher, "capability_of", lambda _: divmod(target, 10)))
-        stack.enter_context(patch.object(launcher, "processors_of", lambda _: CHIPS[target].processors))
+        for module, names in KERNELS.items():
+            for name in names:
+                kernel = _Recorder(getattr(module, name), launches, current)
+                stack.enter_context(patch.object(module, name, kernel))
+            stack.enter_context(patch.object(module, "capability_of", lambda _: divmod(target, 10)))
+            stack.enter_context(patch.object(module, "processors_of", lambda _: CHIPS[target].processors))
         stack.enter_context(patch.object(torch.cuda, "device", on))
-        stack.enter_context(FakeTensorMode())
         yield launches
 
 
 def attention_launches(size: tuple, dtype: torch.dtype, masked: bool, target: int) -> list[Launch]:
-    """Launches of attention, forward and backward."""
+    """Launches of attention, forward and backward, on tensors without memory that pass for CUDA ones."""
     cells, heads, length, dim, features = size
-    with recording(target) as launches, torch.device("cuda:1"):
+    with recording(target) as launches, FakeTensorMode(), torch.device("cuda:1"):
         query, key, value = (
             torch.empty(cells, length, heads, dim, dtype=dtype).transpose(1, 2) for _ in range(3)
         )
@@ -119,6 +127,18 @@ def attention_launches(size: tuple, dtype: torch.dtype, masked: bool, target: in
         given += (torch.empty(cells, length, dtype=torch.bool) if masked else None,)
         output, *state = launcher.triton_forward(*given, 1e-4)
         launcher.triton_backward(torch.empty_like(output), *given, output, *state, 1e-4)
+    return launches
+
+
+def block_launches(hidden: int, target: int) -> list[Launch]:
+    """Launches of a whole block of the published heads in bfloat16, forward and backward, for a few short cells."""
+    layer = ScBertLayer(ScBertConfig(hidden_size=hidden, intermediate_size=4 * hidden), 0)
+    rows = torch.zeros(2, 100, hidden)
+    grads = {name: torch.zeros_like(x) for name, x in layer.named_parameters()}
+    with recording(target) as launches, torch.no_grad():
+        block = blocks._Block(layer, torch.bfloat16)
+        tables = block.forward(rows, None, None, torch.empty_like(rows))
+        block.backward(rows, None, None, rows, tables, grads, torch.empty_like(rows), None)
     return launches
 
 
@@ -154,9 +174,21 @@ def resources(launch: Launch, target: int) -> dict:
     row["fits"] = shared <= chip.program and columns <= TENSOR_MEMORY
     row["programs"] = min(65_536 // a_warp // warps, by_shared, chip.threads // (32 * warps))
     row["scalar_dots"], row["products"] = scalar_dots(found.asm["ttgir"]), products(ptx)
-    if target == 90 and launch.options.get("RESIDENT", "TILES" in launch.options):
-        row["cycles"] = cycles(machine_code, warps) | {"positions": launch.options["BLOCK_N"]}
+    if target == 90 and row["products"] and launch.options.get("RESIDENT", True):
+        row["microseconds"] = busy(launch, cycles(machine_code, warps))
     return row
+
+
+def busy(launch: Launch, block_cycles: dict[str, int]) -> dict[str, float]:
+    """Microseconds of a cell of the published size and length, from the cycles of the loop's body."""
+    _, heads, length, _, features = REAL
+    options = launch.options
+    blocks = -(-length // options["BLOCK_N"])
+    if "INNER" in options:
+        blocks *= -(-options["INNER"] // options["BLOCK_I"])
+    else:
+        blocks *= heads * -(-features // (options.get("GROUP", features + 1) - 1))
+    return {name: round(n * blocks / PROCESSORS / CYCLES, 1) for name, n in block_cycles.items()}
 
 
 def assembled(ptx: str, target: int) -> tuple[int, int, str]:
@@ -182,7 +214,8 @@ def scalar_dots(layouts: str) -> int:
 
 def products(ptx: str) -> dict[str, int]:
     """Tensor-core instructions by kind."""
-    kinds = re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*\.(bf16|tf32|f16)\b", ptx)
+    # tcgen05 counts bfloat16 among its f16
+    kinds = re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*[.:](bf16|tf32|f16)\b", ptx)
     names = [f"{kind} {operand}" for kind, operand in kinds]
     return {name: names.count(name) for name in sorted(set(names))}
 
@@ -192,7 +225,7 @@ def cycles(machine_code: str, warps: int) -> dict[str, int]:
     Cycles that the largest loop keeps parts of a Hopper multiprocessor busy.
 
     Four schedulers issue one instruction a cycle each; ``64 x n x 16`` products of a warpgroup take n / 2 cycles, those
-    of a warp ``16 x 8 x 16`` two; sixteen exponentials are ready a cycle.
+    of a warp ``16 x 8 x 16`` two; sixteen exponentials or roots are ready a cycle.
     """
     pattern = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(.*?);")
     lines = [(int(x[1], 16), x[2]) for x in pattern.finditer(machine_code)]
@@ -208,7 +241,7 @@ def cycles(machine_code: str, warps: int) -> dict[str, int]:
     return {
         "issue": len(body) * warps // 4,
         "tensor": sum(widths) // 2 * warps // 4 + 2 * single * warps // 4,
-        "exponential": exponentials * 32 * warps // 16,
+        "special": exponentials * 32 * warps // 16,
     }
 
 
@@ -223,7 +256,7 @@ def main() -> int:
     rows = []
     for target in arguments.targets:
         for dtype in ("bfloat16", "float32"):
-            for launch in attention_launches(REAL, getattr(torch, dtype), False, target):
+            for launch in real_launches(dtype, target):
                 rows.append({"dtype": dtype} | resources(launch, target))
                 print(show(rows[-1]), flush=True)
     if arguments.output:
@@ -233,9 +266,17 @@ def main() -> int:
     return int(not all(row["fits"] for row in rows))
 
 
+def real_launches(dtype: str, target: int) -> list[Launch]:
+    """Those of a block in bfloat16, and of attention alone, which is all that float32 has; each kind once."""
+    if dtype == "float32":
+        return attention_launches(REAL, torch.float32, False, target)
+    launches = block_launches(200, target)
+    return list({launch.name: launch for launch in launches}.values())
+
+
 def show(row: dict) -> str:
     """A line of the table."""
-    busy = "".join(f", {name} {count:,}" for name, count in row.get("cycles", {}).items())
+    busy = "".join(f", {name} {count} us" for name, count in row.get("microseconds", {}).items())
     return (
         f"{row['target']} {row['dtype']} {row['kernel']:18} {row['registers']:3} registers, {row['spilled']:,} spilled,"
         f" {row['shared'] // 1000} kB{'' if row['fits'] else ' TOO MUCH'}, {row['programs']} a multiprocessor{busy}"

@@ -65,6 +65,7 @@ def apply_kernel(
     STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     KEYS: tl.constexpr,
+    CENTRED_ONLY: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -166,7 +167,8 @@ def apply_kernel(
             inverse = 1.0 / normaliser
             out = out * (factor * inverse)[:, None] + total[None, :] * inverse[:, None]
             store_rows(CENTRED, heads * DV, positions, out, DV, BLOCK_DV, inside)
-            store_rows(OUT, out_strides[2], positions, out + mean[None, :], DV, BLOCK_DV, inside)
+            if not CENTRED_ONLY:
+                store_rows(OUT, out_strides[2], positions, out + mean[None, :], DV, BLOCK_DV, inside)
             tl.store(SHIFT + row * length + positions, shift + square + tl.log2(normaliser), mask=inside)
             tl.store(INVERSE + row * length + positions, inverse, mask=inside)
 

@@ -46,7 +46,7 @@ GENERAL = {
 HOPPER = GENERAL | {
     (True, True): (Tiles((256, 16), 64, 8, 2), Tiles((128, 128, 16), 64, 4, 2, resident=True)),
     # its matrix instruction takes 64 rows at least
-    (False, True): (Tiles((32,), 64, 4, 2), Tiles((32,), 64, 4, 2)),
+    (False, True): (GENERAL[False, True][0], Tiles((32,), 64, 4, 2)),
 }
 
 

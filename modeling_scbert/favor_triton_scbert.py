@@ -25,6 +25,8 @@ except ImportError:
 
 # what Triton raises where a kernel does not compile or launch, beside the errors of the system and of the driver
 LAUNCH_ERRORS = () if triton is None else (TritonError,)
+# dtypes that Triton's interpreter serves; it multiplies no bfloat16
+INTERPRETED = (torch.float32, torch.float16)
 # tuples in kernels, loops over them
 MIN_TRITON = (3, 3)
 # widths beyond this do not fit the registers of the kernels
@@ -46,8 +48,8 @@ def triton_supports(query: torch.Tensor, value: torch.Tensor, projection_matrix:
         return f"Triton {triton.__version__} is installed, {'.'.join(map(str, MIN_TRITON))} is needed"
     if query.dtype == torch.float64:
         return "float64 is none of its dtypes"
-    if not query.is_cuda and query.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies no bfloat16"
+    if not query.is_cuda and query.dtype not in INTERPRETED:
+        return f"Triton's interpreter multiplies no {query.dtype}"
     if max(query.shape[-1], value.shape[-1]) > MAX_WIDTH:
         return f"heads are wider than {MAX_WIDTH}"
     if query.is_cuda and capability_of(query.device) < (8, 0):
@@ -130,7 +132,7 @@ def triton_forward(
         for tensor in (output, *state):
             tensor.zero_()
         return output, *state
-    launches = _Launches(query, key, value, projection_matrix, attention_mask, epsilon)
+    launches = FavorLaunches(query, key, value, projection_matrix, attention_mask, epsilon)
     with launches.on_device():
         parts = launches.sum_keys()
         launches.table(parts, state, keys=True)
@@ -170,7 +172,7 @@ def triton_backward(
         for tensor in grads:
             tensor.zero_()
         return grads
-    launches = _Launches(query, key, value, projection_matrix, attention_mask, epsilon)
+    launches = FavorLaunches(query, key, value, projection_matrix, attention_mask, epsilon)
     with launches.on_device():
         launches.backward(launches.rows_of(grad.transpose(1, 2)), state, grads)
     return grads
@@ -181,7 +183,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-class _Launches:
+class FavorLaunches:
     """The launches of a call, and the arguments they share."""
 
     def __init__(self, query, key, value, projection_matrix, attention_mask, epsilon):
@@ -266,16 +268,17 @@ class _Launches:
             **{name: self.sizes[name] for name in ("FEATURES", "DV", "BLOCK_DV")},
         )
 
-    def apply_queries(self, state: list[torch.Tensor], output: torch.Tensor) -> None:
-        """The output, with and without the values' mean, and the rest of the state."""
+    def apply_queries(self, state: list[torch.Tensor], output: torch.Tensor | None = None) -> None:
+        """The rest of the state, the output less the values' mean first of all, and if it is wanted the output."""
         centred, *table, mean, key_max, shift, inverse = state
-        out = output.transpose(1, 2)
+        out = (centred if output is None else output).transpose(1, 2)
         self._launch_rows(
             apply_kernel,
             self.query_length,
             *(self.query, self.query.stride()[:3], self.query, self.query.stride()[:3], mean, key_max),
             *(self.projection, *table, mean, out, out.stride()[:3], centred, shift, inverse, mean),
             keys=False,
+            CENTRED_ONLY=output is None,
         )
 
     def backward(
@@ -304,6 +307,7 @@ class _Launches:
             *(*pair, self.projection, *table, mean, value_grad, value_grad.stride()[:3]),
             *(mean, mean, mean, row_sum),
             keys=True,
+            CENTRED_ONLY=False,
         )
         self._launch_rows(
             gradient_kernel,
@@ -313,7 +317,7 @@ class _Launches:
             keys=True,
         )
 
-    def _launch_rows(self, kernel, length: int, *arguments, keys: bool) -> None:
+    def _launch_rows(self, kernel, length: int, *arguments, keys: bool, **constants) -> None:
         parts = self.parts(length, self.rows.positions)
         kernel[parts, self.cells * self.heads](
             *(*arguments, self.heads, length, parts, self.unit, self.scale, self.epsilon),
@@ -326,4 +330,5 @@ class _Launches:
             HAS_MASK=keys and self.keep is not None,
             num_warps=self.rows.warps,
             **self.sizes,
+            **constants,
         )
