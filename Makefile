@@ -25,17 +25,17 @@ style: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 
 benchmark: $(INSTALLED)
-	$(VENV)/bin/python -m scbert.benchmarks.tokenizer_speed
-	$(VENV)/bin/python -m scbert.benchmarks.speed --output benchmarks/results
+	$(VENV)/bin/python benchmarks/tokenizer_speed.py
+	$(VENV)/bin/python benchmarks/speed.py --output benchmarks/results
 	cp benchmarks/results/speed.png docs/speed.png
-	$(VENV)/bin/python -m scbert.benchmarks.speed_report benchmarks/results/speed.json docs/performance.md
+	$(VENV)/bin/python benchmarks/speed_report.py benchmarks/results/speed.json docs/performance.md
 
 # the models that ship, from the folder of their cells: make mini DATA=cells (two hours on one core; scratch in build/)
 mini: $(INSTALLED)
-	$(VENV)/bin/python -m scbert.model_cards.make_mini $(DATA) --work build/mini
-	$(VENV)/bin/python -m scbert.model_cards.pretraining_effect model_cards/scbert-mini $(DATA)/zheng_facs_pbmc.h5ad \
+	$(VENV)/bin/python scripts/make_mini.py $(DATA) --work build/mini
+	$(VENV)/bin/python scripts/pretraining_effect.py model_cards/scbert-mini $(DATA)/zheng_facs_pbmc.h5ad \
 		--label-key cell_type_coarse --work build/mini
-	$(VENV)/bin/python -m scbert.model_cards.make_pbmc $(DATA) --work build/pbmc
+	$(VENV)/bin/python scripts/make_pbmc.py $(DATA) --work build/pbmc
 
 # the documentation reads the package from source, and needs a folder of its name whatever the clone is called
 docs: $(DOCS_INSTALLED)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         ScBertForMaskedExpression,
         ScBertModel,
     )
-    from .tokenization import ScBertTokenizer
+    from .tokenization.tokenization_scbert import ScBertTokenizer
 
 _HOME = {
     "ScBertConfig": "modeling_scbert",

@@ -332,7 +332,7 @@ def build(
 ) -> None:
     """Bring many files of cells into one corpus to train on, or verify one."""
     given = locals()
-    from .data.corpus import build_corpus as job
+    from .data.corpus_build import build_corpus as job
 
     run(job, **given)
 

@@ -144,9 +144,11 @@ def explain(error: Exception) -> str | None:
             return f"{error.strerror}: {error.filename}"
         return str(error) or type(error).__name__
     if isinstance(error, ValueError):
-        from .tokenization.expression_scbert import InputError
+        from .tokenization import InputError
 
-        return str(error) if isinstance(error, InputError) else None
+        # by its name: its module would import torch
+        mendable = isinstance(error, InputError) or type(error).__name__ == "BackendError"
+        return str(error) if mendable else None
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRAS:
         package = error.name.partition(".")[0]
         return f"This needs {package}, which is not installed: {how_to_install(package)}"

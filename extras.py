@@ -1,6 +1,8 @@
-"""Optional libraries: which extra of setup.cfg brings them, and the command that installs them."""
+"""Libraries: which extra of setup.cfg brings an optional one, how it is installed, and the versions of the others."""
 
 DISTRIBUTION = "scbert-transformers"
+# the packages that decide a result
+DECISIVE = (DISTRIBUTION, "torch", "transformers", "accelerate", "anndata", "numpy", "scipy")
 # importable library -> the extra that brings it
 EXTRAS = {
     "scanpy": "scanpy",
@@ -67,4 +69,18 @@ def _requirements(extra: str | None) -> list[str]:
             found += [name for inner in sorted(requirement.extras) for name in _requirements(inner)]
         else:
             found.append(f"{requirement.name}{requirement.specifier}")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in DECISIVE:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
     return found

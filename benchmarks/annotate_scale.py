@@ -1,6 +1,6 @@
 """Time and peak memory of `scbert annotate` from ten thousand to a million cells, with a tiny model.
 
-    python -m scbert.benchmarks.annotate_scale
+    python benchmarks/annotate_scale.py
 
 writes benchmarks/results/annotate_scale.json and the plot of docs/scaling.md; it takes two minutes and 2 GB of disk.
 
@@ -23,9 +23,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..modeling_scbert import ScBertConfig, ScBertForCellClassification
-from ..tokenization import ScBertTokenizer
-from .tokenizer_speed import draw_counts
+from scbert.modeling_scbert import ScBertConfig, ScBertForCellClassification
+from scbert.tokenization import ScBertTokenizer
+from tokenizer_speed import draw_counts
 
 CHUNK = 20_000
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,6 +1,6 @@
 """Time and peak memory of the encoders: over length (favor, lsh, softmax) and, reversible or not, over depth.
 
-    python -m scbert.benchmarks.encoder_memory --json --output encoder_memory.json --png encoder_memory.png
+    python benchmarks/encoder_memory.py --json --output encoder_memory.json --png encoder_memory.png
 
 Every figure is one training step (forward and backward, batch 1) of the published width in a process of its own, so
 that no peak is another's. Memory counts what the step takes above the model: weights, gradients and imports are taken
@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..modeling_scbert import ScBertConfig, ScBertModel
-from .tokenizer_speed import peak_gib
+from scbert.modeling_scbert import ScBertConfig, ScBertModel
+from tokenizer_speed import peak_gib
 
 ENCODERS = ("favor", "lsh", "softmax", "matrix")
 NAMES = {"favor": "favor", "lsh": "lsh, reversible", "softmax": "softmax, fused", "matrix": "softmax, matrix"}
@@ -85,7 +85,7 @@ def in_fresh_process(case, limit):
         return {**case, "seconds": None, "peak_gib": None, "needs_gib": matrix_gib(case["length"])}
     found = {}
     for figure, steps, variables in (("peak_gib", 1, GIVE_BACK), ("seconds", 2, {})):
-        command = [sys.executable, "-m", __spec__.name, "--case", json.dumps(case), "--steps", str(steps)]
+        command = [sys.executable, __file__, "--case", json.dumps(case), "--steps", str(steps)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -1,14 +1,14 @@
 """
 The tables of what benchmarks/encoder_memory.py measured, put between the markers of a page.
 
-    python -m scbert.benchmarks.encoder_report benchmarks/results/encoder_memory.json docs/performance.md
+    python benchmarks/encoder_report.py benchmarks/results/encoder_memory.json docs/performance.md
 """
 
 import json
 import sys
 from pathlib import Path
 
-from .encoder_memory import ENCODERS, NAMES
+from encoder_memory import ENCODERS, NAMES
 
 BEGIN, END = "<!-- encoders:begin -->", "<!-- encoders:end -->"
 

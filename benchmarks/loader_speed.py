@@ -1,6 +1,6 @@
 """Full-length cells a second that the loader makes of a corpus, beside files as they are.
 
-    python -m scbert.benchmarks.loader_speed --json
+    python benchmarks/loader_speed.py --json
 
 Counts are drawn (some 1,250 non-zero genes a cell, columns in another order than the panel's), built into a corpus
 and read as in pretraining: binned, masked, made dense to 16,907 tokens. The pages are in the system's cache.
@@ -16,12 +16,12 @@ import anndata
 import numpy as np
 from torch.utils.data import DataLoader
 
-from ..data.corpus import build_corpus
-from ..data.streaming import BinnedCells, CellFile, StreamOrder, open_corpus
-from ..tokenization import ScBertTokenizer
-from ..training.collators import DataCollatorForMaskedExpression
-from ..training.numbered_cells import NumberedCells, NumberedSampler
-from .tokenizer_speed import draw_counts, peak_gib
+from scbert.data.corpus_build import build_corpus
+from scbert.data.corpus_stream import BinnedCells, CellFile, StreamOrder, open_corpus
+from scbert.tokenization import ScBertTokenizer
+from scbert.training.cell_batches import CellDataset, DataCollatorForMaskedExpression
+from scbert.training.cell_order import EpochSampler
+from tokenizer_speed import draw_counts, peak_gib
 
 
 def write_cells(path, n_cells, n_genes, n_expressed, seed=0):
@@ -45,9 +45,9 @@ def cells_per_second(cells, tokenizer, streamed, n_workers, batch_size, n_cells)
         order = StreamOrder(len(cells), batch_size, n_workers=n_workers, numbered=True)
         options = {"batch_sampler": order}
     else:
-        options = {"sampler": NumberedSampler(len(cells)), "batch_size": batch_size}
+        options = {"sampler": EpochSampler(len(cells)), "batch_size": batch_size}
     collator = DataCollatorForMaskedExpression(tokenizer)
-    loader = DataLoader(NumberedCells(cells), num_workers=n_workers, collate_fn=collator, **options)
+    loader = DataLoader(CellDataset(cells), num_workers=n_workers, collate_fn=collator, **options)
     batches = iter(loader)
     for _ in range(2 * max(1, n_workers)):
         next(batches)

@@ -1,6 +1,6 @@
 """What padding costs, and what batches of like length and packed cells save of it.
 
-    python -m scbert.benchmarks.packing_speed CELLS --output packing.json
+    python benchmarks/packing_speed.py CELLS --output packing.json
 
 Masked expression steps of one model on the same cells, expressed genes only, in three kinds of batches: padded in
 random order, padded with cells of like length together, and packed in random order. The three take turns, and time is
@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.cell_dataset import CellDataset
-from ..data.read import read_cells
-from ..modeling_scbert import ScBertConfig, ScBertForMaskedExpression
-from ..tokenization import ScBertTokenizer
-from ..training.collators import DataCollatorForMaskedExpression
-from ..training.length_groups import LengthGroupedSampler
+from scbert.data.read import read_cells
+from scbert.modeling_scbert import ScBertConfig, ScBertForMaskedExpression
+from scbert.tokenization import ScBertTokenizer
+from scbert.training.cell_batches import CellDataset, DataCollatorForMaskedExpression
+from scbert.training.cell_order import LengthGroupedSampler
 
 WAYS = ("padded, random order", "padded, by length", "packed, random order")
 SIZES = {

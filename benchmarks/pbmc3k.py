@@ -1,7 +1,7 @@
 """
 The two commands on 10x's 3k PBMCs: one fixed stratified 80/20 split, the 16,906-gene panel, on the CPU.
 
-    python -m scbert.benchmarks.pbmc3k CELLS.h5ad PANEL.txt.gz --output DIR
+    python benchmarks/pbmc3k.py CELLS.h5ad PANEL.txt.gz --output DIR
 
 Writes the split to DIR, runs `scbert finetune` and `scbert annotate` on it as processes of their own, and prints the
 scores of the annotated file beside logistic regression learnt from the same 80%.
@@ -17,10 +17,10 @@ from pathlib import Path
 import anndata
 import numpy as np
 
-from ..data.splits import stratified_split
-from ..evaluation.baselines import BASELINES
-from ..evaluation.metrics import classification_metrics, plot_confusion
-from ..training.labels import find_labels
+from scbert.data.labels import find_labels
+from scbert.data.splits import stratified_split
+from scbert.evaluation.baselines import BASELINES
+from scbert.evaluation.metrics import classification_metrics, plot_confusion
 
 LABEL_KEY = "cell_type"
 SPLIT_SEED = 0

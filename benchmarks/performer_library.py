@@ -2,7 +2,7 @@
 The stand-in for the original beside the library that the original's attention comes from, where that is installed.
 
     pip install --no-deps performer-pytorch==1.0.11 local-attention==1.4.4 axial-positional-embedding einops
-    python -m scbert.benchmarks.performer_library --rounds 3
+    python benchmarks/performer_library.py --rounds 3
 
 Times inference and a pretraining step of `PerformerLM` (lucidrains, MIT; the release of early 2021) and of our model
 with `performer_attention`, of one size, in turn, and prints one line of JSON.
@@ -14,8 +14,8 @@ import statistics
 
 import torch
 
-from .speed import timed
-from .speed_tasks import FULL_LENGTH, TASKS, Variant, build_config, cells
+from speed import timed
+from speed_tasks import FULL_LENGTH, TASKS, Variant, build_config, cells
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Time and peak memory of tokenising and pretraining cells of a real file.
 
-    python -m scbert.benchmarks.pretraining_cost CELLS.h5ad --genes PANEL --cells 1000 --recipe small
-    python -m scbert.benchmarks.pretraining_cost CELLS.h5ad --genes PANEL --recipe scbert --steps 4
+    python benchmarks/pretraining_cost.py CELLS.h5ad --genes PANEL --cells 1000 --recipe small
+    python benchmarks/pretraining_cost.py CELLS.h5ad --genes PANEL --recipe scbert --steps 4
 
 With `--steps` the seconds of an epoch are those of the steps, scaled to all cells; `--batch-size` cells a step.
 """
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.read import read_cells, read_gene_names
-from ..tokenization import ScBertTokenizer
-from ..training.run_pretrain import pretrain
-from .tokenizer_speed import peak_gib
+from scbert.data.read import read_cells, read_gene_names
+from scbert.tokenization import ScBertTokenizer
+from scbert.training.run_pretrain import pretrain
+from tokenizer_speed import peak_gib
 
 
 def measure_tokenizing(path, panel):
@@ -51,10 +51,10 @@ def measure_pretraining(path, folder, options):
     seen = min(training["steps"] * batch, round(training["epochs"] * summary["cells"]["train"]))
     scores = (
         "loss",
-        "control_loss",
+        "baseline_loss",
         "masked_accuracy",
-        "control_masked_accuracy",
-        "cell_control_masked_accuracy",
+        "baseline_masked_accuracy",
+        "cell_baseline_masked_accuracy",
         "masked_accuracy_bin_mean",
     )
     return {

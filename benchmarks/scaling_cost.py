@@ -1,7 +1,7 @@
 """Cost of a million cells: floating-point operations counted, seconds a cell measured here, GPU-hours derived.
 
-    python -m scbert.benchmarks.scaling_cost
-    python -m scbert.benchmarks.scaling_cost --tflops 990 --utilisation 0.3 --json
+    python benchmarks/scaling_cost.py
+    python benchmarks/scaling_cost.py --tflops 990 --utilisation 0.3 --json
 
 The model is scBERT's (6 layers, 16,907 tokens) with random weights. Seconds are of one cell at a time on the CPU,
 processor time over all cores; the GPU columns assume that a share `--utilisation` of `--tflops` is reached.
@@ -14,8 +14,8 @@ import time
 import numpy as np
 import torch
 
-from ..modeling_scbert import ScBertConfig, ScBertForCellClassification, ScBertForMaskedExpression
-from ..training.finetune_trainer import freeze_for_finetuning
+from scbert.modeling_scbert import ScBertConfig, ScBertForCellClassification, ScBertForMaskedExpression
+from scbert.training.initial_model import freeze_for_finetuning
 
 JOBS = ("annotating", "annotating, expressed genes only", "fine-tuning, an epoch", "pretraining, an epoch")
 

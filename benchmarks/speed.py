@@ -1,8 +1,8 @@
 """
 Speed and memory of the engine beside a naive stand-in for the original and exact softmax attention.
 
-    python -m scbert.benchmarks.speed --output benchmarks/results      # about a quarter of an hour on two cores
-    python -m scbert.benchmarks.speed --quick                          # small, to see that it works
+    python benchmarks/speed.py --output benchmarks/results      # about a quarter of an hour on two cores
+    python benchmarks/speed.py --quick                          # small, to see that it works
 
 All ways to do a job are timed in turn, round after round, in one process and on the same weights: quote the ratios,
 not the seconds. Peak memory is that of a fresh process for every job and way, above what the imports take. Writes
@@ -25,13 +25,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from ..modeling_scbert import ScBertConfig
-from ..modeling_scbert.compiled_layer_scbert import compiled_blocks
-from ..modeling_scbert.cpu_matmul_scbert import restore_matmul, use_onednn
-from ..modeling_scbert.layers_scbert import ScBertLayer
-from .speed_report import plot, tables
-from .speed_steps import measure_steps
-from .speed_tasks import FULL_LENGTH, TASKS, VARIANTS, Variant, build_config, inference
+from scbert.modeling_scbert import ScBertConfig
+from scbert.modeling_scbert.compiled_layer_scbert import compiled_blocks
+from scbert.modeling_scbert.cpu_matmul_scbert import restore_matmul, use_onednn
+from scbert.modeling_scbert.layers_scbert import ScBertLayer
+from speed_report import plot, tables
+from speed_steps import measure_steps
+from speed_tasks import FULL_LENGTH, TASKS, VARIANTS, Variant, build_config, inference
 
 FULL = {
     "n_layers": 6,
@@ -221,7 +221,7 @@ def measure_batches(settings: dict, engines: dict[str, Variant]) -> list[dict]:
 
 def peak_in_a_fresh_process(*job) -> float:
     """Peak memory of a job and way, in GiB above the imports; see speed_peak.py."""
-    command = [sys.executable, "-W", "ignore", "-m", "scbert.benchmarks.speed_peak"]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("speed_peak.py"))]
     arguments = [*map(str, job), str(torch.get_num_threads())]
     return float(subprocess.run([*command, *arguments], check=True, stdout=subprocess.PIPE).stdout)
 

@@ -1,7 +1,7 @@
 """
 Peak memory of one job done one way, above what the imports take: run by speed.py, in a process of its own.
 
-    python -m scbert.benchmarks.speed_peak inference engine 6 16907 2
+    python benchmarks/speed_peak.py inference engine 6 16907 2
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .speed_tasks import TASKS, VARIANTS, build_config
+from speed_tasks import TASKS, VARIANTS, build_config
 
 
 def peak_of_one_run(task: str, name: str, n_layers: int, length: int) -> float:

@@ -1,7 +1,7 @@
 """
 Tables and plot of what benchmarks/speed.py measured, and the figures of docs/performance.md.
 
-    python -m scbert.benchmarks.speed_report benchmarks/results/speed.json docs/performance.md
+    python benchmarks/speed_report.py benchmarks/results/speed.json docs/performance.md
 """
 
 import json

@@ -1,7 +1,7 @@
 """
 The steps of attention on one chunk of positions, in float32 and in bfloat16: why the latter gains little on a CPU.
 
-    python -m scbert.benchmarks.speed_steps
+    python benchmarks/speed_steps.py
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..modeling_scbert.cpu_matmul_scbert import restore_matmul, use_onednn
+from scbert.modeling_scbert.cpu_matmul_scbert import restore_matmul, use_onednn
 
 HEADS, DIM, FEATURES = 10, 64, 266
 

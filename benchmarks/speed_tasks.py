@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..modeling_scbert import ScBertConfig, ScBertForCellClassification, ScBertForMaskedExpression
-from ..modeling_scbert.backends_scbert import Backend, favor_backend
-from ..modeling_scbert.cpu_matmul_scbert import restore_matmul
-from ..modeling_scbert.favor_engine_scbert import FAVOR
-from ..training.frozen_prefix import FrozenPrefix
-from .performer_attention import performer_attention
+from performer_attention import performer_attention
+from scbert.modeling_scbert import ScBertConfig, ScBertForCellClassification, ScBertForMaskedExpression
+from scbert.modeling_scbert.backends_scbert import Backend, favor_backend
+from scbert.modeling_scbert.cpu_matmul_scbert import restore_matmul
+from scbert.modeling_scbert.favor_engine_scbert import FAVOR
+from scbert.training.frozen_layer_cache import FrozenLayerCache
 
 # one token per gene of the original's panel, and the trailing one
 FULL_LENGTH = 16_907
@@ -147,7 +147,7 @@ def pretraining_step(config: ScBertConfig, n_cells: int, length: int) -> Callabl
 def finetuning_step(config: ScBertConfig, n_cells: int, length: int) -> Callable[[Variant], torch.Tensor]:
     """Forward, backward and Adam of cell-type annotation, all frozen but what the original trains."""
     # imported here: with the Trainer, its imports are most of what the other jobs' processes would do
-    from ..training.finetune_trainer import freeze_for_finetuning
+    from scbert.training.initial_model import freeze_for_finetuning
 
     torch.manual_seed(0)
     model = ScBertForCellClassification(config).train()
@@ -162,7 +162,7 @@ def _stepper(model, optimizer, batch) -> Callable[[Variant], torch.Tensor]:
 
     def run(variant: Variant) -> torch.Tensor:
         if variant.cached and variant not in caches:
-            caches[variant] = FrozenPrefix(model.scbert)
+            caches[variant] = FrozenLayerCache(model.scbert)
         model.scbert.prefix = caches.get(variant)
         optimizer.zero_grad()
         # the original decodes every token; so does its stand-in

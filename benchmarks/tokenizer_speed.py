@@ -1,6 +1,6 @@
 """Time and peak memory of tokenising 100,000 cells x 16,906 genes.
 
-    python -m scbert.benchmarks.tokenizer_speed --json
+    python benchmarks/tokenizer_speed.py --json
 
 Counts are drawn (geometric, some 1,250 non-zero genes a cell) and held as float32 CSR, as AnnData would;
 the peak counts them, the imports and the result.
@@ -16,7 +16,7 @@ import time
 import numpy as np
 import scipy.sparse as sp
 
-from ..tokenization import ScBertTokenizer
+from scbert.tokenization import ScBertTokenizer
 
 
 def draw_counts(n_cells, n_genes, n_expressed, seed=0):

@@ -1,19 +1,5 @@
-"""Files to validated cells, and results back to files."""
+"""Files to validated cells, and results back to files.
 
-from .cell_dataset import CellDataset, stack_rows
-from .output import atomic_copy_h5ad, atomic_path, atomic_write_h5ad, check_output_path, partial_folder
-from .read import iter_cell_chunks, matrix_rows, read_cells, read_gene_names
-
-__all__ = [
-    "CellDataset",
-    "atomic_copy_h5ad",
-    "atomic_path",
-    "atomic_write_h5ad",
-    "check_output_path",
-    "iter_cell_chunks",
-    "matrix_rows",
-    "partial_folder",
-    "read_cells",
-    "read_gene_names",
-    "stack_rows",
-]
+`check_paths` looks at inputs and outputs before anything slow is imported; `read*` give cells, `write*` take results;
+`corpus_*` build and read corpora for pretraining; `multiomics`, `modalities` and `regions` handle cells with peaks.
+"""

@@ -1,13 +1,13 @@
-"""What a corpus says of itself: corpus.json, its genes, its shards and their checksums."""
+"""The description of a corpus: corpus.json, its genes, its shards and their checksums."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 from ..tokenization import InputError
 from ..tokenization.genes_scbert import read_panel_rows
-from .corpus_shards import checksum
 
 MANIFEST = "corpus.json"
 GENES = "genes.txt"
@@ -35,16 +35,18 @@ def read_manifest(folder):
     Raises
     ------
     InputError
-        If it is none, or damaged, or of a later format.
+        If the folder is not a corpus, is damaged, or has a later format.
     """
     folder = Path(folder)
     if not is_corpus(folder):
-        raise InputError(f"{folder} is no corpus: there is no {MANIFEST} in it. Make one with scbert build.")
+        raise InputError(
+            f"{folder} is not a corpus: there is no {MANIFEST} in it. Build one (build_corpus, or scbert build)."
+        )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format"]
     except (ValueError, KeyError) as error:
-        raise InputError(f"{folder / MANIFEST} is damaged ({error}); build the corpus anew.") from error
+        raise InputError(f"{folder / MANIFEST} is damaged ({error}). Build the corpus again.") from error
     if version != FORMAT:
         raise InputError(f"{folder} is a corpus of format {version}; this version reads format {FORMAT}.")
     rows = read_panel_rows(folder / GENES)
@@ -55,11 +57,13 @@ def read_manifest(folder):
 
 def shards_of(manifest):
     """All shards of a manifest in order, each with the facts of its source."""
-    return [
-        {**shard, "kind": source["kind"], "whole": source["whole"], "source": source["path"]}
-        for source in manifest["sources"]
-        for shard in source["shards"]
-    ]
+    return [shard for source in manifest["sources"] for shard in shards_of_source(source)]
+
+
+def shards_of_source(source):
+    """The shards of one file, each with the facts of that file."""
+    facts = {"kind": source["kind"], "covers_all_genes": source["whole"], "source": source["path"]}
+    return [{**shard, **facts} for shard in source["shards"]]
 
 
 def verify_corpus(folder):
@@ -89,8 +93,14 @@ def verify_corpus(folder):
     if bad:
         raise InputError(
             f"{len(bad)} of {len(expected)} file(s) of {folder} are not as they were built: "
-            f"{'; '.join(bad[:10])}. Bring back an intact copy, or build the corpus anew."
+            f"{'; '.join(bad[:10])}. Restore an intact copy, or build the corpus again."
         )
     shards = shards_of(manifest)
     size = sum(shard["bytes"] for shard in shards)
     return {"corpus": str(folder), "shards": len(shards), "cells": manifest["cells"], "bytes": size}
+
+
+def checksum(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,6 +1,6 @@
-"""One file of cells into shards of a corpus: looked through once, then written.
+"""One file of cells to shards of a corpus: scanned once, then written.
 
-Both steps leave a record beside the corpus that is being built, so that a killed build goes on where it was.
+Both steps leave a record beside the corpus that is being built, so that an interrupted build continues there.
 """
 
 from __future__ import annotations
@@ -8,13 +8,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import scipy.sparse as sp
 
 from ..tokenization import InputError, align_genes
 from ..tokenization.cells_scbert import sample_rows
@@ -25,9 +23,11 @@ from ..tokenization.expression_scbert import (
     is_integer_valued,
     log1p_scale,
 )
-from .multiomics import feature_modalities
+from .corpus_manifest import checksum
+from .modalities import feature_modalities
 from .quality_control import choose_cells, measure_cells
 from .read import CHUNK_SIZE, matrix_rows, read_cells
+from .write_output import atomic_file
 
 LISTS = {"gene_ids": pa.list_(pa.int32()), "values": pa.list_(pa.float32())}
 NAMES = {"cell": pa.string(), "file": pa.string()}
@@ -47,13 +47,13 @@ class QualityRules:
 
 @dataclass
 class Scan:
-    """What one look through a file found.
+    """What the scan of a file found.
 
     Attributes
     ----------
     facts : dict
-        ``genes`` (names to be taken), ``modalities``, ``genome_build``, ``obs`` (column -> kind), ``kind`` and
-        ``whole`` (counts or log1p, the latter of all genes or of a part), ``cells`` and the report of the rules.
+        ``genes`` (names to be taken), ``modalities``, ``genome_build``, ``obs`` (column -> kind), ``kind`` (counts
+        or log1p), ``covers_all_genes`` (or log1p of a part of them), ``cells`` and the report of the rules.
     keep : numpy.ndarray of bool [cells]
     hashes : numpy.ndarray of uint64 [cells]
         Equal where genes and values of two cells are.
@@ -65,7 +65,7 @@ class Scan:
 
 
 def scan_file(source, input, rules, record):
-    """Look through a file in bounded memory; the result is kept in `record` and read from there the next time.
+    """Scan a file in bounded memory; the result is kept in `record` and read from there the next time.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def scan_file(source, input, rules, record):
             return Scan(json.loads(str(stored["facts"])), stored["keep"], stored["hashes"])
     with _opened(source) as adata, _damage(source.path):
         scan = _scan(adata, source, input, rules)
-    with replaced(record) as handle:
+    with atomic_file(record) as handle:
         np.savez(handle, facts=json.dumps(scan.facts), keep=scan.keep, hashes=scan.hashes)
     return scan
 
@@ -104,7 +104,10 @@ def _scan(adata, source, input, rules):
     def look(chunk):
         check_values(chunk)
         if input == "auto" and kind == "counts" and not is_integer_valued(chunk):
-            raise InputError("Some cells have fractions, others whole-number counts: say which with --input.")
+            raise InputError(
+                "Some cells have fractions, others whole-number counts. Say what the values are: input='counts' or "
+                "'log1p' (--input counts, --input log1p)."
+            )
         hashes.append(hash_cells(chunk, gene_hashes))
 
     quality = measure_cells(adata, source.layer, on_chunk=look)
@@ -125,7 +128,7 @@ def _scan(adata, source, input, rules):
         "genome_build": adata.uns.get("genome_build"),
         "obs": {str(name): _kind_of(adata.obs[name]) for name in adata.obs.columns},
         "kind": kind,
-        "whole": kind == "counts" or log1p_scale(sample) is not None,
+        "covers_all_genes": kind == "counts" or log1p_scale(sample) is not None,
         "cells": int(adata.n_obs),
         "rules": report,
     }
@@ -137,7 +140,7 @@ def _hash_of(name):
 
 
 def hash_cells(chunk, gene_hashes):
-    """A number of 64 bits for every cell, decided by its genes and values in whatever order.
+    """A 64-bit hash of the genes and values of every cell, in whatever order they come.
 
     Parameters
     ----------
@@ -146,6 +149,7 @@ def hash_cells(chunk, gene_hashes):
 
     Examples
     --------
+    >>> import scipy.sparse as sp
     >>> cells = sp.csr_matrix(np.array([[1, 2], [2, 1], [1, 2]], dtype=np.float32))
     >>> a, b, c = hash_cells(cells, np.array([5, 6], dtype=np.uint64))
     >>> bool(a == c), bool(a == b)
@@ -199,9 +203,7 @@ def corpus_schema(scans, sources, columns=None):
         raise InputError(f"No file has a column {', '.join(sorted(set(columns) - set(kinds)))} in obs.")
     clash = sorted(set(kinds) & {*LISTS, *NAMES})
     if clash:
-        raise InputError(
-            f"The obs column(s) {', '.join(clash)} bear a name that a corpus needs; rename them."
-        )
+        raise InputError(f"A corpus has columns of its own called {', '.join(clash)}; rename those in obs.")
     fields = {name: ARROW_TYPES[_common_kind(found)] for name, found in kinds.items()}
     return pa.schema({**LISTS, **NAMES, **fields})
 
@@ -213,7 +215,7 @@ def _common_kind(kinds):
 
 
 def write_file(source, rows, facts, genes, schema, folder, prefix, shard_cells):
-    """Write chosen cells of a file as shards; one that is there already is left as it is.
+    """Write chosen cells of a file as shards; those that exist are kept.
 
     Parameters
     ----------
@@ -246,9 +248,8 @@ def write_file(source, rows, facts, genes, schema, folder, prefix, shard_cells):
                     adata = stack.enter_context(_opened(source))
                     batches = _Batches(adata, source, facts, genes, schema)
                 shard = rows[start : start + shard_cells]
-                with _damage(source.path):
-                    found = _write_shard(path, batches.of(shard), schema)
-                with replaced(record) as handle:
+                found = _write_shard(path, batches.of(shard), schema)
+                with atomic_file(record) as handle:
                     handle.write(json.dumps({"file": path.name, "cells": len(shard), **found}).encode())
             written.append(json.loads(record.read_text()))
     return written
@@ -256,7 +257,7 @@ def write_file(source, rows, facts, genes, schema, folder, prefix, shard_cells):
 
 def _write_shard(path, batches, schema):
     n_values = 0
-    with replaced(path) as handle, pa.ipc.new_stream(handle, schema) as writer:
+    with atomic_file(path) as handle, pa.ipc.new_stream(handle, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
             n_values += len(batch.column("values").values)
@@ -267,6 +268,7 @@ class _Batches:
     """Cells of one open file as Arrow record batches."""
 
     def __init__(self, adata, source, facts, genes, schema):
+        self.path = source.path
         self.matrix, names = matrix_rows(adata, source.layer)
         # a gene that too few cells of this file express stays out of it, though another file may bring it in
         own = set(facts["genes"])
@@ -284,17 +286,14 @@ class _Batches:
             yield self._batch(chosen, self._values(chosen))
 
     def _values(self, rows):
-        # a slice is cheap on disk; a list of rows is not
-        values = as_csr(self.matrix[int(rows[0]) : int(rows[-1]) + 1])
+        with _damage(self.path):
+            # a slice is cheap on disk; a list of rows is not
+            values = as_csr(self.matrix[int(rows[0]) : int(rows[-1]) + 1])
         if values.shape[0] > len(rows):
             values = values[rows - rows[0]]
-        if self.kind == "counts" or not self.alignment.n_duplicates:
+        if self.kind == "counts":
             return self.alignment.apply(values)
-        # genes standing twice are summed as counts
-        counts = sp.csr_matrix((np.expm1(values.data), values.indices, values.indptr), values.shape)
-        aligned = self.alignment.apply(counts)
-        aligned.data = np.log1p(aligned.data)
-        return aligned
+        return self.alignment.apply_to_logs(values, dtype=None)
 
     def _batch(self, rows, values):
         offsets = pa.array(values.indptr.astype(np.int32))
@@ -335,33 +334,13 @@ def _opened(source):
 
 @contextlib.contextmanager
 def _damage(path):
-    """A block of a file that cannot be read is the file's fault; a full disk and the like are not."""
+    """Blame the file for a block that cannot be read, but not for a full disk and the like."""
     try:
         yield
     except OSError as error:
-        # h5py reports damage without a number of the system's
+        # h5py reports damage without an error number
         if error.errno is not None:
             raise
         raise InputError(
-            f"{path} cannot be read to its end; it is damaged or cut short ({error})."
+            f"{path} cannot be read to its end: it is corrupt or truncated ({error})."
         ) from error
-
-
-@contextlib.contextmanager
-def replaced(path):
-    """A binary file that takes the place of `path` when the block ends well, and is on the disk by then."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def checksum(path):
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..tokenization import InputError
-from .read_10x import is_10x_folder
+from .check_paths import is_10x_folder
 
 CELL_FILES = ("*.h5ad", "*.h5", "*.h5mu", "*.zarr")
 TABLES = (".csv", ".tsv")
@@ -24,7 +24,7 @@ class Source:
     layer : str or None
         Layer that holds the values, ``"raw"``, or None for X.
     columns : dict of str to str
-        What is said of all its cells alike: dataset, donor, species and the like.
+        What a manifest says of all its cells: dataset, donor, species and the like.
     """
 
     path: Path
@@ -32,7 +32,7 @@ class Source:
     columns: dict = field(default_factory=dict)
 
     def stamp(self):
-        """Size and time of the last change: another file under the same name has another stamp."""
+        """Size and time of the last change, by which another file of the same name is told."""
         if not self.path.exists():
             return []
         paths = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
@@ -47,10 +47,10 @@ def find_sources(paths, layer=None):
     ----------
     paths : sequence of path
         Files of cells, folders of them, and manifests: a .csv or .tsv table with a column ``path`` (relative
-        to the table), ``layer`` if wanted, and any further columns (``dataset``, ``donor``, ``species``),
-        which are noted with each of the file's cells.
+        to the table), ``layer`` if needed, and any further columns (``dataset``, ``donor``, ``species``),
+        which are recorded with each cell of the file.
     layer : str, optional
-        Of files for which no manifest names one.
+        For files whose layer no manifest names.
 
     Returns
     -------
@@ -78,7 +78,7 @@ def find_sources(paths, layer=None):
     for source in sources:
         key = (source.path.resolve(), source.layer)
         if key in seen:
-            raise InputError(f"{source.path} is named twice among the sources; name it once.")
+            raise InputError(f"{source.path} is listed twice among the sources; list it once.")
         seen[key] = source
     return sources
 
@@ -91,7 +91,7 @@ def _files_in(folder):
     found = {path for pattern in CELL_FILES for path in folder.glob(pattern)}
     found |= {path for path in folder.iterdir() if path.is_dir() and is_10x_folder(path)}
     if not found:
-        raise InputError(f"{folder} holds no file of cells ({', '.join(CELL_FILES)}, or a 10x folder).")
+        raise InputError(f"{folder} contains no file of cells ({', '.join(CELL_FILES)}, or a 10x folder).")
     return sorted(found)
 
 

@@ -1,4 +1,4 @@
-"""Which cells and genes are good enough to learn from."""
+"""Which cells are good enough to learn from."""
 
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ def measure_cells(adata, layer=None, chunk_size=CHUNK_SIZE, on_chunk=None):
     chunk_size : int
         Cells per chunk.
     on_chunk : callable, optional
-        Called with every chunk (CSR) in turn, so that a large file need not be read again for another measure.
+        Called with every chunk (CSR) in turn, so that a large file need not be read twice.
 
     Returns
     -------
@@ -75,7 +75,7 @@ def choose_cells(
     layer=None,
     quality=None,
 ):
-    """Cells worth learning from, and how many each rule leaves out.
+    """Cells that pass the quality rules, and how many each rule leaves out.
 
     Parameters
     ----------
@@ -83,26 +83,26 @@ def choose_cells(
     min_genes : int
         Least number of expressed genes.
     max_mito_fraction : float, optional
-        Greatest share of mitochondrial counts; not looked at if left out.
+        Largest share of mitochondrial counts; no limit if left out.
     doublet_key : str, optional
         Column of `obs` with a doublet score, or a doublet call (true, or the word "doublet").
     max_doublet_score : float
-        Greatest score.
+        Largest score.
     layer : str, optional
     quality : CellQuality, optional
-        What `measure_cells` found, where it is known already.
+        What `measure_cells` returned, if it is known already.
 
     Returns
     -------
     keep : numpy.ndarray of bool [cells]
     report : dict of str to int
-        ``few_genes``, ``mitochondrial``, ``doublets``: cells left out, each counted at the first rule that
-        meets it; ``kept``.
+        ``few_genes``, ``mitochondrial``, ``doublets``: cells left out, each counted under the first rule that
+        applies; ``kept``.
 
     Raises
     ------
     InputError
-        If a rule needs what the data do not hold.
+        If a rule needs something that the data lack.
 
     Examples
     --------
@@ -125,20 +125,15 @@ def choose_cells(
     return keep, report
 
 
-def choose_genes(adata, min_cells=3, layer=None):
-    """Genes expressed in at least `min_cells` cells, as a bool array [genes]."""
-    return measure_cells(adata, layer).cells_per_gene >= min_cells
-
-
 def _above_mito(quality, maximum):
     if maximum is None:
         return np.zeros(len(quality.total), dtype=bool)
     if not 0 <= maximum <= 1:
-        raise InputError(f"The greatest mitochondrial share must be from 0 to 1; found {maximum}.")
+        raise InputError(f"The largest mitochondrial share must be between 0 and 1; found {maximum}.")
     if quality.mito_fraction is None:
         raise InputError(
             f"There are no mitochondrial genes (names that begin with {MITOCHONDRIAL}), so their share cannot "
-            f"be limited; leave that rule out."
+            f"be limited. Leave out max_mito_fraction (--max-mito-fraction)."
         )
     return quality.mito_fraction > maximum
 
@@ -150,7 +145,7 @@ def _is_doublet(obs, key, maximum):
         raise InputError(f"There is no column {key!r} in obs; it has: {', '.join(map(str, obs.columns))}.")
     column = obs[key]
     if column.dtype.kind == "f":
-        # a cell that was never scored is no doublet
+        # a cell that was never scored is not taken for a doublet
         return (column > maximum).to_numpy()
     words = column.astype(str).str.strip().str.lower()
     if not set(words) <= {"true", "false", "doublet", "singlet", "1", "0", "nan", "none", ""}:

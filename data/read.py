@@ -1,9 +1,7 @@
-"""Files to AnnData: h5ad, zarr, 10x .h5 and 10x matrix folders, checked at the door."""
+"""Files to AnnData: .h5ad, .zarr, .h5mu, 10x .h5 and 10x matrix folders, checked at the door."""
 
 import contextlib
-import logging
 import warnings
-import zipfile
 from pathlib import Path
 
 import anndata
@@ -12,30 +10,34 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..tokenization import InputError, gene_names_of, read_gene_panel, select_matrix
-from ..tokenization.expression_scbert import as_csr, check_values
-from .read_10x import is_10x_folder, read_10x_folder, read_10x_h5
-
-logger = logging.getLogger(__name__)
+from ..tokenization.cells_scbert import check_shape, other_sources
+from ..tokenization.expression_scbert import check_values
+from .check_paths import check_cells_path, is_zarr
+from .modalities import read_mudata
+from .read_10x import is_10x_h5, read_10x_folder, read_10x_h5
 
 CHUNK_SIZE = 4096
 # values of a CSC file looked at together while its rows are gathered
 COLUMN_BLOCK = 4_000_000
 
 
-def read_cells(path, layer=None, backed=False, check=True):
+def read_cells(path, layer=None, backed=False, check=True, every_feature=False):
     """Read cells from a file or folder, and refuse what cannot be annotated or learnt from.
 
     Parameters
     ----------
-    path : str or os.PathLike
-        .h5ad, .h5 (10x), .zarr, or a folder with a 10x matrix.mtx (gzip-compressed or not).
+    path : str, os.PathLike or anndata.AnnData
+        .h5ad, .h5 (10x), .h5mu, .zarr, or a folder with a 10x matrix.mtx (gzip-compressed or not); an AnnData is
+        checked and comes back as it is.
     layer : str, optional
         Layer whose values will be used, or ``"raw"``; X if left out. Only checked here: the AnnData comes
         back as it stands in the file.
     backed : bool
         Leave the matrix of an .h5ad on disk. Its values are then checked as they are read.
     check : bool
-        Look for negative, NaN and infinite values now.
+        Look for negative, NaN and infinite values, and for a matrix of zeros, now.
+    every_feature : bool
+        Keep the features of a 10x file other than gene expression, such as peaks.
 
     Returns
     -------
@@ -50,13 +52,10 @@ def read_cells(path, layer=None, backed=False, check=True):
     --------
     >>> adata = read_cells("cells.h5ad")  # doctest: +SKIP
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"There is no file {path}.")
-    with _clear_errors(path), warnings.catch_warnings():
-        # repeated gene or cell names are dealt with, old formats are read all the same
-        warnings.simplefilter("ignore")
-        adata = _read_any(path, backed)
+    if isinstance(path, anndata.AnnData):
+        adata, path = path, "The AnnData"
+    else:
+        adata = _read_file(check_cells_path(path), backed, every_feature)
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise InputError(
             f"{path} holds {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed."
@@ -64,52 +63,36 @@ def read_cells(path, layer=None, backed=False, check=True):
     matrix, _ = select_matrix(adata, layer)
     if check and not adata.isbacked:
         check_values(matrix)
+        if matrix.max() == 0:
+            raise InputError(
+                f"Every value of {path} is zero: no cell expresses any gene. Check how the file was written, or take "
+                f"another matrix.{other_sources(adata, layer)}"
+            )
     return adata
 
 
-def _read_any(path, backed):
+def _read_file(path, backed, every_feature):
+    with _clear_errors(path), warnings.catch_warnings():
+        # repeated gene or cell names are dealt with, old formats are read all the same
+        warnings.simplefilter("ignore")
+        return _read_any(path, backed, every_feature)
+
+
+def _read_any(path, backed, every_feature):
     if path.is_dir():
-        if path.suffix == ".zarr" or (path / ".zgroup").exists() or (path / "zarr.json").exists():
-            return anndata.read_zarr(path)
-        if is_10x_folder(path):
-            return read_10x_folder(path)
-        raise InputError(
-            f"{path} is a folder without a 10x matrix.mtx or a zarr store in it; an .h5ad file was needed."
-        )
-    if zipfile.is_zipfile(path) and path.suffix == ".zarr.zip":
-        return anndata.read_zarr(str(path))
+        return anndata.read_zarr(path) if is_zarr(path) else read_10x_folder(path, every_feature)
     if not h5py.is_hdf5(path):
-        raise InputError(_not_hdf5(path))
+        raise InputError(
+            f"{path} is not valid HDF5 (corrupt, truncated or another format). An .h5ad file was needed."
+        )
     if path.suffix == ".h5mu":
-        # the reader of several modalities is built on this one
-        from .multiomics import read_multiomics
-
-        return read_multiomics(path)
-    if _is_10x_h5(path):
-        return read_10x_h5(path)
-    return anndata.read_h5ad(path, backed="r" if backed else None)
-
-
-def _not_hdf5(path):
-    if path.stat().st_size == 0:
-        return f"{path} is empty."
-    if path.suffix.lower() in (".csv", ".tsv", ".txt", ".gz", ".mtx", ".loom", ".rds"):
-        return (
-            f"{path} is of a kind that is not read here; convert it to .h5ad (for instance with "
-            f"scanpy.read(...).write_h5ad(...)), or give the folder that holds a 10x matrix.mtx."
-        )
-    return (
-        f"{path} is no HDF5 file: it is damaged or cut short, or of another kind. An .h5ad file was needed."
-    )
-
-
-def _is_10x_h5(path):
+        return read_mudata(path)
     with h5py.File(path, "r") as file:
-        if "obs" in file or "var" in file:
-            return False
-        return "matrix" in file or any(
-            isinstance(group, h5py.Group) and "barcodes" in group for group in file.values()
-        )
+        if is_10x_h5(file):
+            return read_10x_h5(path, every_feature)
+        if isinstance(file.get("X"), h5py.Dataset):
+            check_shape(file["X"])
+    return anndata.read_h5ad(path, backed="r" if backed else None)
 
 
 @contextlib.contextmanager
@@ -120,14 +103,14 @@ def _clear_errors(path):
     except InputError:
         raise
     except PermissionError:
-        raise InputError(f"{path} may not be read: check its permissions.") from None
+        raise InputError(f"{path} cannot be read: its permissions do not allow it.") from None
     except MemoryError:
-        raise InputError(f"{path} does not fit into memory; read it backed, or in parts.") from None
+        raise InputError(f"{path} does not fit into memory. Split it into several files.") from None
     # h5py, zarr and anndata raise a dozen types for a damaged file
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{path} cannot be read; it is damaged, cut short or of another kind ({reason[0]})."
+            f"{path} cannot be read: it is corrupt, truncated or in another format ({reason[0]})."
         ) from error
 
 
@@ -192,42 +175,6 @@ def _column_blocks(indptr):
         last = min(max(last, first + 1), n_columns)
         yield first, last
         first = last
-
-
-def iter_cell_chunks(cells, layer=None, chunk_size=CHUNK_SIZE):
-    """Rows of a matrix as CSR chunks; memory does not grow with the cells of an .h5ad file.
-
-    Parameters
-    ----------
-    cells : anndata.AnnData, str or os.PathLike
-        A path is opened backed.
-    layer : str, optional
-    chunk_size : int
-        Cells per chunk.
-
-    Yields
-    ------
-    scipy.sparse.csr_matrix [up to chunk_size, genes]
-        Checked: finite and non-negative.
-
-    Examples
-    --------
-    >>> import anndata, numpy as np
-    >>> adata = anndata.AnnData(np.eye(5, dtype="float32"))
-    >>> [chunk.shape for chunk in iter_cell_chunks(adata, chunk_size=2)]
-    [(2, 5), (2, 5), (1, 5)]
-    """
-    opened = not hasattr(cells, "var_names")
-    adata = read_cells(cells, layer=layer, backed=True) if opened else cells
-    try:
-        matrix, _ = matrix_rows(adata, layer)
-        for start in range(0, matrix.shape[0], chunk_size):
-            chunk = as_csr(matrix[start : start + chunk_size])
-            check_values(chunk)
-            yield chunk
-    finally:
-        if opened and adata.isbacked:
-            adata.file.close()
 
 
 def read_gene_names(path):

@@ -33,11 +33,6 @@ def _find(folder, names):
     return found[0] if found else None
 
 
-def is_10x_folder(folder):
-    """Whether a folder holds a matrix.mtx or matrix.mtx.gz."""
-    return any(path.name.removesuffix(".gz").endswith("matrix.mtx") for path in Path(folder).iterdir())
-
-
 def read_10x_folder(folder, every_feature=False):
     """Read matrix.mtx, features.tsv (or genes.tsv) and barcodes.tsv, gzip-compressed or not.
 
@@ -78,6 +73,15 @@ def _read_table(path):
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8", newline="") as handle:
         return [row for row in csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
+
+
+def is_10x_h5(file):
+    """Whether an open HDF5 file is one of Cell Ranger's."""
+    if "obs" in file or "var" in file:
+        return False
+    return "matrix" in file or any(
+        isinstance(group, h5py.Group) and "barcodes" in group for group in file.values()
+    )
 
 
 def read_10x_h5(path, every_feature=False):

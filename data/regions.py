@@ -10,9 +10,9 @@ import scipy.sparse as sp
 from ..extras import how_to_install
 from ..tokenization import InputError
 
-# chrom:start-end, or with - or _ all through
-REGION = re.compile(r"([\w.]+?)[:\-_](\d+)[\-_](\d+)")
-# one build under its several names, as UCSC has them
+# chrom:start-end, or with - or _ throughout
+REGION = re.compile(r"^(?P<chrom>[\w.]+?)[:\-_](?P<start>\d+)[\-_](?P<end>\d+)\Z")
+# UCSC's name of each build, and the names it goes by
 BUILDS = {
     "hg38": ("grch38", "hg38"),
     "hg19": ("grch37", "hg19"),
@@ -24,7 +24,7 @@ BUILDS = {
 
 
 def genome_build(name):
-    """UCSC's name of a genome build, from any of its names and with a release behind it.
+    """UCSC's name of a genome build, given any of its names, with or without a release.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def genome_build(name):
     Returns
     -------
     str or None
-        The name as it came where the build is not known here.
+        The name unchanged if the build is not known here.
 
     Examples
     --------
@@ -58,7 +58,7 @@ def parse_regions(names, genome=None):
     ----------
     names : sequence of str [regions]
     genome : str, optional
-        Genome build: regions must then start on its chromosomes, where it is one whose lengths are known.
+        Genome build: regions must start on its chromosomes, if their lengths are known.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def parse_regions(names, genome=None):
     Raises
     ------
     InputError
-        If a name is no region, ends before it starts, or starts beyond the end of its chromosome.
+        If a name is not a region, ends before it starts, or starts beyond the end of its chromosome.
 
     Examples
     --------
@@ -77,23 +77,18 @@ def parse_regions(names, genome=None):
     0  chr1    100  200
     1  chrX      5    9
     """
-    matches = [REGION.fullmatch(str(name)) for name in names]
-    bad = [str(name) for name, match in zip(names, matches) if match is None]
-    if bad:
-        raise InputError(
-            f"{len(bad)} of {len(matches)} peaks are not named by their region (first: {', '.join(bad[:3])}); "
-            f"chrom:start-end or chrom-start-end is needed, such as chr1:9963-10665. Rename them (var_names)."
-        )
-    table = pd.DataFrame(
-        {
-            "chrom": [_chromosome(match[1]) for match in matches],
-            "start": np.array([int(match[2]) for match in matches], dtype=np.int64),
-            "end": np.array([int(match[3]) for match in matches], dtype=np.int64),
-        }
+    names = pd.Series([str(name) for name in names], dtype=object)
+    table = names.str.extract(REGION)
+    _refuse(
+        names,
+        table["chrom"].isna(),
+        "are not named by their region: chrom:start-end or chrom-start-end is needed, such as chr1:9963-10665",
     )
+    table = table.astype({"start": np.int64, "end": np.int64})
+    table["chrom"] = table["chrom"].map(_chromosome)
     _refuse(names, table["start"] >= table["end"], "end before they start")
     lengths = table["chrom"].map(_chromosome_lengths(genome))
-    # callers let peaks run past the end by a few bases; a peak that starts there is of another build
+    # callers let peaks run past the end by a few bases; a peak that starts there belongs to another build
     _refuse(
         names,
         table["start"] >= lengths,
@@ -112,12 +107,12 @@ def _chromosome(name):
 
 def _refuse(names, faulty, what):
     if faulty.any():
-        first = [str(name) for name, bad in zip(names, faulty) if bad][:3]
-        raise InputError(f"{int(faulty.sum())} of {len(faulty)} peaks (first: {', '.join(first)}) {what}.")
+        first = ", ".join(names[faulty][:3])
+        raise InputError(f"{int(faulty.sum())} of {len(faulty)} peaks (first: {first}) {what}.")
 
 
 def _chromosome_lengths(genome):
-    """Lengths by chromosome, from the tables bioframe carries; empty where it has none."""
+    """Lengths by chromosome, from the tables that come with bioframe; empty if it has none."""
     build = genome_build(genome)
     if build not in BUILDS:
         return {}
@@ -129,7 +124,7 @@ def _bioframe():
         import bioframe
     except ImportError:
         raise InputError(
-            f"Peaks are mapped by the library bioframe, which is not installed: {how_to_install('bioframe')}"
+            f"Mapping peaks needs the library bioframe, which is not installed: {how_to_install('bioframe')}"
         ) from None
     return bioframe
 
@@ -141,7 +136,7 @@ class RegionMapping:
     Attributes
     ----------
     matrix : scipy.sparse.csr_matrix [peaks, regions]
-        One 1 in the row of a mapped peak, none in that of another.
+        A 1 in the row of each mapped peak; the rows of the others are empty.
     """
 
     matrix: sp.csr_matrix
@@ -172,7 +167,7 @@ def map_regions(peaks, regions):
     Returns
     -------
     RegionMapping
-        Of several regions overlapped alike, the first of the panel is taken; a peak is never counted twice.
+        If several regions overlap equally, the first of the panel is taken; no peak is counted twice.
 
     Examples
     --------

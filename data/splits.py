@@ -1,6 +1,15 @@
-"""Cells to train, validate and test on."""
+"""Cells to train, validate and test on: splits and folds that others can repeat, and files of them."""
+
+import csv
+from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
+
+from ..tokenization import InputError
+from .write_output import atomic_path
+
+SPLIT_COLUMNS = ("cell", "split")
 
 
 def stratified_split(
@@ -48,3 +57,117 @@ def _share(n: int, fraction: float, spare: int) -> int:
     """`fraction` of n cells, at least one, and `spare` of them left for others."""
     wanted = max(1, round(fraction * n)) if fraction > 0 else 0
     return max(0, min(wanted, n - spare))
+
+
+def stratified_folds(classes: np.ndarray, n_folds: int, seed: int = 0) -> np.ndarray:
+    """
+    Give every cell a fold so that each class is spread evenly over the folds.
+
+    Parameters
+    ----------
+    classes
+        Class of every cell, [cells].
+    n_folds
+        Number of folds.
+    seed
+        Decides the draw.
+
+    Returns
+    -------
+    numpy.ndarray
+        int [cells], 0..n_folds-1. A class with fewer cells than folds is missing from some.
+
+    Raises
+    ------
+    InputError
+        If there are fewer than two folds, or more folds than cells.
+
+    Examples
+    --------
+    >>> np.bincount(stratified_folds(np.zeros(10), 5)).tolist()
+    [2, 2, 2, 2, 2]
+    """
+    classes = np.asarray(classes)
+    if n_folds < 2:
+        raise InputError(f"At least two folds are needed, not {n_folds}.")
+    if len(classes) < n_folds:
+        raise InputError(
+            f"{len(classes)} cells cannot be spread over {n_folds} folds: there must be at least as many."
+        )
+    folds = np.empty(len(classes), dtype=int)
+    rng = np.random.default_rng(seed)
+    start = 0
+    for name in np.unique(classes):
+        cells = rng.permutation(np.flatnonzero(classes == name))
+        # each class continues where the last one ended, so that the sizes of the folds differ by one at most
+        folds[cells] = (start + np.arange(len(cells))) % n_folds
+        start += len(cells)
+    return folds
+
+
+def write_split(path: str, cells: Sequence[str], split: Sequence, overwrite: bool = False) -> None:
+    """
+    Write which cell is in which split or fold, as CSV with the columns cell and split.
+
+    Parameters
+    ----------
+    path
+        Output; in place only when complete.
+    cells
+        Names of the cells (`obs_names`), each once.
+    split
+        Name or number of each cell's split.
+    overwrite
+        Replace an existing file.
+    """
+    if len(set(cells)) < len(cells):
+        raise InputError(
+            "Cells share names, so a file could not tell them apart; make obs_names unique first."
+        )
+    with (
+        atomic_path(path, overwrite) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as handle,
+    ):
+        writer = csv.writer(handle)
+        writer.writerow(SPLIT_COLUMNS)
+        writer.writerows(zip(cells, split, strict=True))
+
+
+def read_split(path: str, cells: Sequence[str]) -> np.ndarray:
+    """
+    Read a file of `write_split` for these cells.
+
+    Parameters
+    ----------
+    path
+        CSV with the columns cell and split.
+    cells
+        Names of the cells wanted, in order; the file may hold others too.
+
+    Returns
+    -------
+    numpy.ndarray
+        Object array [cells] of str.
+
+    Raises
+    ------
+    InputError
+        If the file is not such a table, names a cell twice, or lacks one.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise InputError(f"There is no split file {path}.") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a CSV file of splits ({error}).") from error
+    if not set(SPLIT_COLUMNS) <= set(table.columns):
+        raise InputError(f"{path} needs the columns cell and split; it has: {', '.join(table.columns)}.")
+    if table["cell"].duplicated().any():
+        raise InputError(f"{path} names {int(table['cell'].duplicated().sum())} cell(s) more than once.")
+    found = table.set_index("cell")["split"].reindex(list(cells))
+    if found.isna().any():
+        missing = [str(cell) for cell in found.index[found.isna()]]
+        raise InputError(
+            f"{path} lacks {len(missing)} of the {len(found)} cells (first: {', '.join(missing[:3])})."
+        )
+    return found.to_numpy(dtype=object)

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..data.labels import UNASSIGNED
 from .requirements import require
-
-UNASSIGNED = "unassigned"
 
 
 def max_probability_score(probabilities: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ learnt = pretrain(
     "query.h5ad", "pretrained", recipe="small", input="log1p", epochs=1, min_genes=0, overwrite=True
 )
 print(f"hidden bins guessed right: {learnt['masked_accuracy']:.3f}")
-print(f"each gene's commonest bin would be: {learnt['control_masked_accuracy']:.3f}")
+print(f"each gene's commonest bin would be: {learnt['baseline_masked_accuracy']:.3f}")
 
 finetune(
     "reference.h5ad",

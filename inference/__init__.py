@@ -1,7 +1,7 @@
 """Trained models at work: annotate and embed cells, Hugging Face pipelines."""
 
+from ..trained_model.loaded_model import LoadedModel, load_model
 from .annotate import annotate, annotate_file
 from .embed import embed, embed_file
-from .loading import LoadedModel, load_model
 
 __all__ = ["LoadedModel", "annotate", "annotate_file", "embed", "embed_file", "load_model"]

@@ -12,14 +12,15 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ..data.output import check_output_path
+from ..data.check_paths import check_output_path
+from ..data.labels import UNASSIGNED
+from ..extras import versions
 from ..tokenization import InputError
-from ..training.labels import UNASSIGNED
+from ..trained_model.loaded_model import LoadedModel, load_model
+from ..trained_model.prediction import log_batch_size, predict_probabilities
 from .annotate_processes import main, sharded_prediction
 from .assignment import assign
-from .loading import LoadedModel, load_model
-from .parts import NewRows, add_parts, rows_for, rows_in_memory, versions, write_parts
-from .prediction import predict_cells, say_batch_size
+from .parts import NewRows, add_parts, rows_for, rows_in_memory, write_parts
 from .query import BinnedQuery, opened, overlap_numbers, progress_bar
 from .report import write_annotation_report
 from .shipped import doubts, model_or_shipped
@@ -179,7 +180,7 @@ def annotate_file(
         )
     with opened(query, layer) as adata:
         loaded = load_model(model, "annotation", device, dtype)
-        say_batch_size(loaded, batch_size)
+        log_batch_size(loaded, batch_size)
         parts, summary = _annotation(
             adata,
             loaded,
@@ -270,7 +271,7 @@ def _predict_all(
     with progress_bar(query.n_cells, "Annotating", progress) as bar:
         for start, bins in query.chunks():
             cells = slice(start, start + bins.shape[0])
-            probabilities[cells], vectors = predict_cells(loaded, bins, batch_size, embed, bar.update)
+            probabilities[cells], vectors = predict_probabilities(loaded, bins, batch_size, embed, bar.update)
             if embed:
                 embeddings[cells] = vectors
     return probabilities, embeddings

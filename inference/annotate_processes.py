@@ -24,16 +24,16 @@ import scipy.sparse as sp
 import torch
 from accelerate import PartialState
 
-from ..data.corpus_shards import replaced
+from ..data.disk_matrix import DiskMatrix
 from ..data.read import matrix_rows
-from ..data.row_file import RowFile
 from ..data.worker_processes import end_with_parent
+from ..data.write_output import atomic_file
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
+from ..trained_model.loaded_model import LoadedModel, load_model
+from ..trained_model.prediction import predict_probabilities
 from .gene_report import name_genes
-from .loading import LoadedModel, load_model
 from .parts import NewRows
-from .prediction import predict_cells
 from .query import CHUNK_SIZE, BinnedQuery, opened, progress_bar
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class ShardedPrediction:
         embed: bool,
         progress: bool,
         new_rows: NewRows,
-    ) -> tuple[np.ndarray | RowFile, np.ndarray | RowFile | None]:
+    ) -> tuple[np.ndarray | DiskMatrix, np.ndarray | DiskMatrix | None]:
         """Probabilities [cells, labels] and, if asked for, embeddings [cells, hidden]."""
         run = ShardedRun(**{**asdict(self.run), "embed": embed})
         shards = list(shard_paths(run, self.folder, query.n_cells))
@@ -236,9 +236,9 @@ def write_shards(
             stop = min(start + run.shard_cells, matrix.shape[0])
             rows = as_csr(matrix[start:stop])
             bins = sp.csr_matrix(loaded.tokenizer.bin_rows(rows, alignment, kind, scale is not None))
-            probabilities, embeddings = predict_cells(loaded, bins, run.batch_size, run.embed)
+            probabilities, embeddings = predict_probabilities(loaded, bins, run.batch_size, run.embed)
             arrays = {"probabilities": probabilities, **({"embeddings": embeddings} if run.embed else {})}
-            with replaced(path) as handle:
+            with atomic_file(path) as handle:
                 np.savez(handle, **arrays)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ..data.row_file import RowFile, row_blocks
-from ..training.labels import UNASSIGNED
+from ..data.disk_matrix import DiskMatrix, row_blocks
+from ..data.labels import UNASSIGNED
 
 
 def assign(
-    probabilities: np.ndarray | RowFile, names: list[str], threshold: float
+    probabilities: np.ndarray | DiskMatrix, names: list[str], threshold: float
 ) -> tuple[pd.Categorical, np.ndarray]:
     """
     Label and confidence of every cell.

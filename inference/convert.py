@@ -2,12 +2,13 @@
 
 import shutil
 
-from ..data.output import check_output_folder, partial_folder
+from ..data.check_paths import check_output_folder
 from ..data.read import read_gene_names
+from ..data.write_output import partial_folder
 from ..modeling_scbert.convert_checkpoint import CheckpointError, convert_checkpoint
 from ..tokenization import InputError, ScBertTokenizer
 from ..tokenization.genes_scbert import open_text
-from ..training.pretrained import quiet_transformers
+from ..trained_model.model_folder import save_model
 
 
 def convert(checkpoint, genes, output, labels=None, overwrite: bool = False) -> dict:
@@ -66,9 +67,7 @@ def save_model_folder(model, tokenizer, output, overwrite: bool = False) -> None
     """Write model and tokenizer to a folder that appears only when complete; nothing is left if it fails."""
     with partial_folder(output, overwrite) as folder:
         try:
-            with quiet_transformers():
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+            save_model(model, tokenizer, folder)
         except BaseException:
             # there is nothing to resume here, unlike in training
             shutil.rmtree(folder, ignore_errors=True)

@@ -15,8 +15,8 @@ from anndata import AnnData
 from rich.console import Console
 from rich.table import Table
 
-from ..data.output import atomic_write_h5ad
 from ..data.splits import stratified_split
+from ..data.write_h5ad import atomic_write_h5ad
 from ..evaluation.embedding_plot import plot_embedding
 from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..evaluation.requirements import require
@@ -47,7 +47,7 @@ def run_demo(output: str | Path = "demo", epochs: float | None = None) -> dict[s
     Returns
     -------
     dict
-        ``accuracy``, ``macro_f1`` on the held-out cells, the control's, ``shipped`` (what the shipped annotator makes
+        ``accuracy``, ``macro_f1`` on the held-out cells, the baseline's, ``shipped`` (what the shipped annotator makes
         of them), ``seconds`` and the written files.
 
     Raises
@@ -83,8 +83,8 @@ def run_demo(output: str | Path = "demo", epochs: float | None = None) -> dict[s
         "cells": held_out.n_obs,
         "accuracy": scores["accuracy"],
         "macro_f1": scores["macro_f1"],
-        "control_accuracy": run["control_test_accuracy"],
-        "control_macro_f1": run["control_test_macro_f1"],
+        "baseline_accuracy": run["baseline_test_accuracy"],
+        "baseline_macro_f1": run["baseline_test_macro_f1"],
         "unassigned": int((annotated.obs["scbert_cell_type"] == "unassigned").sum()),
         "threshold": float(annotated.uns["scbert"]["threshold"]),
         "shipped": shipped,
@@ -115,7 +115,7 @@ def demo_cells() -> AnnData:
 
 
 def _scores(annotated: AnnData) -> dict[str, Any]:
-    """Scores of the likeliest type of every cell, whatever its confidence: the control has no threshold."""
+    """Scores of the likeliest type of every cell, whatever its confidence: the baseline has no threshold."""
     names = np.asarray(annotated.uns["scbert"]["labels"])
     predicted = names[annotated.obsm["scbert_probabilities"].argmax(axis=1)]
     return classification_metrics(annotated.obs[LABEL_KEY], predicted)
@@ -168,7 +168,7 @@ def show(summary: dict[str, Any]) -> None:
     table.add_column("model")
     for column in ("accuracy", "macro-F1"):
         table.add_column(column, justify="right")
-    rows = {"scBERT, small, from random weights": "", "logistic regression, same split": "control_"}
+    rows = {"scBERT, small, from random weights": "", "logistic regression, same split": "baseline_"}
     for name, prefix in rows.items():
         table.add_row(name, f"{summary[prefix + 'accuracy']:.3f}", f"{summary[prefix + 'macro_f1']:.3f}")
     console, shipped = Console(stderr=True), summary["shipped"]

@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from anndata import AnnData
 
-from ..data.output import check_output_path
-from .loading import LoadedModel, load_model
-from .parts import add_parts, rows_for, rows_in_memory, versions, write_parts
-from .prediction import predict, say_batch_size
+from ..data.check_paths import check_output_path
+from ..extras import versions
+from ..trained_model.loaded_model import LoadedModel, load_model
+from ..trained_model.prediction import log_batch_size, predict_cells
+from .parts import add_parts, rows_for, rows_in_memory, write_parts
 from .query import BinnedQuery, opened, overlap_numbers, progress_bar
 
 KEY = "X_scbert"
@@ -99,7 +99,7 @@ def embed_file(
         check_output_path(genes_report, overwrite, inputs=(query, output, gene_table))
     with opened(query, layer) as adata:
         loaded = load_model(model, "embedding", device, dtype)
-        say_batch_size(loaded, batch_size)
+        log_batch_size(loaded, batch_size)
         parts, summary = _embedding(
             adata,
             loaded,
@@ -133,11 +133,8 @@ def _embedding(
     vectors = new_rows((query.n_cells, loaded.model.config.hidden_size))
     with progress_bar(query.n_cells, "Embedding", progress) as bar:
         for start, bins in query.chunks():
-            chunk = np.empty((bins.shape[0], vectors.shape[1]), dtype=np.float32)
-            for rows, _, batch in predict(loaded, bins, batch_size, embed=True):
-                chunk[rows] = batch
-                bar.update(len(rows))
-            vectors[start : start + len(chunk)] = chunk
+            found = predict_cells(loaded, bins, ("embeddings",), batch_size, bar.update)
+            vectors[start : start + bins.shape[0]] = found["embeddings"]
     overlap = overlap_numbers(query.alignment)
     about = {"model": loaded.name, "pooling": "mean over expressed genes and the trailing token"}
     about |= {

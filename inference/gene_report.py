@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.gene_table import load_gene_table
-from ..data.output import atomic_path
+from ..data.read_gene_table import load_gene_table
+from ..data.write_output import atomic_path
 from ..tokenization import map_genes
 
 logger = logging.getLogger(__name__)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 from anndata import AnnData
 
-from ..data.file_cells import FileCells
-from ..data.output import atomic_copy_h5ad, atomic_write_h5ad
-from ..data.row_file import RowFile
+from ..data.disk_matrix import DiskMatrix
+from ..data.read_backed import BackedCells
+from ..data.write_h5ad import atomic_copy_h5ad, atomic_write_h5ad
 
 # makes a matrix of float32 zeros of a shape
-NewRows = Callable[[tuple[int, int]], np.ndarray | RowFile]
+NewRows = Callable[[tuple[int, int]], np.ndarray | DiskMatrix]
 
 
 def rows_in_memory(shape: tuple[int, int]) -> np.ndarray:
@@ -23,9 +22,9 @@ def rows_in_memory(shape: tuple[int, int]) -> np.ndarray:
     return np.zeros(shape, dtype=np.float32)
 
 
-def rows_for(adata: AnnData | FileCells, output: str | Path) -> NewRows:
+def rows_for(adata: AnnData | BackedCells, output: str | Path) -> NewRows:
     """Where the results of all cells are kept until they are written: on disk, if that is where the cells are."""
-    return partial(RowFile, output=output) if adata.isbacked else rows_in_memory
+    return partial(DiskMatrix, output=output) if adata.isbacked else rows_in_memory
 
 
 def add_parts(adata: AnnData, parts: dict[str, dict]) -> None:
@@ -45,14 +44,3 @@ def write_parts(query, adata: AnnData, parts: dict[str, dict], output, overwrite
         return
     add_parts(adata, parts)
     atomic_write_h5ad(adata, output, overwrite=overwrite, inputs=(query,))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what made a result."""
-    found = {}
-    for package in ("scbert-transformers", "transformers", "torch", "anndata"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found

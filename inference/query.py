@@ -13,8 +13,8 @@ import scipy.sparse as sp
 from anndata import AnnData
 from tqdm import tqdm
 
-from ..data.file_cells import FileCells, open_cells
 from ..data.read import matrix_rows
+from ..data.read_backed import BackedCells, open_cells
 from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes
 from .gene_report import name_genes
 
@@ -26,7 +26,7 @@ CHUNK_SIZE = 4096
 
 
 @contextlib.contextmanager
-def opened(query: str | Path, layer: str | None = None) -> Iterator[AnnData | FileCells]:
+def opened(query: str | Path, layer: str | None = None) -> Iterator[AnnData | BackedCells]:
     """The cells of a file: matrices of an .h5ad stay on disk, other formats are read into memory."""
     adata = open_cells(query, layer=layer)
     try:
@@ -69,7 +69,7 @@ class BinnedQuery:
 
     def __init__(
         self,
-        adata: AnnData | FileCells,
+        adata: AnnData | BackedCells,
         tokenizer: ScBertTokenizer,
         layer: str | None = None,
         input: str = "auto",
@@ -80,9 +80,9 @@ class BinnedQuery:
     ):
         self._tokenizer, self._input = tokenizer, input
         self._matrix, names = matrix_rows(adata, layer)
-        self._gene_names = name_genes(names, tokenizer.gene_panel, gene_table, genes_report)
+        names = name_genes(names, tokenizer.gene_panel, gene_table, genes_report)
         self.n_cells = adata.n_obs
-        self.alignment = align_genes(self._gene_names, tokenizer.gene_panel)
+        self.alignment = align_genes(names, tokenizer.gene_panel)
         self.alignment.check(force=force)
         logger.log(
             logging.WARNING if force and self.alignment.overlap < 0.3 else logging.INFO,
@@ -101,8 +101,8 @@ class BinnedQuery:
                 bar.update(bins.shape[0])
 
     def _bin(self) -> Iterator[sp.csr_matrix]:
-        cells = {"X": self._matrix, "gene_names": self._gene_names}
-        return self._tokenizer.iter_bins(cells, input=self._input, chunk_size=CHUNK_SIZE)
+        cells, options = {"X": self._matrix}, {"input": self._input, "chunk_size": CHUNK_SIZE}
+        return self._tokenizer.iter_bins(cells, alignment=self.alignment, **options)
 
     def chunks(self) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Row of the first cell, and bins [up to 4096 cells, panel], of every chunk in order."""

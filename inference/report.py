@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ..data.output import atomic_path
+from ..data.write_output import atomic_path
 from ..evaluation.embedding_plot import plot_embedding, umap_of
 from ..evaluation.report import Section, report_html
 from ..evaluation.requirements import require

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data.labels import UNASSIGNED
 from ..tokenization import GeneAlignment, InputError
-from ..training.labels import UNASSIGNED
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from ..evaluation.embedding_plot import plot_embedding
 from ..tokenization import InputError
+from ..trained_model.loaded_model import LoadedModel, load_model
 from .annotate import annotate_file
-from .loading import LoadedModel, load_model
 from .query import opened
 from .report import cell_coordinates, types_table
 

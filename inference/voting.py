@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ..data.row_file import RowFile, row_blocks
+from ..data.disk_matrix import DiskMatrix, row_blocks
+from ..data.labels import UNASSIGNED
 from ..tokenization import InputError
-from ..training.labels import UNASSIGNED
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Vote:
 
 
 def majority_vote(
-    labels: np.ndarray | pd.Categorical, groups, probabilities: np.ndarray | RowFile, names: list[str]
+    labels: np.ndarray | pd.Categorical, groups, probabilities: np.ndarray | DiskMatrix, names: list[str]
 ) -> Vote:
     """
     Give each group the label most of its cells have.

@@ -5,17 +5,15 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
 
-from ..tokenization import ScBertTokenizer
-from ..training.classifier_outputs import classifier_outputs
+from ..trained_model.loaded_model import LoadedModel
+from ..trained_model.prediction import predict_cells
 
 COLUMNS = ["explanation", "genes_removed", "margin", "drop", "random_drop", "ratio", "cells_hurt_more"]
 
 
 def deletion_test(
-    model: torch.nn.Module,
-    tokenizer: ScBertTokenizer,
+    loaded: LoadedModel,
     bins: sp.csr_matrix,
     targets: np.ndarray,
     explanations: Mapping[str, np.ndarray],
@@ -30,7 +28,7 @@ def deletion_test(
 
     Parameters
     ----------
-    model, tokenizer
+    loaded
         The classifier.
     bins
         [cells, panel].
@@ -54,12 +52,12 @@ def deletion_test(
 
     Examples
     --------
-    >>> deletion_test(model, tokenizer, bins, targets, {"attention": weights})  # doctest: +SKIP
+    >>> deletion_test(loaded, bins, targets, {"attention": weights})  # doctest: +SKIP
     """
     targets = np.asarray(targets)
 
     def margin(cells: sp.csr_matrix) -> np.ndarray:
-        logits, _ = classifier_outputs(model, tokenizer, cells)
+        logits = predict_cells(loaded, cells)["logits"]
         own = logits[np.arange(len(targets)), targets].copy()
         logits[np.arange(len(targets)), targets] = -np.inf
         return own - logits.max(axis=1)

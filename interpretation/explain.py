@@ -14,13 +14,15 @@ import pandas as pd
 import scipy.sparse as sp
 from rich.console import Console
 
-from ..data.output import atomic_write_h5ad, check_output_folder, partial_folder
+from ..data.check_paths import check_output_folder
 from ..data.read import read_cells
+from ..data.write_h5ad import atomic_write_h5ad
+from ..data.write_output import partial_folder
 from ..evaluation.tables import TextTable
 from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError, ScBertTokenizer, gene_names_of, select_matrix
-from ..training.classifier_outputs import classifier_outputs
-from ..training.pretrained import load_classifier, load_tokenizer
+from ..trained_model.loaded_model import LoadedModel, load_model
+from ..trained_model.prediction import predict_cells
 from .attribution import encoded_cells, gradient_shap, integrated_gradients
 from .deletion import deletion_test, verdict
 from .enrichment import enrich_by_type
@@ -36,7 +38,7 @@ ATTENTION, GRADIENTS, SHAP = "attention", "integrated_gradients", "gradient_shap
 
 def explain(
     query: str | Path,
-    model: str | Path,
+    model: str | Path | LoadedModel,
     output: str | Path,
     *,
     label_key: str | None = None,
@@ -60,7 +62,7 @@ def explain(
     query
         Cells.
     model
-        Fine-tuned model folder.
+        Fine-tuned model: a folder, a name on the Hub, or what `load_model` returned.
     output
         Folder for CSV tables, pictures, ``explanation.json`` and ``explained.h5ad``.
     label_key
@@ -104,19 +106,20 @@ def explain(
     check_output_folder(output, overwrite, marker=RESULTS)
     known = None if markers is None else read_marker_table(markers)
     names = None if marker_names is None else json.loads(Path(marker_names).read_text(encoding="utf-8"))
-    network, tokenizer = load_classifier(model), load_tokenizer(model)
+    loaded = load_model(model, device="cpu", dtype="float32")
+    network, tokenizer = loaded.model, loaded.tokenizer
     adata = read_cells(query, layer=layer)
     if label_key is not None and label_key not in adata.obs:
         have = ", ".join(map(str, adata.obs.columns)) or "none"
         raise InputError(f"There is no column {label_key!r} in obs; it has: {have}.")
     tokenizer.align(adata, layer=layer).check(force=force)
     bins = tokenizer.bin_cells(adata, input=input, layer=layer)
-    predicted = classifier_outputs(network, tokenizer, bins)[0].argmax(axis=1)
+    predicted = predict_cells(loaded, bins)["logits"].argmax(axis=1)
     rows = choose_cells(predicted, np.diff(bins.indptr) > 0, cells_per_type, seed)
     targets, part = predicted[rows], bins[rows]
-    labels = [str(network.config.id2label[i]) for i in range(network.config.num_labels)]
     found, completeness = explanations(network, tokenizer, part, targets, n_steps, seed)
-    deleted = deletion_test(network, tokenizer, part, targets, found, n_top, seed=seed)
+    deleted = deletion_test(loaded, part, targets, found, n_top, seed=seed)
+    labels = loaded.labels
     per_type = {name: mean_by_type(values, targets, labels, tokenizer) for name, values in found.items()}
     types = np.array(labels, dtype=object)[predicted]
     with partial_folder(output, overwrite, marker=RESULTS) as folder:

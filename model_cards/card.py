@@ -42,7 +42,7 @@ LIMITS = {
 }
 SHARED_LIMITS = (
     "Critics of the published model (Boiarsky et al. 2024) found logistic regression as good on some data: compare "
-    "with the controls above before trusting the larger model.",
+    "with the baselines above before trusting the larger model.",
     "For research; not for diagnosis or any clinical use.",
 )
 
@@ -64,7 +64,7 @@ def build_card(folder: str | Path, repo_id: str, licence: str = "apache-2.0") ->
     Returns
     -------
     huggingface_hub.ModelCard
-        With data, metrics as `EvalResult`, controls, limits and licence.
+        With data, metrics as `EvalResult`, baselines, limits and licence.
 
     Raises
     ------
@@ -237,9 +237,11 @@ def _result_section(metrics: dict, split: str | None) -> dict[str, Any]:
         return section | _pretraining_results(metrics)
     keys = [key for key in ("accuracy", "macro_f1", "balanced_accuracy") if key in metrics[split]]
     rows = [["this model", *(_number(metrics[split][key]) for key in keys)]]
-    control = metrics.get("control", {})
-    if split in control:
-        rows.append([f"control: {control.get('name')}", *(_number(control[split].get(key)) for key in keys)])
+    baseline = metrics.get("baseline", {})
+    if split in baseline:
+        rows.append(
+            [f"baseline: {baseline.get('name')}", *(_number(baseline[split].get(key)) for key in keys)]
+        )
     scores = metrics[split].get("per_class", {})
     per_class = [
         [_cell(label), score["support"], *(_number(score[key]) for key in ("precision", "recall", "f1"))]
@@ -261,16 +263,19 @@ def _result_section(metrics: dict, split: str | None) -> dict[str, Any]:
 
 
 def _pretraining_results(metrics: dict) -> dict[str, Any]:
-    """Every figure at the top level of a pretraining's metrics.json, beside that of its controls."""
-    controls = {"control_": "each gene's commonest bin", "cell_control_": "the cell's own commonest bin"}
+    """Every figure at the top level of a pretraining's metrics.json, beside that of its baselines."""
+    baselines = {
+        "baseline_": "each gene's commonest bin",
+        "cell_baseline_": "the cell's own commonest bin",
+    }
     rows = [
-        [_title(key), _number(value), *(_number(metrics.get(prefix + key)) for prefix in controls)]
+        [_title(key), _number(value), *(_number(metrics.get(prefix + key)) for prefix in baselines)]
         for key, value in metrics.items()
         if isinstance(value, float)
         and key not in ("seconds", "epoch")
-        and not key.startswith(tuple(controls))
+        and not key.startswith(tuple(baselines))
     ]
-    columns = ["this model", *(f"control: {name}" for name in controls.values())]
+    columns = ["this model", *(f"baseline: {name}" for name in baselines.values())]
     return {"results": rows, "results_intro": "On validation cells:", "result_columns": columns}
 
 

@@ -21,7 +21,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..tokenization import InputError
-from ..training.pretrained import load_masked_model, load_tokenizer, quiet_transformers
+from ..trained_model.loaded_model import load_model
+from ..trained_model.model_folder import quiet_transformers
 from .card import GENERATED, METRICS, build_card, public_metrics
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,7 @@ def push(
     """
     folder = Path(folder)
     _check_name(repo_id)
-    load_masked_model(folder)
-    load_tokenizer(folder)
+    load_model(folder, "embedding", device="cpu", dtype="float32")
     missing = [name for name in CODE if not (folder / name).is_file()]
     if missing:
         raise InputError(

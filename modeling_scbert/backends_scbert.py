@@ -28,6 +28,10 @@ CONTRACT = 1
 _asked = ContextVar("asked", default=None)
 
 
+class BackendError(ValueError):
+    """A backend was asked for that does not exist or cannot serve; the message says why, and what would do."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """
@@ -61,7 +65,7 @@ def favor_backend(*names: str) -> Iterator[None]:
 
     Raises
     ------
-    ValueError
+    BackendError
         For a name that is none; and within the block, where a backend that was named cannot serve.
 
     Examples
@@ -83,7 +87,7 @@ def _parse(text: str) -> tuple[frozenset[str], frozenset[str]]:
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name.removeprefix("-") not in NAMES]
     if unknown:
-        raise ValueError(
+        raise BackendError(
             f"{VARIABLE} names {', '.join(unknown)}; known are {', '.join(NAMES)}, each with or without a minus."
         )
     unwanted = frozenset(name[1:] for name in names if name.startswith("-"))
@@ -111,7 +115,7 @@ def select(table: dict[str, Backend], *given: Any) -> str:
 
     Raises
     ------
-    ValueError
+    BackendError
         If none of those that were asked for does, with the reasons.
 
     Examples
@@ -136,7 +140,7 @@ def select(table: dict[str, Backend], *given: Any) -> str:
                 log_once(logging.DEBUG, f"FAVOR+ by {name}, for {'; '.join(reasons)}.")
             return name
         reasons.append(f"{name}: {reason}")
-    raise ValueError(
+    raise BackendError(
         f"None of the backends asked for by {VARIABLE} or favor_backend serves here ({'; '.join(reasons)}). Ask for "
         f"another of {', '.join(table)}, or for none: the fastest that serves is then chosen."
     )

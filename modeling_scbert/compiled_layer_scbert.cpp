@@ -1,7 +1,7 @@
 // A FAVOR+ block in chunks of positions on a CPU: the operators `layer_forward` and `layer_backward` that
 // compiled_layer_scbert.py builds and calls. For the backward, the forward keeps the block's input, the table of the
 // keys and the residual stream between the branches; everything else is computed again, chunk by chunk, as
-// chunked_training_scbert.py does.
+// chunked_layer_scbert.py does.
 
 #include "compiled_layer_scbert.h"
 

@@ -1,4 +1,4 @@
-// A FAVOR+ block in chunks of positions on a CPU, forward: what chunked_inference_scbert.py computes, every thread
+// A FAVOR+ block in chunks of positions on a CPU, forward: what chunked_layer_scbert.py computes, every thread
 // working on chunks of its own. Matrix products are torch's; T is what they read and write, float or bfloat16. Residual
 // stream, logarithms of features and sums over keys are float32 either way.
 //
@@ -261,7 +261,8 @@ struct Context {
         o_b(layer.o_b + at::mv(layer.o.to(at::kFloat), this->mean)) {}
 };
 
-// attention's output of a chunk less the mean value, [rows, inner]; its features, normalisers and |q'|^2 / 2 stay in the buffers
+// attention's output of a chunk less the mean value, [rows, inner]; its features, normalisers and |q'|^2 / 2 stay in
+// the buffers
 template <typename T>
 Tensor attend(const Layer& layer, Buffers& buffers, const Tensor& normed, const Context& context) {
   const int64_t rows = normed.size(0), head_rows = layer.heads * rows;
@@ -349,8 +350,9 @@ inline int64_t used_length(const bool* keep, int64_t length) {
 // output at the queries, [cells, queries, hidden]; for the backward, tables, stabilisers and mean values of the keys,
 // and the residual stream between the branches
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, const Tensor& queries, const Tensor& hidden,
-                                                           const Tensor& keep, int64_t chunk_size, bool for_backward) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, const Tensor& queries,
+                                                           const Tensor& hidden, const Tensor& keep, int64_t chunk_size,
+                                                           bool for_backward) {
   const int64_t cells = hidden.size(0), length = hidden.size(1);
   Tensor output = at::empty_like(queries), maxima = at::empty({cells}, at::kFloat);
   Tensor tables = at::empty({cells, layer.heads, layer.dim + 1, layer.features}, at::kFloat);

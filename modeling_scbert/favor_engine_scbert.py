@@ -80,7 +80,7 @@ def _by_operator(name, query, key, value, projection_matrix, attention_mask, eps
 
 # ---- Triton, as long as it compiles and launches --------------------------------------------------------------------
 
-# dtypes, shapes and devices for which a kernel did not compile or launch: chunks serve them from then on
+# dtypes, devices and head sizes for which a kernel did not compile or launch: chunks serve them from then on
 _disabled: set[tuple] = set()
 # torch reports some failures of a device, after which nothing can be computed there, as runtime errors as well
 _FATAL = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
@@ -102,7 +102,8 @@ def _triton_supports(query, value, projection_matrix) -> str | None:
 
 def _unless_disabled(function: Callable, tensors: list[torch.Tensor]):
     """Result of a function that launches kernels, or None once it has failed to for such tensors."""
-    key = tuple((x.dtype, x.device, *x.shape[1:]) for x in tensors)
+    # not their lengths: what does not compile or fit does so for none, and cells differ in length
+    key = tuple((x.dtype, x.device, x.shape[-1]) for x in tensors)
     if key in _disabled:
         return None
     try:

@@ -115,11 +115,12 @@ def favor_attention_naive(
 
     Shapes as in `favor_attention` of favor_engine_scbert.py.
     """
-    phi_q, phi_k = favor_feature_maps(query, key, projection_matrix, attention_mask, epsilon)
-    context = phi_k.mT @ value.to(phi_k.dtype)
-    normaliser = phi_q @ phi_k.sum(dim=2).unsqueeze(-1)
-    # a cell without any key gets zeros
-    return (phi_q @ context / normaliser.masked_fill(normaliser == 0, 1)).to(value.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        phi_q, phi_k = favor_feature_maps(query, key, projection_matrix, attention_mask, epsilon)
+        context = phi_k.mT @ value.to(phi_k.dtype)
+        normaliser = phi_q @ phi_k.sum(dim=2).unsqueeze(-1)
+        # a cell without any key gets zeros
+        return (phi_q @ context / normaliser.masked_fill(normaliser == 0, 1)).to(value.dtype)
 
 
 def favor_attention_weights(

@@ -4,6 +4,7 @@ import ast
 import configparser
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,18 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 ROOT = Path(__file__).resolve().parents[1]
 PUSHED = ("modeling_scbert", "tokenization")
-# the modules of a row may import those of the rows below, and their own package
+# what stands beside the package: run by its path, in no wheel
+BESIDE = ("tests", "docs", "examples", "benchmarks", "scripts")
+# the modules of a row may import those of the rows below, and their own folder. Of evaluation, what measures is
+# below training, and the benchmarks that train are above it
 LEVELS = (
     {"extras"},
     {"tokenization", "modeling_scbert"},
-    {"data", "evaluation"},
+    {"data"},
+    {"evaluation"},
+    {"trained_model"},
     {"training"},
-    {"inference", "interpretation", "model_cards", "benchmarks", "evaluation/run_benchmark"},
+    {"inference", "interpretation", "model_cards", "evaluation/run_benchmark"},
     {
         "cli",
         "cli_options",
@@ -51,11 +57,7 @@ def project_files(suffix=""):
 
 
 def package_files():
-    return [
-        path
-        for path in project_files(".py")
-        if path.relative_to(ROOT).parts[0] not in ("tests", "docs", "examples")
-    ]
+    return [path for path in project_files(".py") if path.relative_to(ROOT).parts[0] not in BESIDE]
 
 
 def unit(path):
@@ -104,9 +106,27 @@ def test_imports_point_downward(path):
         other = unit(target)
         if other == own or not any(other in names for names in LEVELS):
             continue  # its own package, or a name of scbert/__init__.py such as __version__
-        if own == "evaluation/run_benchmark" and other == "evaluation":
-            continue
         assert level(other) < level(own) or level(own) == len(LEVELS) - 1, f"{own} imports {other}"
+
+
+def imported_files(path):
+    """Files of this project that a file imports, also inside functions."""
+    for target in imported_paths(path):
+        # the last part may be a name that the module defines
+        for place in (target, target.parent):
+            found = [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+            if found:
+                yield found[0]
+                break
+
+
+@pytest.mark.parametrize("folder", sorted({unit(path) for path in package_files()}))
+def test_no_import_circles(folder):
+    graph = {path: set(imported_files(path)) - {path} for path in package_files() if unit(path) == folder}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" <- ".join(str(path.relative_to(ROOT)) for path in error.args[1]))
 
 
 @pytest.mark.parametrize("folder", PUSHED)

@@ -11,7 +11,6 @@ import time
 
 import numpy as np
 import pytest
-import typer
 
 import scbert
 from scbert import cli, console

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 # files of the package's folders that only a clone needs
-NOT_INSTALLED = ("benchmarks/results/*", "*.png")
+NOT_INSTALLED = ("*.png",)
 
 
 def data_files():

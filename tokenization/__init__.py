@@ -1,36 +1,35 @@
-"""Cells to ids: expression bins, gene panels and the tokenizer."""
+"""Cells to ids: expression bins, gene panels and the tokenizer.
 
-from .cells_scbert import select_matrix
-from .expression_scbert import (
-    InputError,
-    bin_floor,
-    bin_quantile,
-    detect_input_kind,
-    normalize_expression,
-    to_counts_scale,
-)
-from .gene_table_scbert import GeneMapping, GeneTable, map_genes
-from .genes_scbert import GeneAlignment, align_genes, gene_names_of, read_gene_panel, write_gene_panel
-from .tokenization_scbert import ScBertTokenizer
+A name is imported when it is first used: the tokenizer needs transformers, which takes seconds to import, and the
+error needs nothing.
+"""
 
-# a saved tokenizer carries this code, so that it loads where the package is not installed
-ScBertTokenizer.register_for_auto_class("AutoTokenizer")
+from importlib import import_module
 
-__all__ = [
-    "GeneAlignment",
-    "GeneMapping",
-    "GeneTable",
-    "InputError",
-    "ScBertTokenizer",
-    "align_genes",
-    "bin_floor",
-    "bin_quantile",
-    "detect_input_kind",
-    "gene_names_of",
-    "map_genes",
-    "normalize_expression",
-    "read_gene_panel",
-    "select_matrix",
-    "to_counts_scale",
-    "write_gene_panel",
-]
+_HOME = {
+    "GeneAlignment": "genes_scbert",
+    "GeneMapping": "gene_table_scbert",
+    "GeneTable": "gene_table_scbert",
+    "InputError": "errors_scbert",
+    "ScBertTokenizer": "tokenization_scbert",
+    "align_genes": "genes_scbert",
+    "bin_floor": "expression_scbert",
+    "bin_quantile": "expression_scbert",
+    "detect_input_kind": "expression_scbert",
+    "gene_names_of": "genes_scbert",
+    "map_genes": "gene_table_scbert",
+    "normalize_expression": "expression_scbert",
+    "read_gene_panel": "genes_scbert",
+    "select_matrix": "cells_scbert",
+    "to_counts_scale": "expression_scbert",
+    "write_gene_panel": "genes_scbert",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

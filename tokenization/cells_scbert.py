@@ -1,12 +1,14 @@
-"""What the tokenizer takes for cells: AnnData by its attributes, dictionaries, matrices; by rows."""
+"""What the tokenizer takes for cells: AnnData and data frames by their attributes, dictionaries, matrices; by rows."""
 
+import os
 from collections.abc import Mapping
 
 import numpy as np
 import scipy.sparse as sp
 
-from .expression_scbert import InputError, as_csr
-from .genes_scbert import gene_names_of
+from .errors_scbert import InputError
+from .expression_scbert import as_csr
+from .genes_scbert import align_genes, gene_names_of
 
 # cells looked at to tell counts from log1p
 SAMPLE_SIZE = 1024
@@ -17,23 +19,31 @@ def matrix_and_names(cells, gene_panel, gene_names=None, layer=None):
 
     Parameters
     ----------
-    cells
-        AnnData, ``{"X": matrix, "gene_names": [...]}``, sparse matrix or array [cells, genes].
+    cells, gene_names, layer
+        As of calling the tokenizer; also one cell alone, as an array or Series [genes].
     gene_panel : sequence of str
         Names of the columns where nothing else tells them.
-    gene_names : sequence of str [genes], optional
-    layer : str, optional
 
     Raises
     ------
     InputError
         If there are no cells, or not one name per column.
+    TypeError
+        If `cells` is a path.
     """
+    if isinstance(cells, (str, os.PathLike)):
+        raise TypeError(
+            f"The tokenizer takes cells, not the path {os.fspath(cells)!r}. Read the file first, for example "
+            f"with anndata.read_h5ad, and pass the AnnData."
+        )
     if isinstance(cells, Mapping):
         cells, gene_names = cells["X"], cells.get("gene_names") if gene_names is None else gene_names
     if hasattr(cells, "var_names"):
         matrix, source = select_matrix(cells, layer)
         names = gene_names_of(source.var, source.var_names) if gene_names is None else list(gene_names)
+    elif hasattr(cells, "to_numpy") and hasattr(cells, "index"):
+        matrix, names = _frame_and_names(cells, gene_panel)
+        names = names if gene_names is None else list(gene_names)
     else:
         matrix = cells if hasattr(cells, "shape") else np.asarray(cells)
         matrix = matrix.reshape(1, -1) if len(matrix.shape) == 1 else matrix
@@ -51,6 +61,25 @@ def matrix_and_names(cells, gene_panel, gene_names=None, layer=None):
     return matrix, names
 
 
+def _frame_and_names(frame, gene_panel):
+    """Matrix and columns of a DataFrame; of a Series, as one cell."""
+    frame = frame if hasattr(frame, "columns") else frame.to_frame().T
+    names, panel = [str(name) for name in frame.columns], set(gene_panel)
+    if panel.isdisjoint(names) and not panel.isdisjoint(map(str, frame.index)):
+        raise InputError(
+            "The genes are the rows of this DataFrame; they must be its columns. Pass its transpose (.T)."
+        )
+    # the accessor is there only where every column is sparse
+    matrix = frame.sparse.to_coo() if hasattr(frame, "sparse") else frame.to_numpy()
+    if matrix.dtype.kind not in "buif":
+        text = [name for name, kind in zip(names, frame.dtypes) if getattr(kind, "kind", "O") not in "buif"]
+        raise InputError(
+            f"Columns of the DataFrame do not hold numbers (first: {', '.join(text[:3])}). Leave out all that are not "
+            f"genes, such as labels."
+        )
+    return matrix, names
+
+
 def select_matrix(adata, layer=None):
     """Matrix of an AnnData, and the object whose `var` names its columns.
 
@@ -60,19 +89,36 @@ def select_matrix(adata, layer=None):
         Anything with `X`, `layers`, `raw`, `var` and `var_names`.
     layer : str, optional
         A layer's name, or ``"raw"`` for `adata.raw`.
+
+    Raises
+    ------
+    InputError
+        If there is no such matrix, or it does not have two dimensions.
     """
     if layer is None or layer == "X":
         if adata.X is None:
             raise InputError(
-                f"The file holds no matrix X.{other_sources(adata, None) or ' It has no layers.'}"
+                f"There is no matrix X.{other_sources(adata, None) or ' There are no layers either.'}"
             )
-        return adata.X, adata
-    if layer in adata.layers:
-        return adata.layers[layer], adata
-    if layer == "raw" and getattr(adata, "raw", None) is not None:
-        return adata.raw.X, adata.raw
-    have = ", ".join(_source_names(adata)) or "none"
-    raise InputError(f"There is no layer {layer!r} in the input; it has: {have}.")
+        matrix, source = adata.X, adata
+    elif layer in adata.layers:
+        matrix, source = adata.layers[layer], adata
+    elif layer == "raw" and getattr(adata, "raw", None) is not None:
+        matrix, source = adata.raw.X, adata.raw
+    else:
+        have = ", ".join(_source_names(adata)) or "none"
+        raise InputError(f"There is no layer {layer!r} in the input; it has: {have}.")
+    check_shape(matrix)
+    return matrix, source
+
+
+def check_shape(matrix):
+    """Refuse an expression matrix that is not cells x genes."""
+    if len(matrix.shape) != 2:
+        raise InputError(
+            f"The expression matrix has shape {tuple(matrix.shape)}; two dimensions, cells x genes, are needed. Store "
+            f"a single gene as one column, X.reshape(-1, 1), and a single cell as one row, X.reshape(1, -1)."
+        )
 
 
 def _source_names(cells):
@@ -83,7 +129,23 @@ def _source_names(cells):
 def other_sources(cells, layer):
     """A sentence on the other matrices of an AnnData, for messages."""
     names = [name for name in _source_names(cells) if name != layer]
-    return f" The input also has: {', '.join(names)} (--layer NAME)." if names else ""
+    return f" The input also has: {', '.join(names)} (layer=NAME, or --layer NAME)." if names else ""
+
+
+def raw_hint(cells, gene_panel, layer=None):
+    """For `GeneAlignment.check`: a sentence that names ``.raw`` where it has more genes of the panel than `layer`.
+
+    Files often keep highly variable genes in X and all of them in `.raw`.
+    """
+    raw = getattr(cells, "raw", None)
+    if raw is None or layer == "raw":
+        return ""
+    used, all_genes = (
+        align_genes(gene_names_of(each.var, each.var_names), gene_panel).n_matched for each in (cells, raw)
+    )
+    if all_genes <= used:
+        return ""
+    return f"The genes may have been cut to a subset: .raw holds {all_genes:,} of them (layer='raw', or --layer raw)."
 
 
 def sample_rows(matrix, size=SAMPLE_SIZE):
@@ -94,6 +156,16 @@ def sample_rows(matrix, size=SAMPLE_SIZE):
     block = size // 4
     starts = np.linspace(0, n - block, 4).astype(int)
     return sp.vstack([as_csr(matrix[start : start + block]) for start in starts], format="csr")
+
+
+def take_rows(matrix, start, stop):
+    """Rows of a matrix; those of a CSR matrix share its memory."""
+    if not sp.issparse(matrix):
+        return matrix[start:stop]
+    indptr = matrix.indptr[start : stop + 1]
+    values = slice(indptr[0], indptr[-1])
+    shape = (len(indptr) - 1, matrix.shape[1])
+    return sp.csr_matrix((matrix.data[values], matrix.indices[values], indptr - indptr[0]), shape=shape)
 
 
 def stack_chunks(chunks, n_columns, dtype):

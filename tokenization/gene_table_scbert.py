@@ -8,7 +8,7 @@ import gzip
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from .expression_scbert import InputError
+from .errors_scbert import InputError
 from .genes_scbert import ENSEMBL_ID, open_text
 
 HGNC_COLUMNS = ("hgnc_id", "symbol", "status", "alias_symbol", "prev_symbol", "ensembl_gene_id")
@@ -65,13 +65,13 @@ class GeneTable:
                     records = list(_ncbi_records(reader))
                 else:
                     raise InputError(
-                        f"{path} is no gene table: its columns should be those of the HGNC complete set "
+                        f"{path} is not a gene table: its columns should be those of the HGNC complete set "
                         f"({', '.join(HGNC_COLUMNS)}) or of NCBI's gene_info ({', '.join(NCBI_COLUMNS)})."
                     )
         except FileNotFoundError:
             raise InputError(f"There is no gene table {path}.") from None
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, csv.Error) as error:
-            raise InputError(f"{path} is damaged or no text file ({error}).") from error
+            raise InputError(f"{path} is damaged or not a text file ({error}).") from error
         if not records:
             raise InputError(f"The gene table {path} holds no human genes.")
         return cls(records)

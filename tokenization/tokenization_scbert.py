@@ -1,16 +1,14 @@
 """ScBertTokenizer: cells in, expression ids out."""
 
 import os
-import zlib
 
 import numpy as np
-import scipy.sparse as sp
 from transformers import BatchEncoding, PreTrainedTokenizer
 
-from .cells_scbert import matrix_and_names, other_sources, sample_rows, stack_chunks
+from .cells_scbert import matrix_and_names, other_sources, raw_hint, sample_rows, stack_chunks, take_rows
+from .errors_scbert import InputError
 from .expression_scbert import (
     INPUT_KINDS,
-    InputError,
     as_csr,
     bin_dtype,
     bin_floor,
@@ -18,20 +16,19 @@ from .expression_scbert import (
     change_log_base,
     check_values,
     detect_input_kind,
+    expm1,
     is_integer_valued,
     log1p_scale,
     normalize_expression,
 )
-from .genes_scbert import (
-    align_genes,
-    check_gene_panel,
-    read_panel_rows,
-    write_gene_panel,
-)
+from .genes_scbert import MINIMUM_OVERLAP, align_genes, check_gene_panel, read_panel_rows, write_gene_panel
+from .sequences_scbert import encode_every_gene, encode_expressed, subsample
 
 BINNINGS = {"floor", "quantile"}
-# cells binned at once: bounds the float64 work space to some 100 MB
+# cells read together
 CHUNK_SIZE = 2048
+# cells binned together: their float64 work space stays in the processor's cache
+BLOCK_SIZE = 512
 
 
 class ScBertTokenizer(PreTrainedTokenizer):
@@ -152,32 +149,84 @@ class ScBertTokenizer(PreTrainedTokenizer):
         write_gene_panel(path, self.gene_panel, self.feature_modalities)
         return (path,)
 
-    # cells to bins
+    # cells to batches
 
-    def __call__(self, cells, gene_names=None, return_tensors=None, input="auto", layer=None):
+    def __call__(
+        self, cells, gene_names=None, return_tensors=None, input="auto", layer=None,
+        padding=True, truncation=None, max_length=None,
+    ):  # fmt: skip
         """Encode cells.
 
         Parameters
         ----------
         cells
-            AnnData, ``{"X": matrix, "gene_names": [...]}``, scipy sparse matrix or array [cells, genes].
+            AnnData, pandas DataFrame (genes as columns), ``{"X": matrix, "gene_names": [...]}``, scipy sparse
+            matrix or array [cells, genes].
         gene_names : sequence of str [genes], optional
-            Names of the columns; those of the AnnData, or the panel, if left out.
+            Names of the columns; those of the AnnData or DataFrame, or the panel, if left out.
         return_tensors : {"np", "pt"}, optional
             numpy arrays if left out.
         input : {"auto", "counts", "log1p"}
             What the values are; see `detect_input_kind`.
         layer : str, optional
             Layer of the AnnData to take, or ``"raw"``.
+        padding : bool or {"longest", "max_length", "do_not_pad"}
+            Where only expressed genes are kept, cells differ in length: pad them to the longest (True) or to
+            `max_length`, or return lists of different lengths (False).
+        truncation : bool, optional
+            Cut cells longer than `max_length` to a random subset of their genes; done wherever there is a
+            `max_length`, unless this is False.
+        max_length : int, optional
+            Replaces the tokenizer's own `max_length` for this call.
 
         Returns
         -------
         transformers.BatchEncoding
             `input_ids` [cells, panel + 1]; or, without zeros, `input_ids`, `gene_ids` and
             `attention_mask` [cells, longest]; with modalities also `modality_ids`.
+
+        Raises
+        ------
+        InputError
+            As `bin_cells`; and if cells with every gene would be cut or padded.
+        TypeError
+            If `cells` is a path.
+
+        Examples
+        --------
+        >>> tokenizer = ScBertTokenizer(gene_panel=["CD3E", "MS4A1", "NKG7"], keep_zeros=False)
+        >>> tokenizer(np.array([[2, 0, 1], [0, 0, 9]]), padding="max_length", max_length=4)["gene_ids"]
+        array([[0, 2, 3, 3],
+               [2, 3, 3, 3]])
         """
+        limit = self.max_length if max_length is None else max_length
+        width = (limit or self.model_max_length) if padding == "max_length" else None
+        if truncation in (False, "do_not_truncate"):
+            limit = None
+        self._check_lengths(limit, width)
         bins = self.bin_cells(cells, gene_names=gene_names, input=input, layer=layer)
-        return BatchEncoding(self.encode_bins(bins), tensor_type=return_tensors)
+        encoded = self._encode(subsample(bins, limit, self.seed), width)
+        if padding in (False, "do_not_pad") and not self.keep_zeros:
+            lengths = encoded["attention_mask"].sum(axis=1)
+            encoded = {
+                name: [row[:length].tolist() for row, length in zip(rows, lengths)]
+                for name, rows in encoded.items()
+            }
+        return BatchEncoding(encoded, tensor_type=return_tensors)
+
+    def _check_lengths(self, limit, width):
+        n_tokens = len(self.gene_panel) + 1
+        if self.keep_zeros and ((limit or n_tokens) < n_tokens or (width or n_tokens) != n_tokens):
+            raise InputError(
+                f"This tokenizer keeps every gene, so that all cells have {n_tokens} tokens, and max_length="
+                f"{width or limit} cannot be met. Leave it out, or make the tokenizer with keep_zeros=False."
+            )
+        if limit is not None and limit < 2:
+            raise InputError(
+                f"max_length must be at least 2, one gene and the trailing token; found {limit}."
+            )
+
+    # cells to bins
 
     def bin_cells(self, cells, gene_names=None, input="auto", layer=None):
         """Expression bins of cells over the panel, sparse.
@@ -192,35 +241,46 @@ class ScBertTokenizer(PreTrainedTokenizer):
         Raises
         ------
         InputError
-            If there are no cells, no gene of the panel, or values that are no expression.
+            If there are no cells, no genes of the panel, or values that cannot be expression.
         """
         chunks = self.iter_bins(cells, gene_names=gene_names, input=input, layer=layer)
         return stack_chunks(chunks, len(self.gene_panel), bin_dtype(self.n_bins))
 
-    def iter_bins(self, cells, gene_names=None, input="auto", layer=None, chunk_size=CHUNK_SIZE):
+    def iter_bins(
+        self, cells, gene_names=None, input="auto", layer=None, chunk_size=CHUNK_SIZE, alignment=None
+    ):
         """Like `bin_cells`, in chunks of rows: memory does not grow with the cells of a backed file.
+
+        An `alignment` of the columns with the panel may be given in the place of `gene_names`.
 
         Yields
         ------
         scipy.sparse.csr_matrix [up to chunk_size, panel]
         """
+        gene_names = gene_names if alignment is None else alignment.names
         matrix, names = matrix_and_names(cells, self.gene_panel, gene_names, layer)
-        alignment = align_genes(names, self.gene_panel)
+        alignment = self._align(names, cells, layer) if alignment is None else alignment
         alignment.check(minimum=0.0)
         kind, scale = self.resolve_input(matrix, input, hint=other_sources(cells, layer))
         for start in range(0, matrix.shape[0], chunk_size):
-            chunk = as_csr(matrix[start : start + chunk_size])
+            chunk = as_csr(take_rows(matrix, start, start + chunk_size))
             check_values(chunk)
             if input == "auto" and kind == "counts" and not is_integer_valued(chunk):
                 raise InputError(
-                    f"Cells from row {start} on have fractions, while earlier ones are whole-number counts: "
-                    f"say what the values are with --input counts or --input log1p."
+                    f"Cells from row {start} on have fractions, while earlier ones are whole-number counts. "
+                    f"Say what the values are: input='counts' or 'log1p' (--input counts, --input log1p)."
                 )
             yield self.bin_rows(chunk, alignment, kind, scale is not None)
 
     def align(self, cells, gene_names=None, layer=None):
         """How the genes of `cells` match the panel, as a `GeneAlignment`."""
-        return align_genes(matrix_and_names(cells, self.gene_panel, gene_names, layer)[1], self.gene_panel)
+        return self._align(matrix_and_names(cells, self.gene_panel, gene_names, layer)[1], cells, layer)
+
+    def _align(self, names, cells, layer):
+        alignment = align_genes(names, self.gene_panel)
+        if alignment.overlap < MINIMUM_OVERLAP:
+            alignment.hint = raw_hint(cells, self.gene_panel, layer)
+        return alignment
 
     def resolve_input(self, matrix, input="auto", hint=""):
         """What kind of values a matrix holds, from a sample of its rows.
@@ -242,21 +302,27 @@ class ScBertTokenizer(PreTrainedTokenizer):
             raise InputError(f"{error}{hint}") from None
         return kind, log1p_scale(sample, self.target_sum) if kind == "log1p" else None
 
-    def bin_rows(self, chunk, alignment, kind="counts", whole=True):
-        """Bins of rows [cells, genes of `alignment`] whose `kind` is known; log1p of all genes is `whole`."""
-        values = self._log_values(chunk, alignment, kind, whole)
+    def bin_rows(self, chunk, alignment, kind="counts", covers_all_genes=True):
+        """Bins of rows [cells, genes of `alignment`] whose kind is known, and for log1p whether all genes are there."""
+        if chunk.shape[0] > BLOCK_SIZE:
+            bins = (
+                self.bin_rows(take_rows(chunk, start, start + BLOCK_SIZE), alignment, kind, covers_all_genes)
+                for start in range(0, chunk.shape[0], BLOCK_SIZE)
+            )
+            return stack_chunks(bins, len(self.gene_panel), bin_dtype(self.n_bins))
+        values = self._log_values(chunk, alignment, kind, covers_all_genes)
         if self.binning == "quantile":
             return bin_quantile(values, self.n_bins)
         return bin_floor(values, self.n_bins, self.bin_width)
 
-    def _log_values(self, chunk, alignment, kind, whole):
+    def _log_values(self, chunk, alignment, kind, covers_all_genes):
         """Rows on the model's log scale, aligned to the panel."""
-        if kind == "log1p" and not whole:
+        if kind == "log1p" and not covers_all_genes:
             # a part of the genes: what the others held is not known, so the size factor stays
-            return change_log_base(_apply_to_logs(alignment, chunk), self.log_base)
+            return change_log_base(alignment.apply_to_logs(chunk), self.log_base)
         # the size factor is taken after alignment, so log1p of all genes goes back to the counts' scale;
         # float64 keeps bins from counts exact at their edges, float32 admits the rounding of log1p
-        counts, dtype = (chunk, np.float64) if kind == "counts" else (_expm1(chunk), np.float32)
+        counts, dtype = (chunk, np.float64) if kind == "counts" else (expm1(chunk), np.float32)
         aligned = alignment.apply(counts)
         return normalize_expression(aligned, self.target_sum, self.log_base, self.feature_modalities, dtype)
 
@@ -280,53 +346,19 @@ class ScBertTokenizer(PreTrainedTokenizer):
             [cells, longest]; with modalities also ``modality_ids``. Pads and the trailing token have gene id
             ``len(gene_panel)``.
         """
-        n_cells, n_genes = bins.shape
-        if self.keep_zeros:
-            input_ids = np.zeros((n_cells, n_genes + 1), dtype=np.int64)
-            rows = np.repeat(np.arange(n_cells), np.diff(bins.indptr))
-            input_ids[rows, bins.indices] = bins.data
-            encoded = {"input_ids": input_ids}
-            gene_ids = np.broadcast_to(np.arange(n_genes + 1), input_ids.shape)
-        else:
-            encoded = self._encode_expressed(bins, generator)
-            gene_ids = encoded["gene_ids"]
-        if self.feature_modalities is not None:
-            encoded["modality_ids"] = np.append(self.feature_modalities, 0)[gene_ids]
-        return encoded
-
-    def _encode_expressed(self, bins, generator):
-        """Expressed genes of each cell, the trailing token, then pads."""
-        bins = self._subsample(bins, generator)
-        lengths = np.diff(bins.indptr)
-        shape = (bins.shape[0], int(lengths.max(initial=0)) + 1)
-        rows = np.repeat(np.arange(bins.shape[0]), lengths)
-        places = np.arange(bins.nnz) - np.repeat(bins.indptr[:-1], lengths)
-        input_ids = np.zeros(shape, dtype=np.int64)
-        gene_ids = np.full(shape, bins.shape[1], dtype=np.int64)
-        input_ids[rows, places] = bins.data
-        gene_ids[rows, places] = bins.indices
-        attention_mask = (np.arange(shape[1]) <= lengths[:, None]).astype(np.int64)
-        return {"input_ids": input_ids, "gene_ids": gene_ids, "attention_mask": attention_mask}
-
-    def _subsample(self, bins, generator):
-        """Rows cut to max_length - 1 random genes, in panel order."""
-        if self.max_length is None or np.diff(bins.indptr).max(initial=0) < self.max_length:
-            return bins
-        kept = np.ones(bins.nnz, dtype=bool)
-        for start, stop in zip(bins.indptr[:-1], bins.indptr[1:]):
-            excess = stop - start - (self.max_length - 1)
-            if excess > 0:
-                rng = generator or self._cell_generator(bins.indices[start:stop], bins.data[start:stop])
-                kept[start + rng.choice(stop - start, excess, replace=False)] = False
-        indptr = np.concatenate([[0], np.cumsum(kept)])[bins.indptr]
-        return sp.csr_matrix((bins.data[kept], bins.indices[kept], indptr), shape=bins.shape)
-
-    def _cell_generator(self, indices, values):
-        """A generator of the cell itself: its subset is the same in any batch and any order."""
-        content = zlib.crc32(
-            values.astype(np.int16).tobytes(), zlib.crc32(indices.astype(np.int32).tobytes())
+        return self._encode(
+            bins if self.keep_zeros else subsample(bins, self.max_length, self.seed, generator)
         )
-        return np.random.default_rng([self.seed, content])
+
+    def _encode(self, bins, width=None):
+        encoded = encode_every_gene(bins) if self.keep_zeros else encode_expressed(bins, width)
+        if self.feature_modalities is not None:
+            modalities = np.append(self.feature_modalities, 0)
+            if self.keep_zeros:
+                encoded["modality_ids"] = np.tile(modalities, (bins.shape[0], 1))
+            else:
+                encoded["modality_ids"] = modalities[encoded["gene_ids"]]
+        return encoded
 
     def _pad(self, encoded_inputs, *args, **kwargs):
         """Pad gene and modality ids along with the expression ids."""
@@ -338,19 +370,6 @@ class ScBertTokenizer(PreTrainedTokenizer):
                 pads, ids = [value] * missing, list(padded[name])
                 padded[name] = ids + pads if side == "right" else pads + ids
         return padded
-
-
-def _expm1(chunk):
-    return sp.csr_matrix((np.expm1(chunk.data, dtype=np.float64), chunk.indices, chunk.indptr), chunk.shape)
-
-
-def _apply_to_logs(alignment, chunk):
-    """Align log1p values; genes standing twice are summed as counts."""
-    if not alignment.n_duplicates:
-        return alignment.apply(chunk)
-    aligned = alignment.apply(_expm1(chunk))
-    aligned.data = np.log1p(aligned.data)
-    return aligned
 
 
 def _check_options(options, gene_panel, modalities):
@@ -371,3 +390,7 @@ def _check_options(options, gene_panel, modalities):
         problems.append("feature_modalities must hold one id from 0 on for every gene of the panel")
     if problems:
         raise InputError("ScBertTokenizer: " + "; ".join(problems) + ".")
+
+
+# a saved tokenizer carries this code, so that it loads where the package is not installed
+ScBertTokenizer.register_for_auto_class("AutoTokenizer")

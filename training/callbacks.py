@@ -1,18 +1,70 @@
-"""What training does between steps that the Trainer does not know of."""
+"""What training does between steps that the Trainer does not know of, and its progress bar."""
 
 import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel as unwrap_model
 from accelerate.utils import reduce
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback
 
-from .numbered_cells import NumberedSampler
+from ..tokenization import InputError
+from .cell_order import EpochSampler
 
 logger = logging.getLogger(__name__)
+
+# an empty file: whatever stands beside it was written to the end
+COMPLETE = "complete"
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Marks a checkpoint once all its files are written: a process may be killed in the middle."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, or None."""
+    checkpoints = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class StopOnDivergence(TrainerCallback):
+    """Ends a run whose loss is no longer a number: nothing good can come of it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        losses = [value for name, value in (logs or {}).items() if name in ("loss", "eval_loss", "grad_norm")]
+        if not all(np.isfinite(value) for value in losses):
+            raise InputError(
+                f"Training diverged at step {state.global_step}: the loss is not a number any more. Lower "
+                f"learning_rate (it is {args.learning_rate:g}), or set max_grad_norm, in the recipe."
+            )
+
+
+class L1HeadCallback(TrainerCallback):
+    """
+    An L1 penalty on the head's output layer, as the proximal step of it: every weight loses ``rate * strength`` after
+    each optimizer step, down to zero (Parikh and Boyd 2014, section 6.5.2). A gradient would never reach zero.
+    """
+
+    def __init__(self, strength: float):
+        self.strength = strength
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        weight = unwrap_model(model).classifier.out_proj.weight
+        groups = optimizer.param_groups
+        rate = next(g["lr"] for g in groups if any(parameter is weight for parameter in g["params"]))
+        weight.copy_(torch.nn.functional.softshrink(weight, rate * self.strength))
 
 
 class RedrawFeaturesCallback(TrainerCallback):
@@ -46,7 +98,7 @@ class SetEpochCallback(TrainerCallback):
     accelerate does so too, but not through the wrappers of a run of several processes resumed in mid-epoch.
     """
 
-    def __init__(self, sampler: NumberedSampler):
+    def __init__(self, sampler: EpochSampler):
         self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -78,7 +130,7 @@ class SaveOnTerminate(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self.asked:
-            logger.warning("Saved at step %d; --resume goes on from there.", state.global_step)
+            logger.warning("Saved at step %d; resume=True (--resume) goes on from there.", state.global_step)
             raise SystemExit(128 + signal.SIGTERM)
 
 
@@ -97,3 +149,46 @@ def saving_on_terminate(trainer: Trainer) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         trainer.remove_callback(callback)
+
+
+class ProgressBar(TrainerCallback):
+    """
+    One bar over all steps on stderr, where that is a terminal, with the time that is left and the last scores.
+
+    Parameters
+    ----------
+    describe
+        Makes a text of the metrics of an evaluation.
+    console
+        Where to draw.
+    """
+
+    def __init__(self, describe: Callable[[dict[str, float]], str], console: Console | None = None):
+        self.describe = describe
+        console = console or Console(stderr=True)
+        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
+        self.progress = Progress(
+            *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+        )
+        self.task = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and not args.disable_tqdm:
+            self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
+            self.progress.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.task is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self.task is not None:
+            text = f"epoch {state.epoch:.0f}, {self.describe(metrics)}"
+            self.progress.update(self.task, description=text)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bar down; after an error too, or it would go on drawing over the message."""
+        self.progress.stop()

@@ -1,6 +1,5 @@
 """Labelled cells of a fine-tuning run: read, checked, binned and split."""
 
-import logging
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,8 @@ import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
 
-from ..data.multiomics import feature_modalities
+from ..data.labels import choose_classes, find_labels
+from ..data.modalities import feature_modalities
 from ..data.read import read_cells
 from ..data.splits import stratified_split
 from ..evaluation.baselines import log_normalize
@@ -23,15 +23,10 @@ from ..tokenization import (
     select_matrix,
 )
 from ..tokenization.expression_scbert import as_csr
-from .finetune_arguments import DataArguments
-from .labels import choose_classes, find_labels
-
-logger = logging.getLogger(__name__)
+from .finetune_arguments import FinetuneDataArguments
+from .initial_model import new_tokenizer
 
 SPLITS = ("train", "validation", "test")
-# scBERT's rule for the full panel; a small panel (or a panel of few expressed genes) would lose its cells
-MIN_GENES = 200
-PANEL_WITH_MIN_GENES = 5000
 
 
 @dataclass
@@ -71,7 +66,7 @@ class FinetuneData:
     splits
         ``train``, ``validation``, ``test`` (may be empty) -> cells.
     sources
-        The AnnData each split is from, for the control.
+        The AnnData each split is from, for the baseline.
     input_kind
         What the values are: ``"counts"`` or ``"log1p"``.
     report
@@ -95,7 +90,13 @@ class FinetuneData:
         return checksum
 
 
-def load_data(data: DataArguments, tokenizer: ScBertTokenizer | dict[str, Any], seed: int) -> FinetuneData:
+def load_data(
+    data: FinetuneDataArguments,
+    tokenizer: ScBertTokenizer | dict[str, Any],
+    seed: int,
+    reference: AnnData | None = None,
+    test: AnnData | None = None,
+) -> FinetuneData:
     """
     Read the reference, choose classes and splits, and bin the cells.
 
@@ -107,13 +108,15 @@ def load_data(data: DataArguments, tokenizer: ScBertTokenizer | dict[str, Any], 
         The base's tokenizer, or options for a new one over the panel of the run.
     seed
         Decides the splits.
+    reference, test
+        The cells, where they are no files. They are left as they are.
 
     Raises
     ------
     InputError
         For every fault of the input that a user can mend.
     """
-    reference = read_cells(data.reference, layer=data.layer)
+    reference = read_cells(data.reference if reference is None else reference, layer=data.layer)
     labels = find_labels(reference.obs, data.label_key, data.reference)
     given = _given_splits(reference, data.test_key)
     if given is not None:
@@ -126,25 +129,33 @@ def load_data(data: DataArguments, tokenizer: ScBertTokenizer | dict[str, Any], 
     if isinstance(tokenizer, dict):
         # genes are not chosen with a look at the test cells
         learnt = np.isin(assigned, ["train", "validation"]) if data.top_genes else targets >= 0
-        tokenizer = _new_tokenizer(tokenizer, reference, learnt, data)
+        tokenizer = _tokenizer_of(tokenizer, reference, learnt, data)
     report["genes"] = _gene_report(tokenizer, reference, data)
-    _drop_poor_cells(assigned, reference, tokenizer, data, report, targets)
+    _drop_low_gene_cells(assigned, reference, tokenizer, data, report)
     splits, sources = {}, dict.fromkeys(SPLITS, reference)
     bins = tokenizer.bin_cells(reference, input=data.input, layer=data.layer)
     for name in SPLITS:
         cells = np.flatnonzero(assigned == name)
         splits[name] = LabelledCells(bins[cells], targets[cells], cells)
+    _check_training_cells(splits["train"], classes)
     if data.test:
-        splits["test"], sources["test"] = _test_file(data, tokenizer, classes, report)
-    if len(np.unique(splits["train"].targets)) < len(classes):
-        lost = sorted(set(range(len(classes))) - set(splits["train"].targets.tolist()))
-        raise InputError(
-            f"No training cell is left of: {', '.join(classes[i] for i in lost)}. Lower --min-genes, or put "
-            f"cells of every class into the training split."
-        )
+        sources["test"] = read_cells(data.test if test is None else test, layer=data.layer)
+        splits["test"] = _test_cells(sources["test"], data, tokenizer, classes, report)
     report["cells"] = {name: len(splits[name]) for name in SPLITS}
     kind = tokenizer.resolve_input(select_matrix(reference, data.layer)[0], data.input)[0]
     return FinetuneData(tokenizer, classes, splits, sources, kind, report)
+
+
+def _check_training_cells(train: LabelledCells, classes: list[str]) -> None:
+    """Refuse training cells that lack a class, or express nothing at all."""
+    lost = sorted(set(range(len(classes))) - set(train.targets.tolist()))
+    if lost:
+        raise InputError(
+            f"No training cell is left of: {', '.join(classes[i] for i in lost)}. Lower min_genes (--min-genes), or "
+            "put cells of every class into the training split."
+        )
+    if not train.bins.nnz:
+        raise InputError("No training cell expresses a gene of the panel: all its values are zero.")
 
 
 def _targets(labels: np.ndarray, classes: list[str]) -> np.ndarray:
@@ -173,30 +184,25 @@ def _given_splits(reference: AnnData, test_key: str | None) -> np.ndarray | None
     return words
 
 
-def _new_tokenizer(
-    options: dict[str, Any], reference: AnnData, labelled: np.ndarray, data: DataArguments
+def _tokenizer_of(
+    options: dict[str, Any], reference: AnnData, labelled: np.ndarray, data: FinetuneDataArguments
 ) -> ScBertTokenizer:
     """A tokenizer over the panel file, or over the genes these cells express (or the most variable of them)."""
+    if data.genes:
+        return new_tokenizer(options, read_gene_panel(data.genes))
     matrix, source = select_matrix(reference, data.layer)
     names = gene_names_of(source.var, source.var_names)
-    if data.genes:
-        panel = read_gene_panel(data.genes)
-    else:
-        expressed = np.asarray((as_csr(matrix[np.flatnonzero(labelled)]) != 0).sum(axis=0)).ravel() > 0
-        panel = list(dict.fromkeys(name for name, seen in zip(names, expressed, strict=True) if seen))
-        if data.top_genes:
-            panel = most_variable_genes(reference[labelled], data.top_genes, data.layer, data.input)
-        modalities = feature_modalities(source.var)
-        if modalities is not None:
-            of_feature = dict(zip(names, modalities.tolist(), strict=True))
-            build = {"genome_build": reference.uns.get("genome_build")}
-            options = {**options, **build, "feature_modalities": [of_feature[name] for name in panel]}
+    expressed = np.asarray((as_csr(matrix[np.flatnonzero(labelled)]) != 0).sum(axis=0)).ravel() > 0
+    panel = list(dict.fromkeys(name for name, seen in zip(names, expressed, strict=True) if seen))
+    if data.top_genes:
+        panel = most_variable_genes(reference[labelled], data.top_genes, data.layer, data.input)
     if not panel:
         raise InputError("No gene is expressed in any labelled cell: the matrix holds zeros only.")
-    try:
-        return ScBertTokenizer(gene_panel=panel, **options)
-    except TypeError as error:
-        raise InputError(f"The recipe's tokenizer options do not work: {error}.") from error
+    modalities = feature_modalities(source.var)
+    if modalities is not None:
+        of_feature = dict(zip(names, modalities.tolist(), strict=True))
+        modalities = [of_feature[name] for name in panel]
+    return new_tokenizer(options, panel, modalities, reference.uns.get("genome_build"))
 
 
 def most_variable_genes(cells: AnnData, n_genes: int, layer: str | None, input: str) -> list[str]:
@@ -217,7 +223,9 @@ def most_variable_genes(cells: AnnData, n_genes: int, layer: str | None, input: 
     return [names[i] for i in np.sort(chosen)]
 
 
-def _gene_report(tokenizer: ScBertTokenizer, reference: AnnData, data: DataArguments) -> dict[str, Any]:
+def _gene_report(
+    tokenizer: ScBertTokenizer, reference: AnnData, data: FinetuneDataArguments
+) -> dict[str, Any]:
     alignment = tokenizer.align(reference, layer=data.layer)
     alignment.check()
     return {
@@ -230,7 +238,7 @@ def _gene_report(tokenizer: ScBertTokenizer, reference: AnnData, data: DataArgum
 
 
 def _assign_splits(
-    targets: np.ndarray, given: np.ndarray | None, data: DataArguments, seed: int
+    targets: np.ndarray, given: np.ndarray | None, data: FinetuneDataArguments, seed: int
 ) -> np.ndarray:
     """Name of the split of every cell, "" for those of no class."""
     assigned = np.full(len(targets), "", dtype=object)
@@ -246,49 +254,48 @@ def _assign_splits(
     return assigned
 
 
-def _drop_poor_cells(
+def _drop_low_gene_cells(
     assigned: np.ndarray,
     reference: AnnData,
     tokenizer: ScBertTokenizer,
-    data: DataArguments,
+    data: FinetuneDataArguments,
     report: dict[str, Any],
-    targets: np.ndarray,
 ) -> None:
     """Take training cells with too few expressed genes out of `assigned`."""
     panel = tokenizer.gene_panel
-    minimum = data.min_genes
-    if minimum is None:
-        minimum = MIN_GENES if len(panel) >= PANEL_WITH_MIN_GENES else 0
+    minimum = data.least_genes(len(panel))
     report["min_genes"] = {"minimum": minimum, "left_out": 0}
     if not minimum:
         return
     matrix, source = select_matrix(reference, data.layer)
     alignment = align_genes(gene_names_of(source.var, source.var_names), panel)
     cells = np.flatnonzero(assigned == "train")
-    poor = cells[alignment.apply(as_csr(matrix[cells])).getnnz(axis=1) < minimum]
-    assigned[poor] = ""
-    report["min_genes"]["left_out"] = len(poor)
-    if len(poor) == len(cells):
+    low = cells[alignment.apply(as_csr(matrix[cells])).getnnz(axis=1) < minimum]
+    assigned[low] = ""
+    report["min_genes"]["left_out"] = len(low)
+    if len(low) == len(cells):
         raise InputError(
-            f"Every training cell expresses fewer than {minimum} genes of the panel; lower --min-genes."
+            f"Every training cell expresses fewer than {minimum} genes of the panel; lower min_genes (--min-genes)."
         )
 
 
-def _test_file(
-    data: DataArguments, tokenizer: ScBertTokenizer, classes: list[str], report: dict[str, Any]
-) -> tuple[LabelledCells, AnnData]:
-    """Cells of the test file whose class is among those learnt."""
-    test = read_cells(data.test, layer=data.layer)
+def _test_cells(
+    test: AnnData,
+    data: FinetuneDataArguments,
+    tokenizer: ScBertTokenizer,
+    classes: list[str],
+    report: dict[str, Any],
+) -> LabelledCells:
+    """Cells to test on whose class is among those learnt."""
     tokenizer.align(test, layer=data.layer).check()
     labels = find_labels(test.obs, data.label_key, data.test)
     targets = _targets(labels, classes)
     cells = np.flatnonzero(targets >= 0)
     if not len(cells):
         raise InputError(
-            f"No cell of the test file {Path(data.test).name} has one of the classes learnt: "
-            f"{', '.join(classes)}."
+            f"No cell of the test file {Path(data.test).name} has one of the classes learnt: {', '.join(classes)}."
         )
     # a class the model cannot know is no mistake of its; said, and left out of the scores
     report["test_classes_unknown"] = sorted({label for label in labels if label is not None} - set(classes))
     bins = tokenizer.bin_cells(test, input=data.input, layer=data.layer)[cells]
-    return LabelledCells(bins, targets[cells], cells), test
+    return LabelledCells(bins, targets[cells], cells)

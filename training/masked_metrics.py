@@ -1,34 +1,8 @@
-"""Scores of masked expression modelling, beside a control that knows each gene's habits and no cell."""
+"""Scores of masked expression modelling, beside a baseline that knows each gene's habits and no cell."""
 
-import numpy as np
 import torch
 
-
-class GeneControl:
-    """
-    Predicts every gene's commonest bin of the training cells, whatever the cell.
-
-    A gene the training cells never express gets the commonest bin of all genes. Its probabilities (for a
-    cross-entropy) are the gene's shares of bins, after adding the shares of all genes as one pseudo-count.
-
-    Parameters
-    ----------
-    bin_counts
-        [genes, vocab_size], see `count_bins`.
-
-    Examples
-    --------
-    >>> control = GeneControl(np.array([[0, 3, 1], [0, 0, 2], [0, 0, 0]]))
-    >>> control.commonest.tolist()
-    [1, 2, 1]
-    """
-
-    def __init__(self, bin_counts: np.ndarray):
-        overall = bin_counts.sum(axis=0) / max(1, bin_counts.sum())
-        smooth = bin_counts + overall
-        self.commonest = torch.from_numpy(smooth.argmax(axis=1))
-        shares = smooth / np.maximum(smooth.sum(axis=1, keepdims=True), 1e-12)
-        self.log_shares = torch.from_numpy(np.log(np.maximum(shares, 1e-12))).float()
+from ..evaluation.per_gene_mode import PerGeneModeBaseline
 
 
 class MaskedScores:
@@ -40,16 +14,17 @@ class MaskedScores:
 
     Parameters
     ----------
-    control
+    baseline
         Predicts from the gene alone, on the same tokens.
     vocab_size
         Number of expression ids.
     """
 
-    # rows of `totals`: tokens, loss, control's loss, and tokens and loss of modality prediction;
-    # of `by_bin`: hidden tokens, hits, the gene control's hits, the cell control's hits
-    def __init__(self, control: GeneControl, vocab_size: int):
-        self.control = control
+    # rows of `totals`: tokens, loss, baseline's loss, and tokens and loss of modality prediction;
+    # of `by_bin`: hidden tokens, hits, the gene's mode's hits, the cell's mode's hits
+    def __init__(self, baseline: PerGeneModeBaseline, vocab_size: int):
+        self.mode = torch.from_numpy(baseline.mode)
+        self.log_shares = torch.from_numpy(baseline.log_shares)
         self.totals = torch.zeros(5, dtype=torch.float64)
         self.by_bin = torch.zeros(4, vocab_size, dtype=torch.float64)
 
@@ -83,14 +58,14 @@ class MaskedScores:
         genes, truth = genes[asked], batch["labels"][asked]
         hidden = batch["input_ids"][asked] == mask_token_id
         loss = torch.nn.functional.cross_entropy(logits, truth, reduction="sum")
-        known = -self.control.log_shares[genes, truth].sum().item()
+        known = -self.log_shares[genes, truth].sum().item()
         modality = [0, 0.0]
         if modality_loss is not None:
             tokens = int(batch.get("attention_mask", torch.ones_like(batch["labels"])).sum())
             modality = [tokens, tokens * modality_loss.item()]
         self.totals += torch.tensor([len(truth), loss.item(), known, *modality], dtype=torch.float64)
         of_cell = commonest_in_sight(batch["input_ids"], mask_token_id)[asked.nonzero()[:, 0]]
-        right = (logits.argmax(-1) == truth, self.control.commonest[genes] == truth, of_cell == truth)
+        right = (logits.argmax(-1) == truth, self.mode[genes] == truth, of_cell == truth)
         for row, weight in enumerate((torch.ones_like(truth), *right)):
             self.by_bin[row] += torch.bincount(
                 truth[hidden], weights=weight[hidden].double(), minlength=self.by_bin.shape[1]
@@ -98,26 +73,26 @@ class MaskedScores:
 
     def metrics(self) -> dict[str, float]:
         """
-        Loss, accuracy and accuracy by true bin, each beside the control's.
+        Loss, accuracy and accuracy by true bin, each beside the baselines'.
 
         Returns
         -------
         dict
-            ``loss``, ``control_loss``, ``masked_accuracy``, ``control_masked_accuracy`` (the gene's commonest
-            bin), ``cell_control_masked_accuracy`` (the cell's), their means over bins (``..._bin_mean``), and
+            ``loss``, ``baseline_loss``, ``masked_accuracy``, ``baseline_masked_accuracy`` (the gene's commonest
+            bin), ``cell_baseline_masked_accuracy`` (the cell's), their means over bins (``..._bin_mean``), and
             ``masked_accuracy_bin_3`` and the like for bins that were asked for; and ``modality_loss`` where
             modalities are predicted.
         """
-        tokens, loss, control_loss, modality_tokens, modality_loss = self.totals.tolist()
+        tokens, loss, baseline_loss, modality_tokens, modality_loss = self.totals.tolist()
         found = {
             "loss": loss / max(1.0, tokens),
-            "control_loss": control_loss / max(1.0, tokens),
+            "baseline_loss": baseline_loss / max(1.0, tokens),
             "masked_tokens": int(self.by_bin[0].sum()),
         }
         if modality_tokens:
             found["modality_loss"] = modality_loss / modality_tokens
         asked = self.by_bin[0] > 0
-        names = ("masked_accuracy", "control_masked_accuracy", "cell_control_masked_accuracy")
+        names = ("masked_accuracy", "baseline_masked_accuracy", "cell_baseline_masked_accuracy")
         for name, hits in zip(names, self.by_bin[1:]):
             by_bin = hits[asked] / self.by_bin[0][asked]
             found[name] = (hits.sum() / self.by_bin[0].sum().clamp(min=1)).item()
@@ -131,7 +106,7 @@ def commonest_in_sight(input_ids: torch.Tensor, mask_token_id: int) -> torch.Ten
     """
     The bin that most of a cell's expressed genes in sight have; 1 where none is.
 
-    A second control: in shallow cells most genes have one count, which the size factor sends to one bin of the
+    A second baseline: in shallow cells most genes have one count, which the size factor sends to one bin of the
     cell, so that knowing the cell's depth alone predicts much.
 
     Parameters

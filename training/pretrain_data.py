@@ -1,6 +1,9 @@
-"""Cells of a pretraining run: read, checked, binned and split."""
+"""Cells of a pretraining run: of a corpus or files, in memory or streamed; checked, binned and split."""
 
+import hashlib
+import json
 import logging
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,20 +11,29 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from accelerate import PartialState
+from tqdm.auto import tqdm
 
-from ..data.cell_dataset import CellDataset
-from ..data.multiomics import common_build, feature_modalities
+from ..data.corpus_manifest import is_corpus, read_manifest
+from ..data.corpus_stream import BinnedCells, CellFile, open_corpus
+from ..data.modalities import feature_modalities
+from ..data.multiomics import common_build
+from ..data.quality_control import measure_cells
 from ..data.read import matrix_rows, read_cells, read_gene_names
-from ..tokenization import InputError, ScBertTokenizer
+from ..data.write_output import atomic_file
+from ..evaluation.per_gene_mode import count_bins
+from ..tokenization import InputError, ScBertTokenizer, align_genes
 from ..tokenization.genes_scbert import MINIMUM_OVERLAP
+from .cell_batches import CellDataset
+from .initial_model import new_tokenizer
 from .pretrain_arguments import PretrainDataArguments
 from .run_gene2vec import corpus_files
 
 logger = logging.getLogger(__name__)
 
-# scBERT's rule for the full panel; a small one would lose its cells
-MIN_GENES = 200
-PANEL_WITH_MIN_GENES = 5000
+# folder of a corpus in which what was counted is kept
+CACHE = "cache"
+CELLS_AT_ONCE = 2048
 
 
 @dataclass
@@ -34,7 +46,7 @@ class PretrainData:
     tokenizer
         The base's, or one over the chosen panel.
     train, validation
-        Map-style data sets of items with a sparse ``"row"``, such as `CellDataset`.
+        Cells.
     bin_counts
         How often each bin stands at each gene in the training cells, [genes, vocabulary] int64.
     report
@@ -42,8 +54,8 @@ class PretrainData:
     """
 
     tokenizer: ScBertTokenizer
-    train: Any
-    validation: Any
+    train: CellDataset
+    validation: CellDataset
     bin_counts: np.ndarray
     report: dict[str, Any]
 
@@ -54,16 +66,19 @@ class PretrainData:
         return zlib.crc32(self.bin_counts.tobytes(), zlib.crc32(sizes.tobytes(), checksum))
 
 
-def load_pretrain_data(
+def load_data(
     data: PretrainDataArguments, tokenizer: ScBertTokenizer | dict[str, Any], seed: int
 ) -> PretrainData:
     """
-    Read the corpus, bin its cells and put some aside for validation.
+    Open the cells and put some aside for validation.
+
+    A corpus, and files with ``streaming``, stay on disk; other files are binned into memory. All cells are binned once
+    to find those with something to learn and to count bins; what was found of a corpus is kept in its folder ``cache``.
 
     Parameters
     ----------
     data
-        Files and fractions.
+        Corpus and fractions.
     tokenizer
         The base's tokenizer, or options for a new one over the panel of the run.
     seed
@@ -72,115 +87,153 @@ def load_pretrain_data(
     Raises
     ------
     InputError
-        If no file of the corpus can be used, or too few cells are left.
+        If the corpus is damaged, no file of it can be used, or too few cells are left.
     """
+    cells, tokenizer, report = (_open_corpus if is_corpus(data.corpus) else _open_files)(data, tokenizer)
+    minimum = data.least_genes(len(tokenizer.gene_panel))
+    # the first process writes the cache for the others
+    with PartialState().local_main_process_first():
+        lengths, counts = _measured(cells, tokenizer, data.corpus)
+    # a cell with nothing to ask for teaches nothing
+    usable = np.flatnonzero(lengths >= max(1, minimum))
+    n_validation = max(1, round(data.validation_fraction * len(usable)))
+    if len(usable) <= n_validation:
+        raise InputError(
+            f"{len(usable)} cell(s) of {data.corpus} express {minimum} genes of the panel or more: too few to learn "
+            "from and to validate on. Lower min_genes (--min-genes), or add cells."
+        )
+    order = np.random.default_rng(seed).permutation(len(usable))
+    train, validation = (usable[np.sort(part)] for part in (order[n_validation:], order[:n_validation]))
+    counts = counts - _bin_counts(cells, tokenizer, np.setdiff1d(np.arange(cells.shape[0]), train))[1]
+    report["cells"] = {"train": len(train), "validation": len(validation)}
+    report |= {"low_gene_cells": cells.shape[0] - len(usable), "min_genes": minimum}
+    train, validation = CellDataset(cells, rows=train), CellDataset(cells, rows=validation)
+    return PretrainData(tokenizer, train, validation, counts, report)
+
+
+def _open_corpus(data: PretrainDataArguments, tokenizer: ScBertTokenizer | dict[str, Any]):
+    """Cells of a corpus of ``scbert build``, the tokenizer and a report."""
+    manifest = read_manifest(data.corpus)
+    if data.layer or data.input != "auto":
+        raise InputError(
+            "A corpus holds one kind of values a file: layer and input (--layer, --input) were chosen when it was "
+            "built. Leave them out."
+        )
+    if isinstance(tokenizer, dict):
+        modalities = dict(zip(manifest["genes"], manifest["modalities"]))
+        tokenizer = _tokenizer_of(tokenizer, data, modalities, manifest["genome_build"])
+    overlap = align_genes(manifest["genes"], tokenizer.gene_panel)
+    try:
+        overlap.check(MINIMUM_OVERLAP, force=data.force)
+    except InputError as problem:
+        raise InputError(f"The corpus {data.corpus} does not suit the model's panel. {problem}") from None
+    report = {"corpus": str(data.corpus), "genes_found": overlap.n_matched, "files": {}}
+    for source in manifest["sources"]:
+        report["files"][Path(source["path"]).name] = {"cells": source["kept"]}
+    return BinnedCells(open_corpus(data.corpus, tokenizer), tokenizer), tokenizer, report
+
+
+def _open_files(data: PretrainDataArguments, tokenizer: ScBertTokenizer | dict[str, Any]):
+    """Cells of one or several files, the tokenizer and a report; files that cannot be used are named and left out."""
     files = corpus_files(data.corpus)
-    # a panel of all the corpus's genes is wider than each of its files
+    # a panel of all the files' genes is wider than each of them
     overlap = 0.0 if isinstance(tokenizer, dict) and not data.genes else MINIMUM_OVERLAP
     if isinstance(tokenizer, dict):
-        tokenizer = _new_tokenizer(tokenizer, files, data)
-    bins, report = _bin_files(files, tokenizer, data, overlap)
-    n_validation = max(1, round(data.validation_fraction * bins.shape[0]))
-    if bins.shape[0] <= n_validation:
-        raise InputError(
-            f"{bins.shape[0]} cell(s) are left to learn from and to validate on; more are needed."
-        )
-    order = np.random.default_rng(seed).permutation(bins.shape[0])
-    validation, train = np.sort(order[:n_validation]), np.sort(order[n_validation:])
-    counts = count_bins(bins[train], tokenizer.vocab_size)
-    report["cells"] = {"train": len(train), "validation": len(validation)}
-    cells = CellDataset(bins)
-    return PretrainData(tokenizer, cells.subset(train), cells.subset(validation), counts, report)
-
-
-def count_bins(bins: sp.csr_matrix, vocab_size: int) -> np.ndarray:
-    """
-    How often each expression id stands at each gene.
-
-    Parameters
-    ----------
-    bins
-        [cells, genes], bin 0 not stored.
-    vocab_size
-        Number of expression ids.
-
-    Returns
-    -------
-    numpy.ndarray
-        [genes, vocab_size] int64; zeros are not counted (column 0 is 0), as they are never asked for.
-    """
-    n_genes = bins.shape[1]
-    flat = bins.indices.astype(np.int64) * vocab_size + bins.data
-    return np.bincount(flat, minlength=n_genes * vocab_size).reshape(n_genes, vocab_size)
-
-
-def least_genes(min_genes: int | None, tokenizer: ScBertTokenizer) -> int:
-    """Expressed genes a cell needs: what was asked for, or scBERT's rule where the panel is large."""
-    if min_genes is not None:
-        return min_genes
-    return MIN_GENES if len(tokenizer.gene_panel) >= PANEL_WITH_MIN_GENES else 0
-
-
-def _new_tokenizer(
-    options: dict[str, Any], files: list[Path], data: PretrainDataArguments
-) -> ScBertTokenizer:
-    """A tokenizer over the panel file, or over the genes some cell of the corpus expresses."""
-    modalities = {}
-    panel = read_gene_names(data.genes) if data.genes else _expressed_genes(files, data, modalities)
-    if any(modalities.values()):
-        options = {**options, "feature_modalities": [modalities[name] for name in panel]}
-        options["genome_build"] = common_build(files)
-    if not data.genes:
-        logger.info("The panel is the %d genes the corpus expresses; --genes FILE gives another.", len(panel))
-    try:
-        return ScBertTokenizer(gene_panel=panel, **options)
-    except TypeError as error:
-        raise InputError(f"The recipe's tokenizer options do not work: {error}.") from error
-
-
-def _expressed_genes(files: list[Path], data: PretrainDataArguments, modalities: dict[str, int]) -> list[str]:
-    """Genes with a count anywhere, in order of appearance; ``modalities`` is filled by name."""
-    found: dict[str, None] = {}
+        genes = {} if data.genes else _expressed_genes(files, data.layer)
+        genome_build = common_build(files) if any(genes.values()) else None
+        tokenizer = _tokenizer_of(tokenizer, data, genes, genome_build)
+    parts, report = [], {"files": {}, "left_out": {}}
     for path in files:
         try:
-            adata = read_cells(path, layer=data.layer)
-            matrix, names = matrix_rows(adata, data.layer)
-        except InputError:
-            # said, once, when the file is binned
-            continue
-        seen = np.asarray((matrix != 0).sum(axis=0)).ravel() > 0
-        found.update(dict.fromkeys(name for name, is_seen in zip(names, seen) if is_seen))
-        ids = feature_modalities(adata.var) if len(names) == adata.n_vars else None
-        modalities.update(zip(names, [0] * len(names) if ids is None else ids.tolist()))
-    if not found:
-        raise InputError(f"No gene is expressed in any cell of {data.corpus}.")
-    return list(found)
-
-
-def _bin_files(
-    files: list[Path], tokenizer: ScBertTokenizer, data: PretrainDataArguments, overlap: float
-) -> tuple[sp.csr_matrix, dict[str, Any]]:
-    """Bins of all usable cells, and a report by file; files that cannot be used are named and left out."""
-    minimum = least_genes(data.min_genes, tokenizer)
-    parts, report = [], {"files": {}, "left_out": {}, "min_genes": minimum}
-    for path in files:
-        try:
-            adata = read_cells(path, layer=data.layer)
-            tokenizer.align(adata, layer=data.layer).check(overlap, force=data.force)
-            bins = tokenizer.bin_cells(adata, input=data.input, layer=data.layer)
+            part = _open_file(path, data, tokenizer, overlap)
         except InputError as problem:
             if len(files) == 1:
                 raise
             logger.warning("%s is left out: %s", path.name, problem)
             report["left_out"][path.name] = str(problem)
             continue
-        # a cell with nothing to ask for teaches nothing
-        kept = bins[np.flatnonzero(np.diff(bins.indptr) >= max(1, minimum))]
-        report["files"][path.name] = {"cells": kept.shape[0], "poor_cells": bins.shape[0] - kept.shape[0]}
-        parts.append(kept)
-    if not sum(part.shape[0] for part in parts):
-        raise InputError(
-            f"No cell of {data.corpus} can be used: {len(report['left_out'])} file(s) were left out, and cells "
-            f"that express fewer than {minimum} genes of the panel (--min-genes)."
-        )
-    return sp.vstack(parts, format="csr"), report
+        parts.append(part)
+        report["files"][path.name] = {"cells": part.n_cells if data.streaming else part.shape[0]}
+    if not parts:
+        raise InputError(f"No file of {data.corpus} can be used; all were left out, as named above.")
+    cells = BinnedCells(parts, tokenizer) if data.streaming else sp.vstack(parts, format="csr")
+    return cells, tokenizer, report
+
+
+def _open_file(path: Path, data: PretrainDataArguments, tokenizer: ScBertTokenizer, overlap: float):
+    """A file left on disk, or its bins."""
+    if data.streaming:
+        part = CellFile(path, tokenizer, data.layer, data.input)
+        part.alignment.check(overlap, force=data.force)
+        return part
+    adata = read_cells(path, layer=data.layer)
+    tokenizer.align(adata, layer=data.layer).check(overlap, force=data.force)
+    return tokenizer.bin_cells(adata, input=data.input, layer=data.layer)
+
+
+def _expressed_genes(files: list[Path], layer: str | None) -> dict[str, int]:
+    """Modality of every gene with a count anywhere, in order of appearance; read in chunks."""
+    found: dict[str, int] = {}
+    for path in files:
+        try:
+            adata = read_cells(path, layer=layer, backed=True)
+            expressed = measure_cells(adata, layer).cells_per_gene > 0
+            names = matrix_rows(adata, layer)[1]
+        except InputError:
+            # said when the file is opened
+            continue
+        ids = feature_modalities(adata.var) if len(names) == adata.n_vars else None
+        ids = np.zeros(len(names), dtype=int) if ids is None else ids
+        for name, is_seen, modality in zip(names, expressed, ids.tolist()):
+            if is_seen or name in found:
+                found[name] = modality
+    return found
+
+
+def _tokenizer_of(
+    options: dict[str, Any], data: PretrainDataArguments, genes: dict[str, int], genome_build: str | None
+) -> ScBertTokenizer:
+    """A tokenizer over the panel file, or over these genes, whose modalities are known."""
+    panel = read_gene_names(data.genes) if data.genes else list(genes)
+    if not panel:
+        raise InputError(f"No gene is expressed in any cell of {data.corpus}.")
+    if not data.genes:
+        logger.info("The panel is the %d genes the corpus expresses; a panel file gives another.", len(panel))
+    modalities = [genes.get(name, 0) for name in panel] if any(genes.values()) else None
+    return new_tokenizer(options, panel, modalities, genome_build)
+
+
+def _measured(cells: Any, tokenizer: ScBertTokenizer, corpus: str) -> tuple[np.ndarray, np.ndarray]:
+    """`_bin_counts` of all cells, from the cache of a corpus where it is known."""
+    everything = np.arange(cells.shape[0])
+    if not is_corpus(corpus):
+        return _bin_counts(cells, tokenizer, everything, shown=True)
+    options = {name: value for name, value in tokenizer.init_kwargs.items() if name != "gene_panel_file"}
+    # the manifest holds the checksums of all shards
+    facts = [(Path(corpus) / "corpus.json").read_text(), sorted(map(str, options.items()))]
+    key = hashlib.sha256(json.dumps([*facts, tokenizer.gene_panel]).encode()).hexdigest()[:16]
+    path = Path(corpus) / CACHE / f"bins-{key}.npz"
+    if path.exists():
+        with np.load(path) as stored:
+            return stored["lengths"], stored["counts"]
+    lengths, counts = _bin_counts(cells, tokenizer, everything, shown=True)
+    if os.access(corpus, os.W_OK):
+        path.parent.mkdir(exist_ok=True)
+        with atomic_file(path) as handle:
+            np.savez_compressed(handle, lengths=lengths, counts=counts)
+    return lengths, counts
+
+
+def _bin_counts(
+    cells: Any, tokenizer: ScBertTokenizer, rows: np.ndarray, shown: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Expressed genes of the cells at `rows` [rows], and how often each bin stands at each gene [genes, vocabulary]."""
+    lengths = np.zeros(len(rows), dtype=np.int64)
+    counts = np.zeros((len(tokenizer.gene_panel), tokenizer.vocab_size), dtype=np.int64)
+    with tqdm(total=len(rows), desc="counting bins", unit=" cells", disable=None if shown else True) as bar:
+        for start in range(0, len(rows), CELLS_AT_ONCE):
+            bins = cells[rows[start : start + CELLS_AT_ONCE]]
+            lengths[start : start + bins.shape[0]] = np.diff(bins.indptr)
+            counts += count_bins(bins, tokenizer.vocab_size)
+            bar.update(bins.shape[0])
+    return lengths, counts

@@ -6,56 +6,46 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel
 
-from ..data.streaming import StreamOrder
+from ..data.corpus_stream import StreamOrder
+from ..evaluation.per_gene_mode import PerGeneModeBaseline
 from ..tokenization import InputError
-from .callbacks import RedrawFeaturesCallback, SetEpochCallback
-from .collators import DataCollatorForMaskedExpression
-from .finetune_trainer import CompleteCheckpoints, ProgressOnStderr, StopOnDivergence
-from .masked_metrics import GeneControl, MaskedScores
-from .numbered_cells import NumberedCells, NumberedSampler
+from .callbacks import RedrawFeaturesCallback
+from .cell_batches import DataCollatorForMaskedExpression
+from .cell_order import EpochSampler
+from .masked_metrics import MaskedScores
 from .pretrain_arguments import PretrainDataArguments, PretrainTrainingArguments
 from .pretrain_data import PretrainData
 from .schedules import cosine_restarts
+from .trainer import CellTrainer
 
 
-class MaskedExpressionTrainer(Trainer):
+class MaskedExpressionTrainer(CellTrainer):
     """
-    `transformers.Trainer` for masked expression modelling.
+    `CellTrainer` for masked expression modelling.
 
-    Every visit to a cell is numbered, so that masks and order depend on the seed alone and a resumed run repeats
-    an uninterrupted one. Evaluation gathers scores batch by batch and holds no logits of a whole split.
+    Every visit to a cell has an index of its own, so that masks and order depend on the seed alone and a resumed run
+    repeats an uninterrupted one. Evaluation gathers scores batch by batch and holds no logits of a whole split.
 
     Parameters
     ----------
-    control
-        The yardstick that stands beside every score.
+    baseline
+        Stands beside every score.
     streaming
         Take cells in a `StreamOrder`; else each epoch in an order of its own, from anywhere.
+    **options
+        Of `transformers.Trainer`.
     """
 
-    def __init__(self, *args: Any, control: GeneControl, streaming: bool = False, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.control = control
-        self.scores = MaskedScores(control, self.model.config.vocab_size)
-        self.streaming = streaming
-        seed = self.args.data_seed or self.args.seed
-        self.sampler = (
-            self._stream_order(seed) if streaming else NumberedSampler(len(self.train_dataset), seed)
+    def __init__(self, baseline: PerGeneModeBaseline, streaming: bool = False, **options: Any):
+        args, n_cells = options["args"], len(options["train_dataset"])
+        sampler = (
+            _stream_order(args, n_cells) if streaming else EpochSampler(n_cells, args.data_seed or args.seed)
         )
-        self.add_callback(SetEpochCallback(self.sampler))
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None):
-        return self.sampler
-
-    def _stream_order(self, seed: int) -> StreamOrder:
-        args = self.args
-        return StreamOrder(
-            len(self.train_dataset), args.train_batch_size, seed, args.process_index, args.world_size,
-            args.dataloader_num_workers, numbered=True,
-        )  # fmt: skip
+        super().__init__(sampler, _describe, [RedrawFeaturesCallback(args.seed)], **options)
+        self.baseline = baseline
+        self.streaming = streaming
 
     def get_train_dataloader(self) -> DataLoader:
         """transformers' own, or for a stream one that knows its process: accelerate must not deal out again."""
@@ -84,21 +74,21 @@ class MaskedExpressionTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
-        self.draws = inputs.pop("draw", None)
+        self.indices = inputs.pop("indices")
         return inputs
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """transformers' step; a loss that is no number ends the run and names its cells."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            cells = self.train_dataset.cells
-            places = sorted((self.draws % len(cells)).tolist())
+            cells = self.train_dataset
+            places = sorted((self.indices % len(cells)).tolist())
             raise InputError(
                 f"The loss is {loss.item()} in step {self.state.global_step + 1}, process "
                 f"{self.args.process_index}, in the batch of the cells {cells.rows[places].tolist()} (counted in "
                 f"the corpus). Nothing of it was learnt. Look at these cells, or lower learning_rate (it is "
-                f"{self.args.learning_rate:g}) or set max_grad_norm in the recipe; --resume goes on from the last "
-                f"checkpoint."
+                f"{self.args.learning_rate:g}) or set max_grad_norm in the recipe; resume=True (--resume) goes on from "
+                f"the last checkpoint."
             )
         return loss
 
@@ -133,7 +123,7 @@ class MaskedExpressionTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, **kwargs):
         """transformers' loop, with the scores of all processes among its metrics."""
-        self.scores = MaskedScores(self.control, self.model.config.vocab_size)
+        self.scores = MaskedScores(self.baseline, self.model.config.vocab_size)
         self.batches_seen, self.cells_to_score = 0, len(dataloader.dataset)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, **kwargs)
         for name in ("totals", "by_bin"):
@@ -144,16 +134,19 @@ class MaskedExpressionTrainer(Trainer):
         return output
 
 
-class PretrainProgress(ProgressOnStderr):
-    """The bar, with the last validation scores of masked expression modelling."""
+def _stream_order(args: PretrainTrainingArguments, n_cells: int) -> StreamOrder:
+    return StreamOrder(
+        n_cells, args.train_batch_size, args.data_seed or args.seed, args.process_index, args.world_size,
+        args.dataloader_num_workers, numbered=True,
+    )  # fmt: skip
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if self.task is not None and metrics and "eval_masked_accuracy" in metrics:
-            text = (
-                f"epoch {state.epoch:.0f}, validation loss {metrics['eval_loss']:.3f}, masked accuracy "
-                f"{metrics['eval_masked_accuracy']:.3f} (control {metrics['eval_control_masked_accuracy']:.3f})"
-            )
-            self.progress.update(self.task, description=text)
+
+def _describe(metrics: dict[str, float]) -> str:
+    """The last validation scores, for the progress bar."""
+    return (
+        f"validation loss {metrics['eval_loss']:.3f}, masked accuracy {metrics['eval_masked_accuracy']:.3f} "
+        f"(baseline {metrics['eval_baseline_masked_accuracy']:.3f})"
+    )
 
 
 def build_pretrainer(
@@ -176,12 +169,14 @@ def build_pretrainer(
     arguments
         Settings.
     """
-    trainer = MaskedExpressionTrainer(
+    return MaskedExpressionTrainer(
+        PerGeneModeBaseline(data.bin_counts),
+        data_arguments.streaming,
         model=model,
         args=arguments,
-        train_dataset=NumberedCells(data.train),
-        # other masks than any training visit of these numbers has; the same at every evaluation
-        eval_dataset=NumberedCells(data.validation),
+        train_dataset=data.train,
+        # its indices are the first visits', but of other cells: the masks are the same at every evaluation
+        eval_dataset=data.validation,
         data_collator=DataCollatorForMaskedExpression(
             data.tokenizer,
             data_arguments.mlm_probability,
@@ -189,15 +184,4 @@ def build_pretrainer(
             seed=arguments.data_seed or arguments.seed,
             packing=arguments.packing,
         ),
-        callbacks=[
-            RedrawFeaturesCallback(arguments.seed),
-            CompleteCheckpoints(),
-            StopOnDivergence(),
-            PretrainProgress(),
-        ],
-        control=GeneControl(data.bin_counts),
-        streaming=data_arguments.streaming,
     )
-    for theirs in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(theirs)
-    return trainer

@@ -7,51 +7,46 @@ Fine-tune a model on labelled cells: ``scbert finetune``, or
 
 import json
 import logging
-import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, set_seed
+from anndata import AnnData
+from transformers import PreTrainedModel, TrainerState, set_seed
 
-from ..data.output import check_output_folder
+from ..data.check_paths import check_output_folder
 from ..tokenization import InputError
-from .callbacks import saving_on_terminate
+from ..trained_model.loaded_model import LoadedModel
+from ..trained_model.prediction import predict_cells
+from .cell_batches import CellDataset
 from .finetune_arguments import (
-    DataArguments,
+    FINETUNE,
+    FinetuneDataArguments,
+    FinetuneModelArguments,
     FinetuneTrainingArguments,
-    ModelArguments,
-    build_arguments,
-    device_settings,
-    field_names,
-    merge_settings,
-    parse_command_line,
 )
 from .finetune_data import FinetuneData, load_data
-from .finetune_trainer import (
-    CellTrainer,
-    build_trainer,
+from .finetune_trainer import build_trainer
+from .frozen_layer_cache import cached_frozen_layers
+from .initial_model import (
+    base_tokenizer,
     freeze_first_layers,
     freeze_for_finetuning,
     freeze_whole_encoder,
-    stop_progress,
+    load_base,
+    new_model,
 )
-from .frozen_prefix import attach_frozen_prefix
-from .pretrained import check_model_folder, load_base, load_tokenizer, new_model, quiet_transformers
-from .run_output import run_folder, whole_weights, write_model
-from .run_record import RECORD
-from .run_summary import score_control, score_splits, summarise, write_summary
+from .run_folder import finish, run_folder
+from .run_summary import TunedModel, draw_figures, score_baseline, score_splits, summarise
+from .settings import parse, parse_command_line
 from .solved_head import solve_head
 
 logger = logging.getLogger(__name__)
 
-# names of the command line -> names of transformers.TrainingArguments
-SHORT_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
-
 
 def finetune(
-    reference: str | Path | None = None,
+    reference: AnnData | str | Path | None = None,
     label_key: str | None = None,
     output: str | Path | None = None,
     **options: Any,
@@ -62,16 +57,16 @@ def finetune(
     Parameters
     ----------
     reference
-        Labelled cells: .h5ad, 10x .h5 or folder, .zarr.
+        Labelled cells: an AnnData, which is left as it is, or a file: .h5ad, 10x .h5 or folder, .zarr.
     label_key
         Column of obs that holds the cell types.
     output
         The model folder to write. It is built in ``OUTPUT.partial`` and appears when complete.
     **options
-        ``base`` (model folder), ``recipe`` (name or file), ``epochs``, ``batch_size``, ``seed``, ``device`` and
-        ``dtype`` (see `device_settings`), ``resume``, ``overwrite``, and every field of `DataArguments`,
-        `ModelArguments` and `FinetuneTrainingArguments` (so all of `transformers.TrainingArguments`). They go over
-        the recipe's.
+        ``base`` (model folder or Hub name), ``test`` (AnnData or file of cells to test on), ``recipe`` (name or file),
+        ``epochs``, ``batch_size``, ``seed``, ``device`` and ``dtype`` (see `device_settings`), ``resume``,
+        ``overwrite``, and every field of `FinetuneDataArguments`, `FinetuneModelArguments` and
+        `FinetuneTrainingArguments` (so all of `transformers.TrainingArguments`). They go over the recipe's.
 
     Returns
     -------
@@ -89,53 +84,39 @@ def finetune(
     >>> summary = finetune("reference.h5ad", "cell_type", "model", epochs=5)  # doctest: +SKIP
     >>> summary["test"]["macro_f1"]  # doctest: +SKIP
     """
-    settings, data_arguments, model_arguments, training_arguments = parse(
-        {"reference": reference, "label_key": label_key, "output": output, **options}
+    cells = {"reference": reference, "test": options.get("test")}
+    options |= {name: name_of(given) for name, given in cells.items()}
+    settings, data_arguments, model_arguments, training = parse(
+        FINETUNE, {"label_key": label_key, "output": output, **options}
     )
-    check_output(data_arguments)
-    set_seed(training_arguments.seed)
-    logger.info(
-        "Fine-tuning on %s in %s.",
-        training_arguments.device,
-        "bfloat16" if training_arguments.bf16 else "float32",
-    )
-    data = load(data_arguments, model_arguments, training_arguments)
-    model = build_model(model_arguments, data, training_arguments.seed)
-    return train_and_save(settings, data_arguments, training_arguments, data, model)
+    check_output_folder(data_arguments.output, data_arguments.overwrite)
+    set_seed(training.seed)
+    precision = "bfloat16" if training.bf16 else "float32"
+    logger.info("Fine-tuning on %s in %s.", training.device, precision)
+    data = load(data_arguments, model_arguments, training, **cells)
+    model = build_model(model_arguments, data, training.seed)
+    return train_and_save(settings, data_arguments, training, data, model)
 
 
-def parse(
-    options: dict[str, Any],
-) -> tuple[dict[str, Any], DataArguments, ModelArguments, FinetuneTrainingArguments]:
-    """Options over their recipe, as the merged settings and as dataclasses."""
-    given = {SHORT_NAMES.get(name, name): value for name, value in options.items() if value is not None}
-    given = device_settings(given.pop("device", None), given.pop("dtype", None)) | given
-    paths = ("reference", "output", "base", "test", "genes")
-    given |= {name: str(given[name]) for name in paths if name in given}
-    unknown = sorted(set(given) - field_names() - {"recipe"})
-    if unknown:
-        raise InputError(f"Unknown setting(s): {', '.join(unknown)}.")
-    settings = merge_settings(given)
-    return settings, *build_arguments(settings)
+def name_of(cells: AnnData | str | Path | None) -> str | None:
+    """What stands for cells in the settings."""
+    if isinstance(cells, AnnData):
+        return f"AnnData of {cells.n_obs} cells x {cells.n_vars} genes"
+    return None if cells is None else str(cells)
 
 
-def check_output(data: DataArguments) -> None:
-    """Refuse an output that cannot be written, before the slow work."""
-    check_output_folder(data.output, data.overwrite)
-
-
-def load(data: DataArguments, model: ModelArguments, training: FinetuneTrainingArguments) -> FinetuneData:
+def load(
+    data: FinetuneDataArguments,
+    model: FinetuneModelArguments,
+    training: FinetuneTrainingArguments,
+    **cells: AnnData | str | Path | None,
+) -> FinetuneData:
     """Read, choose, split and bin the cells, with the base's tokenizer where there is a base."""
-    if model.base:
-        check_model_folder(model.base)
-        if data.genes:
-            raise InputError(
-                "--genes chooses the panel of a new model; a base has its own. Leave one of them out."
-            )
-    return load_data(data, load_tokenizer(model.base) if model.base else model.tokenizer, training.seed)
+    tokenizer = base_tokenizer(model.base, data.genes) if model.base else model.tokenizer
+    return load_data(data, tokenizer, training.seed, **cells)
 
 
-def build_model(arguments: ModelArguments, data: FinetuneData, seed: int) -> PreTrainedModel:
+def build_model(arguments: FinetuneModelArguments, data: FinetuneData, seed: int) -> PreTrainedModel:
     """The base with a new head, frozen as the original is; or the recipe's size with random weights."""
     if not arguments.base:
         return new_model(arguments.model, data.tokenizer, data.classes, seed)
@@ -151,63 +132,66 @@ def build_model(arguments: ModelArguments, data: FinetuneData, seed: int) -> Pre
 
 def train_and_save(
     settings: dict[str, Any],
-    data_arguments: DataArguments,
+    data_arguments: FinetuneDataArguments,
     training: FinetuneTrainingArguments,
     data: FinetuneData,
     model: PreTrainedModel,
 ) -> dict[str, Any]:
     """Train in the partial folder, score, put the figures beside the model, and give it its name."""
-    with run_folder(settings, data_arguments, training, data) as (folder, checkpoint):
+    with run_folder(settings, data_arguments, training, data.fingerprint()) as (folder, checkpoint):
         start = time.perf_counter()
-        trainer = train(model, data, training, checkpoint)
+        tuned = train(model, data, training, checkpoint)
         seconds = {"training": time.perf_counter() - start}
-        scores = score_splits(trainer, data)
+        scores = score_splits(tuned, data, training.assigned_precision)
         seconds["scoring"] = time.perf_counter() - start - seconds["training"]
-        summary, weights = scores, whole_weights(trainer)
+        summary, weights = scores, tuned.weights()
         if training.process_index == 0:
-            control = score_control(data, data_arguments.layer, training.seed)
-            summary = summarise(settings, data, trainer, scores, control, seconds)
-            save(folder, trainer, data, summary, weights)
+            baseline = score_baseline(data, data_arguments.layer, training.seed)
+            summary = summarise(settings, data, tuned, training, scores, baseline, seconds)
+            draw_figures(folder, summary)
+            finish(folder, training.output_dir, tuned.model, data.tokenizer, weights, summary)
     return summary
 
 
 def train(
-    model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainingArguments, checkpoint: Path | None
-) -> CellTrainer:
-    """Train to the best validation macro-F1; the trainer that comes back holds the best weights."""
+    model: PreTrainedModel,
+    data: FinetuneData,
+    arguments: FinetuneTrainingArguments,
+    checkpoint: Path | None = None,
+) -> TunedModel:
+    """Solve for the head, or train to the best validation score."""
     if arguments.solved_head != "none":
-        learnt = data.splits["train"]
-        solve_head(model, data.tokenizer, learnt.bins, learnt.targets, arguments.solved_head, arguments.seed)
-        return build_trainer(model, data, arguments)
+        return solve(model.to(arguments.device), data, arguments)
     trainer = build_trainer(model, data, arguments)
     n_cells = len(data.splits["train"]) + len(data.splits["validation"])
     # one process that drives several GPUs copies the model to each
     storage = arguments.cache_frozen if arguments.n_gpu <= 1 else "off"
-    cache = attach_frozen_prefix(model.scbert, storage, n_cells, arguments.output_dir)
-    try:
-        with quiet_transformers(), saving_on_terminate(trainer):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        stop_progress(trainer)
-        if cache is not None:
-            cache.detach()
-    return trainer
+    with cached_frozen_layers(model.scbert, storage, n_cells, arguments.output_dir):
+        trainer.run(checkpoint)
+    return TunedModel(
+        trainer.model,
+        trainer.state,
+        lambda cells: trainer.predict(CellDataset(cells.bins, cells.targets)).predictions,
+        lambda: trainer.accelerator.get_state_dict(trainer.model),
+    )
 
 
-def save(
-    folder: Path, trainer: CellTrainer, data: FinetuneData, summary: dict[str, Any], weights: dict[str, Any]
-) -> None:
-    """Write weights, config, code, tokenizer and figures; take away what only training needed."""
-    write_model(folder, trainer, data.tokenizer, weights)
-    write_summary(folder, summary)
-    shutil.rmtree(trainer.args.output_dir)
-    (folder / RECORD).unlink()
+def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainingArguments) -> TunedModel:
+    """Give the model a head that is solved for; nothing else is trained."""
+    loaded, learnt = LoadedModel(model, data.tokenizer), data.splits["train"]
+    solve_head(loaded, learnt.bins, learnt.targets, arguments.solved_head, arguments.seed)
+    return TunedModel(
+        model,
+        TrainerState(),
+        lambda cells: predict_cells(loaded, cells.bins)["logits"],
+        model.state_dict,
+    )
 
 
 def main() -> int:
     """Entry of ``python -m scbert.training.run_finetune``; returns the exit code."""
     try:
-        summary = finetune(**parse_command_line(sys.argv[1:]))
+        summary = finetune(**parse_command_line(FINETUNE, sys.argv[1:]))
     except (InputError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

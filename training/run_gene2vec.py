@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..data.check_paths import check_output_path, is_10x_folder
 from ..data.corpus_manifest import is_corpus
-from ..data.output import check_output_path
+from ..data.corpus_stream import CorpusPart, corpus_parts
 from ..data.read import read_cells, read_gene_names
-from ..data.read_10x import is_10x_folder
-from ..data.streaming import CorpusPart, corpus_parts
 from ..tokenization import (
     InputError,
     detect_input_kind,

@@ -7,8 +7,6 @@ Pretrain a model by masked expression modelling: ``scbert pretrain``, or
 
 import json
 import logging
-import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,34 +14,22 @@ from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
-from ..data.corpus_manifest import is_corpus
-from ..data.output import check_output_folder
+from ..data.check_paths import check_output_folder
+from ..extras import versions
 from ..tokenization import InputError
-from .callbacks import saving_on_terminate
-from .corpus_data import load_corpus_data
-from .finetune_arguments import parse_command_line
-from .finetune_trainer import stop_progress
+from ..trained_model.model_folder import quiet_transformers
 from .gene2vec import assign_gene_vectors, load_gene_vectors
+from .initial_model import base_tokenizer, load_masked_model, new_masked_model
 from .pretrain_arguments import (
-    ARGUMENT_TYPES,
+    PRETRAIN,
     PretrainDataArguments,
     PretrainModelArguments,
     PretrainTrainingArguments,
-    pretrain_arguments,
-    pretrain_settings,
 )
-from .pretrain_data import PretrainData, load_pretrain_data
+from .pretrain_data import PretrainData, load_data
 from .pretrain_trainer import MaskedExpressionTrainer, build_pretrainer
-from .pretrained import (
-    check_model_folder,
-    load_masked_model,
-    load_tokenizer,
-    new_masked_model,
-    quiet_transformers,
-)
-from .run_output import run_folder, whole_weights, write_model
-from .run_record import RECORD
-from .run_summary import versions
+from .run_folder import finish, run_folder
+from .settings import parse, parse_command_line
 
 logger = logging.getLogger(__name__)
 
@@ -80,27 +66,23 @@ def pretrain(
     --------
     >>> from scbert.training.run_pretrain import pretrain
     >>> summary = pretrain("cells.h5ad", "model", epochs=5)  # doctest: +SKIP
-    >>> summary["masked_accuracy"], summary["control_masked_accuracy"]  # doctest: +SKIP
+    >>> summary["masked_accuracy"], summary["baseline_masked_accuracy"]  # doctest: +SKIP
     """
-    settings = pretrain_settings({"corpus": corpus, "output": output, **options})
-    data_arguments, model_arguments, training = pretrain_arguments(settings)
+    options = {"corpus": corpus, "output": output, **options}
+    settings, data_arguments, model_arguments, training = parse(PRETRAIN, options)
     check_output_folder(data_arguments.output, data_arguments.overwrite)
     set_seed(training.seed)
-    data = load_data(data_arguments, model_arguments, training)
+    data = load(data_arguments, model_arguments, training)
     model = build_model(model_arguments, data, training)
     return train_and_save(settings, data_arguments, training, data, model)
 
 
-def load_data(
+def load(
     data: PretrainDataArguments, model: PretrainModelArguments, training: PretrainTrainingArguments
 ) -> PretrainData:
     """Read, bin and split the cells, with the base's tokenizer where there is a base."""
-    if model.base:
-        check_model_folder(model.base)
-        if data.genes:
-            raise InputError("--genes chooses the panel of a new model; a base has its own. Leave one out.")
-    load = load_corpus_data if data.streaming or is_corpus(data.corpus) else load_pretrain_data
-    return load(data, load_tokenizer(model.base) if model.base else model.tokenizer, training.seed)
+    tokenizer = base_tokenizer(model.base, data.genes) if model.base else model.tokenizer
+    return load_data(data, tokenizer, training.seed)
 
 
 def build_model(
@@ -133,27 +115,19 @@ def train_and_save(
     model: PreTrainedModel,
 ) -> dict[str, Any]:
     """Train in the partial folder, put the figures beside the model, and give it its name."""
-    with run_folder(settings, data_arguments, training, data) as (folder, checkpoint):
+    with run_folder(settings, data_arguments, training, data.fingerprint()) as (folder, checkpoint):
         start = time.perf_counter()
-        trainer = train(build_pretrainer(model, data, data_arguments, training), checkpoint)
+        trainer = build_pretrainer(model, data, data_arguments, training)
+        trainer.run(checkpoint)
         seconds = time.perf_counter() - start
         with quiet_transformers():
             scores = trainer.evaluate()
         summary = summarise(settings, data, trainer, scores, seconds)
-        weights = whole_weights(trainer)
+        # every process must ask: under FSDP each holds a part
+        weights = trainer.accelerator.get_state_dict(trainer.model)
         if training.process_index == 0:
-            save(folder, trainer, data, summary, weights)
+            finish(folder, training.output_dir, trainer.model, data.tokenizer, weights, summary)
     return summary
-
-
-def train(trainer: MaskedExpressionTrainer, checkpoint: Path | None) -> MaskedExpressionTrainer:
-    """Train to the end, from a checkpoint if there is one."""
-    try:
-        with quiet_transformers(), saving_on_terminate(trainer):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        stop_progress(trainer)
-    return trainer
 
 
 def summarise(
@@ -186,29 +160,10 @@ def summarise(
     }
 
 
-def save(
-    folder: Path,
-    trainer: MaskedExpressionTrainer,
-    data: PretrainData,
-    summary: dict[str, Any],
-    weights: dict[str, Any],
-) -> None:
-    """Write weights, config, code, tokenizer and figures; take away what only training needed."""
-    write_model(folder, trainer, data.tokenizer, weights)
-    text = json.dumps(summary, indent=2, ensure_ascii=False, default=str)
-    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
-    logs = Path(trainer.args.output_dir) / "runs"
-    if logs.is_dir():
-        # tensorboard's own place for them lies among the checkpoints
-        os.replace(logs, folder / "runs")
-    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
-    (folder / RECORD).unlink()
-
-
 def main() -> int:
     """Entry of ``python -m scbert.training.run_pretrain``; returns the exit code."""
     try:
-        summary = pretrain(**parse_command_line(sys.argv[1:], ARGUMENT_TYPES, "run_pretrain"))
+        summary = pretrain(**parse_command_line(PRETRAIN, sys.argv[1:]))
     except (InputError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

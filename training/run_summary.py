@@ -1,36 +1,69 @@
-"""Figures of a fine-tuning run: scores of every split beside a control, metrics.json, pictures."""
+"""Figures of a fine-tuning run: scores of every split beside a baseline, the summary, pictures."""
 
-import json
-import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import Trainer
+import torch
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from ..data.cell_dataset import CellDataset
 from ..evaluation.baselines import LogisticRegressionBaseline
 from ..evaluation.calibration import calibration_metrics, choose_threshold, fit_temperature, softmax
 from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..evaluation.requirements import require
-from .finetune_data import FinetuneData
+from ..extras import versions
+from .finetune_data import FinetuneData, LabelledCells
 
-VERSIONS = ("scbert-transformers", "torch", "transformers", "accelerate", "anndata", "numpy", "scipy")
-# the control is a yardstick, not the job: past this many training cells it learns from a random part
-MAX_CONTROL_CELLS = 10_000
+# the baseline is a yardstick, not the job: past this many training cells it learns from a random part
+MAX_BASELINE_CELLS = 10_000
 MIN_CELLS_FOR_TEMPERATURE = 50
 TEMPERATURES = (0.2, 10.0)
 # scBERT's threshold of "unassigned"; a chosen one is never lower, for types nobody taught end up below it
 DEFAULT_THRESHOLD = 0.5
-CONTROL_GRID = (0.01, 0.1, 1.0)
+BASELINE_GRID = (0.01, 0.1, 1.0)
 
 
-def score_splits(trainer: Trainer, data: FinetuneData) -> dict[str, dict[str, Any]]:
+@dataclass
+class TunedModel:
     """
-    Scores of the best weights on validation and, once, on test; fits temperature and threshold on validation.
+    A model as fine-tuning left it, by whatever way: what is scored and summarised.
+
+    Attributes
+    ----------
+    model
+        With its best weights.
+    state
+        Steps and history; empty where nothing was trained in steps.
+    logits_of
+        Logits of some cells, [cells, classes]. On several processes all of them must ask.
+    weights
+        All weights by name; asked for by every process, since under FSDP each holds a part.
+    """
+
+    model: PreTrainedModel
+    state: TrainerState
+    logits_of: Callable[[LabelledCells], np.ndarray]
+    weights: Callable[[], dict[str, torch.Tensor]]
+
+
+def score_splits(
+    tuned: TunedModel, data: FinetuneData, assigned_precision: float
+) -> dict[str, dict[str, Any]]:
+    """
+    Scores on validation and, once, on test; temperature and threshold, fitted on validation, go into the config.
+
+    Parameters
+    ----------
+    tuned
+        The model.
+    data
+        Splits.
+    assigned_precision
+        See `threshold_of`.
 
     Returns
     -------
@@ -39,20 +72,18 @@ def score_splits(trainer: Trainer, data: FinetuneData) -> dict[str, dict[str, An
         and what the threshold of "unassigned" does; a split without cells is left out. On several processes all
         of them must call this.
     """
-    scores, config = {}, trainer.model.config
+    scores, config = {}, tuned.model.config
     for name in ("validation", "test"):
         part = data.splits[name]
-        if len(part):
-            logits = trainer.predict(CellDataset(part.bins, part.targets)).predictions
-            scores[name] = _scores(part.targets, logits.argmax(axis=-1), data.classes)
-            if name == "validation":
-                config.classifier_temperature = temperature_of(logits, part.targets)
-                config.unassigned_threshold = threshold_of(
-                    softmax(logits, config.classifier_temperature),
-                    part.targets,
-                    trainer.args.assigned_precision,
-                )
-            scores[name] |= _confidence_scores(logits, part.targets, config)
+        if not len(part):
+            continue
+        logits = tuned.logits_of(part)
+        scores[name] = _scores(part.targets, logits.argmax(axis=-1), data.classes)
+        if name == "validation":
+            config.classifier_temperature = temperature_of(logits, part.targets)
+            probabilities = softmax(logits, config.classifier_temperature)
+            config.unassigned_threshold = threshold_of(probabilities, part.targets, assigned_precision)
+        scores[name] |= _confidence_scores(logits, part.targets, config)
     return scores
 
 
@@ -134,7 +165,7 @@ def _scores(targets: np.ndarray, predicted: np.ndarray, classes: list[str]) -> d
     return {"cells": len(targets), **scores}
 
 
-def score_control(data: FinetuneData, layer: str | None, seed: int) -> dict[str, Any]:
+def score_baseline(data: FinetuneData, layer: str | None, seed: int) -> dict[str, Any]:
     """
     Logistic regression on log1p CP10k of the same training cells, scored on the same splits.
 
@@ -153,25 +184,25 @@ def score_control(data: FinetuneData, layer: str | None, seed: int) -> dict[str,
         ``name``, ``C``, ``seconds``, ``notes`` and scores by split.
     """
     start = time.perf_counter()
-    control = LogisticRegressionBaseline(penalty="l2", grid=CONTROL_GRID, seed=seed, threads=1)
+    baseline = LogisticRegressionBaseline(penalty="l2", grid=BASELINE_GRID, seed=seed, threads=1)
     train, notes = _slice(data, "train"), []
-    if train.n_obs > MAX_CONTROL_CELLS:
-        chosen = np.random.default_rng(seed).choice(train.n_obs, MAX_CONTROL_CELLS, replace=False)
+    if train.n_obs > MAX_BASELINE_CELLS:
+        chosen = np.random.default_rng(seed).choice(train.n_obs, MAX_BASELINE_CELLS, replace=False)
         train, notes = (
             train[np.sort(chosen)].copy(),
-            [f"learnt from {MAX_CONTROL_CELLS} of the training cells"],
+            [f"learnt from {MAX_BASELINE_CELLS} of the training cells"],
         )
-    control.fit(train, _LABEL, layer, data.input_kind)
-    result: dict[str, Any] = {"name": "logistic regression (L2, log1p CP10k)", "C": control.C}
+    baseline.fit(train, _LABEL, layer, data.input_kind)
+    result: dict[str, Any] = {"name": "logistic regression (L2, log1p CP10k)", "C": baseline.C}
     for name in ("validation", "test"):
         part = data.splits[name]
         if len(part):
-            predicted = control.predict(_slice(data, name), layer, data.input_kind)
+            predicted = baseline.predict(_slice(data, name), layer, data.input_kind)
             result[name] = {
                 "cells": len(part),
                 **classification_metrics(np.array(data.classes, dtype=object)[part.targets], predicted),
             }
-    return result | {"seconds": time.perf_counter() - start, "notes": notes + control.notes}
+    return result | {"seconds": time.perf_counter() - start, "notes": notes + baseline.notes}
 
 
 _LABEL = "scbert_label"
@@ -188,18 +219,18 @@ def _slice(data: FinetuneData, split: str) -> Any:
 def summarise(
     settings: dict[str, Any],
     data: FinetuneData,
-    trainer: Trainer,
+    tuned: TunedModel,
+    training: TrainingArguments,
     scores: dict[str, Any],
-    control: dict[str, Any],
+    baseline: dict[str, Any],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """
     Everything a reader of the model has to know, as plain JSON.
 
-    The figures that count stand at the top level: ``test_accuracy``, ``test_macro_f1`` and the control's.
+    The figures that count stand at the top level: ``test_accuracy``, ``test_macro_f1`` and the baseline's.
     """
-    parameters = list(trainer.model.parameters())
-    state = trainer.state
+    parameters, config, state = list(tuned.model.parameters()), tuned.model.config, tuned.state
     history = _history(state.log_history)
     best = max((row for row in history if "macro_f1" in row), key=lambda row: row["macro_f1"], default={})
     head = {}
@@ -207,11 +238,11 @@ def summarise(
         for metric in ("accuracy", "macro_f1"):
             if name in scores:
                 head[f"{name}_{metric}"] = scores[name][metric]
-            if name in control:
-                head[f"control_{name}_{metric}"] = control[name][metric]
-    notes = list(control.get("notes", []))
-    if head.get("control_test_macro_f1", 0) > head.get("test_macro_f1", 1):
-        notes.append("the control, logistic regression, has the higher macro-F1 on the test cells")
+            if name in baseline:
+                head[f"baseline_{name}_{metric}"] = baseline[name][metric]
+    notes = list(baseline.get("notes", []))
+    if head.get("baseline_test_macro_f1", 0) > head.get("test_macro_f1", 1):
+        notes.append("the baseline, logistic regression, has the higher macro-F1 on the test cells")
     return {
         **head,
         "cells": data.report["cells"],
@@ -219,20 +250,20 @@ def summarise(
         "data": data.report,
         "model": {
             "parameters": sum(p.numel() for p in parameters),
-            "temperature": trainer.model.config.classifier_temperature,
-            "unassigned_threshold": trainer.model.config.unassigned_threshold,
+            "temperature": config.classifier_temperature,
+            "unassigned_threshold": config.unassigned_threshold,
             "trained": sum(p.numel() for p in parameters if p.requires_grad),
         },
         "training": {
             "epochs": state.epoch,
             "best_epoch": best.get("epoch"),
             "steps": state.global_step,
-            "processes": trainer.args.world_size,
-            "device": str(trainer.args.device),
+            "processes": training.world_size,
+            "device": str(training.device),
             "history": history,
         },
         **scores,
-        "control": control,
+        "baseline": baseline,
         "seconds": seconds,
         "settings": settings,
         "versions": versions(),
@@ -252,21 +283,8 @@ def _history(log: list[dict[str, float]]) -> list[dict[str, float]]:
     return [rows[epoch] for epoch in sorted(rows)]
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
-    for package in VERSIONS:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """Write metrics.json, confusion.png and learning_curve.png."""
-    text = json.dumps(summary, indent=2, ensure_ascii=False, default=str)
-    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+def draw_figures(folder: Path, summary: dict[str, Any]) -> None:
+    """Write confusion.png and learning_curve.png."""
     split = "test" if "test" in summary else "validation"
     scores = summary[split]
     title = f"{split}: accuracy {scores['accuracy']:.3f}, macro-F1 {scores['macro_f1']:.3f}"

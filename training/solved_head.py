@@ -11,48 +11,35 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from transformers import PreTrainedModel
 
 from ..evaluation.baselines import LogisticRegressionBaseline
-from ..tokenization import InputError, ScBertTokenizer
+from ..tokenization import InputError
+from ..trained_model.loaded_model import LoadedModel
+from ..trained_model.prediction import predict
 
 logger = logging.getLogger(__name__)
 
-CELLS_AT_ONCE = 64
 
-
-@torch.inference_mode()
-def pooled_features(model: PreTrainedModel, tokenizer: ScBertTokenizer, bins: sp.csr_matrix) -> sp.csr_matrix:
+def pooled_features(loaded: LoadedModel, bins: sp.csr_matrix) -> sp.csr_matrix:
     """
     What the head's output layer reads of every cell, [cells, genes + 1] or [cells, hidden], sparse.
 
     Parameters
     ----------
-    model
-        `ScBertForCellClassification` without hidden layers in its head.
-    tokenizer
-        Its tokenizer.
+    loaded
+        A classifier without hidden layers in its head, and its tokenizer.
     bins
         Expression bins [cells, panel].
     """
-    model.eval()
-    device, parts = next(model.parameters()).device, []
-    for start in range(0, bins.shape[0], CELLS_AT_ONCE):
-        encoded = tokenizer.encode_bins(bins[start : start + CELLS_AT_ONCE])
-        inputs = {name: torch.from_numpy(array).to(device) for name, array in encoded.items()}
-        hidden = model.base_model(**inputs).last_hidden_state
-        pooled = model.classifier.pool(hidden, inputs.get("attention_mask"), inputs.get("gene_ids"))
-        parts.append(sp.csr_matrix(pooled.float().cpu().numpy()))
-    return sp.vstack(parts, format="csr")
+    rows, parts = [], []
+    for batch, found in predict(loaded, bins, ("pooled",)):
+        rows.append(batch)
+        parts.append(sp.csr_matrix(found["pooled"]))
+    return sp.vstack(parts, format="csr")[np.argsort(np.concatenate(rows))]
 
 
 def solve_head(
-    model: PreTrainedModel,
-    tokenizer: ScBertTokenizer,
-    bins: sp.csr_matrix,
-    targets: np.ndarray,
-    penalty: str,
-    seed: int = 0,
+    loaded: LoadedModel, bins: sp.csr_matrix, targets: np.ndarray, penalty: str, seed: int = 0
 ) -> float:
     """
     Put the weights of a logistic regression into the head's output layer.
@@ -61,9 +48,9 @@ def solve_head(
 
     Parameters
     ----------
-    model
-        `ScBertForCellClassification`; its output layer is changed in place, nothing else.
-    tokenizer, bins
+    loaded
+        A classifier; its output layer is changed in place, nothing else.
+    bins
         See `pooled_features`.
     targets
         Classes of the cells, [cells]; every class occurs.
@@ -83,17 +70,17 @@ def solve_head(
     InputError
         If the head has hidden layers: then its output layer does not read the genes.
     """
-    if model.config.classifier_hidden_sizes:
+    if loaded.model.config.classifier_hidden_sizes:
         raise InputError(
             "A solved head reads the pooled states: it needs classifier_hidden_sizes [] in the recipe's model."
         )
-    features = pooled_features(model, tokenizer, bins)
+    features = pooled_features(loaded, bins)
     scale = float(features.data.mean()) if features.nnz else 1.0
     solver = LogisticRegressionBaseline(penalty, seed=seed)
     solver._fit(features / scale, targets)
     weights, bias = _rows(solver.model)
     weights /= scale
-    layer = model.classifier.out_proj
+    layer = loaded.model.classifier.out_proj
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(weights))
         layer.bias.copy_(torch.from_numpy(bias))

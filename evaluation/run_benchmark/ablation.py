@@ -14,15 +14,16 @@ import numpy as np
 import pandas as pd
 from transformers import set_seed
 
-from ...data.output import partial_folder
 from ...data.splits import stratified_split
+from ...data.write_output import partial_folder
+from ...extras import versions
 from ...tokenization import InputError
+from ...trained_model.model_folder import save_model
 from ...training import run_pretrain
-from ...training.finetune_arguments import merge_settings
-from ...training.pretrain_arguments import pretrain_arguments, pretrain_settings
-from ...training.pretrained import quiet_transformers
+from ...training.finetune_arguments import FINETUNE
+from ...training.pretrain_arguments import PRETRAIN
 from ...training.run_gene2vec import gene2vec
-from ...training.run_summary import versions
+from ...training.settings import merge_settings, parse
 from ..baselines import log_normalize
 from ..comparison import TIE
 from ..tables import TextTable
@@ -239,7 +240,7 @@ def make_base(
 ) -> float | None:
     """Write the base of a combination to ``work/base``; returns its masked accuracy if it was pretrained."""
     recipe = merge_settings(
-        {name: tuning[name] for name in ("recipe", "model", "tokenizer") if name in tuning}
+        FINETUNE, {name: tuning[name] for name in ("recipe", "model", "tokenizer") if name in tuning}
     )
     model = {**recipe.get("model", {}), "freeze_gene_embeddings": False, "attention_type": point["encoder"]}
     given = {"seed": seed, "disable_tqdm": True, "use_cpu": recipe.get("use_cpu", False), "min_genes": 0}
@@ -256,13 +257,10 @@ def make_base(
     given |= {"corpus": learnt, "output": work / "base"}
     if point["pretraining"] == "yes":
         return run_pretrain.pretrain(**given)["masked_accuracy"]
-    data_arguments, model_arguments, training = pretrain_arguments(pretrain_settings(given))
+    _, data_arguments, model_arguments, training = parse(PRETRAIN, given)
     set_seed(training.seed)
-    data = run_pretrain.load_data(data_arguments, model_arguments, training)
-    untrained = run_pretrain.build_model(model_arguments, data, training)
-    with quiet_transformers():
-        untrained.save_pretrained(work / "base")
-        data.tokenizer.save_pretrained(work / "base")
+    data = run_pretrain.load(data_arguments, model_arguments, training)
+    save_model(run_pretrain.build_model(model_arguments, data, training), data.tokenizer, work / "base")
     return None
 
 

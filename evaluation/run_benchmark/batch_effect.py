@@ -10,11 +10,11 @@ from typing import Any
 import anndata
 import numpy as np
 
-from ...data.output import partial_folder
+from ...data.write_output import partial_folder
+from ...extras import versions
 from ...tokenization import InputError
-from ...training.classifier_outputs import classifier_outputs
-from ...training.pretrained import load_masked_model, load_tokenizer
-from ...training.run_summary import versions
+from ...trained_model.loaded_model import load_model
+from ...trained_model.prediction import predict_cells
 from ..baselines import log_normalize
 from ..embedding_plot import plot_embedding, umap_of
 from ..integration import integration_metrics
@@ -136,12 +136,12 @@ def model_embeddings(
     cells: anndata.AnnData, base: str | Path, work: Path, seed: int
 ) -> dict[str, np.ndarray]:
     """Embeddings by the model, and by its architecture with random weights."""
-    tokenizer = load_tokenizer(base)
-    tokenizer.align(cells).check()
-    bins = tokenizer.bin_cells(cells, input=input_of(cells))
-    found = {AFTER: classifier_outputs(load_masked_model(base), tokenizer, bins)[1]}
-    untrained = load_masked_model(write_ablation(base, work, "nothing learnt", seed))
-    found[UNTRAINED] = classifier_outputs(untrained, tokenizer, bins)[1]
+    found = {}
+    for name, folder in ((AFTER, base), (UNTRAINED, write_ablation(base, work, "nothing learnt", seed))):
+        loaded = load_model(folder, "embedding", dtype="float32")
+        loaded.tokenizer.align(cells).check()
+        bins = loaded.tokenizer.bin_cells(cells, input=input_of(cells))
+        found[name] = predict_cells(loaded, bins, ("embeddings",))["embeddings"]
     shutil.rmtree(work)
     return found
 

@@ -16,10 +16,14 @@ from transformers import set_seed
 
 from ...modeling_scbert import ScBertForMaskedExpression
 from ...tokenization import InputError
+from ...trained_model.loaded_model import LoadedModel, load_model
+from ...trained_model.model_folder import load_tokenizer, save_model
+from ...trained_model.prediction import predict_cells
 from ...training import run_finetune
-from ...training.classifier_outputs import classifier_outputs
-from ...training.pretrained import load_masked_model, load_tokenizer, quiet_transformers
+from ...training.finetune_arguments import FINETUNE
+from ...training.initial_model import load_masked_model
 from ...training.run_summary import DEFAULT_THRESHOLD, temperature_of, threshold_of
+from ...training.settings import parse
 from ..baselines import BASELINES, LogisticRegressionBaseline
 from ..calibration import softmax
 from .cells import LABEL, MODALITY, SPLIT, input_of
@@ -130,23 +134,22 @@ def scbert(name: str, settings: dict[str, Any], work: Path, is_control: bool = F
 
 
 def _train(cells: anndata.AnnData, fold: Fold, settings: dict[str, Any], work: Path, seed: int):
-    """The model that `scbert finetune` would leave, without its control, and the binned cells."""
+    """The model that `scbert finetune` would leave, and the binned cells."""
     part, few = _with_copies(cells, fold)
-    part.write_h5ad(work / "cells.h5ad", compression=None)
     options = {"seed": seed, "disable_tqdm": True, **settings}
     if input_of(cells) != "auto":
         options["input"] = input_of(cells)
     if few:
         # validation cells that are copies cannot stop anything
         options["early_stopping_patience"] = 0
-    paths = {"reference": work / "cells.h5ad", "label_key": LABEL, "output": work / "model"}
-    _, data_arguments, model_arguments, training = run_finetune.parse(
-        {**paths, "test_key": SPLIT, "min_genes": 0, **options}
+    fixed = {"reference": run_finetune.name_of(part), "label_key": LABEL, "output": work / "model"}
+    _, data_arguments, model_arguments, training = parse(
+        FINETUNE, {**fixed, "test_key": SPLIT, "min_genes": 0, **options}
     )
     set_seed(training.seed)
-    data = run_finetune.load(data_arguments, model_arguments, training)
+    data = run_finetune.load(data_arguments, model_arguments, training, reference=part)
     model = run_finetune.build_model(model_arguments, data, training.seed)
-    return run_finetune.train(model, data, training, None).model, data
+    return run_finetune.train(model, data, training).model, data
 
 
 def _with_copies(cells: anndata.AnnData, fold: Fold) -> tuple[anndata.AnnData, bool]:
@@ -170,14 +173,16 @@ def _with_copies(cells: anndata.AnnData, fold: Fold) -> tuple[anndata.AnnData, b
 
 def _outputs(model: torch.nn.Module, data: Any, asked: Any, draws: int) -> Outputs:
     train, validation = data.splits[TRAIN], data.splits[VALIDATION]
-    of_validation, _ = classifier_outputs(model, data.tokenizer, validation.bins)
+    loaded = LoadedModel(model, data.tokenizer)
+    of_validation = predict_cells(loaded, validation.bins)["logits"]
     temperature = temperature_of(of_validation, validation.targets)
-    _, learnt = classifier_outputs(model, data.tokenizer, train.bins)
-    logits, embeddings = classifier_outputs(model, data.tokenizer, asked)
+    learnt = predict_cells(loaded, train.bins, ("embeddings",))["embeddings"]
+    found = predict_cells(loaded, asked, ("logits", "embeddings"))
+    logits = found["logits"]
     probabilities = softmax(logits, temperature)
     for draw in range(1, draws):
         model.base_model.redraw_features(draw)
-        again, _ = classifier_outputs(model, data.tokenizer, asked)
+        again = predict_cells(loaded, asked)["logits"]
         probabilities = probabilities + softmax(again, temperature)
     threshold = threshold_of(softmax(of_validation, temperature), validation.targets, ASSIGNED_PRECISION)
     return Outputs(
@@ -185,7 +190,7 @@ def _outputs(model: torch.nn.Module, data: Any, asked: Any, draws: int) -> Outpu
         probabilities=probabilities / draws,
         seconds=0.0,
         logits=logits,
-        embeddings=embeddings,
+        embeddings=found["embeddings"],
         train_embeddings=learnt,
         train_labels=np.array(data.classes, dtype=object)[train.targets],
         temperature=temperature,
@@ -200,14 +205,13 @@ def frozen_neighbours(name: str, folder: Path, is_control: bool = False) -> Cont
         from sklearn.neighbors import KNeighborsClassifier
 
         started = time.perf_counter()
-        model, tokenizer = load_masked_model(folder), load_tokenizer(folder)
-        bins = tokenizer.bin_cells(cells, input=input_of(cells))
+        loaded = load_model(folder, "embedding", dtype="float32")
+        bins = loaded.tokenizer.bin_cells(cells, input=input_of(cells))
+        embeddings = predict_cells(loaded, bins, ("embeddings",))["embeddings"]
         train, test = np.isin(fold.split, [TRAIN, VALIDATION]), fold.split == TEST
-        _, learnt = classifier_outputs(model, tokenizer, bins[np.flatnonzero(train)])
-        _, asked = classifier_outputs(model, tokenizer, bins[np.flatnonzero(test)])
         voters = KNeighborsClassifier(min(NEIGHBOURS, int(train.sum())), weights="distance")
-        voters.fit(learnt, cells.obs[LABEL].to_numpy()[train].astype(str))
-        probabilities = voters.predict_proba(asked)
+        voters.fit(embeddings[train], cells.obs[LABEL].to_numpy()[train].astype(str))
+        probabilities = voters.predict_proba(embeddings[test])
         return Outputs([str(c) for c in voters.classes_], probabilities, time.perf_counter() - started)
 
     return Contestant(name, run, is_control)
@@ -242,9 +246,7 @@ def write_ablation(base: str | Path, folder: Path, kind: str, seed: int) -> Path
         elif kind == "random genes":
             drawn = torch.randn(kept.shape, generator=torch.Generator().manual_seed(seed))
             genes[:-1] = (drawn * kept[:-1].std() + kept[:-1].mean())[:-1]
-    with quiet_transformers():
-        model.save_pretrained(folder)
-        load_tokenizer(base).save_pretrained(folder)
+    save_model(model, load_tokenizer(base), folder)
     return folder
 
 

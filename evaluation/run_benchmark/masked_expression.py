@@ -7,10 +7,10 @@ import anndata
 import numpy as np
 import torch
 
-from ...data.cell_dataset import CellDataset
-from ...training.collators import DataCollatorForMaskedExpression
-from ...training.pretrained import load_masked_model, load_tokenizer
-from ..commonest_bin import CommonestBin
+from ...trained_model.model_folder import load_tokenizer
+from ...training.cell_batches import CellDataset, DataCollatorForMaskedExpression
+from ...training.initial_model import load_masked_model
+from ..per_gene_mode import PerGeneModeBaseline, count_bins
 from .cells import input_of
 from .protocols import TEST, TRAIN, Fold
 
@@ -39,21 +39,22 @@ def masked_accuracy(base: str | Path, cells: anndata.AnnData, fold: Fold, seed: 
     """
     model, tokenizer = load_masked_model(base).eval(), load_tokenizer(base)
     bins = tokenizer.bin_cells(cells, input=input_of(cells))
-    control = CommonestBin().fit(bins[np.flatnonzero(fold.split == TRAIN)])
+    learnt = bins[np.flatnonzero(fold.split == TRAIN)]
+    mode = PerGeneModeBaseline(count_bins(learnt, tokenizer.vocab_size)).mode
     rows = np.flatnonzero(fold.split == TEST)
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MAX_CELLS])
     dataset = CellDataset(bins, rows=rows)
     collate = DataCollatorForMaskedExpression(tokenizer, seed=seed)
     right = guessed = tokens = 0
     for start in range(0, len(rows), BATCH):
-        batch = collate([dataset[i] for i in range(start, min(start + BATCH, len(rows)))])
-        labels = batch.pop("labels")
+        batch = collate(dataset.__getitems__(range(start, min(start + BATCH, len(rows)))))
+        labels, _ = batch.pop("labels"), batch.pop("indices")
         masked = labels != -100
         genes = batch.get("gene_ids")
         genes = torch.arange(labels.shape[1]).expand(labels.shape) if genes is None else genes
         # labels would let a sparse head leave tokens out
         predicted = model(**batch).logits.argmax(dim=-1)
         right += int((predicted[masked] == labels[masked]).sum())
-        guessed += int((control.predict(genes[masked].numpy()) == labels[masked].numpy()).sum())
+        guessed += int((mode[genes[masked].numpy()] == labels[masked].numpy()).sum())
         tokens += int(masked.sum())
     return {"base": right / max(tokens, 1), "commonest_bin": guessed / max(tokens, 1), "tokens": tokens}

@@ -8,9 +8,8 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from ...data.folds import read_split, stratified_folds, write_split
-from ...data.multiomics import FEATURE_TYPES
-from ...data.splits import stratified_split
+from ...data.modalities import FEATURE_TYPES
+from ...data.splits import read_split, stratified_folds, stratified_split, write_split
 from ...tokenization import InputError
 from ..baselines import log_normalize
 from .cells import LABEL, MODALITY, input_of

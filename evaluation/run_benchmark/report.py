@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ...data.output import atomic_path
+from ...data.write_output import atomic_path
 from ..embedding_plot import plot_embedding, umap_of
 from ..report import Section, report_html
 from ..tables import TextTable

@@ -15,9 +15,10 @@ import numpy as np
 import scipy.sparse as sp
 from rich.console import Console
 
-from ...data.output import check_output_folder, check_output_path, partial_folder
+from ...data.check_paths import check_output_folder, check_output_path
+from ...data.write_output import partial_folder
+from ...extras import versions
 from ...tokenization import InputError, read_gene_panel
-from ...training.run_summary import versions
 from ..baselines import BASELINES, available_baselines
 from ..comparison import score_tables, summarise_folds, warnings_of, warnings_of_modalities
 from ..tables import TextTable

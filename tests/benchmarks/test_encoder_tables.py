@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import encoder_report
+import packing_speed
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
-from scbert.benchmarks import encoder_report, packing_speed
 
 COMMON = {"device": "cpu", "seconds": 1.0, "peak_gib": 0.5}
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scbert.benchmarks import performer_library
+import performer_library
 
 
 class TinyLM(torch.nn.Module):

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from scbert.benchmarks import speed_report
-from scbert.benchmarks.performer_attention import performer_attention
-from scbert.benchmarks.speed import straight_line, summary
-from scbert.benchmarks.speed_tasks import TASKS, VARIANTS, Variant, running_as
+import speed_report
+from performer_attention import performer_attention
 from scbert.modeling_scbert import ScBertConfig, favor_scbert
 from scbert.modeling_scbert.backends_scbert import is_unwanted, is_wanted
 from scbert.modeling_scbert.favor_engine_scbert import FAVOR
+from speed import straight_line, summary
+from speed_tasks import TASKS, VARIANTS, Variant, running_as
 
 ROOT = Path(__file__).resolve().parents[2]
 

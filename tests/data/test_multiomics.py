@@ -7,13 +7,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scbert.data.multiomics import (
-    combine_modalities,
-    feature_panel,
-    map_peaks,
-    modalities_of,
-    read_multiomics,
-)
+from scbert.data.modalities import combine_modalities, feature_modalities, map_peaks, modalities_of
+from scbert.data.multiomics import read_multiomics
 from scbert.data.regions import genome_build, map_regions, parse_regions
 from scbert.tokenization import InputError, ScBertTokenizer
 
@@ -58,7 +53,7 @@ def test_cells_that_cannot_be_paired_are_refused(pair):
     with pytest.raises(InputError, match=r"no cell name in common.*cell0.*other0"):
         combine_modalities({"Gene Expression": rna, "Peaks": atac})
     rna.obs_names = ["same"] * 6
-    with pytest.raises(InputError, match="repeat"):
+    with pytest.raises(InputError, match="not unique"):
         combine_modalities({"Gene Expression": rna, "Peaks": atac})
 
 
@@ -171,17 +166,19 @@ def test_overlap_equals_a_plain_search():
 
 def test_panel_of_both_and_its_tokenizer(pair, tmp_path):
     both = combine_modalities({"Gene Expression": pair[0], "Peaks": pair[1]}, "hg38")
-    panel = feature_panel(both)
-    assert panel["gene_panel"] == ["CD3E", "MS4A1", "NKG7", *PEAK_NAMES]
-    assert panel["feature_modalities"] == [0] * 3 + [1] * 4
-    tokenizer = ScBertTokenizer(**panel, keep_zeros=False, binning="quantile", n_bins=51)
+    modalities = feature_modalities(both.var).tolist()
+    assert modalities == [0] * 3 + [1] * 4 and feature_modalities(pair[0].var) is None
+    tokenizer = ScBertTokenizer(
+        gene_panel=list(both.var_names), feature_modalities=modalities,
+        genome_build=both.uns["genome_build"], keep_zeros=False, binning="quantile", n_bins=51,
+    )  # fmt: skip
     batch = tokenizer(both)
-    expected = np.append(panel["feature_modalities"], 0)[batch["gene_ids"]]
+    expected = np.append(modalities, 0)[batch["gene_ids"]]
     np.testing.assert_array_equal(batch["modality_ids"], expected)
     tokenizer.save_pretrained(tmp_path)
     again = ScBertTokenizer.from_pretrained(tmp_path)
     assert again.init_kwargs["genome_build"] == "hg38"
-    assert again.feature_modalities.tolist() == panel["feature_modalities"]
+    assert again.feature_modalities.tolist() == modalities
 
 
 def test_other_peaks_are_summed_into_the_panel(pair):

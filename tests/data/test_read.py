@@ -7,8 +7,9 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 
-from scbert.data import iter_cell_chunks, matrix_rows, read_cells, read_gene_names
-from scbert.data import read as read_module
+from scbert.data import read
+from scbert.data.read import matrix_rows, read_cells, read_gene_names
+from scbert.data.read_backed import open_cells
 from scbert.tokenization import InputError, ScBertTokenizer
 
 
@@ -26,18 +27,18 @@ def test_h5ad_in_every_layout(tmp_path, adata, layout, backed):
     }[layout]  # fmt: skip
     path = tmp_path / "cells.h5ad"
     adata.write_h5ad(path)
-    read = read_cells(path, backed=backed)
-    assert read.shape == adata.shape and read.isbacked == backed
-    matrix, names = matrix_rows(read)
+    cells = read_cells(path, backed=backed)
+    assert cells.shape == adata.shape and cells.isbacked == backed
+    matrix, names = matrix_rows(cells)
     assert names == list(adata.var_names)
     assert same(matrix[10:30], x[10:30]) and same(matrix[0:120], x)
 
 
 @pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
 @pytest.mark.parametrize("layer", [None, "counts", "raw"])
-def test_chunks_of_a_file(tmp_path, adata, layout, layer, monkeypatch):
+def test_chunks_of_every_matrix(tmp_path, adata, layout, layer, monkeypatch):
     # several blocks of columns even in a small file
-    monkeypatch.setattr(read_module, "COLUMN_BLOCK", 500)
+    monkeypatch.setattr(read, "COLUMN_BLOCK", 500)
     make = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": lambda m: m.toarray()}[layout]
     expected = adata.X
     adata.X = make(expected)
@@ -47,10 +48,11 @@ def test_chunks_of_a_file(tmp_path, adata, layout, layer, monkeypatch):
         adata.X = make(expected * 2)
     path = tmp_path / "cells.h5ad"
     adata.write_h5ad(path)
-    chunks = list(iter_cell_chunks(path, layer=layer, chunk_size=50))
-    assert [chunk.shape for chunk in chunks] == [(50, 300), (50, 300), (20, 300)]
-    assert same(sp.vstack(chunks), expected)
-    assert same(sp.vstack(list(iter_cell_chunks(adata, layer=layer, chunk_size=50))), expected)
+    for cells in (read_cells(path, layer=layer, backed=True), adata):
+        matrix, _ = matrix_rows(cells, layer)
+        chunks = [sp.csr_matrix(matrix[start : start + 50]) for start in (0, 50, 100)]
+        assert [chunk.shape for chunk in chunks] == [(50, 300), (50, 300), (20, 300)]
+        assert same(sp.vstack(chunks), expected)
 
 
 def test_csc_with_empty_columns_and_rows(tmp_path):
@@ -105,9 +107,10 @@ def write_10x(folder, adata, compress, prefix="", features="features.tsv", kinds
 )
 def test_10x_folder(tmp_path, adata, options):
     write_10x(tmp_path / "run", adata, **options)
-    read = read_cells(tmp_path / "run")
-    assert same(read.X, adata.X) and list(read.obs_names) == list(adata.obs_names)
-    assert list(read.var_names) == list(adata.var_names) and read.var["gene_ids"].iloc[2] == "ENSG00000000002"
+    cells = read_cells(tmp_path / "run")
+    assert same(cells.X, adata.X) and list(cells.obs_names) == list(adata.obs_names)
+    assert list(cells.var_names) == list(adata.var_names)
+    assert cells.var["gene_ids"].iloc[2] == "ENSG00000000002"
 
 
 def test_incomplete_10x_folders_are_refused(tmp_path, adata):
@@ -144,10 +147,11 @@ def test_10x_h5(tmp_path, adata, version):
             kinds = ["Gene Expression"] * 290 + ["Antibody Capture"] * 10
             for name, values in (("id", ids), ("name", list(adata.var_names)), ("feature_type", kinds)):
                 group.create_dataset(f"features/{name}", data=values, dtype=text)
-    read = read_cells(path)
+    cells = read_cells(path)
     n = 290 if version == 3 else 300
-    assert read.shape == (120, n) and same(read.X, adata.X[:, :n])
-    assert list(read.var_names) == list(adata.var_names[:n])
+    assert cells.shape == (120, n) and same(cells.X, adata.X[:, :n])
+    assert list(cells.var_names) == list(adata.var_names[:n])
+    assert read_cells(path, every_feature=True).shape == (120, 300)
 
 
 # bad input at the door
@@ -173,7 +177,7 @@ def test_files_cut_short(h5ad, share, backed):
     data = h5ad.read_bytes()
     h5ad.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(InputError, match=r"cells\.h5ad"):
-        list(iter_cell_chunks(h5ad)) if backed else read_cells(h5ad)
+        matrix_rows(read_cells(h5ad, backed=backed))[0][:]
 
 
 def test_damaged_inside(h5ad):
@@ -184,7 +188,7 @@ def test_damaged_inside(h5ad):
         read_cells(h5ad)
 
 
-@pytest.mark.parametrize(("name", "words"), [("a.csv", "convert it to .h5ad"), ("a.h5ad", "no HDF5 file")])
+@pytest.mark.parametrize(("name", "words"), [("a.csv", "Convert it to .h5ad"), ("a.h5ad", "not valid HDF5")])
 def test_other_kinds_of_file(tmp_path, name, words):
     (tmp_path / name).write_text("gene,cell\n1,2\n")
     with pytest.raises(InputError, match=words):
@@ -207,7 +211,7 @@ def test_no_cells_or_genes(tmp_path, adata, shape):
 
 @pytest.mark.parametrize(("bad", "words"), [(np.nan, "NaN"), (np.inf, "infinite"), (-1, "negative")])
 @pytest.mark.parametrize("dense", [True, False])
-def test_impossible_values(tmp_path, adata, bad, words, dense):
+def test_impossible_values(tmp_path, adata, gene_panel, bad, words, dense):
     adata.layers["counts"] = adata.X.copy()
     x = adata.X.toarray()
     x[60, 7] = bad
@@ -215,12 +219,34 @@ def test_impossible_values(tmp_path, adata, bad, words, dense):
     adata.write_h5ad(tmp_path / "a.h5ad")
     with pytest.raises(InputError, match=words):
         read_cells(tmp_path / "a.h5ad")
+    tokenizer = ScBertTokenizer(gene_panel=gene_panel)
+    matrix, names = matrix_rows(read_cells(tmp_path / "a.h5ad", backed=True))
     with pytest.raises(InputError, match=words):
-        list(iter_cell_chunks(tmp_path / "a.h5ad", chunk_size=50))
+        list(tokenizer.iter_bins({"X": matrix, "gene_names": names}, chunk_size=50))
     # only the layer that is used has to be sound
     assert read_cells(tmp_path / "a.h5ad", layer="counts").n_obs == 120
     with pytest.raises(InputError, match="no layer 'other'"):
         read_cells(tmp_path / "a.h5ad", layer="other")
+
+
+@pytest.mark.parametrize("opened", [read_cells, open_cells, lambda path: read_cells(path, backed=True)])
+def test_a_matrix_of_one_dimension(h5ad, opened):
+    with h5py.File(h5ad, "r+") as file:
+        del file["X"]
+        file["X"] = np.ones(120, dtype=np.float32)
+        file["X"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    with pytest.raises(InputError, match=r"has shape \(120,\); two dimensions, cells x genes"):
+        opened(h5ad)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_matrix_of_zeros(tmp_path, adata, dense):
+    adata.layers["counts"] = adata.X
+    adata.X = np.zeros(adata.shape) if dense else sp.csr_matrix(adata.shape)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(InputError, match=r"Every value of .* is zero.*also has: counts \(layer=NAME"):
+        read_cells(tmp_path / "a.h5ad")
+    assert read_cells(tmp_path / "a.h5ad", layer="counts").n_obs == 120
 
 
 def test_duplicate_names_are_read_in_silence(tmp_path, adata, recwarn):

@@ -15,7 +15,7 @@ from scbert.evaluation.baselines import (
     available_baselines,
     log_normalize,
 )
-from scbert.evaluation.commonest_bin import CommonestBin
+from scbert.evaluation.per_gene_mode import PerGeneModeBaseline, count_bins
 from scbert.tokenization import InputError
 
 GENES = [f"GENE{i}" for i in range(40)]
@@ -142,12 +142,13 @@ def test_celltypist_agrees_with_its_own_answer_and_leaves_the_root_logger_alone(
     assert mine.tolist() == theirs.tolist()
 
 
-def test_commonest_bin_by_hand():
+def test_per_gene_mode_by_hand():
     train = sp.csr_matrix(np.array([[2, 1, 0, 2], [2, 3, 0, 4], [1, 3, 0, 0]]))
-    control = CommonestBin().fit(train)
-    # gene 2 is never expressed: the commonest bin of all (2); gene 3 ties: the lower bin.
-    assert control.bins.tolist() == [2, 3, 2, 2]
-    assert control.predict(np.array([[0, 3]])).tolist() == [[2, 2]]
-    assert control.accuracy(train) == pytest.approx((2 + 2 + 1) / 8)
-    assert control.accuracy(sp.csr_matrix(np.array([[2, 0, 2, 4]]))) == pytest.approx(2 / 3)
-    assert math.isnan(control.accuracy(sp.csr_matrix((2, 4), dtype=int)))
+    counts = count_bins(train, 5)
+    assert counts[:2].tolist() == [[0, 1, 2, 0, 0], [0, 1, 0, 2, 0]]
+    baseline = PerGeneModeBaseline(counts)
+    # gene 2 is never expressed: the commonest bin of all (2); gene 3 ties: the one that all genes have more often
+    assert baseline.mode.tolist() == [2, 3, 2, 2]
+    assert np.exp(baseline.log_shares).sum(axis=1) == pytest.approx([1, 1, 1, 1], abs=1e-4)
+    # two cells in bin 2, one in bin 1, and a pseudo-count of all genes' shares
+    assert np.exp(baseline.log_shares[0, 2]) == pytest.approx((2 + 3 / 8) / 4)

@@ -46,7 +46,7 @@ def in_this_process(self, run, shards, n_cells, progress):
 
 def test_interrupted_run_goes_on(query, model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(annotate_processes.ShardedPrediction, "_work", in_this_process)
-    predict, calls = annotate_processes.predict_cells, []
+    predict, calls = annotate_processes.predict_probabilities, []
 
     def dying(*arguments):
         if len(calls) == 3:
@@ -54,7 +54,7 @@ def test_interrupted_run_goes_on(query, model_dir, tmp_path, monkeypatch):
         calls.append(arguments[1].shape[0])
         return predict(*arguments)
 
-    monkeypatch.setattr(annotate_processes, "predict_cells", dying)
+    monkeypatch.setattr(annotate_processes, "predict_probabilities", dying)
     output = tmp_path / "out.h5ad"
     with pytest.raises(KeyboardInterrupt):
         annotate_file(query, model_dir, output, processes=1, progress=False)
@@ -62,7 +62,9 @@ def test_interrupted_run_goes_on(query, model_dir, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="input"):
         annotate_file(query, model_dir, output, input="counts", resume=True, progress=False)
     again = []
-    monkeypatch.setattr(annotate_processes, "predict_cells", lambda *a: (again.append(1), predict(*a))[1])
+    monkeypatch.setattr(
+        annotate_processes, "predict_probabilities", lambda *a: (again.append(1), predict(*a))[1]
+    )
     annotate_file(query, model_dir, output, resume=True, progress=False)
     assert len(again) == 2
     annotate_file(query, model_dir, tmp_path / "one.h5ad", progress=False)

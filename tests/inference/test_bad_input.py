@@ -69,12 +69,12 @@ def test_truncated_file(refused, query, tmp_path):
     for share in (2, 10, 1000):
         bad = tmp_path / f"cut{share}.h5ad"
         bad.write_bytes(content[: len(content) // share])
-        refused(bad, "cannot be read" if share == 2 else "cut")
+        refused(bad, "cannot be read" if share == 2 else "truncated")
 
 
 def test_not_an_hdf5_file(refused, tmp_path):
     (tmp_path / "text.h5ad").write_text("gene,cell\n")
-    refused(tmp_path / "text.h5ad", "no HDF5 file")
+    refused(tmp_path / "text.h5ad", "not valid HDF5")
     (tmp_path / "empty.h5ad").touch()
     refused(tmp_path / "empty.h5ad", "is empty")
 

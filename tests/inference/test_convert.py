@@ -113,7 +113,7 @@ def test_nothing_is_left_when_it_fails(original, genes, tmp_path, monkeypatch):
 def test_existing_output_is_kept(original, genes, tmp_path):
     path = original()[1]
     convert(path, genes, tmp_path / "model")
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         convert(path, genes, tmp_path / "model")
     convert(path, genes, tmp_path / "model", overwrite=True)
     assert leftovers(tmp_path) == {"model"}

@@ -26,7 +26,7 @@ def test_the_demo_writes_what_it_says(tmp_path, capsys):
     )
     metrics = json.loads((folder / "model" / "metrics.json").read_text())
     assert metrics["test_accuracy"] == pytest.approx(summary["accuracy"])
-    assert metrics["control_test_macro_f1"] == summary["control_macro_f1"] > 0.6
+    assert metrics["baseline_test_macro_f1"] == summary["baseline_macro_f1"] > 0.6
     for name in ("umap.png", "confusion.png"):
         assert min(matplotlib.image.imread(folder / name).shape[:2]) > 300
     shown = capsys.readouterr()

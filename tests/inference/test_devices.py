@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from scbert.cli import main
-from scbert.inference.loading import load_model
+from scbert.inference import load_model
 from scbert.tokenization import InputError
-from scbert.training.finetune_arguments import device_settings
-from scbert.training.run_finetune import parse
+from scbert.training.finetune_arguments import FINETUNE
+from scbert.training.settings import device_settings, parse
 
 
 @pytest.mark.parametrize("verb", ["annotate", "embed"])
@@ -19,6 +19,15 @@ def test_the_command_says_what_it_picked(verb, query, model_dir, tmp_path, capsy
     assert "on cpu in bfloat16" in capsys.readouterr().err
     about = anndata.read_h5ad(output).uns["scbert" if verb == "annotate" else "scbert_embedding"]
     assert about["dtype"] == "bfloat16"
+
+
+def test_a_backend_that_is_none_is_an_error_in_one_line(query, model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SCBERT_BACKEND", "fast")
+    arguments = ["annotate", str(query), "--model", str(model_dir), "--output", str(tmp_path / "out.h5ad")]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "SCBERT_BACKEND names fast; known are" in said and "Traceback" not in said
+    assert not (tmp_path / "out.h5ad").exists()
 
 
 def test_auto_is_the_default(model_dir):
@@ -39,7 +48,7 @@ def test_what_is_not_there_is_refused(model_dir):
 
 def test_training_takes_the_same_two_options():
     given = {"reference": "a.h5ad", "label_key": "type", "output": "model", "device": "cpu"}
-    _, _, _, training = parse(given | {"dtype": "bfloat16"})
+    _, _, _, training = parse(FINETUNE, given | {"dtype": "bfloat16"})
     assert training.device.type == "cpu" and training.bf16
-    assert not parse(given | {"dtype": "float32"})[-1].bf16
-    assert parse(given | {"device": None, "dtype": "bfloat16"})[-1].bf16
+    assert not parse(FINETUNE, given | {"dtype": "float32"})[-1].bf16
+    assert parse(FINETUNE, given | {"device": None, "dtype": "bfloat16"})[-1].bf16

@@ -55,7 +55,7 @@ def test_file_to_file(adata, query, model_dir, tmp_path):
         out.obsm["X_scbert"], embed(adata, model_dir, progress=False).obsm["X_scbert"]
     )
     assert (out.X != adata.X).nnz == 0
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         embed_file(query, model_dir, tmp_path / "out.h5ad", progress=False)
 
 

@@ -1,6 +1,7 @@
 """Annotating that is stopped or runs out of disk: no output under its name, and the same command works again."""
 
 import errno
+import io
 import signal
 import subprocess
 import sys
@@ -11,19 +12,19 @@ import numpy as np
 import pytest
 
 from scbert.cli import main
-from scbert.data import output as output_module
+from scbert.data import write_h5ad
 from scbert.inference import annotate
 
 COMMAND = "import sys; from scbert.cli import main; sys.exit(main())"
 # slow enough to be caught in the act: every batch waits
 SLOW = (
-    "import time; from scbert.inference import prediction; run = prediction._forward; "
+    "import time; from scbert.trained_model import prediction; run = prediction._forward; "
     "prediction._forward = lambda *a: (time.sleep(0.2), run(*a))[1]; "
 )
 # the copy lies beside the output, and is killed before its columns are complete
 KILLED_WRITING = (
-    "import os, signal; from scbert.data import output; add = output._add_elements; "
-    "output._add_elements = lambda file, *a: (add(file, *a), file.flush(), os.kill(os.getpid(), signal.SIGKILL)); "
+    "import os, signal; from scbert.data import write_h5ad; add = write_h5ad._add_elements; "
+    "write_h5ad._add_elements = lambda file, *a: (add(file, *a), file.flush(), os.kill(os.getpid(), signal.SIGKILL)); "
 )
 
 
@@ -81,26 +82,20 @@ def test_killed_while_writing_leaves_an_older_output_as_it_was(query, model_dir,
     assert not list(tmp_path.glob(".out.h5ad*")), "the killed run's temporary file is gone"
 
 
-class FullDisk:
+class FullDisk(io.FileIO):
     """A file on a disk with room for so many bytes more."""
 
-    def __init__(self, raw, room):
-        self.raw, self.room = raw, room
+    room = 0
 
     def write(self, data):
-        self.room -= len(data)
-        if self.room < 0:
+        FullDisk.room -= len(data)
+        if FullDisk.room < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return self.raw.write(data)
+        return super().write(data)
 
-    def __getattr__(self, name):
-        return getattr(self.raw, name)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *reason):
-        self.raw.close()
+class FileOnFullDisk(write_h5ad.DeferredWriteErrorFile, FullDisk):
+    pass
 
 
 @pytest.mark.parametrize("room", [-1, 0, 100, 1000, 2000, 5000, 10_000])
@@ -111,14 +106,10 @@ def test_full_disk(query, model_dir, tmp_path, monkeypatch, capsys, room):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if room < 0:
-        monkeypatch.setattr(output_module.shutil, "copyfile", full)
+        monkeypatch.setattr(write_h5ad.shutil, "copyfile", full)
     else:
-        monkeypatch.setattr(
-            output_module,
-            "open",
-            lambda *a, **options: FullDisk(open(*a, **options), room) if options else open(*a),  # noqa: SIM115
-            raising=False,
-        )
+        monkeypatch.setattr(FullDisk, "room", room)
+        monkeypatch.setattr(write_h5ad, "DeferredWriteErrorFile", FileOnFullDisk)
     before = {path.name for path in tmp_path.iterdir()}
     output = tmp_path / "out.h5ad"
     assert main(["annotate", str(query), "--model", str(model_dir), "--output", str(output)]) == 1

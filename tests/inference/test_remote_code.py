@@ -100,6 +100,36 @@ def test_works_without_the_package_to_the_bit(adata, make_model, tmp_path):
     assert json.loads((tmp_path / "labels.json").read_text()) == labels
 
 
+JOINED = """
+import sys, torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert "scbert" not in sys.modules and type(model).__module__.startswith("transformers_modules")
+bins = torch.arange(2 * model.config.max_position_embeddings).view(2, -1) % 6
+backends = sys.modules[type(model).__module__.rpartition(".")[0] + ".backends_scbert"]
+with torch.no_grad():
+    wanted = model(bins).last_hidden_state
+    try:
+        with backends.favor_backend("compiled"):
+            torch.testing.assert_close(model(bins).last_hidden_state, wanted)
+        print("compiled")
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_the_installed_package_lends_a_checkpoint_s_code_its_backends(make_model, tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", JOINED, str(make_model())],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.strip() == "compiled" or "compiler" in ran.stdout, ran.stdout
+
+
 @pytest.mark.parametrize("tokenizer", [{}, {"keep_zeros": False}], ids=["every gene", "expressed genes"])
 def test_saved_and_reloaded_logits_are_equal_to_the_bit(adata, make_model, tmp_path, tokenizer):
     first = make_model(tokenizer=tokenizer)

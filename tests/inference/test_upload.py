@@ -50,7 +50,7 @@ def test_a_visitor_is_told_kindly_and_no_path(tmp_path, model_dir):
     with pytest.raises(InputError) as error:
         annotate_upload(upload, model_dir, tmp_path)
     told = app.kind_message(error.value, upload)
-    assert "cells.h5ad is no HDF5 file" in told and str(tmp_path) not in told
+    assert "cells.h5ad is not valid HDF5" in told and str(tmp_path) not in told
     assert "ZeroDivision" not in app.kind_message(ZeroDivisionError("a bug"))
 
 
@@ -162,7 +162,7 @@ def test_the_page_in_a_real_browser(query, model_dir, browser, tmp_path, served)
     browser.get_by_role("button", name="Annotate", exact=True).click()
     browser.get_by_text("This did not work").wait_for(timeout=60_000)
     told = browser.inner_text("body")
-    assert "bad.h5ad is no HDF5 file" in told and "Traceback" not in told and str(tmp_path) not in told
+    assert "bad.h5ad is not valid HDF5" in told and "Traceback" not in told and str(tmp_path) not in told
 
     clear = browser.get_by_role("button", name="Remove").or_(browser.get_by_label("Clear")).first
     clear.click()

@@ -14,6 +14,7 @@ from scbert.interpretation.attribution import gradient_shap, integrated_gradient
 from scbert.interpretation.deletion import COLUMNS, deletion_test, remove_top, verdict
 from scbert.interpretation.explain import attention_by_gene, explain
 from scbert.interpretation.gene_attention import gene_attention
+from scbert.trained_model.loaded_model import LoadedModel
 
 LABELS = ["B cell", "CD8+/CD45RA+ T"]
 # the only genes that decide, by their place in the panel
@@ -101,7 +102,9 @@ def test_removing_the_genes_that_decide_hurts(classifier, adata):
     good = np.zeros(bins.shape)
     good[:, list(DECISIVE)] = 1
     targets = np.zeros(20, dtype=int)
-    table = deletion_test(model, tokenizer, bins, targets, {"good": good, "bad": -good}, n_genes=3)
+    table = deletion_test(
+        LoadedModel(model, tokenizer), bins, targets, {"good": good, "bad": -good}, n_genes=3
+    )
     assert list(table.columns) == COLUMNS
     good_row, bad_row = table.to_dict(orient="records")
     assert good_row["drop"] > 3 * good_row["random_drop"] and bad_row["drop"] < 0.01

@@ -20,13 +20,13 @@ METRICS = {
         **SCORES,
         "per_class": {name: {"precision": 0.8, "recall": 0.9, "f1": 0.85, "support": 5} for name in LABELS},
     },
-    "control": {
+    "baseline": {
         "name": "logistic regression (L2, log1p CP10k)",
         "test": {"accuracy": 0.95, "macro_f1": 0.91},
     },
     "settings": {"reference": "/home/somebody/secret-project/pbmc.h5ad", "hub_token": "hf_abcdefgh"},
     "versions": {"torch": "2.13.0"},
-    "notes": ["the control, logistic regression, has the higher macro-F1 on the test cells"],
+    "notes": ["the baseline, logistic regression, has the higher macro-F1 on the test cells"],
 }
 
 

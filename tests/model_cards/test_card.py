@@ -16,7 +16,7 @@ def text(model_folder):
 def test_every_section_is_there(text):
     headings = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
     assert headings == [
-        "How to use it", "Training data", "Results and controls", "Limits", "Licence and citation",
+        "How to use it", "Training data", "Results and baselines", "Limits", "Licence and citation",
     ]  # fmt: skip
     assert re.search(r"^# pbmc-types$", text, flags=re.MULTILINE)
     assert "{{" not in text and "{%" not in text and "None" not in text
@@ -33,10 +33,12 @@ def test_metrics_are_eval_results(text):
     assert {result.dataset_name for result in found.values()} == {"pbmc"}
 
 
-def test_scores_stand_beside_their_control(text):
+def test_scores_stand_beside_their_baseline(text):
     assert re.search(r"^\| this model \| 0\.9375 \| 0\.8750 \| 0\.9000 \|$", text, flags=re.MULTILINE)
-    assert re.search(r"^\| control: logistic regression.* \| 0\.9500 \| 0\.9100 \|", text, flags=re.MULTILINE)
-    assert "the control, logistic regression, has the higher macro-F1" in text
+    assert re.search(
+        r"^\| baseline: logistic regression.* \| 0\.9500 \| 0\.9100 \|", text, flags=re.MULTILINE
+    )
+    assert "the baseline, logistic regression, has the higher macro-F1" in text
     # one row per cell type; a bar in a name breaks no table
     assert re.search(r"^\| B\\\|cell \| 5 \| 0\.8000 \| 0\.9000 \| 0\.8500 \|$", text, flags=re.MULTILINE)
     assert "单核细胞" in text
@@ -83,8 +85,8 @@ def test_a_pretrained_encoder(model_folder):
     metrics = {
         "loss": 0.71,
         "masked_accuracy": 0.78,
-        "control_masked_accuracy": 0.72,
-        "cell_control_masked_accuracy": 0.75,
+        "baseline_masked_accuracy": 0.72,
+        "cell_baseline_masked_accuracy": 0.75,
         "cells": {"train": 900},
     }
     metrics |= {"data": {"files": {"a.h5ad": {"cells": 900}}}, "settings": {"corpus": "/data/blood"}}

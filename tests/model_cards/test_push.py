@@ -155,5 +155,5 @@ def test_trainer_pushes_code_tokenizer_and_our_card(tiny, model_folder, tmp_path
     trainer.push_to_hub()
     assert set(hub.files) >= NEEDED
     card = hub.files["README.md"].decode()
-    assert "## Results and controls" in card and "0.9375" in card
+    assert "## Results and baselines" in card and "0.9375" in card
     assert "AutoModelForSequenceClassification" in json.loads(hub.files["config.json"])["auto_map"]

@@ -7,7 +7,6 @@ from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertModel
 from scbert.modeling_scbert.backends_scbert import favor_backend
 from scbert.modeling_scbert.blocks_scbert import KEPT_BYTES, choose_block, run_plain
 from scbert.modeling_scbert.chunked_layer_scbert import run_chunked
-from scbert.modeling_scbert.cpu_matmul_scbert import restore_matmul, use_onednn
 from scbert.modeling_scbert.positions_scbert import rows_at
 
 SHAPES = [(1, 130, 32), (3, 70, 64), (5, 9, 64)]
@@ -186,17 +185,3 @@ def test_other_attention_types_are_plain():
         model = ScBertForMaskedExpression(small_config(attention_type=kind, reversible=False))
         with torch.no_grad(), favor_backend("chunked"):
             assert blocks_of(model) == ["plain"] * 2
-
-
-def test_onednn_is_kept_only_where_it_is_exact():
-    try:
-        assert not use_onednn(max_error=0.0).enabled
-        assert torch.backends.mkldnn.matmul.fp32_precision == "none"
-        report = use_onednn()
-        if report.enabled:
-            left, right = torch.randn(600, 64), torch.randn(64, 266)
-            exact = left.double() @ right.double()
-            assert ((left @ right - exact).abs().max() / exact.abs().max()).item() < 1e-5
-            assert "kept" in str(report)
-    finally:
-        restore_matmul()

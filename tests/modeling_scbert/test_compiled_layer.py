@@ -45,7 +45,6 @@ def make_layer(seed=0, heads=3, head_dim=8, features=19, scale=1.0, **options):
         **options,
     )
     layer = ScBertLayer(config, 0)
-    layer.attention.projection_matrix.copy_(layer.attention.initial_projection())
     for name, weight in layer.named_parameters():
         weight.data.add_(0.1 * torch.randn_like(weight))
         if "q_proj" in name or "k_proj" in name:
@@ -136,7 +135,6 @@ def test_output_at_some_queries_only():
 def test_the_published_width():
     torch.manual_seed(0)
     layer = ScBertLayer(ScBertConfig(), 0)
-    layer.attention.projection_matrix.copy_(layer.attention.initial_projection())
     check(layer, 2, 300, None, chunk_size=64)
 
 

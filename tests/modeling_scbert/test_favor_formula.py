@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from scbert.modeling_scbert.favor_engine_scbert import favor_attention
 from scbert.modeling_scbert.favor_scbert import (
     draw_projection,
-    favor_attention,
     favor_attention_naive,
     favor_attention_received,
     favor_attention_weights,

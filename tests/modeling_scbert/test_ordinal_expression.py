@@ -4,7 +4,7 @@ import torch
 
 from scbert.modeling_scbert import ScBertConfig, ScBertForCellClassification
 from scbert.modeling_scbert.embeddings_scbert import expression_direction
-from scbert.training.pretrained import start_head
+from scbert.training.initial_model import start_head
 
 N_BINS = 18
 

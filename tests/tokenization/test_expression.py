@@ -214,6 +214,21 @@ def test_as_csr_takes_every_layout(make):
     np.testing.assert_array_equal(as_csr(make(dense)).toarray(), dense)
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float32, np.float64])
+def test_dense_matrices_become_what_scipy_makes_of_them(dtype, order):
+    rng = np.random.default_rng(0)
+    dense = np.asarray(rng.poisson(0.3, size=(40, 70)), dtype=dtype, order=order)
+    dense[7] = 0
+    found, expected = as_csr(dense), sp.csr_matrix(dense)
+    assert found.dtype == expected.dtype and found.has_canonical_format
+    for name in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    if dtype is np.float64:
+        dense[0, 0], dense[1, 1] = np.nan, -0.0
+        assert np.isnan(as_csr(dense)[0, 0]) and (as_csr(dense).data != 0).all()
+
+
 def test_as_csr_refuses_text():
     with pytest.raises(InputError, match="numeric"):
         as_csr(np.array([["a", "b"]]))

@@ -69,6 +69,20 @@ def test_overlap_may_be_forced():
     assert alignment.overlap == 0.1
 
 
+def test_duplicates_are_told():
+    assert align_genes(["CD3E", "x", "x"], ["CD3E", "MS4A1"]).notes() == []
+    names = ["CD3E", "CD3E", "CD3E", *(f"G{i}" for i in range(6)), *(f"G{i}" for i in range(6))]
+    (note,) = align_genes(names, ["MS4A1", "CD3E", *(f"G{i}" for i in range(9))]).notes()
+    assert note.startswith("8 column(s) repeat the gene name of another (CD3E, G0, G1, G2, G3, ...)")
+
+
+def test_a_hint_comes_before_the_look_of_the_names():
+    alignment = align_genes(["ENSG00000141510"], ["CD3E"])
+    alignment.hint = "Take the other one."
+    with pytest.raises(InputError, match=r"of the model: CD3E. Take the other one.$"):
+        alignment.check()
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".csv"])
 def test_panels_are_read_from_text(tmp_path, suffix):
     path = tmp_path / f"panel{suffix}"

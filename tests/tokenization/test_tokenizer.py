@@ -80,18 +80,6 @@ def test_every_layout_gives_the_same_ids(adata, tokenizer, layout):
     assert expected.shape == (120, 301) and expected.dtype == np.int64
 
 
-def test_return_tensors(adata, tokenizer):
-    assert torch.is_tensor(tokenizer(adata[:3], return_tensors="pt")["input_ids"])
-    assert set(tokenizer(adata[:3])) == {"input_ids"}
-
-
-def test_dictionary_and_single_cell(adata, tokenizer):
-    expected = tokenizer(adata[:1])["input_ids"]
-    names = list(adata.var_names)
-    np.testing.assert_array_equal(tokenizer({"X": adata.X[:1], "gene_names": names})["input_ids"], expected)
-    np.testing.assert_array_equal(tokenizer(adata.X[0].toarray()[0])["input_ids"], expected)
-
-
 def test_input_is_left_untouched(adata, tokenizer):
     before = adata.copy()
     tokenizer.bin_cells(adata)

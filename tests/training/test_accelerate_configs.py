@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 import scbert.training.run_pretrain as run_pretrain
-from scbert.data.corpus import build_corpus
+from scbert.data.corpus_build import build_corpus
 from scbert.modeling_scbert import modeling_scbert
 
 CONFIGS = Path(run_pretrain.__file__).parent / "accelerate"

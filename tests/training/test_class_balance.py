@@ -1,9 +1,9 @@
-"""Weights and draws for rare classes."""
+"""Weights for rare classes."""
 
 import numpy as np
 import torch
 
-from scbert.training.class_balance import OversamplingSampler, class_weights, weighted_loss
+from scbert.training.finetune_trainer import class_weights, weighted_loss
 
 TARGETS = np.array([0] * 90 + [1] * 8 + [2] * 2)
 
@@ -22,21 +22,3 @@ def test_loss_of_parts_adds_up_to_the_loss_of_the_whole():
     whole = loss({"logits": logits}, labels, num_items_in_batch=12)
     parts = sum(loss({"logits": logits[i : i + 3]}, labels[i : i + 3], 12) for i in range(0, 12, 3))
     torch.testing.assert_close(parts, whole)
-
-
-def test_every_class_is_drawn_equally_often():
-    drawn = np.array([TARGETS[i] for epoch in range(30) for i in _draw(epoch)])
-    np.testing.assert_allclose(np.bincount(drawn) / len(drawn), 1 / 3, atol=0.05)
-
-
-def _draw(epoch, seed=0):
-    sampler = OversamplingSampler(TARGETS, seed)
-    sampler.set_epoch(epoch)
-    return list(sampler)
-
-
-def test_the_draw_depends_on_seed_and_epoch_alone():
-    assert len(_draw(3)) == len(TARGETS)
-    assert _draw(3) == _draw(3)
-    assert _draw(3) != _draw(4)
-    assert _draw(3) != _draw(3, seed=1)

@@ -10,10 +10,11 @@ from transformers import AutoModelForSequenceClassification
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
 from scbert.inference import annotate
 from scbert.tokenization import InputError
-from scbert.training import finetune_trainer
-from scbert.training.finetune_arguments import RECIPES, build_arguments, load_recipe, merge_settings
-from scbert.training.pretrained import new_model
+from scbert.training import callbacks, finetune_trainer
+from scbert.training.finetune_arguments import FINETUNE
+from scbert.training.initial_model import new_model
 from scbert.training.run_finetune import finetune
+from scbert.training.settings import RECIPES, load_recipe, parse
 
 MODEL_FILES = ["config.json", "model.safetensors", "gene_panel.txt", "tokenizer_config.json"]
 FIGURES = ["metrics.json", "confusion.png", "learning_curve.png"]
@@ -59,7 +60,7 @@ def test_the_folder_is_complete_and_learns(tune):
     written = json.loads((folder / "metrics.json").read_text())
     assert written["cells"] == {"train": 84, "validation": 12, "test": 24}
     assert written["test_macro_f1"] == written["test"]["macro_f1"] > 0.9
-    assert written["control"]["test"]["cells"] == 24
+    assert written["baseline"]["test"]["cells"] == 24
     assert written["settings"]["seed"] == 1
     assert written["data"]["genes"]["matched"] == written["data"]["genes"]["panel"]
     config = json.loads((folder / "config.json").read_text())
@@ -77,7 +78,7 @@ def test_annotating_the_test_cells_gives_the_score_written(tune, adata, tmp_path
 
 def test_the_encoder_has_a_learning_rate_of_its_own(tune, monkeypatch):
     start, trained = {}, {}
-    train = finetune_trainer.CellTrainer.train
+    train = finetune_trainer.FinetuneTrainer.train
 
     def watched(self, *args, **kwargs):
         start.update({name: weight.detach().clone() for name, weight in self.model.named_parameters()})
@@ -85,7 +86,7 @@ def test_the_encoder_has_a_learning_rate_of_its_own(tune, monkeypatch):
         trained.update({name: weight.detach().clone() for name, weight in self.model.named_parameters()})
         return found
 
-    monkeypatch.setattr(finetune_trainer.CellTrainer, "train", watched)
+    monkeypatch.setattr(finetune_trainer.FinetuneTrainer, "train", watched)
     tune(num_train_epochs=1, encoder_learning_rate=0.0)
     moved = {name for name in start if not torch.equal(start[name], trained[name])}
     assert moved and all(name.startswith("classifier.") and "conv" not in name for name in moved)
@@ -114,13 +115,13 @@ def test_the_shrinkage_is_the_proximal_step():
     # another group learns faster: the head shrinks at its own rate
     other = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 5.0}
     optimizer = torch.optim.SGD([other, {"params": [layer.weight], "lr": 0.5}])
-    finetune_trainer.SparseHead(0.2).on_optimizer_step(None, None, None, model=model, optimizer=optimizer)
+    callbacks.L1HeadCallback(0.2).on_optimizer_step(None, None, None, model=model, optimizer=optimizer)
     torch.testing.assert_close(layer.weight.detach(), torch.tensor([[0.4, -0.4, 0.0]]))
 
 
 def test_the_test_split_is_read_once_and_after_training(tune, monkeypatch):
     sizes = []
-    predict, evaluate = finetune_trainer.CellTrainer.predict, finetune_trainer.CellTrainer.evaluate
+    predict, evaluate = finetune_trainer.FinetuneTrainer.predict, finetune_trainer.FinetuneTrainer.evaluate
 
     def count(self, dataset, *args, **kwargs):
         sizes.append(("predict", len(dataset)))
@@ -130,8 +131,8 @@ def test_the_test_split_is_read_once_and_after_training(tune, monkeypatch):
         sizes.append(("evaluate", len(self.eval_dataset)))
         return evaluate(self, *args, **kwargs)
 
-    monkeypatch.setattr(finetune_trainer.CellTrainer, "predict", count)
-    monkeypatch.setattr(finetune_trainer.CellTrainer, "evaluate", count_evaluate)
+    monkeypatch.setattr(finetune_trainer.FinetuneTrainer, "predict", count)
+    monkeypatch.setattr(finetune_trainer.FinetuneTrainer, "evaluate", count_evaluate)
     tune()
     assert sizes == [("evaluate", 12)] * 3 + [("predict", 12), ("predict", 24)]
 
@@ -174,7 +175,7 @@ class Killed(BaseException):
 def test_resumed_is_the_same_as_never_stopped(tune, tmp_path, monkeypatch, balance):
     options = {"num_train_epochs": 4, "class_balance": balance}
     summary, whole = tune("whole", **options)
-    mark = finetune_trainer.CompleteCheckpoints.on_save
+    mark = callbacks.CompleteCheckpoints.on_save
 
     def die_while_saving(self, args, state, control, **kwargs):
         # the third checkpoint lacks its mark, as when the process is killed in the middle of it
@@ -183,7 +184,7 @@ def test_resumed_is_the_same_as_never_stopped(tune, tmp_path, monkeypatch, balan
         mark(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(finetune_trainer.CompleteCheckpoints, "on_save", die_while_saving)
+        patch.setattr(callbacks.CompleteCheckpoints, "on_save", die_while_saving)
         tune("stopped", **options)
     assert not (tmp_path / "stopped").exists()
     assert (tmp_path / "stopped.partial" / "checkpoints").is_dir()
@@ -199,7 +200,7 @@ def test_resume_refuses_another_run(tune, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(finetune_trainer.CompleteCheckpoints, "on_save", die)
+        patch.setattr(callbacks.CompleteCheckpoints, "on_save", die)
         tune()
     with pytest.raises(InputError, match="other settings \\(learning_rate"):
         tune(resume=True, learning_rate=0.5)
@@ -231,7 +232,7 @@ def test_a_test_file_of_its_own(tune, adata, tmp_path):
     assert summary["cells"]["test"] == summary["test"]["cells"] == 26
 
 
-def test_poor_cells_are_left_out_of_training_only(tune, adata, tmp_path):
+def test_low_gene_cells_are_left_out_of_training_only(tune, adata, tmp_path):
     poor = adata.X.tolil()
     poor[:30, 50:] = 0
     adata.X = poor.tocsr()
@@ -317,8 +318,7 @@ def test_a_fine_tuned_model_can_be_a_base(tune):
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.json")))
 def test_shipped_recipes_work(name, gene_panel, tmp_path):
     given = {"reference": "r.h5ad", "label_key": "k", "output": str(tmp_path / "o"), "recipe": name}
-    settings = merge_settings(given)
-    _, model, training = build_arguments(settings)
+    _, _, model, training = parse(FINETUNE, given)
     tokenizer = ScBertTokenizer(gene_panel=gene_panel, **model.tokenizer)
     network = new_model(model.model, tokenizer, ["a", "b"], training.seed)
     assert network.config.vocab_size == tokenizer.vocab_size

@@ -146,7 +146,7 @@ def test_outputs_that_cannot_be(command, reference, tmp_path):
     (folder / "thesis.tex").write_text("years of work")
     code, _, err = command("--overwrite", output=folder)
     assert code == 1
-    assert "holds other things" in one_paragraph(err)
+    assert "holds other files" in one_paragraph(err)
     assert (folder / "thesis.tex").is_file()
     for output, words in ((reference, "the reference itself"), (tmp_path / "no" / "model", "does not exist")):
         code, _, err = command("--overwrite", output=output)
@@ -211,9 +211,12 @@ DAMAGES = {
     "no panel": (lambda folder: (folder / "gene_panel.txt").unlink(), "incomplete"),
     "another type": (lambda folder: spoil_config(folder, model_type="bert"), "'bert'"),
     "damaged config": (lambda folder: cut_short(folder / "config.json"), "damaged"),
-    "damaged weights": (lambda folder: cut_short(folder / "model.safetensors"), "cannot be loaded"),
+    "damaged weights": (
+        lambda folder: cut_short(folder / "model.safetensors"),
+        "model.safetensors are damaged",
+    ),
     "a weight missing": (drop_a_weight, "layers.1.output.weight"),
-    "another size": (lambda folder: spoil_config(folder, intermediate_size=32), "another shape"),
+    "another size": (lambda folder: spoil_config(folder, intermediate_size=32), "do not have the shape"),
 }
 
 
@@ -245,7 +248,7 @@ def test_the_module_reads_a_recipe_and_flags(reference, tiny_recipe, tmp_path, m
     assert config["vocab_size"] == 9
     monkeypatch.setattr(sys, "argv", ["run_finetune", str(tiny_recipe)])
     assert run_finetune.main() == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -7,9 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from scbert import ScBertTokenizer
-from scbert.data.cell_dataset import CellDataset
-from scbert.training.collators import DataCollatorForMaskedExpression, mask_expression
-from scbert.training.numbered_cells import NumberedCells, NumberedSampler
+from scbert.training.cell_batches import CellDataset, DataCollatorForMaskedExpression, mask_expression
+from scbert.training.cell_order import EpochSampler
 
 GENES = 200
 
@@ -30,11 +29,10 @@ def tokenizer(request):
 
 
 def test_counts_and_values(cells, tokenizer):
-    items = [cells[i] for i in range(40)]
-    batch = DataCollatorForMaskedExpression(tokenizer)(items)
+    batch = DataCollatorForMaskedExpression(tokenizer)(cells.__getitems__(range(40)))
     plain = torch.from_numpy(tokenizer.encode_bins(cells.bins)["input_ids"])
     chosen = batch["labels"] != -100
-    for row, expressed in enumerate(cells.lengths):
+    for row, expressed in enumerate(np.diff(cells.bins.indptr)):
         # 0.15 as a fraction: the ceiling of the true number, not of its nearest float
         assert chosen[row].sum() == math.ceil(15 * int(expressed) / 100)
     assert torch.equal(batch["labels"][chosen], plain[chosen])
@@ -69,7 +67,7 @@ def test_the_input_is_not_written_to():
 
 
 def test_extreme_probabilities(cells, tokenizer):
-    items = [cells[i] for i in range(2, 6)]
+    items = cells.__getitems__(range(2, 6))
     everything = DataCollatorForMaskedExpression(tokenizer, 1.0, 1.0)(items)
     assert set(everything["input_ids"].unique().tolist()) <= {0, tokenizer.mask_token_id}
     in_sight = DataCollatorForMaskedExpression(tokenizer, 0.15, 0.0)(items)
@@ -78,43 +76,25 @@ def test_extreme_probabilities(cells, tokenizer):
 
 def test_a_visit_decides_its_mask(cells, tokenizer):
     """In any batch, any worker and any order."""
-    visits = NumberedCells(cells)
-    alone = {draw: DataCollatorForMaskedExpression(tokenizer)([visits[draw]]) for draw in (7, 9, 47)}
-    together = DataCollatorForMaskedExpression(tokenizer)([visits[draw] for draw in (47, 9, 7)])
-    for row, draw in enumerate((47, 9, 7)):
-        length = alone[draw]["labels"].shape[1]
-        assert torch.equal(together["labels"][row, :length], alone[draw]["labels"][0])
+    visits = (7, 9, 47)
+    collator = DataCollatorForMaskedExpression(tokenizer)
+    alone = {index: collator(cells.__getitems__([index])) for index in visits}
+    together = collator(cells.__getitems__(visits[::-1]))
+    for row, index in enumerate(visits[::-1]):
+        length = alone[index]["labels"].shape[1]
+        assert torch.equal(together["labels"][row, :length], alone[index]["labels"][0])
+    # 47 is cell 7, an epoch later
     assert not torch.equal(alone[7]["labels"], alone[47]["labels"])
-    other = DataCollatorForMaskedExpression(tokenizer, seed=1)([visits[7]])
+    other = DataCollatorForMaskedExpression(tokenizer, seed=1)(cells.__getitems__([7]))
     assert not torch.equal(other["labels"], alone[7]["labels"])
-
-
-def test_unnumbered_items_follow_the_seed(cells, tokenizer):
-    items = [cells[i] for i in range(2, 6)]
-    one, two = (DataCollatorForMaskedExpression(tokenizer, seed=3) for _ in range(2))
-    first = one(items)
-    assert torch.equal(first["labels"], two(items)["labels"])
-    assert not torch.equal(first["labels"], one(items)["labels"])
 
 
 def test_workers_give_the_same_batches(cells, tokenizer):
     def batches(workers):
-        sampler = NumberedSampler(len(cells), seed=2)
+        sampler = EpochSampler(len(cells), seed=2)
         sampler.set_epoch(3)
         collator = DataCollatorForMaskedExpression(tokenizer)
-        loader = DataLoader(
-            NumberedCells(cells), 8, sampler=sampler, collate_fn=collator, num_workers=workers
-        )
+        loader = DataLoader(cells, 8, sampler=sampler, collate_fn=collator, num_workers=workers)
         return [batch["input_ids"] for batch in loader]
 
     assert all(torch.equal(a, b) for a, b in zip(batches(0), batches(2)))
-
-
-def test_every_cell_once_an_epoch_in_a_new_order():
-    sampler = NumberedSampler(10, seed=0)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    second = list(sampler)
-    assert sorted(first) == list(range(10)) and sorted(second) == list(range(10, 20))
-    assert [draw - 10 for draw in second] != first
-    assert list(NumberedSampler(10, seed=1)) != first

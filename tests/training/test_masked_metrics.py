@@ -2,26 +2,16 @@ import math
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
 
-from scbert.training.masked_metrics import GeneControl, MaskedScores
-from scbert.training.pretrain_data import count_bins
-
-
-def test_control_knows_each_gene():
-    bins = sp.csr_matrix(np.array([[1, 2, 0], [1, 3, 0], [2, 3, 0]], dtype=np.int8))
-    counts = count_bins(bins, 5)
-    assert counts.tolist() == [[0, 2, 1, 0, 0], [0, 0, 1, 2, 0], [0, 0, 0, 0, 0]]
-    control = GeneControl(counts)
-    assert control.commonest.tolist()[:2] == [1, 3]
-    assert control.log_shares.exp().sum(1).tolist() == pytest.approx([1, 1, 1], abs=1e-4)
+from scbert.evaluation.per_gene_mode import PerGeneModeBaseline
+from scbert.training.masked_metrics import MaskedScores
 
 
 @pytest.mark.parametrize("gene_ids", [None, torch.tensor([[2, 0, 1, 3]])])
 def test_scores_of_a_small_batch(gene_ids):
-    control = GeneControl(np.array([[0, 9, 0, 0], [0, 0, 9, 0], [0, 0, 9, 0]]))
-    scores = MaskedScores(control, vocab_size=4)
+    baseline = PerGeneModeBaseline(np.array([[0, 9, 0, 0], [0, 0, 9, 0], [0, 0, 9, 0]]))
+    scores = MaskedScores(baseline, vocab_size=4)
     # asked for at 0, 1 (hidden) and 2 (in sight); mask id 3
     batch = {"input_ids": torch.tensor([[3, 3, 2, 0]]), "labels": torch.tensor([[1, 2, 2, -100]])}
     if gene_ids is not None:
@@ -33,7 +23,7 @@ def test_scores_of_a_small_batch(gene_ids):
     assert found["masked_tokens"] == 2
     assert found["masked_accuracy"] == 0.5 and found["masked_accuracy_bin_2"] == 0.0
     # by its place gene 0 is commonly 1 and gene 1 commonly 2; by the given ids it is the other way round
-    assert found["control_masked_accuracy"] == (1.0 if gene_ids is None else 0.0)
+    assert found["baseline_masked_accuracy"] == (1.0 if gene_ids is None else 0.0)
     assert found["masked_accuracy_bin_mean"] == 0.5
     # the one gene in sight has bin 2
-    assert found["cell_control_masked_accuracy"] == 0.5
+    assert found["cell_baseline_masked_accuracy"] == 0.5

@@ -12,7 +12,7 @@ import torch
 from scbert import ScBertForCellClassification, ScBertForMaskedExpression, ScBertTokenizer
 from scbert.data.multiomics import combine_files
 from scbert.tokenization import InputError
-from scbert.training.pretrained import new_config
+from scbert.training.initial_model import new_config
 from scbert.training.run_finetune import finetune
 from scbert.training.run_pretrain import pretrain
 

@@ -4,8 +4,7 @@ import numpy as np
 import torch
 
 from scbert import ScBertTokenizer
-from scbert.data.cell_dataset import CellDataset
-from scbert.training.collators import DataCollatorForMaskedExpression
+from scbert.training.cell_batches import CellDataset, DataCollatorForMaskedExpression
 from scbert.training.run_pretrain import pretrain
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
@@ -30,13 +29,13 @@ def test_losses_and_scores_are_those_of_padded_batches(adata, tmp_path):
 def test_the_collator_packs_what_it_would_pad(adata):
     tokenizer = ScBertTokenizer(gene_panel=adata.var_names.tolist(), keep_zeros=False)
     cells = CellDataset(tokenizer.bin_cells(adata[:3]))
-    items = [{**cells[i], "draw": i} for i in range(3)]
+    items = cells.__getitems__(range(3))
     padded, packed = (DataCollatorForMaskedExpression(tokenizer, packing=on)(items) for on in (False, True))
     keep = padded["attention_mask"].bool()
     assert packed["attention_mask"].diff().tolist() == keep.sum(dim=1).tolist()
     for name in ("input_ids", "labels", "gene_ids"):
         assert torch.equal(packed[name][0], padded[name][keep]), name
-    assert packed["draw"].tolist() == [0, 1, 2]
+    assert packed["indices"].tolist() == [0, 1, 2]
     every_gene = ScBertTokenizer(gene_panel=adata.var_names.tolist())
     batch = DataCollatorForMaskedExpression(every_gene, packing=True)(items)
     assert batch["input_ids"].shape == (3, 301)

@@ -66,10 +66,10 @@ def test_folder_and_figures(trained):
     assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "gene_panel.txt"}
     assert not (folder / "checkpoints").exists() and not (folder / "run.json").exists()
     assert json.loads((folder / "metrics.json").read_text())["loss"] == pytest.approx(summary["loss"])
-    for name in ("loss", "control_loss", "masked_accuracy", "control_masked_accuracy"):
+    for name in ("loss", "baseline_loss", "masked_accuracy", "baseline_masked_accuracy"):
         assert np.isfinite(summary[name])
     bins = [name for name in summary if name.startswith("masked_accuracy_bin_") and name[-1].isdigit()]
-    assert len(bins) > 2 and {f"control_{name}" for name in bins} <= set(summary)
+    assert len(bins) > 2 and {f"baseline_{name}" for name in bins} <= set(summary)
     assert summary["cells"] == {"train": 38, "validation": 10}
     assert min(losses(summary)) == 1 and losses(summary)[15] < losses(summary)[1]
 
@@ -140,7 +140,7 @@ def test_resumed_run_repeats_an_uninterrupted_one(corpus, trained, tmp_path, mon
 def test_going_on_from_a_base(corpus, trained, tmp_path):
     summary = pretrain(corpus, tmp_path / "more", base=trained[0], max_steps=2, batch_size=8, use_cpu=True)
     assert summary["training"]["steps"] == 2 and summary["genes"] == trained[1]["genes"]
-    with pytest.raises(InputError, match="--genes"):
+    with pytest.raises(InputError, match="panel file"):
         pretrain(corpus, tmp_path / "other", base=trained[0], genes=corpus, use_cpu=True)
 
 
@@ -210,7 +210,7 @@ def test_logs_of_tensorboard_stay(corpus, tmp_path):
 @pytest.mark.parametrize(
     "options, problem",
     [
-        ({"recipe": "absent"}, "no pretraining recipe"),
+        ({"recipe": "absent"}, "no recipe 'absent'"),
         ({"validation_fraction": 0.0}, "validation_fraction"),
         ({"mlm_probability": 2.0}, "probabilities"),
         ({"unknown_setting": 1}, "unknown_setting"),

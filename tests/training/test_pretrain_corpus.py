@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModel, TrainerCallback
 
-from scbert.data.corpus import build_corpus
-from scbert.data.output import partial_folder
+from scbert.data.corpus_build import build_corpus
+from scbert.data.write_output import partial_folder
 from scbert.tokenization import InputError
 from scbert.training import pretrain_trainer
 from scbert.training.gene2vec import load_gene_vectors
@@ -64,7 +64,7 @@ def test_corpus_and_files_train_the_same_model(cells, corpus, tmp_path):
     from_files = pretrain(cells, tmp_path / "a", **QUICK)
     from_corpus = pretrain(corpus, tmp_path / "b", **QUICK)
     assert losses(from_files) == losses(from_corpus) and from_files["loss"] == from_corpus["loss"]
-    assert from_files["control_loss"] == from_corpus["control_loss"]
+    assert from_files["baseline_loss"] == from_corpus["baseline_loss"]
     assert list((corpus / "cache").glob("bins-*.npz"))
     again = pretrain(corpus, tmp_path / "c", dataloader_num_workers=1, **QUICK)
     assert losses(again) == losses(from_corpus)
@@ -156,7 +156,7 @@ def test_wrong_corpus_and_damaged_shard(corpus, adata, tmp_path):
     genes.write_text("".join(f"OTHER{i}\n" for i in range(99)) + f"{adata.var_names[0]}\n")
     with pytest.raises(InputError, match=r"does not suit the model's panel.* 1 of the model's 100 genes"):
         pretrain(corpus, tmp_path / "model", genes=genes, **QUICK)
-    with pytest.raises(InputError, match="belong to scbert build"):
+    with pytest.raises(InputError, match="chosen when it was built"):
         pretrain(corpus, tmp_path / "model", layer="counts", **QUICK)
     with pytest.raises(InputError, match="too few to learn from"):
         pretrain(corpus, tmp_path / "model", min_genes=1000, **QUICK)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel
 
 import scbert.training.run_pretrain as run_pretrain
-from scbert.data.corpus import build_corpus
+from scbert.data.corpus_build import build_corpus
 
 CONFIG = os.path.join(os.path.dirname(run_pretrain.__file__), "accelerate", "cpu_2.yaml")
 MODEL = {

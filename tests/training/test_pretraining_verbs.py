@@ -78,10 +78,10 @@ def test_importing_vectors(run, files):
     [
         (["gene2vec", "cells", "--output", "v.txt", "--cutoff", "0.999"], "--top-pairs"),
         (["gene2vec", "--output", "v.txt"], "either a corpus"),
-        (["gene2vec", "cells", "--output", "genes.txt"], "exists already"),
+        (["gene2vec", "cells", "--output", "genes.txt"], "already exists"),
         (["gene2vec", "--import", "genes.txt", "--output", "v.txt"], "genes.txt"),
         (["gene2vec", "absent", "--output", "v.txt"], "No such file"),
-        (["pretrain", "cells", "--output", "model", "--recipe", "absent"], "no pretraining recipe"),
+        (["pretrain", "cells", "--output", "model", "--recipe", "absent"], "no recipe 'absent'"),
         (["pretrain", "cells", "--output", "cells"], "corpus itself"),
         (["pretrain", "cells", "--output", "model", "--min-genes", "301"], "min-genes"),
         (["pretrain", "cells", "--output", "model", "--base", "cells"], "no config.json"),

@@ -1,0 +1,316 @@
+"""Many files of cells to one corpus for pretraining: the job behind ``scbert build``.
+
+A corpus is a folder of Arrow shards that `datasets.load_from_disk` opens too. A cell is its non-zero values and
+their gene ids (positions in ``genes.txt``), just as its file holds them, and its columns of `obs`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+from datasets import DatasetInfo, Features
+from tqdm import tqdm
+
+from ..tokenization import InputError
+from ..tokenization.expression_scbert import INPUT_KINDS
+from ..tokenization.genes_scbert import write_gene_panel
+from .corpus_manifest import FORMAT, GENES, MANIFEST, checksum, verify_corpus
+from .corpus_shards import QualityRules, corpus_schema, scan_file, write_file
+from .corpus_sources import find_sources
+from .worker_processes import end_with_parent
+from .write_output import PARTIAL, partial_folder
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "build.json"
+SCANS = "scans"
+
+
+def build_corpus(
+    sources,
+    output=None,
+    *,
+    layer=None,
+    input="auto",
+    min_genes=200,
+    min_cells=1,
+    max_mito_fraction=None,
+    doublet_key=None,
+    max_doublet_score=0.5,
+    keep_duplicates=False,
+    columns=None,
+    shard_cells=16_384,
+    num_proc=1,
+    strict=False,
+    verify=False,
+    resume=False,
+    overwrite=False,
+):
+    """Build a corpus, or verify one.
+
+    Every file is read twice, in chunks: once to check its cells and apply the quality rules, once to write them. Of
+    cells with the same genes and values the first one stays.
+
+    Parameters
+    ----------
+    sources : sequence of path
+        Files, folders and manifests, see `find_sources`; with `verify` the corpus.
+    output : path
+        The folder to write; it is built in ``OUTPUT.partial``.
+    layer, input
+        Where the values are, and what they are: ``"auto"``, ``"counts"`` or ``"log1p"``.
+    min_genes, max_mito_fraction, doublet_key, max_doublet_score
+        See `choose_cells`.
+    min_cells : int
+        A gene is taken from a file if at least this many of the file's cells express it.
+    keep_duplicates : bool
+        Keep cells that occur more than once, in one file or in several.
+    columns : sequence of str, optional
+        Columns of `obs` to keep; all of them if left out.
+    shard_cells : int
+        Cells of a shard, the unit of restarts.
+    num_proc : int
+        Number of worker processes, a file each.
+    strict : bool
+        Stop at a file that cannot be used; otherwise it is reported and left out.
+    verify : bool
+        Compare the corpus with its checksums instead.
+    resume, overwrite : bool
+        Continue an interrupted build; replace an existing corpus.
+
+    Returns
+    -------
+    dict
+        Cells, genes, files, ``files_skipped`` (how many) and ``skipped_files`` (which), duplicates and seconds; by
+        file in ``corpus.json`` and ``report.csv``.
+
+    Raises
+    ------
+    InputError
+        If no cell is left; with `strict`, if any source cannot be used.
+
+    Examples
+    --------
+    >>> build_corpus(["cells/"], "corpus", num_proc=4)  # doctest: +SKIP
+    """
+    if verify:
+        if len(sources) != 1 or output is not None:
+            raise InputError("To verify a corpus, give it as the only source, and no output.")
+        return verify_corpus(sources[0])
+    if output is None:
+        raise InputError(
+            "Name the corpus to write (output=, or --output), or check an existing one (verify=True, or --verify)."
+        )
+    if input not in INPUT_KINDS:
+        raise InputError(f"input must be one of {', '.join(INPUT_KINDS)}; found {input!r}.")
+    started = time.monotonic()
+    found = find_sources(sources, layer)
+    rules = QualityRules(min_genes, min_cells, max_mito_fraction, doublet_key, max_doublet_score)
+    settings = {
+        "sources": [[str(source.path), source.layer, source.columns, source.stamp()] for source in found],
+        "input": input,
+        "rules": asdict(rules),
+        "keep_duplicates": keep_duplicates,
+        "columns": list(columns) if columns else None,
+        "shard_cells": shard_cells,
+    }
+    with partial_folder(output, overwrite, resume, marker=MANIFEST) as folder:
+        _check_settings(folder, settings)
+        workers = _Workers(min(num_proc, len(found)), strict)
+        reports = _scan_all(found, folder, input, rules, workers)
+        usable = [report for report in reports if report["scan"] is not None]
+        if not usable:
+            raise InputError(f"None of {len(found)} file(s) can be used: {reports[0]['problem']}")
+        _mark_duplicates(usable, keep_duplicates)
+        genes = _write_genes(folder, usable)
+        _write_all(usable, folder, genes, columns or None, shard_cells, workers)
+        summary = _finish(folder, reports, settings, genes)
+    return {"corpus": str(output), **summary, "seconds": time.monotonic() - started}
+
+
+def _check_settings(folder, settings):
+    """Refuse to continue an interrupted build with other settings."""
+    path = folder / SETTINGS
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = sorted(name for name in settings if before.get(name) != settings[name])
+        if changed:
+            raise InputError(
+                f"{folder} was begun with other settings ({', '.join(changed)}). Use the same ones to continue, or "
+                f"start again without resuming (resume=False, or no --resume)."
+            )
+    path.write_text(json.dumps(settings))
+    (folder / SCANS).mkdir(exist_ok=True)
+
+
+class _Workers:
+    """Calls of one function for many files, in this process or in several, in order."""
+
+    def __init__(self, number, strict):
+        self.number, self.strict = number, strict
+
+    def map(self, function, jobs, title):
+        """Results in the order of the jobs; an `InputError` in the place of a result unless strict."""
+        with tqdm(total=len(jobs), desc=title, unit=" files", disable=None) as bar:
+            if self.number == 1:
+                return [self._finished(lambda job=job: function(*job), bar) for job in jobs]
+            # spawned, not forked: arrow and hdf5 have threads of their own
+            pool = ProcessPoolExecutor(
+                self.number, multiprocessing.get_context("spawn"), initializer=end_with_parent
+            )
+            try:
+                futures = [pool.submit(function, *job) for job in jobs]
+                return [self._finished(future.result, bar) for future in futures]
+            except BrokenProcessPool:
+                raise InputError(
+                    "A worker process was killed, perhaps because memory ran out. Continue with fewer processes "
+                    "(num_proc=1, resume=True; or --num-proc 1 --resume): what is finished is kept."
+                ) from None
+            except BaseException:
+                for process in list(pool._processes.values()):
+                    process.terminate()
+                raise
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _finished(self, result, bar):
+        try:
+            return result()
+        except InputError as problem:
+            if self.strict:
+                raise
+            return problem
+        finally:
+            bar.update()
+
+
+def _scan_all(sources, folder, input, rules, workers):
+    jobs = [(source, input, rules, folder / SCANS / f"{i:05d}.npz") for i, source in enumerate(sources)]
+    reports = []
+    for source, scan in zip(sources, workers.map(scan_file, jobs, "reading")):
+        problem = str(scan) if isinstance(scan, InputError) else None
+        if problem:
+            logger.warning("%s is left out: %s", source.path, problem)
+        reports.append({"source": source, "problem": problem, "scan": None if problem else scan})
+    return reports
+
+
+def _mark_duplicates(reports, keep_duplicates):
+    """Rows of every file to be written: what the rules keep, less the cells that were seen before."""
+    rows = [np.flatnonzero(report["scan"].keep) for report in reports]
+    hashes = np.concatenate([report["scan"].hashes[kept] for report, kept in zip(reports, rows)])
+    fresh = np.zeros(len(hashes), dtype=bool)
+    fresh[np.unique(hashes, return_index=True)[1]] = True
+    parts = np.split(fresh, np.cumsum([len(kept) for kept in rows])[:-1])
+    for report, kept, is_fresh in zip(reports, rows, parts):
+        report["duplicates"] = int((~is_fresh).sum())
+        report["rows"] = kept if keep_duplicates else kept[is_fresh]
+        if report["duplicates"]:
+            what = "are kept" if keep_duplicates else "are left out"
+            logger.warning("%s: %d duplicate cell(s) %s.", report["source"].path, report["duplicates"], what)
+
+
+def _write_genes(folder, reports):
+    """All genes of all files, in order of appearance; each has one modality."""
+    modality = {}
+    for report in reports:
+        facts = report["scan"].facts
+        for gene, kind in zip(facts["genes"], facts["modalities"]):
+            modality.setdefault(gene, kind)
+    builds = {report["scan"].facts["genome_build"] for report in reports} - {None}
+    if len(builds) > 1:
+        raise InputError(
+            f"The files use different genome builds ({', '.join(sorted(builds))}). Lift all peaks over to one of them."
+        )
+    if not modality:
+        raise InputError("No gene is expressed in enough cells of any file; lower min_cells (--min-cells).")
+    write_gene_panel(
+        folder / GENES, list(modality), list(modality.values()) if any(modality.values()) else None
+    )
+    return list(modality)
+
+
+def _write_all(reports, folder, genes, columns, shard_cells, workers):
+    schema = corpus_schema(
+        [report["scan"] for report in reports], [report["source"] for report in reports], columns
+    )
+    jobs = []
+    for number, report in enumerate(reports):
+        facts = report["scan"].facts
+        source, rows, prefix = report["source"], report["rows"], f"cells-{number:05d}"
+        jobs.append((source, rows, facts, genes, schema, folder, prefix, shard_cells))
+    for report, shards in zip(reports, workers.map(write_file, jobs, "writing")):
+        if isinstance(shards, InputError):
+            # it could be read a moment ago: better to stop than to leave out what duplicates were judged by
+            raise shards
+        report["shards"] = shards
+    info = DatasetInfo(features=Features.from_arrow_schema(schema))
+    info.write_to_directory(str(folder))
+
+
+def _finish(folder, reports, settings, genes):
+    """Write the manifest and what `datasets` wants to see; take away what only the build needed."""
+    sources = [_facts(report) for report in reports]
+    shards = [shard["file"] for source in sources for shard in source["shards"]]
+    cells = sum(source["kept"] for source in sources)
+    if not cells:
+        raise InputError(
+            "No cell passes the quality rules, so there is nothing to write. Relax them (min_genes, --min-genes, and "
+            "the others)."
+        )
+    manifest = {
+        "format": FORMAT,
+        "cells": cells,
+        "genes_sha256": checksum(folder / GENES),
+        "genome_build": next((source["genome_build"] for source in sources if source["genome_build"]), None),
+        "settings": settings,
+        "sources": sources,
+    }
+    state = {"_data_files": [{"filename": name} for name in shards], "_fingerprint": "0", "_split": None}
+    state |= {f"_format_{name}": None for name in ("columns", "type")}
+    state |= {"_format_kwargs": {}, "_output_all_columns": False}
+    (folder / "state.json").write_text(json.dumps(state))
+    report = pd.DataFrame(sources).drop(columns=["shards", "whole", "columns"])
+    report.to_csv(folder / "report.csv", index=False)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    # with what processes left that were killed while they wrote
+    for path in [*folder.glob("cells-*.json"), *folder.glob(f".*{PARTIAL}"), folder / SETTINGS]:
+        path.unlink()
+    shutil.rmtree(folder / SCANS)
+    skipped = [source["path"] for source in sources if source["problem"] is not None]
+    return {
+        "cells": cells,
+        "genes": len(genes),
+        "values": sum(shard["values"] for source in sources for shard in source["shards"]),
+        "files": len(sources),
+        "files_skipped": len(skipped),
+        "skipped_files": skipped,
+        "duplicates": sum(source["duplicates"] for source in sources),
+        "shards": len(shards),
+    }
+
+
+def _facts(report):
+    """What corpus.json says of one file."""
+    source, scan = report["source"], report["scan"]
+    facts = {"path": str(source.path), "layer": source.layer, "columns": source.columns}
+    facts["problem"] = report["problem"]
+    # under its name in the file -> of a `Scan`
+    names = {"kind": "kind", "whole": "covers_all_genes", "genome_build": "genome_build", "cells": "cells"}
+    if scan is None:
+        return {**facts, **dict.fromkeys(names), "duplicates": 0, "kept": 0, "shards": []}
+    rules = {name: scan.facts["rules"][name] for name in ("few_genes", "mitochondrial", "doublets")}
+    found = {name: scan.facts[fact] for name, fact in names.items()}
+    return {
+        **facts, **found, **rules,
+        "duplicates": report["duplicates"], "kept": len(report["rows"]), "shards": report["shards"],
+    }  # fmt: skip

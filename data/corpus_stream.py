@@ -1,0 +1,340 @@
+"""Cells of a corpus, or of files as they are, for training: read and binned on demand, in bounded memory.
+
+`BinnedCells` is map-style and can be read in any order. `StreamOrder` is an order that reads neighbouring cells
+together and shares them among processes and workers, which suits disks and caches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+from torch.utils.data import Sampler
+
+from ..tokenization import InputError, align_genes
+from ..tokenization.expression_scbert import as_csr
+from .corpus_manifest import read_manifest, shards_of, shards_of_source
+from .read import matrix_rows, read_cells
+
+BLOCK_SIZE = 1024
+
+
+class Shard:
+    """A shard of a corpus, mapped into memory: its lists are the arrays of CSR matrices as they stand.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+    facts : dict
+        Of `shards_of`.
+    alignment : GeneAlignment
+        From the genes of the corpus to the panel.
+    """
+
+    def __init__(self, folder, facts, alignment):
+        self.path, self.alignment = Path(folder) / facts["file"], alignment
+        self.n_cells, self.kind, self.covers_all_genes = (
+            facts["cells"],
+            facts["kind"],
+            facts["covers_all_genes"],
+        )
+        self._bytes, self._batches = facts["bytes"], None
+
+    def check(self):
+        """Refuse a shard that is missing or truncated, by its size alone."""
+        size = self.path.stat().st_size if self.path.is_file() else None
+        if size != self._bytes:
+            found = (
+                "is missing" if size is None else f"has {size} bytes, not the {self._bytes} it was built with"
+            )
+            raise self._unreadable(found)
+
+    def _unreadable(self, found):
+        return InputError(
+            f"The shard {self.path} {found}. Restore an intact copy (scbert build {self.path.parent} --verify "
+            f"names all files that differ), or build the corpus again."
+        )
+
+    def _open(self):
+        self.check()
+        try:
+            with pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
+                batches = [self._csr(batch) for batch in stream]
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise self._unreadable(f"cannot be read ({error})") from error
+        starts = np.cumsum([0, *(batch.shape[0] for batch in batches)])
+        if starts[-1] != self.n_cells:
+            raise self._unreadable(f"holds {starts[-1]} cells, not {self.n_cells}")
+        return starts, batches
+
+    def _csr(self, batch):
+        genes, values = batch.column("gene_ids"), batch.column("values")
+        # no copy: pages come in from the disk when rows are taken
+        arrays = (
+            array.to_numpy(zero_copy_only=True) for array in (values.values, genes.values, genes.offsets)
+        )
+        return sp.csr_matrix(tuple(arrays), shape=(len(batch), len(self.alignment.target)), copy=False)
+
+    def rows(self, rows):
+        """The cells at `rows` (ascending) as CSR [rows, genes of the corpus]."""
+        if self._batches is None:
+            self._batches = self._open()
+        starts, batches = self._batches
+        return _rows_of_parts(batches, starts, rows, lambda batch, own: batch[own])
+
+    def __getstate__(self):
+        return {**self.__dict__, "_batches": None}
+
+
+class CellFile:
+    """A file of cells as it is, read in blocks of neighbouring cells; the last few stay in memory.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+    tokenizer : ScBertTokenizer
+    layer : str, optional
+    input : {"auto", "counts", "log1p"}
+    """
+
+    kept_blocks = 32
+
+    def __init__(self, path, tokenizer, layer=None, input="auto"):
+        self.path, self._layer = Path(path), layer
+        self._matrix, self._blocks, self._process = None, OrderedDict(), None
+        matrix, names = self._open()
+        self.n_cells = matrix.shape[0]
+        self.alignment = align_genes(names, tokenizer.gene_panel)
+        self.kind, scale = tokenizer.resolve_input(matrix, input)
+        self.covers_all_genes = scale is not None
+
+    def _open(self):
+        adata = read_cells(self.path, layer=self._layer, backed=True)
+        self._matrix, names = matrix_rows(adata, self._layer)
+        # an open HDF5 file must not be shared with a forked worker
+        self._process = os.getpid()
+        return self._matrix, names
+
+    def _block(self, number):
+        if self._process != os.getpid():
+            self._blocks = OrderedDict()
+            self._open()
+        if number not in self._blocks:
+            start = number * BLOCK_SIZE
+            self._blocks[number] = as_csr(self._matrix[start : start + BLOCK_SIZE])
+            if len(self._blocks) > self.kept_blocks:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(number)
+        return self._blocks[number]
+
+    def rows(self, rows):
+        """The cells at `rows` (ascending) as CSR [rows, genes of the file]."""
+        numbers = rows // BLOCK_SIZE
+        parts = [
+            self._block(number)[rows[numbers == number] - number * BLOCK_SIZE]
+            for number in np.unique(numbers)
+        ]
+        return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
+
+    def __getstate__(self):
+        return {**self.__dict__, "_matrix": None, "_blocks": OrderedDict(), "_process": None}
+
+
+def _rows_of_parts(parts, starts, rows, take):
+    """CSR of the `rows` (ascending, counted through all parts) of what begins at `starts`: ``take(part, own rows)``."""
+    owned = np.split(rows, np.searchsorted(rows, starts[1:-1]))
+    taken = [take(part, own - start) for part, start, own in zip(parts, starts, owned) if len(own)]
+    return taken[0] if len(taken) == 1 else sp.vstack(taken, format="csr")
+
+
+def open_corpus(folder, tokenizer):
+    """The shards of a corpus, checked to be there, with their genes aligned to the tokenizer's panel.
+
+    Parameters
+    ----------
+    folder : str or os.PathLike
+    tokenizer : ScBertTokenizer
+
+    Returns
+    -------
+    list of Shard
+    """
+    manifest = read_manifest(folder)
+    alignment = align_genes(manifest["genes"], tokenizer.gene_panel)
+    shards = [Shard(folder, facts, alignment) for facts in shards_of(manifest)]
+    for shard in shards:
+        shard.check()
+    return shards
+
+
+@dataclass(frozen=True)
+class CorpusPart:
+    """The part of a corpus that came from one file, for measures taken file by file; see `corpus_parts`."""
+
+    folder: Path
+    shards: list
+    genes: list
+
+    @property
+    def name(self):
+        """Name of the file the cells came from."""
+        return Path(self.shards[0]["source"]).name
+
+    def sample(self, max_cells=None, seed=0):
+        """Cells drawn at random, in ascending order.
+
+        Returns
+        -------
+        values : scipy.sparse.csr_matrix [cells, genes]
+            The genes expressed here; of genes that only other files have, nothing is known.
+        names : list of str [genes]
+        kind : {"counts", "log1p"}
+        """
+        alignment = align_genes(self.genes, self.genes)
+        shards = [Shard(self.folder, shard, alignment) for shard in self.shards]
+        starts = np.cumsum([0, *(shard.n_cells for shard in shards)])
+        rows = np.sort(np.random.default_rng(seed).permutation(starts[-1])[:max_cells])
+        values = _rows_of_parts(shards, starts, rows, Shard.rows)
+        own = np.flatnonzero(np.bincount(values.indices, minlength=len(self.genes)))
+        return values[:, own], [self.genes[i] for i in own], self.shards[0]["kind"]
+
+
+def corpus_parts(folder):
+    """The files of a corpus from which cells were taken, as `CorpusPart`."""
+    manifest = read_manifest(folder)
+    parts = [shards_of_source(source) for source in manifest["sources"]]
+    return [CorpusPart(Path(folder), shards, manifest["genes"]) for shards in parts if shards]
+
+
+class BinnedCells:
+    """Expression bins of the cells of shards or files, read and binned when they are asked for.
+
+    They are indexed as the rows of a CSR matrix are: ``cells[rows]`` is CSR [rows, panel], in any order of rows.
+
+    Parameters
+    ----------
+    parts : sequence of Shard or CellFile
+    tokenizer : ScBertTokenizer
+
+    Examples
+    --------
+    >>> cells = BinnedCells(open_corpus("corpus", tokenizer), tokenizer)  # doctest: +SKIP
+    >>> cells[[5, 0]].indices  # doctest: +SKIP
+    array([   4,   17, ...], dtype=int32)
+    """
+
+    def __init__(self, parts, tokenizer):
+        self.parts, self.tokenizer = list(parts), tokenizer
+        self.starts = np.cumsum([0, *(part.n_cells for part in self.parts)])
+        self.shape = int(self.starts[-1]), len(tokenizer.gene_panel)
+
+    def __getitem__(self, rows):
+        rows = np.asarray(rows, dtype=np.int64)
+        order = np.argsort(rows, kind="stable")
+        chosen = rows[order]
+
+        def bin_part(part, own):
+            return self.tokenizer.bin_rows(part.rows(own), part.alignment, part.kind, part.covers_all_genes)
+
+        stacked = _rows_of_parts(self.parts, self.starts, chosen, bin_part)
+        return stacked if (order[:-1] < order[1:]).all() else stacked[np.argsort(order)]
+
+
+class StreamOrder(Sampler):
+    """Batches of one process: every cell once an epoch over all processes and workers, neighbours together.
+
+    Blocks of neighbouring cells are shuffled, and each worker of each process gets one contiguous share of them;
+    cells are shuffled within windows of several blocks. Batch ``i`` goes to worker ``i % n_workers``, as torch's
+    DataLoader has it, and so each worker reads its own share. All processes have equally many batches: the last
+    one of a worker may be one cell longer. The order depends on seed, epoch and number of processes and workers.
+
+    Parameters
+    ----------
+    n_cells : int
+    batch_size : int
+    seed : int
+    rank, world_size : int
+        This process, of how many.
+    n_workers : int
+        Of the DataLoader; 0 counts as 1.
+    block_size, window : int
+        Cells of a block, and blocks of a window.
+    numbered : bool
+        Go on counting from epoch to epoch, as `training.cell_batches` wants it.
+
+    Examples
+    --------
+    >>> order = StreamOrder(10, batch_size=4, block_size=2)
+    >>> sorted(cell for batch in order for cell in batch) == list(range(10)), len(order)
+    (True, 3)
+    """
+
+    def __init__(
+        self, n_cells, batch_size, seed=0, rank=0, world_size=1, n_workers=0,
+        block_size=BLOCK_SIZE, window=16, numbered=False,
+    ):  # fmt: skip
+        self.n_cells, self.batch_size, self.seed = n_cells, batch_size, seed
+        self.n_workers = max(1, n_workers)
+        self.n_shares, self.first_share = world_size * self.n_workers, rank * self.n_workers
+        self.block_size, self.window, self.numbered = block_size, window, numbered
+        self.epoch = 0
+        if n_cells < self.n_shares:
+            raise InputError(f"{n_cells} cell(s) cannot be shared among {self.n_shares} workers; use fewer.")
+
+    def set_epoch(self, epoch):
+        """Choose the epoch of the next pass."""
+        self.epoch = int(epoch)
+
+    @property
+    def batches_per_worker(self):
+        """Batches that each worker of each process makes in an epoch."""
+        return -(-(self.n_cells // self.n_shares) // self.batch_size)
+
+    def __len__(self):
+        return self.batches_per_worker * self.n_workers
+
+    def __iter__(self):
+        first = self.epoch * self.n_cells if self.numbered else 0
+        shares = [self._batches(self.first_share + worker) for worker in range(self.n_workers)]
+        for _ in range(self.batches_per_worker):
+            for share in shares:
+                yield (next(share) + first).tolist()
+
+    def _batches(self, share):
+        """Batches of one share; the last one takes what is left."""
+        waiting, size = np.empty(0, dtype=np.int64), self.batch_size
+        remaining = self.batches_per_worker
+        for cells in self._windows(share):
+            waiting = np.concatenate([waiting, cells])
+            while remaining > 1 and len(waiting) >= size:
+                yield waiting[:size]
+                waiting, remaining = waiting[size:], remaining - 1
+        yield waiting
+
+    def _windows(self, share):
+        """Cells of one share, some blocks at a time, shuffled among themselves."""
+        blocks = np.random.default_rng([self.seed, self.epoch]).permutation(
+            -(-self.n_cells // self.block_size)
+        )
+        # all blocks are full but the last of the file, wherever it fell
+        ends = np.cumsum(np.minimum(self.block_size, self.n_cells - blocks * self.block_size))
+        start, stop = (self.n_cells * i // self.n_shares for i in (share, share + 1))
+        rng = np.random.default_rng([self.seed, self.epoch, share])
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = int(np.searchsorted(ends, stop, side="left")) + 1
+        for at in range(first, last, self.window):
+            cells = [
+                self._cells(blocks[i], ends[i], start, stop) for i in range(at, min(at + self.window, last))
+            ]
+            yield rng.permutation(np.concatenate(cells))
+
+    def _cells(self, block, end, start, stop):
+        """Cells of a block that belong to the places from start to stop."""
+        cells = np.arange(block * self.block_size, min((block + 1) * self.block_size, self.n_cells))
+        begin = end - len(cells)
+        return cells[max(0, start - begin) : max(0, stop - begin)]

@@ -1,0 +1,210 @@
+"""Several modalities of the same cells in one AnnData, from MuData or from one AnnData each; peaks to a model's panel.
+
+The one AnnData has ``var["feature_types"]`` as 10x writes it and ``uns["genome_build"]``.
+"""
+
+import logging
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from ..extras import how_to_install
+from ..tokenization import InputError
+from .regions import genome_build, map_regions, parse_regions
+
+logger = logging.getLogger(__name__)
+
+# the place of a feature type is its modality id
+FEATURE_TYPES = ("Gene Expression", "Peaks", "Antibody Capture")
+GENES, PEAKS, PROTEINS = FEATURE_TYPES
+MODALITY_NAMES = {"rna": GENES, "gex": GENES, "atac": PEAKS, "peaks": PEAKS, "prot": PROTEINS}
+
+
+def read_mudata(path, genome=None):
+    """Read a MuData .h5mu file as one AnnData; see `combine_modalities`."""
+    try:
+        import mudata
+    except ImportError:
+        raise InputError(
+            f"Reading {path} needs the library mudata, which is not installed: {how_to_install('mudata')}"
+        ) from None
+    return combine_modalities(modalities_of(mudata.read_h5mu(path)), genome)
+
+
+def modalities_of(mdata):
+    """AnnData objects of a MuData by feature type.
+
+    Parameters
+    ----------
+    mdata : mudata.MuData
+        Its modalities are named rna (or gex), atac (or peaks), prot.
+
+    Returns
+    -------
+    dict of str to anndata.AnnData
+    """
+    known = {
+        MODALITY_NAMES[name.lower()]: mdata[name] for name in mdata.mod if name.lower() in MODALITY_NAMES
+    }
+    if not known:
+        raise InputError(
+            f"The modalities of this MuData are called {', '.join(mdata.mod)}; names such as "
+            f"{', '.join(MODALITY_NAMES)} are needed. Rename them (mdata.mod)."
+        )
+    left_out = [name for name in mdata.mod if name.lower() not in MODALITY_NAMES]
+    if left_out:
+        logger.warning("Modalities that are left out: %s.", ", ".join(left_out))
+    return known
+
+
+def combine_modalities(modalities, genome=None):
+    """One AnnData of the cells that every modality has.
+
+    Parameters
+    ----------
+    modalities : dict of str to anndata.AnnData
+        By feature type (`FEATURE_TYPES`); cells are paired by name, in the order of the first.
+    genome : str, optional
+        Genome build of the peaks.
+
+    Returns
+    -------
+    anndata.AnnData
+        X CSR; `obs` of the first modality, and further columns of the others.
+    """
+    parts = list(modalities.values())
+    for kind, part in modalities.items():
+        if not part.obs_names.is_unique:
+            raise InputError(
+                f"The cell names of {kind} are not unique, so cells cannot be paired. Make them unique (obs_names)."
+            )
+    cells = parts[0].obs_names
+    for part in parts[1:]:
+        cells = cells[cells.isin(part.obs_names)]
+    if not len(cells):
+        seen = "; ".join(f"{kind}: {', '.join(part.obs_names[:2])}" for kind, part in modalities.items())
+        raise InputError(f"The modalities have no cell name in common ({seen}). Rename them (obs_names).")
+    for kind, part in modalities.items():
+        if len(cells) < part.n_obs:
+            lost = part.n_obs - len(cells)
+            logger.warning(
+                "%d of %d cells of %s are left out: another modality lacks them.", lost, part.n_obs, kind
+            )
+    parts = [part[cells] for part in parts]
+    obs = parts[0].obs.copy()
+    for part in parts[1:]:
+        obs = obs.join(part.obs[part.obs.columns.difference(obs.columns, sort=False)])
+    kinds = np.repeat(list(modalities), [part.n_vars for part in parts])
+    var = pd.concat([part.var for part in parts])
+    var["feature_types"] = kinds
+    adata = anndata.AnnData(
+        sp.hstack([sp.csr_matrix(part.X) for part in parts], format="csr"), obs=obs, var=var
+    )
+    for part in parts:
+        adata.uns |= {name: part.uns[name] for name in ("genome_build", "genome") if name in part.uns}
+    return check_modalities(adata, genome)
+
+
+def check_modalities(adata, genome):
+    """Check feature types and coordinates of peaks, and record the genome build."""
+    kinds = adata.var["feature_types"].astype(str)
+    strange = sorted(set(kinds) - set(FEATURE_TYPES))
+    if strange:
+        raise InputError(
+            f"var['feature_types'] holds {', '.join(strange[:5])}; known are {', '.join(FEATURE_TYPES)}. "
+            "Rename these, or leave the features out."
+        )
+    build = genome_build(genome) or _recorded_build(adata)
+    peaks = (kinds == PEAKS).to_numpy()
+    if peaks.any():
+        parse_regions(adata.var_names[peaks], build)
+        if build is None:
+            logger.warning(
+                "The genome build of the peaks is unknown. Name it (genome=, or --genome), so that models of other "
+                "builds can be refused."
+            )
+    if build is not None:
+        adata.uns["genome_build"] = build
+    return adata
+
+
+def _recorded_build(adata):
+    for name in ("genome_build", "genome"):
+        if isinstance(adata.uns.get(name), str):
+            return genome_build(adata.uns[name])
+    recorded = {genome_build(name) for name in adata.var.get("genome", []) if isinstance(name, str) and name}
+    return recorded.pop() if len(recorded) == 1 else None
+
+
+def feature_modalities(var):
+    """Modality id of every feature, or None where the table names no modality but gene expression.
+
+    Parameters
+    ----------
+    var : pandas.DataFrame [features]
+
+    Returns
+    -------
+    numpy.ndarray [features] of int64, or None
+    """
+    if "feature_types" not in var:
+        return None
+    ids = var["feature_types"].astype(str).map({kind: i for i, kind in enumerate(FEATURE_TYPES)})
+    return ids.to_numpy(dtype=np.int64) if ids.notna().all() and ids.max() > 0 else None
+
+
+def map_peaks(adata, gene_panel, feature_modalities, build=None):
+    """Bring the peaks of cells to the regions of a panel, by genomic overlap.
+
+    Parameters
+    ----------
+    adata : anndata.AnnData
+        Of `read_multiomics`.
+    gene_panel, feature_modalities
+        Of the model's tokenizer.
+    build : str, optional
+        Genome build of the panel (``tokenizer.init_kwargs.get("genome_build")``).
+
+    Returns
+    -------
+    anndata.AnnData
+        Same cells; all features but the peaks unchanged, then the panel's regions, each with the sum of the peaks
+        that overlap it most. ``uns["peak_mapping"]`` counts them.
+
+    Raises
+    ------
+    InputError
+        If the builds differ, or no peak overlaps the panel.
+    """
+    own = adata.uns.get("genome_build")
+    if own and build and genome_build(own) != genome_build(build):
+        raise InputError(
+            f"The peaks are on {genome_build(own)}, the model's regions on {genome_build(build)}. Lift the peaks over "
+            "first (UCSC liftOver), or call them on the other build."
+        )
+    regions = [name for name, kind in zip(gene_panel, feature_modalities) if FEATURE_TYPES[kind] == PEAKS]
+    peaks = (adata.var["feature_types"] == PEAKS).to_numpy()
+    if not regions or not peaks.any():
+        return adata.copy()
+    mapping = map_regions(parse_regions(adata.var_names[peaks], own or build), parse_regions(regions, build))
+    if not mapping.n_mapped:
+        raise InputError(
+            f"No peak overlaps a region of the panel (peaks: {', '.join(adata.var_names[peaks][:2])}; panel: "
+            f"{', '.join(regions[:2])}). Is the genome build the same?"
+        )
+    logger.info("%s.", mapping)
+    others = adata[:, ~peaks]
+    matrix = sp.hstack(
+        [sp.csr_matrix(others.X), sp.csr_matrix(adata[:, peaks].X) @ mapping.matrix], format="csr"
+    )
+    var = pd.concat([others.var, pd.DataFrame({"feature_types": PEAKS}, index=regions)])
+    mapped = anndata.AnnData(matrix, obs=adata.obs.copy(), var=var, uns=dict(adata.uns))
+    mapped.uns["peak_mapping"] = {
+        "peaks": int(peaks.sum()),
+        "mapped": mapping.n_mapped,
+        "regions": len(regions),
+        "regions_found": mapping.n_regions,
+    }
+    return mapped

@@ -1,0 +1,143 @@
+"""An .h5ad file opened without loading it: var in memory, columns of obs and every matrix left on disk.
+
+anndata's own backed mode keeps X on disk and still loads obs, layers, obsm and obsp, so that memory grows with the
+cells; its lazy reader needs xarray and dask.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import anndata
+import h5py
+import pandas as pd
+
+from ..tokenization import select_matrix
+from .read import read_cells
+from .write_h5ad import TABLE_VERSION, count_rows
+
+MATRICES = {"array", "csr_matrix", "csc_matrix"}
+
+
+def open_cells(path, layer=None):
+    """
+    Open cells with as little in memory as their format allows.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        .h5ad (stays on disk), or any other format of `read_cells` (read into memory).
+    layer : str, optional
+        Layer whose values will be used, or ``"raw"``; checked here.
+
+    Returns
+    -------
+    BackedCells or anndata.AnnData
+        Where `isbacked`, to be closed by ``file.close()``.
+
+    Raises
+    ------
+    InputError
+        As `read_cells`.
+
+    Examples
+    --------
+    >>> cells = open_cells("cells.h5ad", layer="counts")  # doctest: +SKIP
+    """
+    try:
+        cells = BackedCells(path)
+    # of another format, older, or damaged: read_cells reads it or says what is wrong
+    except Exception:
+        return read_cells(path, layer=layer, backed=True, check=False)
+    try:
+        if cells.n_obs == 0 or cells.n_vars == 0:
+            return read_cells(path, layer=layer, backed=True)
+        select_matrix(cells, layer)
+    except BaseException:
+        cells.file.close()
+        raise
+    return cells
+
+
+class BackedCells:
+    """
+    What reading cells needs of an AnnData, over an open .h5ad file.
+
+    Parameters
+    ----------
+    path
+        An .h5ad file as anndata has written it since 0.8.
+
+    Attributes
+    ----------
+    file : h5py.File
+        Open; `file.close()` as for a backed AnnData.
+    obs : Mapping
+        Names of the columns in order; a column is read, as a Series without the names of the cells, when it is asked
+        for.
+    var : pandas.DataFrame
+    X : anndata sparse dataset or h5py.Dataset
+        None if there is none.
+    layers, obsm : dict
+        Matrices by name; they stay on disk until a part of them is taken.
+    raw
+        Its `X`, `var` and `var_names`, or None.
+    isbacked : bool
+        True, as a backed AnnData says.
+    """
+
+    isbacked = True
+
+    def __init__(self, path: str | Path):
+        self.file = h5py.File(path, "r")
+        try:
+            self.obs = _Columns(self.file["obs"])
+            self.var = anndata.io.read_elem(self.file["var"])
+            self.n_obs, self.n_vars, self.var_names = self.obs.n_rows, len(self.var), self.var.index
+            self.X = _matrix(self.file["X"]) if "X" in self.file else None
+            self.layers, self.obsm = (_matrices(self.file.get(name, {})) for name in ("layers", "obsm"))
+            self.raw = _raw(self.file["raw"]) if "raw" in self.file else None
+        except BaseException:
+            self.file.close()
+            raise
+
+
+class _Columns(Mapping):
+    """Columns of a data frame by name, read when asked for."""
+
+    def __init__(self, group):
+        if group.attrs["encoding-type"] != "dataframe" or group.attrs["encoding-version"] != TABLE_VERSION:
+            raise TypeError(f"the encoding of {group.name} is not that of a data frame, or too old")
+        self._group, self._names = group, [str(name) for name in group.attrs["column-order"]]
+        self.n_rows = count_rows(group)
+
+    def __getitem__(self, name):
+        if name not in self._names:
+            raise KeyError(name)
+        return pd.Series(anndata.io.read_elem(self._group[name]), name=name)
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self):
+        return len(self._names)
+
+
+def _matrix(element):
+    """A matrix on disk that gives its rows by slice."""
+    if element.attrs.get("encoding-type") not in MATRICES:
+        raise TypeError(f"the encoding of {element.name} is not that of a matrix")
+    return element if isinstance(element, h5py.Dataset) else anndata.io.sparse_dataset(element)
+
+
+def _matrices(group):
+    """The matrices of a group; what is none, such as a data frame of obsm, is left out."""
+    known = {
+        name: element for name, element in group.items() if element.attrs.get("encoding-type") in MATRICES
+    }
+    return {name: _matrix(element) for name, element in known.items()}
+
+
+def _raw(group):
+    var = anndata.io.read_elem(group["var"])
+    return SimpleNamespace(X=_matrix(group["X"]), var=var, var_names=var.index)

@@ -1,0 +1,87 @@
+"""The HGNC complete set, downloaded once and kept."""
+
+import logging
+import os
+from pathlib import Path
+
+from ..extras import how_to_install
+from ..tokenization import GeneTable, InputError
+
+logger = logging.getLogger(__name__)
+
+# the current release; HGNC replaces it in place, so its checksum cannot be known here
+HGNC_URL = "https://storage.googleapis.com/public-download-files/hgnc/tsv/tsv/hgnc_complete_set.txt"
+HGNC_FILE = "hgnc_complete_set.txt"
+
+
+def load_gene_table(table="hgnc", sha256=None):
+    """Read a gene table from a file, or the HGNC complete set from the cache.
+
+    Parameters
+    ----------
+    table : str or os.PathLike
+        Path of a table (see `GeneTable.from_file`), or ``"hgnc"``.
+    sha256 : str, optional
+        Checksum that a downloaded table must have; by default that of the first download.
+
+    Returns
+    -------
+    GeneTable
+    """
+    return GeneTable.from_file(fetch_hgnc(sha256=sha256) if str(table) == "hgnc" else table)
+
+
+def fetch_hgnc(folder=None, url=HGNC_URL, sha256=None):
+    """Path of the HGNC complete set, downloaded on the first call.
+
+    The checksum of the first download is kept beside the file, and the file is compared with it at every use, so
+    that a damaged or exchanged copy is noticed. Delete the folder to download a newer release.
+
+    Parameters
+    ----------
+    folder : str or os.PathLike, optional
+        Cache folder; ``SCBERT_CACHE`` or the user's cache folder if left out.
+    url : str
+        Where to download from.
+    sha256 : str, optional
+        Checksum that the file must have.
+
+    Raises
+    ------
+    InputError
+        If pooch is not installed, the site cannot be reached, or the checksum is another.
+    """
+    pooch = _import_pooch()
+    folder = Path(folder or os.environ.get("SCBERT_CACHE") or pooch.os_cache("scbert"))
+    record = folder / f"{HGNC_FILE}.sha256"
+    known = sha256 or (record.read_text(encoding="ascii").strip() if record.is_file() else None)
+    # a half-finished first download has no record: pooch itself moves a file in only when it is whole
+    if (folder / HGNC_FILE).is_file() and known and pooch.file_hash(folder / HGNC_FILE) != known:
+        raise InputError(
+            f"{folder / HGNC_FILE} does not have the checksum it was downloaded with (or that was asked for). "
+            f"Delete {folder} and try again."
+        )
+    pooch.get_logger().setLevel(logging.WARNING)
+    try:
+        path = pooch.retrieve(url, known_hash=known, fname=HGNC_FILE, path=folder)
+    except ValueError as error:
+        raise InputError(f"The download of {url} does not have the checksum {known}.") from error
+    # requests' errors are OSErrors
+    except OSError as error:
+        raise InputError(
+            f"The gene table could not be downloaded from {url} ({type(error).__name__}). Without a network, "
+            f"download it elsewhere and give the file (gene_table=FILE, or --gene-table FILE)."
+        ) from error
+    record.write_text(pooch.file_hash(path) + "\n", encoding="ascii")
+    return Path(path)
+
+
+def _import_pooch():
+    try:
+        import pooch
+    except ImportError:
+        raise InputError(
+            f"Downloading the gene table needs pooch: {how_to_install('pooch')}. Or give it as a file "
+            f"(gene_table=FILE, or --gene-table FILE)."
+        ) from None
+    return pooch

@@ -1,0 +1,254 @@
+"""
+Make ``scbert-mini-pbmc``, the annotator that ships: two cohorts of labelled PBMC, cross-cohort scores, folder and card.
+
+    python scripts/make_pbmc.py DATA --work DIR --output model_cards/scbert-mini-pbmc
+
+DATA holds the files of COHORTS, BACKGROUND, OTHER_TISSUE and BLOOD. What stands in DIR already is not made
+again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+
+from make_mini import CARDS, run, save_small, write_card
+from scbert.data.labels import find_labels
+from scbert.data.read import read_cells
+from scbert.model_cards.card import public_metrics
+from scbert.tokenization import align_genes
+from scbert.tokenization.expression_scbert import as_csr
+from scbert.trained_model.loaded_model import load_model
+
+COHORTS = {
+    "pbmc3k_10x.h5ad": ("10x PBMC 3k, one healthy donor", "MIT"),
+    "zheng_facs_pbmc.h5ad": ("PBMC sorted by surface markers, Zheng 2017", "BSD-2"),
+}
+LABEL_KEY, LABEL = "cell_type", "label"
+WHAT = (
+    "The smallest member of the family: gene and expression embeddings, no attention layer, and a head that was solved "
+    "for as an L1-penalised logistic regression on one number per gene (recipe `pbmc`). It is not fine-tuned from "
+    "scbert-mini: on folds within pbmc3k an attention layer gained nothing, and steps gained nothing over a solved "
+    "head. That L1 carries over to other cohorts better than L2 was known from earlier results on these two. "
+    "Temperature and threshold of unassigned were chosen on validation cells. The panel is what both cohorts measured."
+)
+LABELS = CARDS / "scbert-mini-pbmc" / "labels.csv"
+RECIPE = "pbmc"
+CONTROLS = "logistic_l1,logistic_l2"
+# cells that teach the annotator what is not blood; of the tumour those without a transcript of PTPRC (CD45)
+BACKGROUND = {
+    "breast_tumor_copykat.h5ad": ("breast tumour, cells without PTPRC", "GPL-2"),
+    "scmixology_celseq_dropseq.h5ad": ("five lung cancer cell lines, GSE118767", "MIT"),
+}
+NOT_BLOOD, LEUKOCYTE_GENE = "not a blood cell", "PTPRC"
+# what it was never shown: the first should be refused, the second should not
+OTHER_TISSUE = {
+    "fetal_cortex_camp.h5ad": "fetal cortex",
+    "ipsc_cardiac_timecourse.h5ad": "iPSC and cardiomyocytes",
+    "oligodendroglioma_smartseq2.h5ad": "oligodendroglioma",
+    "multiome_chen_hesc_rna.h5ad": "embryonic stem cells",
+}
+BLOOD = {
+    "pbmc_frozen_donor_a.h5ad": "PBMC, frozen donor A",
+    "pbmc_7studies_2k.h5ad": "PBMC of 7 studies",
+    "kang_pbmc_ctrl_stim.h5ad": "PBMC, half of them stimulated (Kang 2018)",
+    "pbmc1k_citeseq_rna.h5ad": "PBMC 1k, CITE-seq",
+}
+# what the other cohort was read for before the recipe that ships: the only other time
+EARLIER = {
+    "recipe": "steps in place of a solved head, width 64, over scbert-mini's panel",
+    "scores": {"pbmc3k_10x": (0.778, 0.805), "zheng_facs_pbmc": (0.797, 0.795)},
+}
+ABOUT = {
+    "tissue": "human blood (PBMC of healthy donors, 10x 3' chemistry)",
+    "trained_on": [f"{name}: {origin}" for name, (origin, _) in {**COHORTS, **BACKGROUND}.items()],
+}
+
+
+def cross_cohort(data: Path, work: Path) -> dict[str, Any]:
+    """Learn one cohort, test the other, both ways, beside the controls."""
+    output = work / "cross_cohort"
+    if not output.exists():
+        files = [data / name for name in COHORTS]
+        options = (
+            "--label-map",
+            LABELS,
+            "--group-key",
+            "dataset",
+            "--recipe",
+            RECIPE,
+            "--controls",
+            CONTROLS,
+        )
+        run("evaluate", "leave-one-out", *files, "--label-key", LABEL_KEY, *options,
+            "--settings", json.dumps({"disable_tqdm": True}), "--output", output,
+        )  # fmt: skip
+    return json.loads((output / "results.json").read_text())
+
+
+def finetune(data: Path, work: Path) -> Path:
+    """The annotator, from the cells of both cohorts."""
+    model, cells = work / "annotator", work / "cells.h5ad"
+    if not model.exists():
+        joined = anndata.concat([labelled(data / name) for name in COHORTS], join="inner")
+        parts = [joined, *(background(data / name, list(joined.var_names)) for name in BACKGROUND)]
+        anndata.concat(parts, join="outer", index_unique="-").write_h5ad(cells, compression="gzip")
+        run("finetune", cells, "--label-key", LABEL, "--recipe", RECIPE, "--output", model)
+    return model
+
+
+def labelled(path: Path) -> anndata.AnnData:
+    """A cohort's cells that have a label, under the names of labels.csv."""
+    cells = read_cells(path)
+    names = pd.read_csv(LABELS).set_index("from")["to"]
+    labels = pd.Series(find_labels(cells.obs, LABEL_KEY, str(path)), dtype=object).map(names)
+    kept = np.flatnonzero(labels.notna())
+    index = [f"{path.stem}:{name}" for name in cells.obs_names[kept]]
+    obs = pd.DataFrame({LABEL: labels.to_numpy()[kept], "dataset": path.stem}, index=index)
+    return anndata.AnnData(as_csr(cells.X)[kept], obs=obs, var=pd.DataFrame(index=cells.var_names))
+
+
+def background(path: Path, genes: list[str]) -> anndata.AnnData:
+    """Cells of another tissue over these genes, labelled as what they are not."""
+    cells = anndata.read_h5ad(path)
+    counts = align_genes(list(cells.var_names), genes).apply(as_csr(cells.X))
+    kept = np.flatnonzero(counts[:, genes.index(LEUKOCYTE_GENE)].toarray().ravel() == 0)
+    obs = pd.DataFrame({LABEL: NOT_BLOOD, "dataset": path.stem}, index=cells.obs_names[kept])
+    return anndata.AnnData(counts[kept], obs=obs, var=pd.DataFrame(index=genes))
+
+
+def strangers(data: Path, work: Path, model: Path) -> dict[str, dict[str, Any]]:
+    """What becomes of the cells of files that it was never shown."""
+    found = {}
+    for name, tissue in {**OTHER_TISSUE, **BLOOD}.items():
+        output = work / f"annotated_{name}"
+        if not output.exists():
+            run("annotate", data / name, "--model", model, "--output", output)
+        called = anndata.read_h5ad(output, backed="r").obs["scbert_cell_type"].astype(str)
+        named = called[~called.isin([NOT_BLOOD, "unassigned"])]
+        found[name] = {
+            "tissue": tissue,
+            "is_blood": name in BLOOD,
+            "cells": len(called),
+            "not_blood": float((called == NOT_BLOOD).mean()),
+            "unassigned": float((called == "unassigned").mean()),
+            "named": len(named) / len(called),
+            "commonest_name": None if named.empty else str(named.value_counts().index[0]),
+        }
+    return found
+
+
+def cross_cohort_section(result: dict[str, Any]) -> str:
+    """The cross-cohort scores as a part of the card."""
+    lines = [
+        "## Across cohorts",
+        "",
+        "Learn one cohort and test all cells of the other whose type was learnt, both ways; the same recipe and "
+        "label map (`labels.csv`) as the weights here, which were then learnt from both, and from cells that are not "
+        "blood. The controls learn from all genes the cohorts share, on log1p CP10k.",
+        "",
+        "| test cohort | model | cells | accuracy | macro-F1 |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        cohort = row["fold"].removeprefix("dataset ")
+        lines.append(
+            f"| {cohort} | {row['model']} | {row['cells']['test']:,} | {row['accuracy']:.3f} | {row['macro_f1']:.3f} |"
+        )
+    warnings = [f"- ⚠ {warning}" for warning in result["warnings"]]
+    earlier = [f"{cohort} {a:.3f} / {f:.3f}" for cohort, (a, f) in result["earlier"]["scores"].items()]
+    return "\n".join([
+        *lines,
+        "",
+        *warnings,
+        f"- The other cohort was read for two recipes: before this one for {result['earlier']['recipe']} "
+        f"({', '.join(earlier)}), and once more when the embeddings' start had been changed (0.851 / 0.859 and 0.833 / "
+        "0.823 before). What ships was chosen on folds within the cohorts.",
+        "- Within the sorted cohort scores are higher (0.96): its types were sequenced in runs of their own, and a "
+        "model can tell the runs apart. Only the scores across cohorts say what other people's cells may expect.",
+        "",
+    ])  # fmt: skip
+
+
+def stranger_section(found: dict[str, dict[str, Any]]) -> str:
+    """What happens to the cells of other files, as a part of the card."""
+    lines = [
+        "## Other tissues, and other people's blood",
+        "",
+        f"Files it was never shown. Cells of other tissues should be called `{NOT_BLOOD}` or left unassigned, cells of "
+        "blood should not; whether the names of the latter are right is not known, the files have no labels.",
+        "",
+        f"| cells | {NOT_BLOOD} | unassigned | named a blood cell | most often |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for row in found.values():
+        shares = " | ".join(f"{row[name]:.0%}" for name in ("not_blood", "unassigned", "named"))
+        what = "blood" if row["is_blood"] else "another tissue"
+        lines.append(
+            f"| {row['tissue']} ({row['cells']:,}; {what}) | {shares} | {row['commonest_name'] or ''} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def origin_section() -> str:
+    """Where the labelled cells come from."""
+    rows = [
+        f"| {name} | {origin} | {licence} |" for name, (origin, licence) in {**COHORTS, **BACKGROUND}.items()
+    ]
+    return "\n".join(
+        [
+            "## What it is",
+            "",
+            WHAT,
+            "",
+            "## Labelled cells",
+            "",
+            "| file | origin | licence of the repository it stood in |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def release(work: Path, output: Path, cross: dict[str, Any], others: dict[str, Any]) -> None:
+    """The annotator's folder as it ships."""
+    loaded = load_model(work / "annotator", device="cpu", dtype="float32")
+    model, tokenizer = loaded.model, loaded.tokenizer
+    save_small(model, tokenizer, output)
+    metrics = public_metrics(json.loads((work / "annotator" / "metrics.json").read_text()))
+    kept = {name: cross[name] for name in ("rows", "warnings", "settings", "versions")} | {"earlier": EARLIER}
+    contents = {
+        "metrics": metrics,
+        "cross_cohort": public_metrics(kept),
+        "strangers": others,
+        "annotator": ABOUT,
+    }
+    for name, content in contents.items():
+        (output / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    (output / "card_1_cells.md").write_text(origin_section())
+    (output / "card_2_cross_cohort.md").write_text(cross_cohort_section(kept))
+    (output / "card_3_strangers.md").write_text(stranger_section(others))
+    (output / "confusion.png").write_bytes((work / "annotator" / "confusion.png").read_bytes())
+    write_card(output)
+
+
+def main() -> None:
+    """Make what is missing, and the folder."""
+    parser = argparse.ArgumentParser(prog="make_pbmc", description=__doc__.strip().partition("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=CARDS / "scbert-mini-pbmc")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    cross = cross_cohort(options.data, options.work)
+    model = finetune(options.data, options.work)
+    release(options.work, options.output, cross, strangers(options.data, options.work, model))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Label columns as they stand in files."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scbert.data.labels import choose_classes, find_labels
+from scbert.tokenization import InputError
+
+
+def labels_of(values):
+    return find_labels(pd.DataFrame({"type": values}), "type").tolist()
+
+
+def test_names_stay_as_they_are():
+    names = ["CD8+/CD45RA+ T", "单核细胞", "β cell", "a" * 300]
+    assert labels_of(pd.Categorical(names)) == names
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, "", "nan", "unassigned", "Unassigned", " unassigned "])
+def test_no_label(missing):
+    assert labels_of(["B", missing, "T"]) == ["B", None, "T"]
+
+
+def test_numbers_become_names():
+    assert labels_of([0, 1, 1]) == ["0", "1", "1"]
+    assert labels_of([0.0, np.nan, 1.0]) == ["0", None, "1"]
+    assert labels_of([True, False]) == ["True", "False"]
+
+
+def test_measurements_are_refused():
+    with pytest.raises(InputError, match="measurements"):
+        labels_of(np.linspace(0.1, 0.9, 50))
+
+
+def test_missing_column_shows_the_others():
+    with pytest.raises(InputError, match=r"no column 'cell_type' .* it has: type"):
+        find_labels(pd.DataFrame({"type": ["B"]}), "cell_type")
+
+
+def test_rare_classes_are_set_aside():
+    classes, report = choose_classes(["B"] * 3 + ["T"] * 4 + ["Mast"] * 2 + [None], "type")
+    assert classes == ["B", "T"]
+    assert report == {"unlabelled": 1, "rare_classes": {"Mast": 2}}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["B"] * 9, "only 'B'"),
+        (["B"] * 9 + ["T", "NK"], "NK, T have fewer"),
+        ([None] * 4, "4 of 4 cells have no label"),
+    ],
+)
+def test_fewer_than_two_classes(labels, message):
+    with pytest.raises(InputError, match=message):
+        choose_classes(labels, "type")

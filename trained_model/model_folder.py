@@ -1,0 +1,215 @@
+"""Folders of models and their names on the Hub: checked, read strictly and quietly, written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..modeling_scbert import ScBertConfig
+from ..tokenization import InputError, ScBertTokenizer
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TOKENIZER_FILES = ("tokenizer_config.json", "gene_panel.txt")
+COPY_AGAIN = "Copy the whole folder again, or repeat the command that made it."
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own reports and bars: what they would say is checked instead."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def find_model(model: str | Path) -> Path:
+    """
+    The local folder of a model: itself, or where a Hub repository ``user/name`` was downloaded to.
+
+    Only settings, weights and the gene panel are fetched: code of a repository is neither needed nor run.
+    """
+    folder = Path(model)
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) or folder.parent.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except Exception as error:
+        raise InputError(
+            f"There is no model folder {model}, and no model of that name could be had from the Hugging Face Hub: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def check_model_folder(folder: str | Path) -> dict[str, Any]:
+    """
+    Refuse a folder that holds no complete scBERT model, by its files alone.
+
+    Returns
+    -------
+    dict
+        The content of its config.json.
+
+    Raises
+    ------
+    InputError
+        Saying what is missing, damaged, or of which other type it is.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise InputError(
+            f"The model folder {folder} is incomplete: it has no weights (none of {', '.join(WEIGHT_FILES)}). "
+            f"{COPY_AGAIN}"
+        )
+    missing = [name for name in TOKENIZER_FILES if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"The model folder {folder} is incomplete: {', '.join(missing)} is missing. {COPY_AGAIN}"
+        )
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"The weights {path} are damaged or cut short ({_first_line(error)}) {COPY_AGAIN}"
+            ) from error
+    return config
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The content of a model folder's config.json."""
+    if not folder.exists():
+        partial = folder.with_name(folder.name + ".partial")
+        hint = f" There is {partial}, of a run that did not end: the same command with resume=True (--resume) ends it."
+        raise InputError(f"There is no model folder {folder}.{hint if partial.exists() else ''}")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; a model is a folder, as fine-tuning and converting write it.")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is not a model folder: it holds no config.json.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: it is not a JSON object ({error}).") from error
+    if model_type != "scbert":
+        raise InputError(f"{folder} holds a model of type {model_type!r}; one of type 'scbert' was needed.")
+    return config
+
+
+def load_tokenizer(folder: str | Path) -> ScBertTokenizer:
+    """The tokenizer of a model folder."""
+    try:
+        with quiet_transformers():
+            return ScBertTokenizer.from_pretrained(str(folder))
+    except Exception as error:
+        raise InputError(f"The tokenizer in {folder} cannot be read: {_first_line(error)}") from error
+
+
+def load_weights(
+    model_class: type[PreTrainedModel], folder: str | Path, new: str | None = None, **fields: Any
+) -> PreTrainedModel:
+    """
+    A model of a folder on the CPU in float32, every weight present, of the right shape and finite.
+
+    Parameters
+    ----------
+    model_class
+        Class of the model; weights of another head are left out.
+    folder
+        Checked before, by `check_model_folder`.
+    new
+        Weights whose names begin so may be missing, or of another shape, and are then new.
+    **fields
+        Fields of the configuration to change.
+
+    Raises
+    ------
+    InputError
+        Otherwise: transformers would fill the others at random.
+    """
+    try:
+        with quiet_transformers():
+            network, report = model_class.from_pretrained(
+                folder,
+                config=ScBertConfig.from_pretrained(folder, local_files_only=True, **fields),
+                dtype=torch.float32,
+                local_files_only=True,
+                # mismatches are then reported rather than printed as a table, and refused below
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    # safetensors, torch and huggingface_hub raise types of their own
+    except Exception as error:
+        raise InputError(
+            f"The model in {folder} cannot be loaded, its files are damaged or do not belong together: "
+            f"{_first_line(error)} {COPY_AGAIN}"
+        ) from error
+    _check_weights(folder, network, report, new)
+    return network
+
+
+def _check_weights(folder: str | Path, network: PreTrainedModel, report: Any, new: str | None) -> None:
+    def expected(name: str) -> bool:
+        return new is None or not name.startswith(new)
+
+    missing = sorted(filter(expected, report["missing_keys"]))
+    if missing:
+        raise InputError(
+            f"The weights in {folder} lack {len(missing)} of the model's tensors (first: {', '.join(missing[:3])}). "
+            f"They would be random; the model is refused. {COPY_AGAIN}"
+        )
+    mismatched = sorted(item for item in report["mismatched_keys"] if expected(item[0]))
+    if mismatched:
+        name, found, needed = mismatched[0]
+        raise InputError(
+            f"{len(mismatched)} tensor(s) of the weights in {folder} do not have the shape config.json asks for "
+            f"(first: {name} is {tuple(found)}, needed {tuple(needed)}). They would be random; the model is refused."
+        )
+    broken = [name for name, tensor in network.state_dict().items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise InputError(
+            f"The weights in {folder} hold NaN or infinite numbers (first in {broken[0]}): its training diverged "
+            "or the file is damaged."
+        )
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: ScBertTokenizer,
+    folder: str | Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write weights (the model's own if left out), configuration, code and tokenizer into a folder."""
+    folder = Path(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        # safetensors writes for the owner alone; who may read the other files may read these
+        path.chmod((folder / "config.json").stat().st_mode)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") + "." if lines else type(error).__name__ + "."

@@ -1,0 +1,239 @@
+"""Outputs of a model for binned cells, batch by batch, through its own forward."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from ..modeling_scbert.pipeline_scbert import mean_of_expressed
+from ..modeling_scbert.workload_scbert import expect_work
+from .loaded_model import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+# activations a batch may take: more on a CPU gains nothing, its caches are long full
+CPU_BATCH_BYTES = 1 << 30
+MAX_BATCH = 256
+
+
+def predict(
+    loaded: LoadedModel,
+    bins: sp.csr_matrix,
+    outputs: Collection[str] = ("logits",),
+    batch_size: int | None = None,
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """
+    Outputs of binned cells, batch by batch.
+
+    A cell's result depends neither on its batch mates nor on the order: FAVOR+ stabilises per cell, and masked
+    positions contribute exactly nothing. Cells are taken by length, so that batches hold little padding.
+
+    Parameters
+    ----------
+    loaded
+        Model and tokenizer.
+    bins
+        Expression bins [cells, panel], of ``tokenizer.bin_cells``.
+    outputs
+        Any of ``"logits"`` (of a classifier), ``"embeddings"`` (see `mean_of_expressed`) and ``"pooled"`` (what a
+        classifier's output layer reads).
+    batch_size
+        Cells per step; chosen by the size of the model and the memory if left out.
+
+    Yields
+    ------
+    rows
+        Which rows of `bins`, [batch].
+    found
+        Every output by name, float32: [batch, labels], [batch, hidden], [batch, inputs of the output layer].
+    """
+    loaded.model.eval()
+    lengths = sequence_lengths(loaded.tokenizer, bins)
+    expect_work(loaded.model.config, lengths.sum())
+    order = np.argsort(lengths, kind="stable")
+    batches = _batches(order, lengths, loaded, batch_size)
+    for rows, encoded in _encoded_ahead(loaded.tokenizer, bins, batches):
+        yield rows, _run(loaded, encoded, outputs)
+
+
+def predict_cells(
+    loaded: LoadedModel,
+    bins: sp.csr_matrix,
+    outputs: Collection[str] = ("logits",),
+    batch_size: int | None = None,
+    on_batch: Callable[[int], None] = lambda n_cells: None,
+) -> dict[str, np.ndarray]:
+    """
+    Outputs of all cells in their order; arguments as in `predict`.
+
+    Parameters
+    ----------
+    on_batch
+        Called with the number of cells of every batch that is done.
+
+    Examples
+    --------
+    >>> from scbert import ScBertConfig, ScBertForCellClassification, ScBertTokenizer
+    >>> tokenizer = ScBertTokenizer(gene_panel=["CD3E", "MS4A1"])
+    >>> config = ScBertConfig(hidden_size=8, num_hidden_layers=1, max_position_embeddings=3, num_labels=4)
+    >>> loaded = LoadedModel(ScBertForCellClassification(config), tokenizer)
+    >>> bins = sp.csr_matrix(np.array([[0, 2], [3, 1]], dtype=np.int8))
+    >>> found = predict_cells(loaded, bins, ("logits", "embeddings"))
+    >>> found["logits"].shape, found["embeddings"].shape
+    ((2, 4), (2, 8))
+    """
+    sizes = {"logits": loaded.model.config.num_labels, "embeddings": loaded.model.config.hidden_size}
+    found = {name: np.zeros((bins.shape[0], sizes[name]), dtype=np.float32) for name in outputs}
+    for rows, batch in predict(loaded, bins, outputs, batch_size):
+        for name in found:
+            found[name][rows] = batch[name]
+        on_batch(len(rows))
+    return found
+
+
+def predict_probabilities(
+    loaded: LoadedModel,
+    bins: sp.csr_matrix,
+    batch_size: int | None = None,
+    embed: bool = False,
+    on_batch: Callable[[int], None] = lambda n_cells: None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """
+    Probabilities [cells, labels] and, if asked for, embeddings [cells, hidden]; zeros for cells without expression.
+
+    Arguments as in `predict_cells`.
+    """
+    expressed = np.flatnonzero(np.diff(bins.indptr))
+    on_batch(bins.shape[0] - len(expressed))
+    outputs = ("logits", "embeddings") if embed else ("logits",)
+    found = predict_cells(loaded, bins[expressed], outputs, batch_size, on_batch)
+    probabilities = np.zeros((bins.shape[0], len(loaded.labels)), dtype=np.float32)
+    probabilities[expressed] = loaded.probabilities(found["logits"])
+    if not embed:
+        return probabilities, None
+    embeddings = np.zeros((bins.shape[0], found["embeddings"].shape[1]), dtype=np.float32)
+    embeddings[expressed] = found["embeddings"]
+    return probabilities, embeddings
+
+
+def sequence_lengths(tokenizer, bins: sp.csr_matrix) -> np.ndarray:
+    """Tokens of every cell, the trailing one included, [cells]."""
+    if tokenizer.keep_zeros:
+        return np.full(bins.shape[0], bins.shape[1] + 1)
+    return np.minimum(np.diff(bins.indptr) + 1, tokenizer.max_length or np.inf).astype(int)
+
+
+def pick_batch_size(loaded: LoadedModel, length: int) -> int:
+    """Cells of `length` tokens whose activations fit the memory set aside for a batch."""
+    config = loaded.model.config
+    inner = config.num_attention_heads * config.head_dim
+    # floats a token takes at the widest point of a layer: random features of query and key, or a row of scores
+    width = {
+        "favor": 4 * config.num_attention_heads * config.num_random_features,
+        "softmax": config.num_attention_heads * length,
+    }.get(config.attention_type, 8 * inner)
+    token_bytes = 4 * (width + 4 * inner + 2 * config.intermediate_size + 4 * config.hidden_size)
+    memory = CPU_BATCH_BYTES
+    if loaded.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(loaded.device)[0] // 2
+    return int(np.clip(memory // (token_bytes * int(length)), 1, MAX_BATCH))
+
+
+def log_batch_size(loaded: LoadedModel, batch_size: int | None = None) -> None:
+    """Log how many cells go into a batch, for the longest cells the tokenizer makes."""
+    longest = len(loaded.tokenizer.gene_panel) + 1
+    if not loaded.tokenizer.keep_zeros:
+        longest = min(longest, loaded.tokenizer.max_length or longest)
+    size = batch_size or pick_batch_size(loaded, longest)
+    more = "" if batch_size or loaded.tokenizer.keep_zeros else ", more of shorter ones"
+    logger.info("Batches of %d cells of %s tokens%s.", size, f"{longest:,}", more)
+
+
+def _batches(order, lengths, loaded: LoadedModel, batch_size: int | None) -> Iterator[np.ndarray]:
+    start = 0
+    while start < len(order):
+        size = batch_size
+        if size is None:
+            # ascending lengths: guess by the first cell, then correct by the last of that guess
+            size = pick_batch_size(loaded, lengths[order[start]])
+            size = pick_batch_size(loaded, lengths[order[min(start + size, len(order)) - 1]])
+        yield order[start : start + size]
+        start += size
+
+
+def _encoded_ahead(tokenizer, bins: sp.csr_matrix, batches: Iterator[np.ndarray]):
+    """Rows of each batch and its arrays; the next batch is made in a thread while the model runs on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for rows in batches:
+            following = rows, pool.submit(lambda rows=rows: tokenizer.encode_bins(bins[rows]))
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = following
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+
+
+def _run(loaded: LoadedModel, encoded: dict[str, np.ndarray], outputs: Collection[str]):
+    """Outputs of one batch; halved where the GPU's memory does not hold it."""
+    n_cells = len(encoded["input_ids"])
+    try:
+        return _forward(loaded, encoded, outputs)
+    except torch.OutOfMemoryError:
+        if n_cells == 1:
+            raise
+    # outside the handler: the failed batch's tensors are freed by now
+    torch.cuda.empty_cache()
+    halves = [
+        _run(loaded, {name: array[part] for name, array in encoded.items()}, outputs)
+        for part in (slice(n_cells // 2), slice(n_cells // 2, None))
+    ]
+    return {name: np.concatenate([half[name] for half in halves]) for name in outputs}
+
+
+@torch.inference_mode()
+def _forward(loaded: LoadedModel, encoded: dict[str, np.ndarray], outputs: Collection[str]):
+    inputs = {name: _to_device(array, loaded.device) for name, array in encoded.items()}
+    half = loaded.dtype != torch.float32
+    autocast = torch.autocast(loaded.device.type, loaded.dtype) if half else contextlib.nullcontext()
+    network = loaded.model if {"logits", "pooled"} & set(outputs) else loaded.model.base_model
+    with autocast, _watched(network, outputs) as found:
+        found["logits"] = network(**inputs).get("logits")
+    if "embeddings" in outputs:
+        found["embeddings"] = mean_of_expressed(found["embeddings"], **inputs)
+    return {name: found[name].float().cpu().numpy() for name in outputs}
+
+
+@contextlib.contextmanager
+def _watched(network: torch.nn.Module, outputs: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """What passes by within the model's forward: the last hidden states, what the output layer reads."""
+    found, hooks = {}, []
+    if "embeddings" in outputs:
+        hooks.append(
+            network.base_model.register_forward_hook(
+                lambda module, args, output: found.update(embeddings=output.last_hidden_state)
+            )
+        )
+    if "pooled" in outputs:
+        hooks.append(
+            network.classifier.out_proj.register_forward_pre_hook(
+                lambda module, args: found.update(pooled=args[0])
+            )
+        )
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    # from pinned memory the copy need not be waited for
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

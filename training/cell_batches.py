@@ -1,0 +1,219 @@
+"""Binned cells to dense batches: data sets that give a batch's rows at once, collators that make tensors of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch.utils.data import Dataset
+
+from ..modeling_scbert.packing_scbert import pack
+from ..tokenization import ScBertTokenizer
+
+
+class CellDataset(Dataset):
+    """
+    Binned cells whose rows are taken a batch at a time.
+
+    The index ``epoch * len(cells) + i`` asks for cell ``i``, too: it numbers the visits to the cells, and decides by
+    itself what is random about one.
+
+    Parameters
+    ----------
+    bins
+        What `ScBertTokenizer.bin_cells` returns, CSR [cells, panel]; or what is indexed like it, such as
+        `data.streaming.BinnedCells`.
+    labels
+        Class ids, [cells].
+    rows
+        Cells to take, in this order; all of them if left out.
+
+    Examples
+    --------
+    >>> cells = CellDataset(sp.csr_matrix(np.array([[0, 2, 1], [3, 0, 0]], dtype=np.int8)), labels=[1, 0])
+    >>> batch = cells.__getitems__([3, 0])
+    >>> batch["bins"].toarray().tolist(), batch["labels"].tolist(), batch["indices"].tolist()
+    ([[3, 0, 0], [0, 2, 1]], [0, 1], [3, 0])
+    """
+
+    def __init__(self, bins: Any, labels: Sequence[int] | None = None, rows: Sequence[int] | None = None):
+        self.bins = bins
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self.rows = np.arange(bins.shape[0]) if rows is None else np.asarray(rows, dtype=np.int64)
+        if self.labels is not None and len(self.labels) != bins.shape[0]:
+            raise ValueError(f"{len(self.labels)} labels for {bins.shape[0]} cells")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        # torch's DataLoader asks for a whole batch by this name
+        indices = np.asarray(indices, dtype=np.int64)
+        rows = self.rows[indices % len(self)]
+        batch = {"bins": self.bins[rows], "indices": indices}
+        return batch if self.labels is None else batch | {"labels": self.labels[rows]}
+
+
+class GeneDropoutDataset(CellDataset):
+    """
+    Training cells that lose a random part of their expressed genes, another one every time.
+
+    Parameters
+    ----------
+    bins, labels
+        As in `CellDataset`.
+    gene_dropout
+        Chance of an expressed gene to be read as not expressed, 0 to below 1. Drawn from torch's generator, whose
+        state checkpoints hold.
+    """
+
+    def __init__(self, bins: sp.csr_matrix, labels: np.ndarray, gene_dropout: float):
+        super().__init__(bins, labels)
+        self.gene_dropout = gene_dropout
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        batch = super().__getitems__(indices)
+        bins = batch["bins"]
+        kept = torch.rand(bins.nnz).numpy() >= self.gene_dropout
+        indptr = np.concatenate([[0], np.cumsum(kept)])[bins.indptr]
+        thinned = sp.csr_matrix((bins.data[kept], bins.indices[kept], indptr), shape=bins.shape)
+        return batch | {"bins": thinned}
+
+
+class DataCollatorForCells:
+    """
+    Batches of `CellDataset` as tensors: what the tokenizer says of the cells, and their labels.
+
+    Parameters
+    ----------
+    tokenizer
+        Makes the rows dense: every gene of the panel, or the expressed ones padded to the longest cell.
+
+    Examples
+    --------
+    >>> from scbert import ScBertTokenizer
+    >>> cells = CellDataset(sp.csr_matrix(np.array([[0, 2], [3, 1]], dtype=np.int8)), labels=[1, 0])
+    >>> collator = DataCollatorForCells(ScBertTokenizer(gene_panel=["CD3E", "MS4A1"]))
+    >>> collator(cells.__getitems__([0, 1]))["input_ids"]
+    tensor([[0, 2, 0],
+            [3, 1, 0]])
+    """
+
+    def __init__(self, tokenizer: ScBertTokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        arrays = self.tokenizer.encode_bins(batch["bins"])
+        if "labels" in batch:
+            arrays["labels"] = batch["labels"]
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+class DataCollatorForMaskedExpression:
+    """
+    Batches for masked expression modelling: some expressed genes of each cell are hidden and asked for.
+
+    Seed and index of a cell alone decide its mask, whatever batch, worker or process it falls into.
+
+    Parameters
+    ----------
+    tokenizer
+        Makes the rows dense, and names the mask.
+    mlm_probability, replace_probability, seed
+        As in `mask_expression`; the seed decides every draw.
+    packing
+        Put the cells of a batch one after another in one row, without padding (see `packing_scbert.pack`); the
+        masks are those of the padded batch. Nothing changes where every cell has every gene.
+
+    Examples
+    --------
+    >>> from scbert import ScBertTokenizer
+    >>> cells = CellDataset(sp.csr_matrix(np.array([[0, 2], [3, 1]], dtype=np.int8)))
+    >>> collator = DataCollatorForMaskedExpression(ScBertTokenizer(gene_panel=["CD3E", "MS4A1"]))
+    >>> (collator(cells.__getitems__([0, 1]))["labels"] != -100).sum(dim=1)
+    tensor([1, 1])
+    """
+
+    def __init__(
+        self,
+        tokenizer: ScBertTokenizer,
+        mlm_probability: float = 0.15,
+        replace_probability: float = 0.9,
+        seed: int = 0,
+        packing: bool = False,
+    ):
+        self.tokenizer = tokenizer
+        self.packing = packing
+        self.mlm_probability = mlm_probability
+        self.replace_probability = replace_probability
+        self.seed = seed
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        arrays = self.tokenizer.encode_bins(batch["bins"])
+        arrays["input_ids"], arrays["labels"] = mask_expression(
+            arrays["input_ids"],
+            self.tokenizer.mask_token_id,
+            self._uniform(batch["indices"], np.count_nonzero(arrays["input_ids"], axis=1)),
+            self.mlm_probability,
+            self.replace_probability,
+        )
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self.packing:
+            tensors = pack(tensors)
+        # so that a batch that goes wrong can be named
+        return tensors | {"indices": torch.from_numpy(batch["indices"])}
+
+    def _uniform(self, indices: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Two random numbers for every expressed token of the batch, [tokens, 2]."""
+        generators = (np.random.default_rng((self.seed, int(index))) for index in indices)
+        return np.concatenate([rng.random((n, 2)) for rng, n in zip(generators, counts)])
+
+
+def mask_expression(
+    input_ids: np.ndarray,
+    mask_token_id: int,
+    uniform: np.ndarray,
+    mlm_probability: float = 0.15,
+    replace_probability: float = 0.9,
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Choose ``ceil(mlm_probability * expressed)`` expressed tokens of every cell and hide most of them.
+
+    Zeros (genes without expression, the trailing token, pads) are never chosen, and no token is replaced by a
+    random one. Source: Yang et al. 2022, as described in its methods.
+
+    Parameters
+    ----------
+    input_ids
+        Expression ids [batch, length].
+    mask_token_id
+        What a hidden token becomes.
+    uniform
+        Random numbers in [0, 1), two for each expressed token of the batch in reading order, [tokens, 2].
+    mlm_probability
+        Share of the expressed tokens that is chosen, rounded up.
+    replace_probability
+        Probability that a chosen token is hidden; the others stay and are asked for all the same.
+
+    Returns
+    -------
+    masked, labels
+        Both [batch, length]: the ids with mask tokens, and the true ids of the chosen with -100 elsewhere.
+    """
+    rows, columns = np.nonzero(input_ids)
+    counts = np.bincount(rows, minlength=len(input_ids))
+    # rank of every token within its cell, by its random number
+    order = np.lexsort((uniform[:, 0], rows))
+    starts = np.cumsum(counts) - counts
+    ranks = np.empty(len(rows), dtype=np.int64)
+    ranks[order] = np.arange(len(rows)) - np.repeat(starts, counts)
+    # without the slack, 0.15 * 20 and the like could round up past the whole number they are
+    quota = np.ceil(mlm_probability * counts - 1e-9)
+    chosen = ranks < quota[rows]
+    labels = np.full(input_ids.shape, -100, dtype=np.int64)
+    labels[rows[chosen], columns[chosen]] = input_ids[rows[chosen], columns[chosen]]
+    hidden = chosen & (uniform[:, 1] < replace_probability)
+    masked = input_ids.copy()
+    masked[rows[hidden], columns[hidden]] = mask_token_id
+    return masked, labels

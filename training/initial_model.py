@@ -1,0 +1,215 @@
+"""What a run starts from: the tokenizer and the model of a base, or new ones; and which weights are trained."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..modeling_scbert import ScBertConfig, ScBertForCellClassification, ScBertForMaskedExpression
+from ..tokenization import InputError, ScBertTokenizer
+from ..trained_model.model_folder import check_model_folder, find_model, load_tokenizer, load_weights
+
+# fields of the head, which is new: a recipe may set them over what the base says
+HEAD_FIELDS = ("classifier_hidden_sizes", "classifier_dropout", "pooling", "hidden_dropout_prob")
+# what was chosen on the validation cells of a fine-tuned base holds for that base
+UNCALIBRATED = {"classifier_temperature": 1.0, "unassigned_threshold": None}
+
+
+def base_tokenizer(base: str | Path, genes: str | None = None) -> ScBertTokenizer:
+    """
+    The tokenizer of a base, its folder checked first.
+
+    Raises
+    ------
+    InputError
+        If the base is not complete; or with `genes`, the panel of a new model.
+    """
+    folder = find_model(base)
+    check_model_folder(folder)
+    if genes:
+        raise InputError(
+            "A panel file (genes) makes the panel of a new model; a base has its own. Leave one of them out."
+        )
+    return load_tokenizer(folder)
+
+
+def new_tokenizer(
+    options: dict[str, Any],
+    panel: Sequence[str],
+    modalities: Sequence[int] | None = None,
+    genome_build: str | None = None,
+) -> ScBertTokenizer:
+    """
+    A tokenizer over a panel.
+
+    Parameters
+    ----------
+    options
+        The recipe's options of `ScBertTokenizer`.
+    panel
+        Gene symbols, in order.
+    modalities, genome_build
+        Modality of every feature of the panel, and the genome build of its peaks; with genes only, None.
+
+    Raises
+    ------
+    InputError
+        If an option is unknown.
+    """
+    if modalities is not None:
+        options = {**options, "feature_modalities": list(modalities), "genome_build": genome_build}
+    try:
+        return ScBertTokenizer(gene_panel=list(panel), **options)
+    except TypeError as error:
+        raise InputError(f"The recipe's tokenizer options do not work: {error}.") from error
+
+
+def load_base(base: str | Path, labels: list[str], changes: dict[str, Any]) -> PreTrainedModel:
+    """
+    A pretrained encoder with a head for `labels`.
+
+    Parameters
+    ----------
+    base
+        Folder or Hub name of a model with any head; weights of the encoder must all be there.
+    labels
+        Names of the classes, in order.
+    changes
+        Recipe's fields of the model; only those of the head are taken.
+    """
+    folder = find_model(base)
+    architectures = check_model_folder(folder).get("architectures")
+    head = {name: value for name, value in changes.items() if name in HEAD_FIELDS}
+    fields = {**label_names(labels), **UNCALIBRATED, **head}
+    model = load_weights(ScBertForCellClassification, folder, new="classifier.", **fields)
+    if architectures != [ScBertForCellClassification.__name__]:
+        start_head(model)
+    return model
+
+
+def load_masked_model(base: str | Path) -> PreTrainedModel:
+    """A model of any head to go on pretraining; without the head of masked expression it gets a new one."""
+    folder = find_model(base)
+    check_model_folder(folder)
+    return load_weights(ScBertForMaskedExpression, folder, new="decoder.", **UNCALIBRATED)
+
+
+def label_names(labels: list[str]) -> dict[str, dict]:
+    """The fields of the configuration that name the classes, in order."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+
+
+def new_model(
+    fields: dict[str, Any], tokenizer: ScBertTokenizer, labels: list[str], seed: int
+) -> PreTrainedModel:
+    """
+    A model of the recipe's size with random weights, for the tokenizer's panel and bins.
+
+    Parameters
+    ----------
+    fields
+        Fields of `ScBertConfig`.
+    tokenizer
+        Decides vocabulary and sequence length.
+    labels
+        Names of the classes, in order.
+    seed
+        Of the random features, unless `fields` has one; weights follow torch's own generator.
+    """
+    model = ScBertForCellClassification(new_config(fields, tokenizer, seed, **label_names(labels)))
+    start_head(model)
+    return model
+
+
+@torch.no_grad()
+def start_head(model: PreTrainedModel) -> None:
+    """
+    Begin a new head where every gene can be learnt and none has been heard yet.
+
+    The output layer starts at zero: genes that few training cells express would otherwise keep random votes. The
+    convolution's bias starts at 0.5: below zero its ReLU hides a gene from the head, and no gradient brings it back.
+    With ``ordinal_expression`` the convolution reads along the line of the bins instead, from zero: a gene's
+    number is then nearly proportional to its bin.
+
+    Parameters
+    ----------
+    model
+        `ScBertForCellClassification`; changed in place.
+    """
+    model.classifier.out_proj.weight.zero_()
+    if model.config.pooling == "conv":
+        model.classifier.conv.bias.fill_(0.5)
+        if model.config.ordinal_expression:
+            table = model.base_model.embeddings.expression_embeddings.weight
+            direction = (table[-2] - table[0]) / (table[-2] - table[0]).norm()
+            model.classifier.conv.weight.copy_(
+                direction.view_as(model.classifier.conv.weight) * 2 / len(direction) ** 0.5
+            )
+            model.classifier.conv.bias.zero_()
+
+
+def new_masked_model(fields: dict[str, Any], tokenizer: ScBertTokenizer, seed: int) -> PreTrainedModel:
+    """Like `new_model`, with the head of masked expression modelling."""
+    return ScBertForMaskedExpression(new_config(fields, tokenizer, seed))
+
+
+def new_config(fields: dict[str, Any], tokenizer: ScBertTokenizer, seed: int, **more: Any) -> ScBertConfig:
+    """
+    The configuration of a recipe's fields, with sizes that the tokenizer decides.
+
+    Raises
+    ------
+    InputError
+        If a field is unknown or its value cannot be.
+    """
+    modalities = tokenizer.feature_modalities
+    unknown = sorted(set(fields) - set(ScBertConfig().to_dict()))
+    if unknown:
+        raise InputError(f"The recipe's model has the unknown field(s) {', '.join(unknown)}.")
+    sizes = {
+        "vocab_size": tokenizer.vocab_size,
+        "mask_token_id": tokenizer.mask_token_id,
+        "max_position_embeddings": len(tokenizer.gene_panel) + 1,
+        "num_modalities": 1 if modalities is None else int(max(modalities)) + 1,
+    }
+    try:
+        return ScBertConfig(**{"seed": seed, **fields, **sizes, **more})
+    # @strict raises types of huggingface_hub's own, all of them about values
+    except Exception as error:
+        raise InputError(f"The recipe's model cannot be built: {error}") from error
+
+
+def freeze_first_layers(model: PreTrainedModel, n_layers: int) -> None:
+    """Keep the first layers from being trained (scMBERT keeps one); embeddings and all else are trained."""
+    depth = len(model.scbert.layers)
+    if not 0 <= n_layers <= depth:
+        raise InputError(f"frozen_layers is {n_layers}; the model has {depth} layers.")
+    model.scbert.layers[:n_layers].requires_grad_(False)
+
+
+def freeze_whole_encoder(model: PreTrainedModel) -> None:
+    """Leave only the final norm and the head to be trained: for few cells, or little time."""
+    model.scbert.requires_grad_(False)
+    model.scbert.final_norm.requires_grad_(True)
+
+
+@torch.no_grad()
+def freeze_for_finetuning(model: PreTrainedModel) -> None:
+    """
+    Leave only the final norm, the block before the last and the head to be trained, as the original does.
+
+    A model of one block trains that block.
+
+    Parameters
+    ----------
+    model
+        `ScBertForCellClassification`; changed in place.
+    """
+    encoder = model.scbert
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(False)
+    for trained in (encoder.final_norm, *encoder.layers[-2:][:1]):
+        for parameter in trained.parameters():
+            parameter.requires_grad_(True)

@@ -1,0 +1,339 @@
+"""
+A head that is solved for: penalised logistic regression on what the encoder says of every gene, cross-fitted.
+
+The features of a cell are one number per gene (its expression bin, read along the arc that the embeddings of the bins
+lie on). Several ridge-penalised multinomial regressions see them, which differ in one thing: how much the penalty spares
+the genes that tell the classes apart. With r the ratio of a gene's variance between classes to that within them, a gene
+is scaled by r^(power / 2) before the fit; power 0 is plain ridge regression, power 1 comes close to a choice of genes.
+What each is worth is measured on cells that it did not learn from, and their logits are averaged accordingly (stacking,
+Wolpert 1992). All are linear in the same features, so the average is one head.
+
+Every labelled cell is learnt from in the end: the folds only choose penalties, shares and temperature, and give the
+logits that scores are taken from.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from joblib import Parallel, delayed
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import log_softmax
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+
+from .principal_axes import Axes, axes_of_cells
+
+POWERS = (0.0, 0.5, 1.0)
+# penalties, in hundredths of the cells' mean squared norm; the one for cells too few to choose by
+PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+DEFAULT_PENALTY = 3.0
+# genes that a scaled fit sees: beyond these, scales are so small that they only cost time
+SCALED_GENES = 4000
+# the intercept is penalised as the weight of a feature of this size (in root mean squared norms, times the root of the
+# cells a class): of few cells, free intercepts learn which cells happen to be small
+INTERCEPT_SIZE = 0.1
+# priors, from few labelled cells of other sets: of the log temperature, whose mean falls as the log penalty grows and
+# rises with the power, and of the log penalty
+LOG_TEMPERATURE_MEAN, LOG_TEMPERATURE_BY_POWER, LOG_TEMPERATURE_BY_PENALTY = -1.3, 0.45, -0.2
+LOG_TEMPERATURE_SD, LOG_PENALTY_SD = 0.6, 3.0
+# weight of equal shares, in cells
+SHARES_PRIOR = 3.0
+# of a class that a fold has no cell of
+LOWEST_LOGIT = -20.0
+
+
+@dataclass
+class SolvedHead:
+    """
+    What `solve_head` found.
+
+    Attributes
+    ----------
+    weights
+        Of the output layer, float32 [classes, features]; the temperature is in them.
+    bias
+        float32 [classes].
+    logits
+        Of every cell, float64 [cells, classes], by fits, shares and a temperature that it had no part in.
+    shares, penalties
+        Of each member of the average, by its power.
+    temperature
+        What the averaged logits were divided by.
+    """
+
+    weights: np.ndarray
+    bias: np.ndarray
+    logits: np.ndarray
+    shares: dict[float, float] = field(default_factory=dict)
+    penalties: dict[float, float] = field(default_factory=dict)
+    temperature: float = 1.0
+
+
+def solve_head(
+    features: sp.csr_matrix,
+    targets: np.ndarray,
+    n_classes: int,
+    folds: np.ndarray,
+    axes: Axes | None = None,
+    on_fit: Callable[[], Any] | None = None,
+) -> SolvedHead:
+    """
+    Solve for the weights of a linear head, and cross-fit the logits of the cells it is solved on.
+
+    Parameters
+    ----------
+    features
+        One number per gene, 0 where it is not expressed, [cells, genes].
+    targets
+        Class of every cell, [cells], from 0; one cell of a class is enough.
+    n_classes
+        Number of classes.
+    folds
+        Number of the fold of every cell, [cells]; see `cross_folds`.
+    axes
+        Of all cells, if they are known already: `axes_of_cells` of ``features``.
+    on_fit
+        Called after each of the ``n_fits(folds)`` fits, for a progress bar.
+
+    Returns
+    -------
+    SolvedHead
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> targets = np.arange(60) % 3
+    >>> features = sp.csr_matrix(rng.poisson(1 + 3 * np.eye(3)[targets] @ np.eye(3, 20)).astype(np.float32))
+    >>> head = solve_head(features, targets, 3, cross_folds(targets))
+    >>> head.weights.shape, bool((head.logits.argmax(axis=1) == targets).mean() > 0.8)
+    ((3, 20), True)
+    """
+    axes = axes_of_cells(features) if axes is None else axes
+    members = [_cross_fit(features, targets, n_classes, folds, power, axes, on_fit) for power in POWERS]
+    out_of_fold = [member.logits for member in members]
+    logits = np.full((len(targets), n_classes), LOWEST_LOGIT)
+    for fold in np.unique(folds):
+        held = folds == fold
+        mixture = choose_mixture(out_of_fold, targets, ~held)
+        logits[held] = mixture.apply([member[:, held] for member in out_of_fold])
+    mixture = choose_mixture(out_of_fold, targets, np.ones(len(targets), dtype=bool))
+    return SolvedHead(
+        mixture.apply([member.weights for member in members]).astype(np.float32),
+        mixture.apply([member.bias for member in members]).astype(np.float32),
+        logits,
+        dict(zip(POWERS, mixture.shares.tolist())),
+        {power: PENALTIES[place] for power, place in zip(POWERS, mixture.places)},
+        mixture.temperature,
+    )
+
+
+def cross_folds(targets: np.ndarray, n_folds: int = 5, seed: int = 0) -> np.ndarray:
+    """
+    A fold for every cell, [cells]: each class is spread over them as evenly as it goes.
+
+    Examples
+    --------
+    >>> np.bincount(cross_folds(np.zeros(11, dtype=int))).tolist()
+    [3, 2, 2, 2, 2]
+    """
+    rng, folds = np.random.default_rng(seed), np.zeros(len(targets), dtype=np.int64)
+    for number, name in enumerate(np.unique(targets)):
+        cells = rng.permutation(np.flatnonzero(targets == name))
+        # the classes' remainders go to different folds
+        folds[cells] = (np.arange(len(cells)) + number) % n_folds
+    return folds
+
+
+def n_fits(folds: np.ndarray) -> int:
+    """How many fits `solve_head` makes with these folds."""
+    return len(POWERS) * (len(np.unique(folds)) + 1)
+
+
+@dataclass
+class _Member:
+    """Logits [penalties, cells, classes] of cells not learnt from; weights and bias of a fit on all cells."""
+
+    logits: np.ndarray
+    weights: np.ndarray
+    bias: np.ndarray
+
+
+def _cross_fit(features, targets, n_classes, folds, power, axes, on_fit) -> _Member:
+    def fit(learnt):
+        # axes of plain ridge regression know no labels: one set serves all folds
+        space = axes if power == 0 else scaled_axes(features, targets, learnt, power)
+        path = ridge_path(space.coordinates[learnt], targets[learnt], n_classes)
+        if on_fit is not None:
+            on_fit()
+        return space, path
+
+    masks = [folds != fold for fold in np.unique(folds)] + [np.ones(len(targets), dtype=bool)]
+    with threadpool_limits(1):
+        fitted = Parallel(n_jobs=os.cpu_count(), prefer="threads")(delayed(fit)(mask) for mask in masks)
+    logits = np.full((len(PENALTIES), len(targets), n_classes), LOWEST_LOGIT)
+    for mask, (space, path) in zip(masks[:-1], fitted):
+        for place, (coefficients, bias) in enumerate(path):
+            logits[place, ~mask] = space.coordinates[~mask] @ coefficients.T + bias
+    space, path = fitted[-1]
+    weights, bias = zip(*(space.gene_weights(*fit) for fit in path))
+    return _Member(logits, np.stack(weights), np.stack(bias))
+
+
+def scaled_axes(features: sp.csr_matrix, targets: np.ndarray, learnt: np.ndarray, power: float) -> Axes:
+    """Axes of the cells `learnt` from, bool [cells], on genes scaled by what these cells say of them."""
+    scales = gene_scales(features[learnt], targets[learnt], power)
+    kept = np.flatnonzero(scales)
+    narrow = features[:, kept].multiply(scales[kept]).tocsr()
+    return axes_of_cells(narrow, learnt).widened(kept, scales)
+
+
+def gene_scales(features: sp.csr_matrix, targets: np.ndarray, power: float) -> np.ndarray:
+    """
+    What each gene is multiplied by before a fit, float32 [genes], at most 1; zero below the `SCALED_GENES` largest.
+
+    r is the ratio of mean squares between and within classes, the latter moderated by its median over the genes, so
+    that few cells do not make a gene sure by chance (as limma moderates variances, Smyth 2004). Of one cell a class
+    there is no variance within, and r is the variance between.
+
+    Examples
+    --------
+    >>> features = sp.csr_matrix(np.array([[0, 1.0], [0, 2.0], [5, 1.0], [5, 2.0]]))
+    >>> scales = gene_scales(features, np.array([0, 0, 1, 1]), 1.0)
+    >>> bool(scales[0] > scales[1])
+    True
+    """
+    classes, index, counts = np.unique(targets, return_inverse=True, return_counts=True)
+    membership = sp.csr_matrix((np.ones(len(targets)), (index, np.arange(len(targets)))))
+    means = (membership @ features).toarray() / counts[:, None]
+    overall = counts @ means / counts.sum()
+    between = counts @ (means - overall) ** 2 / max(1, len(classes) - 1)
+    if len(targets) > len(classes):
+        squares = np.asarray(features.multiply(features).sum(axis=0)).ravel()
+        within = np.maximum(squares - counts @ means**2, 0) / (len(targets) - len(classes))
+        between /= within + np.median(within[within > 0]) if (within > 0).any() else 1.0
+    scales = between ** (power / 2)
+    scales[np.argsort(-scales, kind="stable")[SCALED_GENES:]] = 0
+    largest = scales.max(initial=0)
+    return (scales / largest if largest else np.ones_like(scales)).astype(np.float32)
+
+
+def ridge_path(
+    coordinates: np.ndarray, targets: np.ndarray, n_classes: int, penalties: Sequence[float] = PENALTIES
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """
+    Multinomial logistic regression with one penalty after another, each begun where the last one ended.
+
+    Parameters
+    ----------
+    coordinates
+        float32 [cells, rank].
+    targets
+        [cells].
+    n_classes
+        Number of classes, with a cell or without.
+    penalties
+        In hundredths of the mean squared norm of the coordinates.
+
+    Returns
+    -------
+    list
+        Coefficients [classes, rank] and bias [classes] for each; a class without a cell has `LOWEST_LOGIT` as bias.
+    """
+    seen = np.unique(targets)
+    if len(seen) == 1:
+        sure = np.full(n_classes, LOWEST_LOGIT)
+        sure[seen] = 0
+        return [(np.zeros((n_classes, coordinates.shape[1])), sure)] * len(penalties)
+    unit = float((coordinates.astype(np.float64) ** 2).sum(axis=1).mean()) / 100 or 1.0
+    size = INTERCEPT_SIZE * (100 * unit * len(targets) / len(seen)) ** 0.5
+    features = np.column_stack([coordinates, np.full(len(targets), size, dtype=coordinates.dtype)])
+    model, path = LogisticRegression(fit_intercept=False, max_iter=300, tol=1e-3, warm_start=True), []
+    for penalty in penalties:
+        model.set_params(C=1 / (penalty * unit)).fit(features, targets)
+        rows, bias = model.coef_[:, :-1].astype(np.float64), model.coef_[:, -1].astype(np.float64) * size
+        if len(rows) == 1:
+            # two classes: the logit of the second against the first
+            rows, bias = np.concatenate([-rows, rows]) / 2, np.concatenate([-bias, bias]) / 2
+        coefficients, all_bias = np.zeros((n_classes, rows.shape[1])), np.full(n_classes, LOWEST_LOGIT)
+        coefficients[seen], all_bias[seen] = rows, bias
+        path.append((coefficients, all_bias))
+    return path
+
+
+@dataclass
+class Mixture:
+    """Which penalty each member takes, its share in the average of logits, and the temperatures."""
+
+    places: list[int]
+    temperatures: np.ndarray
+    shares: np.ndarray
+    temperature: float
+
+    def apply(self, members: Sequence[np.ndarray]) -> np.ndarray:
+        """The average of what the members have for each penalty, ``[penalties, ...]`` each."""
+        factors = self.shares / self.temperatures / self.temperature
+        return sum(factor * member[place] for factor, member, place in zip(factors, members, self.places))
+
+
+def choose_mixture(members: Sequence[np.ndarray], targets: np.ndarray, among: np.ndarray) -> Mixture:
+    """
+    Penalties, shares and temperatures by the likelihood of cells that were not learnt from, and a prior.
+
+    Cells of small classes count less: a fold without one of two cells says little of the fit with both. Where nothing
+    speaks, the penalty is `DEFAULT_PENALTY`, the shares are equal, and the temperature is the prior's.
+
+    Parameters
+    ----------
+    members
+        Cross-fitted logits [penalties, cells, classes] of each.
+    targets
+        Classes of the cells, [cells].
+    among
+        Cells to choose by, bool [cells].
+    """
+    counts = np.bincount(targets)[targets]
+    weights = (counts - 1) / (counts + 9)
+    cells = np.flatnonzero(among & (weights > 0))
+    targets, weights = targets[cells], weights[cells]
+    chosen = []
+    for power, logits in zip(POWERS, members):
+        fits = [_fit_temperature(logits[i][cells], targets, weights, i, power) for i in range(len(PENALTIES))]
+        chosen.append(min(fits))
+    places = [place for _, place, _ in chosen]
+    temperatures = np.array([temperature for *_, temperature in chosen])
+    scaled = [member[place][cells] / t for member, place, t in zip(members, places, temperatures)]
+    return Mixture(places, temperatures, *_fit_shares(scaled, targets, weights))
+
+
+def _fit_temperature(logits, targets, weights, place, power) -> tuple[float, int, float]:
+    """Loss (with priors), place and temperature of one penalty."""
+    penalty = np.log(PENALTIES[place] / DEFAULT_PENALTY)
+    expected = LOG_TEMPERATURE_MEAN + LOG_TEMPERATURE_BY_POWER * power + LOG_TEMPERATURE_BY_PENALTY * penalty
+
+    def loss(log_temperature):
+        prior = ((log_temperature - expected) / LOG_TEMPERATURE_SD) ** 2 / 2
+        return _cross_entropy(logits / np.exp(log_temperature), targets, weights) + prior
+
+    found = minimize_scalar(loss, bounds=(expected - 4, expected + 4), method="bounded")
+    return float(found.fun + (penalty / LOG_PENALTY_SD) ** 2 / 2), place, float(np.exp(found.x))
+
+
+def _fit_shares(scaled, targets, weights) -> tuple[np.ndarray, float]:
+    """Shares of the members, and the temperature of their average."""
+
+    def loss(x):
+        logs, log_temperature = log_softmax(x[:-1]), x[-1]
+        mixed = sum(share * logits for share, logits in zip(np.exp(logs), scaled)) / np.exp(log_temperature)
+        priors = -SHARES_PRIOR * logs.mean() + (log_temperature / LOG_TEMPERATURE_SD) ** 2 / 2
+        return _cross_entropy(mixed, targets, weights) + priors
+
+    found = minimize(loss, np.zeros(len(scaled) + 1), method="L-BFGS-B").x
+    return np.exp(log_softmax(found[:-1])), float(np.exp(found[-1]))
+
+
+def _cross_entropy(logits, targets, weights) -> float:
+    return float(-(weights * log_softmax(logits, axis=1)[np.arange(len(targets)), targets]).sum())

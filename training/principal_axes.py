@@ -1,0 +1,140 @@
+"""Principal axes of cells: few coordinates in which ridge regression is the same as on all genes, or nearly."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+from sklearn.utils.extmath import randomized_svd
+
+# up to so many cells every axis is kept, and ridge regression is exactly that on the genes; beyond, the largest
+FULL_RANK = 1000
+RANK = 400
+# beyond so many cells, axes come from the covariance of the most variable genes and not from the cells' inner products
+MAX_CELLS_BY_CELLS = 10_000
+COVARIANCE_GENES = 8000
+# eigenvalues of float32 products are noise below
+SMALLEST_EIGENVALUE = 1e-5
+
+
+@dataclass
+class Axes:
+    """
+    Coordinates of cells along principal axes, and the way back to weights of genes.
+
+    Attributes
+    ----------
+    coordinates
+        float32 [cells, rank], the largest axis first; of cells that the axes are not of as well.
+    center
+        Mean of the features of the cells that the axes are of, [genes].
+    to_genes
+        Coefficients [n, rank] to weights [n, genes].
+    """
+
+    coordinates: np.ndarray
+    center: np.ndarray
+    to_genes: Callable[[np.ndarray], np.ndarray]
+
+    def gene_weights(self, coefficients: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weights [n, genes] and bias [n] that give on the features what these give on the coordinates."""
+        weights = self.to_genes(coefficients)
+        return weights, bias - weights @ self.center
+
+    def widened(self, genes: np.ndarray, scales: np.ndarray) -> "Axes":
+        """The same axes on all genes [genes], where these are of some `genes` that were multiplied by `scales`."""
+        center = np.zeros(len(scales))
+        # what was scaled for the axes is scaled in the weights: the center is that of the features as they are
+        center[genes] = self.center / scales[genes]
+
+        def to_genes(coefficients):
+            weights = np.zeros((len(coefficients), len(scales)))
+            weights[:, genes] = self.to_genes(coefficients) * scales[genes]
+            return weights
+
+        return Axes(self.coordinates, center, to_genes)
+
+
+def axes_of_cells(features: sp.csr_matrix, learnt: np.ndarray | None = None, rank: int | None = None) -> Axes:
+    """
+    Principal axes of cells.
+
+    Parameters
+    ----------
+    features
+        [cells, genes].
+    learnt
+        Cells that the axes are of, bool [cells]; all of them by default.
+    rank
+        Number of axes; by default all of up to `FULL_RANK` cells, and `RANK` of more.
+
+    Examples
+    --------
+    >>> cells = sp.csr_matrix(np.array([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]], dtype=np.float32))
+    >>> axes_of_cells(cells).coordinates.shape
+    (3, 1)
+    """
+    learnt = np.ones(features.shape[0], dtype=bool) if learnt is None else learnt
+    if features.shape[0] > MAX_CELLS_BY_CELLS:
+        return _axes_by_genes(features, learnt, rank)
+    return axes_by_products(inner_products(features), features, learnt, rank)
+
+
+def axes_by_products(
+    products: np.ndarray, features: sp.csr_matrix, learnt: np.ndarray, rank: int | None = None
+) -> Axes:
+    """As `axes_of_cells`, by the inner products of all cells, [cells, cells]."""
+    inner = products[np.ix_(learnt, learnt)]
+    means = inner.mean(axis=0)
+    values, vectors = _largest_eigenpairs(inner - means - means[:, None] + means.mean(), rank)
+    basis, rows = vectors / np.sqrt(values), features[learnt]
+    outer = products[:, learnt]
+    centered = outer - outer.mean(axis=1, keepdims=True) - means + means.mean()
+
+    def to_genes(coefficients):
+        of_cells = basis @ coefficients.T
+        # the vectors are orthogonal to a constant but for rounding, which small eigenvalues would enlarge
+        return np.asarray((rows.T @ (of_cells - of_cells.mean(axis=0))).T)
+
+    center = np.asarray(rows.mean(axis=0)).ravel()
+    return Axes((centered @ basis).astype(np.float32), center, to_genes)
+
+
+def _axes_by_genes(features: sp.csr_matrix, learnt: np.ndarray, rank: int | None) -> Axes:
+    rows = features[learnt]
+    center = np.asarray(rows.mean(axis=0)).ravel()
+    variance = np.asarray(rows.multiply(rows).mean(axis=0)).ravel() - center**2
+    kept = np.sort(np.argsort(-variance, kind="stable")[:COVARIANCE_GENES])
+    scatter = inner_products(rows[:, kept].T.tocsr()) - rows.shape[0] * np.outer(center[kept], center[kept])
+    _, vectors = _largest_eigenpairs(scatter.astype(np.float32), rank)
+
+    def to_genes(coefficients):
+        weights = np.zeros((len(coefficients), features.shape[1]))
+        weights[:, kept] = coefficients @ vectors.T
+        return weights
+
+    coordinates = features[:, kept] @ vectors - center[kept] @ vectors
+    return Axes(coordinates.astype(np.float32), center, to_genes)
+
+
+def inner_products(rows: sp.csr_matrix, width: int = 4096) -> np.ndarray:
+    """Inner products of all rows, float32 [rows, rows]; dense in blocks of columns, which BLAS is fast on."""
+    columns = rows.tocsc()
+    used = np.flatnonzero(np.diff(columns.indptr))
+    total = np.zeros((rows.shape[0],) * 2, dtype=np.float32)
+    for start in range(0, len(used), width):
+        block = columns[:, used[start : start + width]].toarray().astype(np.float32, copy=False)
+        total += block @ block.T
+    return total
+
+
+def _largest_eigenpairs(symmetric: np.ndarray, rank: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and vectors of a positive semidefinite matrix, the largest first."""
+    if rank is None and len(symmetric) <= FULL_RANK:
+        values, vectors = np.linalg.eigh(symmetric.astype(np.float64))
+        values, vectors = values[::-1], vectors[:, ::-1]
+    else:
+        rank = min(rank or RANK, len(symmetric))
+        vectors, values, _ = randomized_svd(symmetric, rank, n_iter=4, random_state=0)
+    kept = values > SMALLEST_EIGENVALUE * values.max(initial=1e-30)
+    return values[kept], vectors[:, kept]

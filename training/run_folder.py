@@ -1,0 +1,117 @@
+"""The folder of a run: begun or taken up again, and filled with the model at the end, by however many processes."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..data.write_output import partial_folder
+from ..tokenization import InputError, ScBertTokenizer
+from ..trained_model.model_folder import save_model
+from .callbacks import last_checkpoint
+from .settings import RunDataArguments, comparable
+
+logger = logging.getLogger(__name__)
+
+# settings and a checksum of the cells that a partial folder was begun with
+RECORD = "run.json"
+
+
+@contextlib.contextmanager
+def run_folder(
+    settings: dict[str, Any], arguments: RunDataArguments, training: TrainingArguments, fingerprint: int
+) -> Iterator[tuple[Path, Path | None]]:
+    """
+    The partial folder of a run, which gets its name when the block ends well.
+
+    Parameters
+    ----------
+    settings, fingerprint
+        What a resumed run must have in common with the one it goes on with: settings, and a checksum of the cells.
+    arguments
+        Their `output`, `overwrite` and `resume` are asked for.
+    training
+        Its checkpoints lie in the folder.
+
+    Yields
+    ------
+    The folder, and the checkpoint to go on from, if any.
+    """
+    is_main = training.process_index == 0
+    # the folder is the main process's; nobody touches it before it is made
+    context = partial_folder(arguments.output, arguments.overwrite, arguments.resume)
+    with context if is_main else contextlib.nullcontext():
+        folder, checkpoint = Path(training.output_dir).parent, None
+        if arguments.resume:
+            _check_record(folder, settings, fingerprint)
+            checkpoint = last_checkpoint(Path(training.output_dir))
+            if is_main:
+                _log_resumption(folder, checkpoint)
+        if is_main:
+            record = {"settings": comparable(settings), "cells": fingerprint}
+            write_json(folder / RECORD, record)
+        PartialState().wait_for_everyone()
+        yield folder, checkpoint
+
+
+def _check_record(folder: Path, settings: dict[str, Any], fingerprint: int) -> None:
+    """Refuse to resume with other settings or cells; without a readable record the run starts anew."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        before = record["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    now = comparable(settings)
+    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if changed:
+        name = changed[0]
+        raise InputError(
+            f"{folder} was begun with other settings ({', '.join(changed)}; {name} was {before.get(name)!r} and is "
+            f"{now.get(name)!r} now). Resume with the same ones, or without resume (--resume) to start anew."
+        )
+    if record.get("cells") != fingerprint:
+        source = settings.get("reference", settings.get("corpus"))
+        raise InputError(
+            f"{folder} was begun with other cells or labels than {source} holds now. Leave resume (--resume) out to "
+            "start anew."
+        )
+
+
+def _log_resumption(folder: Path, checkpoint: Path | None) -> None:
+    if checkpoint is None:
+        logger.warning("There is no finished checkpoint in %s: the run starts at step 0.", folder)
+        return
+    logger.warning("Resuming after step %s, from %s.", checkpoint.name.rpartition("-")[2], checkpoint)
+
+
+def finish(
+    folder: Path,
+    checkpoints: str,
+    model: PreTrainedModel,
+    tokenizer: ScBertTokenizer,
+    weights: dict[str, torch.Tensor],
+    summary: dict[str, Any],
+) -> None:
+    """Write weights, config, code, tokenizer and figures; take away what only training needed."""
+    save_model(model, tokenizer, folder, weights)
+    write_json(folder / "metrics.json", summary)
+    logs = Path(checkpoints) / "runs"
+    if logs.is_dir():
+        # tensorboard's own place for them lies among the checkpoints
+        os.replace(logs, folder / "runs")
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    (folder / RECORD).unlink()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write plain JSON; what it does not know, as text."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,63 @@
+"""What every training of cells shares: the Trainer with its callbacks and orders, and a run from start to end."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..trained_model.model_folder import quiet_transformers
+from .callbacks import (
+    CompleteCheckpoints,
+    ProgressBar,
+    SetEpochCallback,
+    StopOnDivergence,
+    saving_on_terminate,
+)
+from .cell_order import EpochSampler
+
+
+class CellTrainer(Trainer):
+    """
+    `transformers.Trainer` with an order of cells of its own, checkpoints known to be whole, and one progress bar.
+
+    Parameters
+    ----------
+    sampler
+        Order of the training cells; the Trainer's own shuffling if left out.
+    describe
+        See `ProgressBar`.
+    callbacks
+        Further ones.
+    **options
+        Of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        sampler: EpochSampler | None,
+        describe: Callable[[dict[str, float]], str],
+        callbacks: Sequence[TrainerCallback],
+        **options: Any,
+    ):
+        self.progress = ProgressBar(describe)
+        ours = [CompleteCheckpoints(), StopOnDivergence(), self.progress]
+        super().__init__(callbacks=[*ours, *callbacks], **options)
+        self.sampler = sampler
+        if sampler is not None:
+            self.add_callback(SetEpochCallback(sampler))
+        for theirs in (ProgressCallback, PrinterCallback):
+            self.remove_callback(theirs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        return self.sampler or super()._get_train_sampler(train_dataset)
+
+    def run(self, checkpoint: Path | None = None) -> None:
+        """Train to the end, from a checkpoint if there is one; SIGTERM has one written."""
+        try:
+            with quiet_transformers(), saving_on_terminate(self):
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            self.progress.stop()
