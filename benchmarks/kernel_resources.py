@@ -1,12 +1,12 @@
 """
 What the compiler makes of the Triton kernels, for GPUs that need not be there.
 
-    python -m scbert.benchmarks.kernel_resources --output benchmarks/results/kernel_resources.json
+    python benchmarks/kernel_resources.py --output benchmarks/results/kernel_resources.json
 
 A block of the published size runs on tensors without memory that pass for CUDA ones; what it launches is compiled by
-the compiler that Triton's wheel carries, with its own tiles, warps and dtypes. Nothing is run: a line says what a kernel
-takes, not that it is right or fast. The times are how long a cell keeps an H100's schedulers, tensor cores and units of
-special functions busy, counted in the machine code of the kernel's loop; the kernel takes no less than the largest.
+the compiler that Triton's wheel carries, with its own tiles, warps and dtypes. Nothing is run: a line says what a
+kernel takes, not that it is right or fast. The times are how long a cell keeps an H100's schedulers, tensor cores and
+units of special functions busy, counted in the machine code of the kernel's loop; it takes no less than the largest.
 """
 
 import argparse
@@ -28,14 +28,15 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import MockTensor, create_function_from_signature
 
-from ..modeling_scbert import ScBertConfig
-from ..modeling_scbert import cuda_layer_scbert as blocks
-from ..modeling_scbert import favor_triton_scbert as launcher
-from ..modeling_scbert.layers_scbert import ScBertLayer
+from scbert.modeling_scbert import ScBertConfig
+from scbert.modeling_scbert import cuda_layer_scbert as blocks
+from scbert.modeling_scbert import cuda_steps_scbert as steps
+from scbert.modeling_scbert import favor_triton_scbert as launcher
+from scbert.modeling_scbert.layers_scbert import ScBertLayer
 
 KERNELS = {
     launcher: ("sum_kernel", "table_kernel", "apply_kernel", "gradient_kernel"),
-    blocks: ("norm_kernel", "feed_forward_kernel", "hidden_gradient_kernel", "norm_gradient_kernel"),
+    steps: ("norm_kernel", "feed_forward_kernel", "hidden_gradient_kernel", "norm_gradient_kernel"),
 }
 # cells, heads, tokens, head size, features
 REAL = (32, 10, 16_907, 64, 266)
@@ -54,6 +55,7 @@ class Chip(NamedTuple):
 
 CHIPS = {
     80: Chip(166_912, 167_936, 2048, 108),
+    89: Chip(101_376, 102_400, 1536, 142),
     90: Chip(232_448, 233_472, 2048, 132),
     100: Chip(232_448, 233_472, 2048, 148),
     120: Chip(101_376, 102_400, 1536, 170),
@@ -112,7 +114,8 @@ def recording(target: int):
                 stack.enter_context(patch.object(module, name, kernel))
             stack.enter_context(patch.object(module, "capability_of", lambda _: divmod(target, 10)))
             stack.enter_context(patch.object(module, "processors_of", lambda _: CHIPS[target].processors))
-        stack.enter_context(patch.object(torch.cuda, "device", on))
+        for module in (launcher, blocks):
+            stack.enter_context(patch.object(module, "on_device", on))
         yield launches
 
 
@@ -132,13 +135,10 @@ def attention_launches(size: tuple, dtype: torch.dtype, masked: bool, target: in
 
 def block_launches(hidden: int, target: int) -> list[Launch]:
     """Launches of a whole block of the published heads in bfloat16, forward and backward, for a few short cells."""
-    layer = ScBertLayer(ScBertConfig(hidden_size=hidden, intermediate_size=4 * hidden), 0)
-    rows = torch.zeros(2, 100, hidden)
-    grads = {name: torch.zeros_like(x) for name, x in layer.named_parameters()}
-    with recording(target) as launches, torch.no_grad():
-        block = blocks._Block(layer, torch.bfloat16)
-        tables = block.forward(rows, None, None, torch.empty_like(rows))
-        block.backward(rows, None, None, rows, tables, grads, torch.empty_like(rows), None)
+    config = ScBertConfig(hidden_size=hidden, intermediate_size=4 * hidden)
+    layer, rows = ScBertLayer(config, 0), torch.zeros(2, 100, hidden, requires_grad=True)
+    with recording(target) as launches, torch.autocast("cpu", torch.bfloat16):
+        blocks.run_cuda(layer, rows).sum().backward()
     return launches
 
 

@@ -116,7 +116,7 @@ def _run_compiled(*given):
 def _cuda_supports(layer, hidden_states):
     package = from_package("cuda_layer_scbert")
     if package is None:
-        return "it comes with the package scbert, which is not installed"
+        return "the packages scbert and triton, which it needs, are not both installed"
     return other_attention_asked("triton") or package.cuda_supports(layer, hidden_states)
 
 

@@ -1,18 +1,9 @@
 """Triton kernels of FAVOR+ attention that give one row per position, see favor_table_kernels_scbert.py."""
 
+import triton
+import triton.language as tl
+
 from .favor_table_kernels_scbert import half_square, load_features, load_kept, load_rows, part_of, store_rows
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    # never called then: the definitions below only have to be readable
-    from types import SimpleNamespace
-
-    def jit(kernel=None, **_):
-        return kernel or jit
-
-    triton, tl = SimpleNamespace(jit=jit), SimpleNamespace(constexpr=None)
 
 
 @triton.jit

@@ -15,17 +15,8 @@ first of 16 columns of a matrix of its own, in half precision as the sum of the 
 take it.
 """
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    # never called then: the definitions below only have to be readable
-    from types import SimpleNamespace
-
-    def jit(kernel=None, **_):
-        return kernel or jit
-
-    triton, tl = SimpleNamespace(jit=jit), SimpleNamespace(constexpr=None)
+import triton
+import triton.language as tl
 
 
 @triton.jit

@@ -9,22 +9,21 @@ for the gradients, in float32. Nothing waits for the GPU, so that the launches c
 import functools
 import math
 import os
+import subprocess
 from contextlib import nullcontext
 
 import torch
+import triton
+from triton.runtime.errors import TritonError
 
 from .favor_row_kernels_scbert import apply_kernel, gradient_kernel
 from .favor_table_kernels_scbert import sum_kernel, table_kernel
 from .favor_tiles_scbert import choose_tiles
 
-try:
-    import triton
-    from triton.runtime.errors import TritonError
-except ImportError:
-    triton = None
-
-# what Triton raises where a kernel does not compile or launch, beside the errors of the system and of the driver
-LAUNCH_ERRORS = () if triton is None else (TritonError,)
+# what Triton and the driver raise where a kernel does not compile or launch
+LAUNCH_ERRORS = (RuntimeError, OSError, ValueError, subprocess.SubprocessError, TritonError)
+# and among it what is no kernel's fault, or after which nothing can be computed on the device
+FATAL_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 # dtypes that Triton's interpreter serves; it multiplies no bfloat16
 INTERPRETED = (torch.float32, torch.float16)
 # tuples in kernels, loops over them
@@ -42,8 +41,6 @@ def triton_supports(query: torch.Tensor, value: torch.Tensor, projection_matrix:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not query.is_cuda and not interpreted:
         return "the tensors are on no CUDA device"
-    if triton is None:
-        return "Triton is not installed"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
         return f"Triton {triton.__version__} is installed, {'.'.join(map(str, MIN_TRITON))} is needed"
     if query.dtype == torch.float64:
@@ -67,6 +64,11 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 def processors_of(device: torch.device) -> int:
     """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def on_device(device: torch.device):
+    """Launches go to the tensors' device, whichever is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def triton_state(
@@ -133,7 +135,7 @@ def triton_forward(
             tensor.zero_()
         return output, *state
     launches = FavorLaunches(query, key, value, projection_matrix, attention_mask, epsilon)
-    with launches.on_device():
+    with on_device(query.device):
         parts = launches.sum_keys()
         launches.table(parts, state, keys=True)
         launches.apply_queries(state, output)
@@ -173,7 +175,7 @@ def triton_backward(
             tensor.zero_()
         return grads
     launches = FavorLaunches(query, key, value, projection_matrix, attention_mask, epsilon)
-    with launches.on_device():
+    with on_device(query.device):
         launches.backward(launches.rows_of(grad.transpose(1, 2)), state, grads)
     return grads
 
@@ -207,10 +209,6 @@ class FavorLaunches:
             "BLOCK_DV": max(16, triton.next_power_of_2(width)),
             "PRECISION": "tf32x3" if query.is_cuda else "ieee",
         }
-
-    def on_device(self):
-        """Launches go to the tensors' device, whichever is the current one."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def rows_of(self, x: torch.Tensor) -> torch.Tensor:
         """``[batch, heads, length, d]`` in the kernels' dtype; rows are contiguous, and near enough for 32 bits."""

@@ -1,21 +1,12 @@
 """
 Triton kernels of what surrounds attention in a block: layer norms and the feed-forward network, forward and backward.
 
-Between the rows of the residual stream that a program reads and those that it writes, nothing leaves the chip. Rows of C
-numbers come in pieces of powers of two, 200 as 128 + 64 + 16, so that matrix products compute little beyond them.
+Between the rows of the residual stream that a program reads and those that it writes, nothing leaves the chip. Rows of
+C numbers come in pieces of powers of two, 200 as 128 + 64 + 16, so that matrix products compute little beyond them.
 """
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    # never called then: the definitions below only have to be readable
-    from types import SimpleNamespace
-
-    def jit(kernel=None, **_):
-        return kernel or jit
-
-    triton, tl = SimpleNamespace(jit=jit), SimpleNamespace(constexpr=None)
+import triton
+import triton.language as tl
 
 
 @triton.jit

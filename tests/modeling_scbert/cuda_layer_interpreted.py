@@ -3,7 +3,8 @@ Blocks by the kernels for CUDA, on a CPU: errors against plain blocks in float64
 
     TRITON_INTERPRET=1 python tests/modeling_scbert/cuda_layer_interpreted.py '[{"mask": true, "group": 80}]'
 
-Like triton_interpreted.py, a process of its own. The last line is about a model that takes three steps of training.
+Like triton_interpreted.py, a process of its own. The last lines are about what a block is first tried with, and about a
+model that takes three steps of training.
 """
 
 import json
@@ -12,7 +13,12 @@ import sys
 import torch
 from triton_interpreted import teach_bfloat16
 
-from scbert.modeling_scbert import ScBertConfig, ScBertForMaskedExpression, cuda_layer_scbert
+from scbert.modeling_scbert import (
+    ScBertConfig,
+    ScBertForMaskedExpression,
+    cuda_layer_scbert,
+    cuda_steps_scbert,
+)
 from scbert.modeling_scbert import favor_triton_scbert as launcher
 from scbert.modeling_scbert.backends_scbert import favor_backend
 from scbert.modeling_scbert.blocks_scbert import choose_block, run_plain
@@ -53,7 +59,7 @@ def errors(case: dict) -> dict[str, float]:
     """Error of the output and of every gradient, relative to the largest entry."""
     case = SIZES | DEFAULTS | case
     torch.manual_seed(0)
-    launcher.capability_of = cuda_layer_scbert.capability_of = lambda device: tuple(case["capability"])
+    launcher.capability_of = cuda_steps_scbert.capability_of = lambda device: tuple(case["capability"])
     cuda_layer_scbert.GROUP_TOKENS = case["group"]
     layer, exact = build(case)
     inputs = {"hidden_states": torch.randn(case["cells"], case["length"], case["hidden"])}
@@ -80,6 +86,14 @@ def errors(case: dict) -> dict[str, float]:
         results.append({"output": output.detach()} | dict(zip(given, grads, strict=True)))
     found, wanted = results
     return {name: float((found[name] - x).abs().max() / x.abs().max()) for name, x in wanted.items()}
+
+
+def trial() -> float:
+    """What a block of the published width is first tried with, by its training."""
+    config = ScBertConfig(num_attention_heads=2)
+    rows = torch.zeros(1, 1, config.hidden_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        return cuda_layer_scbert._difference_from_plain(ScBertLayer(config, 0), rows, trained=True)
 
 
 def training_losses(backend: str) -> list[float]:
@@ -109,5 +123,6 @@ if __name__ == "__main__":
     launcher.INTERPRETED = (torch.float32, torch.bfloat16)
     for case in json.loads(sys.argv[1]):
         print(json.dumps(errors(case)), flush=True)
-    launcher.capability_of = cuda_layer_scbert.capability_of = lambda device: (8, 0)
+    launcher.capability_of = cuda_steps_scbert.capability_of = lambda device: (8, 0)
+    print(json.dumps(trial()), flush=True)
     print(json.dumps([training_losses("cuda"), training_losses("plain")]))

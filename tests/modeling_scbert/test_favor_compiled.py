@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from scbert.benchmarks import kernel_resources as resources
+import kernel_resources as resources
 
 # beyond this a loop feels what its registers do not hold
 MAX_SPILLED = 512
@@ -16,9 +16,10 @@ OPERANDS = {"bfloat16": {"bf16", "f16"}, "float32": {"tf32"}}
 
 
 def test_launches_go_to_the_device_of_the_tensors():
-    launches = resources.attention_launches((2, 3, 100, 16, 30), torch.float32, True, 90)
-    assert len(launches) == 8
-    assert {str(launch.device) for launch in launches} == {"cuda:1"}
+    attention = resources.attention_launches((2, 3, 100, 16, 30), torch.float32, True, 90)
+    block = resources.block_launches(200, 90)
+    assert (len(attention), len(block)) == (8, 17)
+    assert [{str(launch.device) for launch in x} for x in (attention, block)] == [{"cuda:1"}, {"cpu"}]
 
 
 def test_grids_fill_the_device_and_stay_within_its_limits():
