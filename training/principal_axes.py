@@ -13,6 +13,8 @@ RANK = 400
 # beyond so many cells, axes come from the covariance of the most variable genes and not from the cells' inner products
 MAX_CELLS_BY_CELLS = 10_000
 COVARIANCE_GENES = 8000
+# columns with entries in a larger share of the rows are multiplied dense
+DENSE_SHARE = 0.03
 # eigenvalues of float32 products are noise below
 SMALLEST_EIGENVALUE = 1e-5
 
@@ -80,6 +82,14 @@ def axes_of_cells(features: sp.csr_matrix, learnt: np.ndarray | None = None, ran
     return axes_by_products(inner_products(features), features, learnt, rank)
 
 
+def axes_and_products(features: sp.csr_matrix) -> tuple[Axes, np.ndarray | None]:
+    """`axes_of_cells`, and the inner products of all cells [cells, cells] if there are few enough to take them."""
+    if features.shape[0] > MAX_CELLS_BY_CELLS:
+        return axes_of_cells(features), None
+    products = inner_products(features)
+    return axes_by_products(products, features, np.ones(features.shape[0], dtype=bool)), products
+
+
 def axes_by_products(
     products: np.ndarray, features: sp.csr_matrix, learnt: np.ndarray, rank: int | None = None
 ) -> Axes:
@@ -117,14 +127,25 @@ def _axes_by_genes(features: sp.csr_matrix, learnt: np.ndarray, rank: int | None
     return Axes(coordinates.astype(np.float32), center, to_genes)
 
 
-def inner_products(rows: sp.csr_matrix, width: int = 4096) -> np.ndarray:
-    """Inner products of all rows, float32 [rows, rows]; dense in blocks of columns, which BLAS is fast on."""
+def inner_products(rows: sp.csr_matrix, width: int = 2048) -> np.ndarray:
+    """
+    Inner products of all rows, float32 [rows, rows].
+
+    Columns with many entries are taken dense, in blocks, which BLAS is fast on; of the others, most of the columns and
+    few of the products, the sparse product is.
+    """
     columns = rows.tocsc()
-    used = np.flatnonzero(np.diff(columns.indptr))
+    counts = np.diff(columns.indptr)
+    order = np.argsort(-counts, kind="stable")[: (counts > 0).sum()]
+    n_dense = int((counts > DENSE_SHARE * rows.shape[0]).sum())
     total = np.zeros((rows.shape[0],) * 2, dtype=np.float32)
-    for start in range(0, len(used), width):
-        block = columns[:, used[start : start + width]].toarray().astype(np.float32, copy=False)
+    for start in range(0, n_dense, width):
+        block = columns[:, order[start : min(start + width, n_dense)]].toarray()
+        block = block.astype(np.float32, copy=False)
         total += block @ block.T
+    rare = columns[:, order[n_dense:]].tocsr()
+    products = (rare @ rare.T).tocoo()
+    total[products.row, products.col] += products.data
     return total
 
 
