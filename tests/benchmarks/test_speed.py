@@ -1,7 +1,5 @@
 """The speed benchmark's parts: equal work in every way, fits, tables and the page."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -112,11 +110,3 @@ def test_tables_go_between_the_markers_of_a_page(tmp_path):
 def test_the_page_has_its_markers():
     text = (ROOT / "docs" / "performance.md").read_text()
     assert text.index(speed_report.BEGIN) < text.index(speed_report.END)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would run the whole check")
-def test_gpu_check_runs_as_a_file_and_says_that_there_is_no_gpu():
-    script = ROOT / "benchmarks" / "gpu_check.py"
-    result = subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True)
-    assert result.returncode == 1
-    assert result.stderr.strip().endswith("No CUDA device.")
