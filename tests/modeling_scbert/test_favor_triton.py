@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
@@ -72,6 +73,29 @@ def test_bfloat16_gradients_do_not_feel_what_values_share(offset):
     }
     for found in interpreted([sizes | {"capability": x} for x in (HOPPER, OTHERS)]):
         assert max(found["rms"]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "capability", "reason"),
+    [
+        ("cuda:1", torch.bfloat16, 64, (8, 0), None),
+        ("cuda:1", torch.float16, 128, (12, 0), None),
+        ("cuda:1", torch.float64, 64, (9, 0), "float64"),
+        ("cuda:1", torch.float32, 129, (9, 0), "wider than 128"),
+        # these emulate bfloat16, and have no tensor cores for the kernels
+        ("cuda:1", torch.bfloat16, 64, (7, 5), "older than compute capability 8.0"),
+        ("cpu", torch.float32, 64, (9, 0), "no CUDA device"),
+    ],
+)
+def test_what_the_kernels_serve(device, dtype, width, capability, reason, monkeypatch):
+    from scbert.modeling_scbert import favor_triton_scbert as launcher
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(launcher, "capability_of", lambda device: capability)
+    with FakeTensorMode():
+        query, value = (torch.empty(1, 2, 5, n, dtype=dtype, device=device) for n in (64, width))
+        found = launcher.triton_supports(query, value, torch.empty(266, 64))
+    assert found is None if reason is None else reason in found
 
 
 @pytest.mark.parametrize("empty", ["cells", "queries", "keys"])
