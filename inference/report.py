@@ -12,8 +12,8 @@ from anndata import AnnData
 from ..data.write_output import atomic_path
 from ..evaluation.embedding_plot import plot_embedding, umap_of
 from ..evaluation.report import Section, report_html
-from ..evaluation.requirements import require
 from ..evaluation.tables import TextTable
+from ..extras import require
 
 # more cells make a UMAP slow and no clearer
 MAX_CELLS_DRAWN = 5000
@@ -63,7 +63,6 @@ def write_annotation_report(
         "cells": f"{summary['cells']:,}",
         "unassigned": f"{summary['unassigned']:,} (confidence below {about['threshold']:.3g})",
         "genes found": f"{summary['genes_found']:,} of {summary['genes_of_model']:,}",
-        "temperature": f"{about['temperature']:.3g}",
         **{f"version of {name}": version for name, version in about["versions"].items()},
     }
     sections = [

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.linalg import eigh
 from sklearn.utils.extmath import randomized_svd
 
 # up to so many cells every axis is kept, and ridge regression is exactly that on the genes; beyond, the largest
@@ -13,6 +14,8 @@ RANK = 400
 # beyond so many cells, axes come from the covariance of the most variable genes and not from the cells' inner products
 MAX_CELLS_BY_CELLS = 10_000
 COVARIANCE_GENES = 8000
+# eigenpairs are found directly where more than one in so many is wanted
+DIRECT_SHARE = 8
 # columns with entries in a larger share of the rows are multiplied dense
 DENSE_SHARE = 0.03
 # eigenvalues of float32 products are noise below
@@ -151,11 +154,14 @@ def inner_products(rows: sp.csr_matrix, width: int = 2048) -> np.ndarray:
 
 def _largest_eigenpairs(symmetric: np.ndarray, rank: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues and vectors of a positive semidefinite matrix, the largest first."""
-    if rank is None and len(symmetric) <= FULL_RANK:
-        values, vectors = np.linalg.eigh(symmetric.astype(np.float64))
+    rank = (
+        len(symmetric) if rank is None and len(symmetric) <= FULL_RANK else min(rank or RANK, len(symmetric))
+    )
+    if rank * DIRECT_SHARE >= len(symmetric):
+        # of a good part of all pairs, the direct way is the cheaper one
+        values, vectors = eigh(symmetric, subset_by_index=[len(symmetric) - rank, len(symmetric) - 1])
         values, vectors = values[::-1], vectors[:, ::-1]
     else:
-        rank = min(rank or RANK, len(symmetric))
-        vectors, values, _ = randomized_svd(symmetric, rank, n_iter=4, random_state=0)
+        vectors, values, _ = randomized_svd(symmetric, rank, n_iter=2, random_state=0)
     kept = values > SMALLEST_EIGENVALUE * values.max(initial=1e-30)
     return values[kept], vectors[:, kept]

@@ -1,4 +1,4 @@
-"""Scores of one contestant on one fold."""
+"""Scores of one method on one fold."""
 
 import math
 from importlib.util import find_spec
@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ...training.run_summary import DEFAULT_THRESHOLD
-from ..calibration import calibration_metrics, expected_calibration_error
-from ..metrics import classification_metrics
-from ..novelty import (
+from ..evaluation.calibration import expected_calibration_error
+from ..evaluation.metrics import classification_metrics
+from ..evaluation.novelty import (
     MahalanobisNovelty,
     NeighbourNovelty,
     energy_score,
@@ -19,17 +18,18 @@ from ..novelty import (
     novelty_auroc,
     reject,
 )
-from .contestants import Contestant, Outputs
-from .protocols import Fold
+from ..training.run_summary import DEFAULT_THRESHOLD
+from .folds import Fold
+from .methods import Method, Outputs
 
 
-def fold_scores(contestant: Contestant, outputs: Outputs, fold: Fold, true: np.ndarray) -> dict[str, Any]:
+def fold_scores(method: Method, outputs: Outputs, fold: Fold, true: np.ndarray) -> dict[str, Any]:
     """
     One row of results.
 
     Parameters
     ----------
-    contestant, outputs
+    method, outputs
         Who, and what it said of the test cells.
     fold
         Of the test cells.
@@ -40,15 +40,15 @@ def fold_scores(contestant: Contestant, outputs: Outputs, fold: Fold, true: np.n
     -------
     dict
         Scores over the test cells whose type was learnt; with a novel type also the keys of
-        `comparison.NOVELTY`, over all test cells; for scBERT ``ece`` and ``ece_before`` the temperature.
+        `comparison.NOVELTY`, over all test cells.
     """
     known = np.isin(true, outputs.classes)
     scores = classification_metrics(true[known], outputs.predicted[known])
     row = {
         "fold": fold.name,
         "setting": fold.setting,
-        "model": contestant.name,
-        "control": contestant.is_control,
+        "model": method.name,
+        "baseline": method.is_baseline,
         "cells": {"train": int((fold.split == "train").sum()), "test": len(true)},
         **{name: scores[name] for name in ("accuracy", "macro_f1", "balanced_accuracy")},
         "per_class": scores["per_class"],
@@ -69,17 +69,14 @@ def _calibration(outputs: Outputs, true: np.ndarray, known: np.ndarray) -> dict[
     if len(outputs.classes) < 2 or not len(targets):
         return {}
     row: dict[str, Any] = {"ece": expected_calibration_error(outputs.probabilities[known], targets)}
-    if outputs.logits is not None:
-        row["ece_before"] = calibration_metrics(outputs.logits[known], targets)["ece"]
-        row |= {"temperature": outputs.temperature, "threshold": outputs.threshold}
-    return row
+    return row | ({} if outputs.logits is None else {"threshold": outputs.threshold})
 
 
 def novelty_scores(outputs: Outputs, true: np.ndarray) -> dict[str, Any]:
     """
     Known and novel accuracy by the rule "confidence below 0.5", and AUROC of every novelty score there is.
 
-    ``at_fitted_threshold`` holds the accuracies at the threshold that validation cells chose.
+    ``at_fitted_threshold`` holds the accuracies at the threshold that the model has.
     """
     is_novel = ~np.isin(true, outputs.classes)
     certainty = max_probability_score(outputs.probabilities)
