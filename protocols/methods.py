@@ -109,22 +109,16 @@ def baseline(name: str, threads: int = 2) -> Method:
 
 
 def scbert(name: str, settings: dict[str, Any], work: Path, is_baseline: bool = False) -> Method:
-    """
-    Fine-tune with these settings (``recipe``, ``base``, and what goes over the recipe), in a folder for scratch.
-
-    ``draws`` above 1 averages the probabilities over as many draws of the random features.
-    """
+    """Fine-tune with these settings (``recipe``, ``base``, and what goes over the recipe), in a folder for scratch."""
 
     def run(cells: anndata.AnnData, fold: Fold, seed: int) -> Outputs:
         started = time.perf_counter()
-        given = dict(settings)
-        draws = int(given.pop("draws", 1))
         work.mkdir(parents=True, exist_ok=True)
         try:
-            model, data = _train(cells, fold, given, work, seed)
+            model, data = _train(cells, fold, settings, work, seed)
             # asked of the cells as they are: fine-tuning's own test leaves types out that it did not learn
             asked = data.tokenizer.bin_cells(cells[fold.split == TEST], input=data.input_kind)
-            outputs = _outputs(model, data, asked, draws)
+            outputs = _outputs(model, data, asked)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         outputs.seconds = time.perf_counter() - started
@@ -171,7 +165,7 @@ def _with_copies(cells: anndata.AnnData, fold: Fold) -> tuple[anndata.AnnData, b
     return anndata.AnnData(cells.X[chosen], obs=obs, var=cells.var[columns]), few
 
 
-def _outputs(model: torch.nn.Module, data: Any, asked: Any, draws: int) -> Outputs:
+def _outputs(model: torch.nn.Module, data: Any, asked: Any) -> Outputs:
     train, validation = data.splits[TRAIN], data.splits[VALIDATION]
     loaded = LoadedModel(model, data.tokenizer)
     of_validation = predict_cells(loaded, validation.bins)["logits"]
@@ -179,15 +173,10 @@ def _outputs(model: torch.nn.Module, data: Any, asked: Any, draws: int) -> Outpu
     learnt = predict_cells(loaded, train.bins, ("embeddings",))["embeddings"]
     found = predict_cells(loaded, asked, ("logits", "embeddings"))
     logits = found["logits"]
-    probabilities = softmax(logits, temperature)
-    for draw in range(1, draws):
-        model.base_model.redraw_features(draw)
-        again = predict_cells(loaded, asked)["logits"]
-        probabilities = probabilities + softmax(again, temperature)
     threshold = threshold_of(softmax(of_validation, temperature), validation.targets, ASSIGNED_PRECISION)
     return Outputs(
         classes=data.classes,
-        probabilities=probabilities / draws,
+        probabilities=softmax(logits, temperature),
         seconds=0.0,
         logits=logits,
         embeddings=found["embeddings"],
