@@ -239,7 +239,6 @@ def _annotation(
         "labels": np.array(names, dtype=object),
         "model": loaded.name,
         "threshold": float(threshold),
-        "temperature": loaded.temperature,
         "gene_overlap": overlap_numbers(query.alignment),
         "versions": versions(),
         "dtype": str(loaded.dtype).removeprefix("torch."),

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch.utils.data import Dataset
 
@@ -31,6 +30,7 @@ class CellDataset(Dataset):
 
     Examples
     --------
+    >>> import scipy.sparse as sp
     >>> cells = CellDataset(sp.csr_matrix(np.array([[0, 2, 1], [3, 0, 0]], dtype=np.int8)), labels=[1, 0])
     >>> batch = cells.__getitems__([3, 0])
     >>> batch["bins"].toarray().tolist(), batch["labels"].tolist(), batch["indices"].tolist()
@@ -55,32 +55,6 @@ class CellDataset(Dataset):
         return batch if self.labels is None else batch | {"labels": self.labels[rows]}
 
 
-class GeneDropoutDataset(CellDataset):
-    """
-    Training cells that lose a random part of their expressed genes, another one every time.
-
-    Parameters
-    ----------
-    bins, labels
-        As in `CellDataset`.
-    gene_dropout
-        Chance of an expressed gene to be read as not expressed, 0 to below 1. Drawn from torch's generator, whose
-        state checkpoints hold.
-    """
-
-    def __init__(self, bins: sp.csr_matrix, labels: np.ndarray, gene_dropout: float):
-        super().__init__(bins, labels)
-        self.gene_dropout = gene_dropout
-
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        batch = super().__getitems__(indices)
-        bins = batch["bins"]
-        kept = torch.rand(bins.nnz).numpy() >= self.gene_dropout
-        indptr = np.concatenate([[0], np.cumsum(kept)])[bins.indptr]
-        thinned = sp.csr_matrix((bins.data[kept], bins.indices[kept], indptr), shape=bins.shape)
-        return batch | {"bins": thinned}
-
-
 class DataCollatorForCells:
     """
     Batches of `CellDataset` as tensors: what the tokenizer says of the cells, and their labels.
@@ -93,6 +67,7 @@ class DataCollatorForCells:
     Examples
     --------
     >>> from scbert import ScBertTokenizer
+    >>> import scipy.sparse as sp
     >>> cells = CellDataset(sp.csr_matrix(np.array([[0, 2], [3, 1]], dtype=np.int8)), labels=[1, 0])
     >>> collator = DataCollatorForCells(ScBertTokenizer(gene_panel=["CD3E", "MS4A1"]))
     >>> collator(cells.__getitems__([0, 1]))["input_ids"]
@@ -129,6 +104,7 @@ class DataCollatorForMaskedExpression:
     Examples
     --------
     >>> from scbert import ScBertTokenizer
+    >>> import scipy.sparse as sp
     >>> cells = CellDataset(sp.csr_matrix(np.array([[0, 2], [3, 1]], dtype=np.int8)))
     >>> collator = DataCollatorForMaskedExpression(ScBertTokenizer(gene_panel=["CD3E", "MS4A1"]))
     >>> (collator(cells.__getitems__([0, 1]))["labels"] != -100).sum(dim=1)
