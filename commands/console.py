@@ -133,7 +133,10 @@ def guarded(command: Callable[[], Any]) -> int:
 
 def explain(error: Exception) -> str | None:
     """Return the paragraph a user needs to mend ``error``, or None where it is a bug of ours."""
-    if _disk_is_full(error):
+    # imported here: nothing is slow to fail
+    from ..data.write_output import disk_is_full
+
+    if disk_is_full(error):
         where = getattr(error, "filename", None)
         return (
             f"The disk is full{f' ({where})' if where else ''}: the output could not be written and nothing "
@@ -157,20 +160,6 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"Out of memory: try a smaller --batch-size. ({error})"
     return None
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    # h5py, torch and safetensors each wrap the system's error in a text of their own
-    signs = ("no space left on device", "os error 28", "errno = 28", "disk quota exceeded")
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(sign in str(error).lower() for sign in signs):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextlib.contextmanager

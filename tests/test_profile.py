@@ -1,5 +1,6 @@
 """How many files of the package a job runs through: a reader who follows a cell opens no more than these."""
 
+import logging
 import subprocess
 import sys
 import threading
@@ -13,9 +14,13 @@ from scbert.training.run_finetune import finetune
 ROOT = Path(__file__).resolve().parents[1]
 # the aim is 20 and 30: lower these when a detour goes, never raise them
 MOST_FILES_OF_ANNOTATE = 26
-MOST_FILES_OF_FINETUNE = 35
+MOST_FILES_OF_FINETUNE = 34
 # the goal is 21,000
+<<<<<<< HEAD
+MOST_LINES = 25_150
+=======
 MOST_LINES = 25_400
+>>>>>>> main
 
 
 def files_run(job):
@@ -36,6 +41,12 @@ def files_run(job):
         threading.setprofile(None)
     inside = {Path(name).relative_to(ROOT) for name in found if Path(name).is_relative_to(ROOT)}
     return sorted(str(path) for path in inside if path.parts[0] not in ("tests", ".venv"))
+
+
+@pytest.fixture(autouse=True)
+def no_messages(monkeypatch):
+    """Without the handler that a test of the command line has left behind."""
+    monkeypatch.setattr(logging.getLogger("scbert"), "handlers", [])
 
 
 @pytest.fixture
