@@ -160,7 +160,7 @@ def annotate(
     """Give every cell a cell type and a confidence."""
     given = locals()
     existing(query)
-    from .inference.annotate import annotate_file
+    from .inference.annotate_cells import annotate_file
 
     # None is an answer here: the shipped annotator
     run(partial(annotate_file, model=given.pop("model")), **given)
@@ -185,7 +185,7 @@ def embed(
     """Write each cell's embedding to obsm["X_scbert"]."""
     given = locals()
     existing(query)
-    from .inference.embed import embed_file
+    from .inference.embed_cells import embed_file
 
     run(embed_file, **given)
 
@@ -212,7 +212,7 @@ def convert(
     given = locals()
     existing(checkpoint)
     existing(genes)
-    from .inference.convert import convert as job
+    from .inference.convert_original import convert as job
 
     run(job, **given)
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import anndata
-import numpy as np
 
 from ..evaluation.embedding_plot import plot_embedding
 from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel, load_model
-from .annotate import annotate_file
+from .annotate_cells import annotate_file
 from .query import opened
 from .report import cell_coordinates, types_table
 
@@ -95,7 +94,7 @@ def annotate_upload(
         labels = cells.obs["scbert_cell_type"].astype(str).to_numpy()
         confidence = cells.obs["scbert_confidence"].to_numpy()
         table = types_table(labels, confidence)
-        xy, chosen, source = cell_coordinates(cells, np.asarray(cells.obsm["scbert_probabilities"]))
+        xy, chosen, source = cell_coordinates(cells, input=values)
     finally:
         cells.file.close()
     picture = None

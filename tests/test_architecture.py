@@ -23,7 +23,9 @@ LEVELS = (
     {"evaluation"},
     {"trained_model"},
     {"training"},
-    {"inference", "interpretation", "model_cards", "evaluation/run_benchmark"},
+    {"inference", "model_cards", "evaluation/run_benchmark"},
+    {"interpretation"},
+    {"api"},
     {
         "cli",
         "cli_options",
