@@ -255,10 +255,13 @@ def _annotation(
         else:
             _add_vote(obs, uns, vote, vote_key, own_groups)
             notes += vote_notes(vote)
+    parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
+    summary = _summary(labels, confidence, loaded, query, notes)
+    counts = ", ".join(f"{label} {count:,}" for label, count in summary["cells_per_label"].items())
+    logger.info(f"Cells per type: {counts}.")
     for note in notes:
         logger.warning(note)
-    parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
-    return parts, _summary(labels, confidence, loaded, query, notes)
+    return parts, summary
 
 
 def _predict_all(

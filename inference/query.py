@@ -123,6 +123,10 @@ class BinnedQuery:
             yield start, bins
             start += bins.shape[0]
 
+    def all_bins(self) -> sp.csr_matrix:
+        """Bins of all cells at once, [cells, panel]."""
+        return sp.vstack([bins for _, bins in self.chunks()], format="csr")
+
 
 def overlap_report(alignment: GeneAlignment) -> str:
     """One line on how the genes of the query match the model's panel."""

@@ -19,6 +19,7 @@ from ..data.read import read_cells
 from ..data.write_h5ad import atomic_write_h5ad
 from ..data.write_output import partial_folder
 from ..evaluation.tables import TextTable
+from ..inference.query import BinnedQuery
 from ..inference.shipped import model_or_shipped
 from ..tokenization import InputError, ScBertTokenizer, gene_names_of, select_matrix
 from ..trained_model.loaded_model import LoadedModel, load_model
@@ -110,8 +111,7 @@ def explain_file(
     if label_key is not None and label_key not in adata.obs:
         have = ", ".join(map(str, adata.obs.columns)) or "none"
         raise InputError(f"There is no column {label_key!r} in obs; it has: {have}.")
-    tokenizer.align(adata, layer=layer).check(force=force)
-    bins = tokenizer.bin_cells(adata, input=input, layer=layer)
+    bins = BinnedQuery(adata, tokenizer, layer, input, force, progress=False).all_bins()
     predicted = predict_cells(loaded, bins)["logits"].argmax(axis=1)
     rows = choose_cells(predicted, np.diff(bins.indptr) > 0, cells_per_type, seed)
     targets, part = predicted[rows], bins[rows]

@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from ..data.read import read_cells
+from ..inference.query import BinnedQuery
 from ..inference.shipped import model_or_shipped
 from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError, ScBertTokenizer
@@ -80,8 +81,7 @@ def explain(
     """
     loaded = load_model(model_or_shipped(model), "annotation")
     adata = read_cells(cells, layer=layer)
-    loaded.tokenizer.align(adata, layer=layer).check(force=force)
-    bins = loaded.tokenizer.bin_cells(adata, input=input, layer=layer)
+    bins = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress=False).all_bins()
     predicted = predict_cells(loaded, bins)["logits"].argmax(axis=1)
     rows = choose_cells(predicted, np.diff(bins.indptr) > 0, cells_per_type, seed)
     found = integrated_gradients(loaded.model, loaded.tokenizer, bins[rows], predicted[rows], n_steps)
