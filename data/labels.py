@@ -1,4 +1,4 @@
-"""Cell-type labels as they stand in files: missing values, reserved words, rare classes."""
+"""Cell-type labels as they stand in files: missing values, reserved words, small classes."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from ..tokenization import InputError
 UNASSIGNED = "unassigned"
 # what missing values become when a column has been through text
 MISSING_WORDS = {"", "nan", "none", "<na>"}
-MIN_CELLS_PER_CLASS = 3
+# of classes with fewer cells little can be learnt, and nothing said about how well
+FEW_CELLS = 3
 # a column of measurements has nearly as many values as cells
 MAX_SHARE_OF_DISTINCT_NUMBERS = 0.5
 
@@ -88,7 +89,7 @@ def _refuse_measurements(column: pd.Series, label_key: str) -> None:
 
 def choose_classes(labels: Sequence[str | None], label_key: str) -> tuple[list[str], dict[str, Any]]:
     """
-    Classes with enough cells to be learnt, and what is left out.
+    The classes to be learnt, however few cells they have, and what a reader has to know of them.
 
     Parameters
     ----------
@@ -102,28 +103,27 @@ def choose_classes(labels: Sequence[str | None], label_key: str) -> tuple[list[s
     classes : list of str
         Sorted.
     report : dict
-        ``unlabelled`` (cells), ``rare_classes`` (``{name: cells}``, fewer than three cells, set aside).
+        ``unlabelled`` (cells), ``small_classes`` (``{name: cells}``, fewer than three cells).
 
     Raises
     ------
     InputError
-        If fewer than two classes are left.
+        If there are fewer than two classes.
 
     Examples
     --------
     >>> choose_classes(["B"] * 3 + ["T"] * 4 + ["Mast", None], "type")
-    (['B', 'T'], {'unlabelled': 1, 'rare_classes': {'Mast': 1}})
+    (['B', 'Mast', 'T'], {'unlabelled': 1, 'small_classes': {'Mast': 1}})
     """
     counts = Counter(label for label in labels if label is not None)
-    rare = {name: n for name, n in sorted(counts.items()) if n < MIN_CELLS_PER_CLASS}
-    classes = sorted(set(counts) - set(rare))
-    report = {"unlabelled": len(labels) - sum(counts.values()), "rare_classes": rare}
+    classes = sorted(counts)
+    small = {name: counts[name] for name in classes if counts[name] < FEW_CELLS}
+    report = {"unlabelled": len(labels) - sum(counts.values()), "small_classes": small}
     if len(classes) >= 2:
         return classes, report
     found = f"only {classes[0]!r}" if classes else "none"
     raise InputError(
-        f"The column {label_key!r} has {found} with at least {MIN_CELLS_PER_CLASS} cells"
-        + (f" ({_listed(rare)} have fewer)" if rare else "")
+        f"The column {label_key!r} has {found} as a class"
         + (f"; {report['unlabelled']} of {len(labels)} cells have no label" if report["unlabelled"] else "")
         + ". At least two classes are needed to learn to tell them apart."
     )

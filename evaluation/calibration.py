@@ -39,7 +39,7 @@ def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray, temperature:
 
 
 def fit_temperature(
-    logits: np.ndarray, labels: np.ndarray, bounds: tuple[float, float] = (0.05, 20.0)
+    logits: np.ndarray, labels: np.ndarray, bounds: tuple[float, float] = (0.05, 20.0), prior: float = 0.0
 ) -> float:
     """
     The one number that, dividing the logits, makes validation cells likeliest.
@@ -53,6 +53,8 @@ def fit_temperature(
     bounds
         Temperatures searched. A value at a bound means that the validation cells are (nearly) all right or
         all wrong, and tell nothing about calibration.
+    prior
+        Weight, in cells, of the belief that the logarithm is near 0: what keeps few cells from the bounds.
 
     Returns
     -------
@@ -77,8 +79,13 @@ def fit_temperature(
     """
     logits, labels = _checked(logits, labels)
     optimize = require("scipy.optimize")
+
+    def loss(log_temperature):
+        belief = prior / len(labels) * log_temperature**2 / 2
+        return negative_log_likelihood(logits, labels, np.exp(log_temperature)) + belief
+
     result = optimize.minimize_scalar(
-        lambda log_temperature: negative_log_likelihood(logits, labels, np.exp(log_temperature)),
+        loss,
         bounds=np.log(bounds),
         method="bounded",
         options={"xatol": 1e-6},

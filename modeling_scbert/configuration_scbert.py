@@ -35,8 +35,9 @@ class ScBertConfig(PreTrainedConfig):
         Two residual streams whose activations the backward pass recomputes, so that training memory does not grow
         with depth. A different function of the same weights; by default on with ``"lsh"`` only, as in Reformer.
     ordinal_expression
-        New expression embeddings start on a line, in the order of the bins, instead of anywhere: a gene-resolved
-        linear head then starts as a regression on expression. Of no effect on weights that are loaded.
+        New expression embeddings start in the order of the bins, on an arc, instead of anywhere: what the final norm
+        leaves of a token along the arc's chord is then proportional to its bin, and a gene-resolved linear head is a
+        regression on expression. Of no effect on weights that are loaded.
     freeze_gene_embeddings
         Keep the gene table (gene2vec) out of training: it is then a buffer, not a parameter.
     position_embedding_type
@@ -46,11 +47,11 @@ class ScBertConfig(PreTrainedConfig):
         token, weighted by ``modality_loss_weight`` (scMBERT's lambda).
     classifier_hidden_sizes
         Widths of the hidden layers of the classification head; empty for a gene-resolved linear head.
-    classifier_temperature
-        Divides the logits where probabilities are made of them (annotation, pipelines), never in forward; fitted
-        on validation cells. Plain "temperature" is a word of text generation: transformers drops it from configs.
+    cell_vector_size
+        Above 0, the classification head also makes a vector of this size of every cell, whose distance to the known
+        types tells how likely the cell is of none of them; see `ScBertNovelty`.
     unassigned_threshold
-        Confidence below which annotation calls a cell "unassigned" unless told otherwise; chosen on validation
+        Confidence below which annotation calls a cell "unassigned" unless told otherwise; chosen on held-out
         cells. None: 0.5, scBERT's rule.
     pooling
         ``"conv"`` reduces each token to one number and keeps genes apart (scBERT); ``"mean"`` averages tokens.
@@ -71,6 +72,8 @@ class ScBertConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [
         "hidden_states",
         "attentions",
+        "probabilities",
+        "cell_vectors",
         "masked_expression_loss",
         "modality_loss",
         "modality_logits",
@@ -104,7 +107,7 @@ class ScBertConfig(PreTrainedConfig):
     modality_loss_weight: float | int = 1.0
     classifier_hidden_sizes: list[int] | tuple[int, ...] = (512, 128)
     classifier_dropout: float | int = 0.0
-    classifier_temperature: float | int = 1.0
+    cell_vector_size: int = 0
     unassigned_threshold: float | int | None = None
     pooling: Literal["conv", "mean"] = "conv"
     sparse_prediction: bool = False
@@ -158,8 +161,8 @@ class ScBertConfig(PreTrainedConfig):
             raise ValueError("num_hidden_layers and feature_redraw_interval cannot be negative.")
         if self.kernel_epsilon < 0:
             raise ValueError(f"kernel_epsilon is {self.kernel_epsilon}; it cannot be negative.")
-        if not self.classifier_temperature > 0:
-            raise ValueError(f"classifier_temperature is {self.classifier_temperature}; it must be above 0.")
+        if self.cell_vector_size < 0:
+            raise ValueError(f"cell_vector_size is {self.cell_vector_size}; it cannot be negative.")
         if self.unassigned_threshold is not None and not 0 <= self.unassigned_threshold <= 1:
             raise ValueError(
                 f"unassigned_threshold is {self.unassigned_threshold}; it must lie between 0 and 1."

@@ -25,11 +25,13 @@ class ScBertGeneEmbeddings(nn.Module):
             self.weight = nn.Parameter(weight)
 
     def start_weights(self) -> None:
-        """Random rows, zeros for the trailing token; nothing along the line of ordinal expression."""
+        """Random rows, zeros for the trailing token; across the arc of ordinal expression, and of one length."""
         init.normal_(self.weight, std=self.config.initializer_range)
         if self.config.ordinal_expression:
-            direction = expression_direction(self.config).to(self.weight)
-            init.copy_(self.weight, self.weight - (self.weight @ direction).unsqueeze(-1) * direction)
+            arc = expression_plane(self.config).to(self.weight)
+            rows = self.weight - self.weight.mean(dim=1, keepdim=True)
+            rows = rows - rows @ arc.T @ arc
+            init.copy_(self.weight, arc_radius(self.config) * nn.functional.normalize(rows))
         # a slice of the table loses its "already loaded" mark, so ask the table
         if not getattr(self.weight, "_is_hf_initialized", False):
             init.zeros_(self.weight[-1])
@@ -66,30 +68,38 @@ class ScBertExpressionEmbeddings(nn.Embedding):
         self.config = config
 
     def start_weights(self) -> None:
-        """With ``ordinal_expression``, bins in their order on a line; else as every embedding starts."""
+        """With ``ordinal_expression``, bins in their order on an arc; else as every embedding starts."""
         if self.config.ordinal_expression:
             init.copy_(self.weight, self.ordered())
 
     def ordered(self) -> torch.Tensor:
         """
-        Rows ``[vocab_size, hidden]`` on a line from zero; a random one for the mask.
+        Rows ``[vocab_size, hidden]`` on a quarter of a circle; a random one for the mask.
 
-        The last bin is half as long as a gene's row: at the end of the norm, a token's share along the line is then
-        nearly proportional to its bin.
+        All bins are of one length, so that a layer norm divides every token by the same number: what is left along
+        the first axis of the plane is proportional to the bin.
         """
         config = self.config
-        bins = torch.arange(config.vocab_size - 1) / max(1, config.vocab_size - 2)
-        length = config.initializer_range * config.hidden_size**0.5 / 2
+        share = torch.arange(config.vocab_size - 1) / max(1, config.vocab_size - 2)
+        on_arc = torch.stack([share, (1 - share**2).sqrt()], dim=1) @ expression_plane(config)
         generator = torch.Generator().manual_seed(config.seed + 1)
         mask = torch.randn(1, config.hidden_size, generator=generator) * config.initializer_range
-        return torch.cat([bins[:, None] * expression_direction(config) * length, mask])
+        return torch.cat([on_arc * arc_radius(config), mask])
 
 
-def expression_direction(config) -> torch.Tensor:
-    """Where ordinal expression points, ``[hidden]``; of mean zero, or layer norms would take a part of it away."""
-    direction = torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(config.seed))
-    direction -= direction.mean()
-    return direction / direction.norm()
+def expression_plane(config) -> torch.Tensor:
+    """
+    Two axes at right angles, ``[2, hidden]``; the first is the way that expression grows.
+
+    Their means are zero, or layer norms would take a part of them away.
+    """
+    axes = torch.randn(config.hidden_size, 2, generator=torch.Generator().manual_seed(config.seed))
+    return torch.linalg.qr(axes - axes.mean(dim=0))[0].T.contiguous()
+
+
+def arc_radius(config) -> float:
+    """Length of an embedding that starts with ordinal expression: that of a random one, in the mean."""
+    return config.initializer_range * config.hidden_size**0.5
 
 
 class ScBertEmbeddings(nn.Module):

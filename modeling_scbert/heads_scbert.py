@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from .configuration_scbert import ScBertConfig
 from .packing_scbert import unpacked
@@ -21,6 +22,7 @@ class ScBertClassificationHead(nn.Module):
         self.dense = nn.ModuleList([nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)])
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.out_proj = nn.Linear(sizes[-1], config.num_labels)
+        self.novelty = ScBertNovelty(pooled_size, config) if config.cell_vector_size else None
 
     def pool(self, hidden_states, attention_mask=None, gene_ids=None) -> torch.Tensor:
         """``[batch, length, hidden]`` to ``[batch, max_position_embeddings]`` (conv) or ``[batch, hidden]`` (mean)."""
@@ -44,8 +46,60 @@ class ScBertClassificationHead(nn.Module):
             )
         return values
 
-    def forward(self, hidden_states, attention_mask=None, gene_ids=None) -> torch.Tensor:
-        pooled = self.pool(*unpacked(hidden_states, attention_mask, gene_ids))
+    def forward(self, hidden_states, attention_mask=None, gene_ids=None) -> dict[str, torch.Tensor | None]:
+        """
+        Logits ``[batch, labels]``, and where nothing is trained, ``probabilities [batch, labels]`` of all types (what
+        they lack to 1 is the probability of a type that is not among them) and ``cell_vectors [batch, size]``.
+        """
+        pooled = states = self.pool(*unpacked(hidden_states, attention_mask, gene_ids))
         for dense in self.dense:
-            pooled = self.dropout(nn.functional.relu(dense(pooled)))
-        return self.out_proj(pooled)
+            states = self.dropout(nn.functional.relu(dense(states)))
+        logits, probabilities, vectors = self.out_proj(states), None, None
+        if not self.training:
+            probabilities = logits.float().softmax(dim=-1)
+            if self.novelty is not None:
+                vectors = self.novelty.vectors(pooled)
+                known = 1 - self.novelty(vectors, logits).sigmoid()
+                probabilities = probabilities * known.unsqueeze(-1)
+        return {"logits": logits, "probabilities": probabilities, "cell_vectors": vectors}
+
+
+class ScBertNovelty(nn.Module):
+    """
+    How likely a cell is of none of the known types, by what is fitted once the head is (training/novelty_head.py).
+
+    Two facts speak of a cell: how much its logits say for any type at all (their log-sum-exp, the negative energy of
+    Liu et al. 2020), and how far its vector lies from the center of the nearest type (Mahalanobis distance; Lee et al.
+    2018). No gradient trains these, so they are buffers.
+    """
+
+    # log odds of a model that was fitted to nothing: every cell is of a known type
+    NEVER = -30.0
+
+    def __init__(self, pooled_size: int, config: ScBertConfig):
+        super().__init__()
+        size = config.cell_vector_size
+        self.register_buffer("projection", torch.empty(size, pooled_size))
+        self.register_buffer("offset", torch.empty(size))
+        self.register_buffer("centers", torch.empty(config.num_labels, size))
+        # intercept, and what log-sum-exp and log squared distance are multiplied by
+        self.register_buffer("coefficients", torch.empty(3))
+
+    def start_weights(self) -> None:
+        """Zeros: nothing is novel."""
+        for name in ("projection", "offset", "centers"):
+            init.zeros_(getattr(self, name))
+        init.copy_(self.coefficients, torch.tensor([self.NEVER, 0.0, 0.0]))
+
+    def vectors(self, pooled) -> torch.Tensor:
+        """Cell vectors ``[batch, size]`` of what the pooling gives; their unit is the scatter within a type."""
+        # in full precision: a distance is a small difference of large numbers
+        with torch.autocast(pooled.device.type, enabled=False):
+            return nn.functional.linear(pooled.float(), self.projection, self.offset)
+
+    def forward(self, vectors, logits) -> torch.Tensor:
+        """Log odds ``[batch]`` that a cell is of none of the types."""
+        squared = (vectors.unsqueeze(1) - self.centers).square().sum(dim=-1).amin(dim=1)
+        intercept, by_energy, by_distance = self.coefficients
+        energy, distance = -logits.float().logsumexp(dim=-1), (squared + 1e-9).log()
+        return intercept + by_energy * energy + by_distance * distance

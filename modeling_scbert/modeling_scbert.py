@@ -329,6 +329,25 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
         return {"modality_loss": loss, "modality_logits": logits}
 
 
+@dataclass
+class ScBertCellClassificationOutput(SequenceClassifierOutput):
+    """
+    Output of cell-type annotation.
+
+    Parameters
+    ----------
+    probabilities
+        ``[batch, num_labels]``, float32, where the model is in evaluation mode: of each type. With
+        ``config.cell_vector_size`` their sum is the probability that the cell is of a known type, else 1. A cell whose
+        largest one is below ``config.unassigned_threshold`` is best called "unassigned".
+    cell_vectors
+        ``[batch, cell_vector_size]``, in evaluation mode and with ``config.cell_vector_size`` only.
+    """
+
+    probabilities: torch.FloatTensor | None = None
+    cell_vectors: torch.FloatTensor | None = None
+
+
 class ScBertForCellClassification(ScBertPreTrainedModel):
     """
     Cell-type annotation: one label per cell.
@@ -360,14 +379,14 @@ class ScBertForCellClassification(ScBertPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
+    ) -> ScBertCellClassificationOutput:
         """
         Encode and classify; arguments as in `ScBertModel`, and ``labels [batch]``.
 
         Returns
         -------
-        SequenceClassifierOutput
-            ``logits [batch, num_labels]``.
+        ScBertCellClassificationOutput
+            ``logits [batch, num_labels]``, and in evaluation mode ``probabilities``.
         """
         outputs = self.scbert(
             input_ids,
@@ -377,10 +396,12 @@ class ScBertForCellClassification(ScBertPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits = self.classifier(outputs.last_hidden_state, attention_mask, gene_ids)
+        found = self.classifier(outputs.last_hidden_state, attention_mask, gene_ids)
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss = self.loss_function(
+                labels=labels, pooled_logits=found["logits"], config=self.config, **kwargs
+            )
+        return ScBertCellClassificationOutput(
+            loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **found
         )

@@ -145,14 +145,14 @@ class CellTypeAnnotationPipeline(CellPipeline):
             )
 
     def _forward(self, inputs):
-        return {"logits": self.model(**inputs).logits, "expressed": (inputs["input_ids"] > 0).any(dim=1)}
+        found = self.model(**inputs).probabilities
+        return {"probabilities": found, "expressed": (inputs["input_ids"] > 0).any(dim=1)}
 
     def postprocess(self, outputs, top_k=5):
         if not outputs["expressed"].item():
             return [{"label": "unassigned", "score": 0.0}]
         config = self.model.config
-        scores = (outputs["logits"][0].double() / config.classifier_temperature).softmax(-1)
-        best = scores.topk(min(top_k or config.num_labels, config.num_labels))
+        best = outputs["probabilities"][0].topk(min(top_k or config.num_labels, config.num_labels))
         return [
             {"label": config.id2label[index], "score": score}
             for score, index in zip(best.values.tolist(), best.indices.tolist())
@@ -161,7 +161,8 @@ class CellTypeAnnotationPipeline(CellPipeline):
 
 class CellEmbeddingPipeline(CellPipeline):
     """
-    Embeddings: per cell a float32 array [hidden_size], see `mean_of_expressed`.
+    Embeddings: per cell a float32 array, the cell vector of a classifier that has one, else [hidden_size] as in
+    `mean_of_expressed`.
 
     Examples
     --------
@@ -170,6 +171,8 @@ class CellEmbeddingPipeline(CellPipeline):
     """
 
     def _forward(self, inputs):
+        if self.model.config.cell_vector_size and hasattr(self.model, "classifier"):
+            return {"embeddings": self.model(**inputs).cell_vectors}
         return {"embeddings": mean_of_expressed(self.model.base_model(**inputs).last_hidden_state, **inputs)}
 
     def postprocess(self, outputs):

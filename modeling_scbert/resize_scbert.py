@@ -55,6 +55,10 @@ class ResizeEmbeddingsMixin:
             columns = torch.empty(first.out_features, added).normal_(std=self.config.initializer_range)
             first.weight = _like(first.weight, _insert(first.weight, columns, dim=1))
             first.in_features += added
+            if classifier.novelty is not None:
+                # what a vector was fitted to knows nothing of new genes
+                unknown = torch.zeros(self.config.cell_vector_size, added)
+                classifier.novelty.projection = _insert(classifier.novelty.projection, unknown, dim=1)
         self.config.max_position_embeddings = num_genes + 1
 
     @torch.no_grad()

@@ -6,9 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy.special import softmax
 from transformers import PreTrainedModel
 
 from ..modeling_scbert import ScBertForCellClassification, ScBertModel
@@ -51,19 +49,20 @@ class LoadedModel:
         return [str(self.model.config.id2label[index]) for index in range(self.model.config.num_labels)]
 
     @property
-    def temperature(self) -> float:
-        """What divides the logits; 1 unless the model was calibrated."""
-        return float(self.model.config.classifier_temperature)
+    def embedding_size(self) -> int:
+        """Width of an embedding: a classifier's cell vectors where it makes them, else hidden states."""
+        return self.model.config.cell_vector_size if self.has_cell_vectors else self.model.config.hidden_size
+
+    @property
+    def has_cell_vectors(self) -> bool:
+        """Whether the model is a classifier that makes cell vectors."""
+        return getattr(getattr(self.model, "classifier", None), "novelty", None) is not None
 
     @property
     def threshold(self) -> float:
-        """Confidence below which a cell is "unassigned": chosen on validation cells, or 0.5."""
+        """Confidence below which a cell is "unassigned": chosen on held-out cells, or 0.5."""
         chosen = self.model.config.unassigned_threshold
         return 0.5 if chosen is None else float(chosen)
-
-    def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """Calibrated probabilities of logits [cells, labels], float32."""
-        return softmax(logits.astype(np.float64) / self.temperature, axis=1).astype(np.float32)
 
 
 def load_model(
@@ -106,7 +105,8 @@ def load_model(
     if isinstance(model, LoadedModel):
         return model
     folder = find_model(model)
-    architectures = check_model_folder(folder).get("architectures") or []
+    config = check_model_folder(folder)
+    architectures = config.get("architectures") or []
     if task == "annotation" and architectures != [ScBertForCellClassification.__name__]:
         raise InputError(
             f"The model in {folder} ({', '.join(architectures) or 'no architecture named'}) has no cell types yet: it "
@@ -114,7 +114,8 @@ def load_model(
             f"`scbert finetune REF.h5ad --label-key KEY --base {folder} --output DIR`."
         )
     device, tokenizer = pick_device(device), load_tokenizer(folder)
-    model_class = ScBertForCellClassification if task == "annotation" else ScBertModel
+    classifier = task == "annotation" or config.get("cell_vector_size")
+    model_class = ScBertForCellClassification if classifier else ScBertModel
     network = load_weights(model_class, folder)
     _check_match(folder, network, tokenizer)
     dtype = _pick_dtype(device, dtype)

@@ -41,8 +41,8 @@ def predict(
     bins
         Expression bins [cells, panel], of ``tokenizer.bin_cells``.
     outputs
-        Any of ``"logits"`` (of a classifier), ``"embeddings"`` (see `mean_of_expressed`) and ``"pooled"`` (what a
-        classifier's output layer reads).
+        Any of ``"logits"`` and ``"probabilities"`` (of a classifier), ``"embeddings"`` (a classifier's cell vectors,
+        or see `mean_of_expressed`) and ``"pooled"`` (what a classifier's output layer reads).
     batch_size
         Cells per step; chosen by the size of the model and the memory if left out.
 
@@ -88,7 +88,8 @@ def predict_cells(
     >>> found["logits"].shape, found["embeddings"].shape
     ((2, 4), (2, 8))
     """
-    sizes = {"logits": loaded.model.config.num_labels, "embeddings": loaded.model.config.hidden_size}
+    n_labels = loaded.model.config.num_labels
+    sizes = {"logits": n_labels, "probabilities": n_labels, "embeddings": loaded.embedding_size}
     found = {name: np.zeros((bins.shape[0], sizes[name]), dtype=np.float32) for name in outputs}
     for rows, batch in predict(loaded, bins, outputs, batch_size):
         for name in found:
@@ -105,16 +106,16 @@ def predict_probabilities(
     on_batch: Callable[[int], None] = lambda n_cells: None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """
-    Probabilities [cells, labels] and, if asked for, embeddings [cells, hidden]; zeros for cells without expression.
+    Probabilities [cells, labels] and, if asked for, embeddings [cells, size]; zeros for cells without expression.
 
     Arguments as in `predict_cells`.
     """
     expressed = np.flatnonzero(np.diff(bins.indptr))
     on_batch(bins.shape[0] - len(expressed))
-    outputs = ("logits", "embeddings") if embed else ("logits",)
+    outputs = ("probabilities", "embeddings") if embed else ("probabilities",)
     found = predict_cells(loaded, bins[expressed], outputs, batch_size, on_batch)
     probabilities = np.zeros((bins.shape[0], len(loaded.labels)), dtype=np.float32)
-    probabilities[expressed] = loaded.probabilities(found["logits"])
+    probabilities[expressed] = found["probabilities"]
     if not embed:
         return probabilities, None
     embeddings = np.zeros((bins.shape[0], found["embeddings"].shape[1]), dtype=np.float32)
@@ -202,11 +203,15 @@ def _forward(loaded: LoadedModel, encoded: dict[str, np.ndarray], outputs: Colle
     inputs = {name: _to_device(array, loaded.device) for name, array in encoded.items()}
     half = loaded.dtype != torch.float32
     autocast = torch.autocast(loaded.device.type, loaded.dtype) if half else contextlib.nullcontext()
-    network = loaded.model if {"logits", "pooled"} & set(outputs) else loaded.model.base_model
+    whole = loaded.has_cell_vectors or set(outputs) - {"embeddings"}
+    network = loaded.model if whole else loaded.model.base_model
     with autocast, _watched(network, outputs) as found:
-        found["logits"] = network(**inputs).get("logits")
+        found |= network(**inputs)
     if "embeddings" in outputs:
-        found["embeddings"] = mean_of_expressed(found["embeddings"], **inputs)
+        hidden = found["embeddings"]
+        found["embeddings"] = found.get("cell_vectors")
+        if found["embeddings"] is None:
+            found["embeddings"] = mean_of_expressed(hidden, **inputs)
     return {name: found[name].float().cpu().numpy() for name in outputs}
 
 

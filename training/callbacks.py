@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel as unwrap_model
 from accelerate.utils import reduce
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,23 +47,6 @@ class StopOnDivergence(TrainerCallback):
                 f"Training diverged at step {state.global_step}: the loss is not a number any more. Lower "
                 f"learning_rate (it is {args.learning_rate:g}), or set max_grad_norm, in the recipe."
             )
-
-
-class L1HeadCallback(TrainerCallback):
-    """
-    An L1 penalty on the head's output layer, as the proximal step of it: every weight loses ``rate * strength`` after
-    each optimizer step, down to zero (Parikh and Boyd 2014, section 6.5.2). A gradient would never reach zero.
-    """
-
-    def __init__(self, strength: float):
-        self.strength = strength
-
-    @torch.no_grad()
-    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        weight = unwrap_model(model).classifier.out_proj.weight
-        groups = optimizer.param_groups
-        rate = next(g["lr"] for g in groups if any(parameter is weight for parameter in g["params"]))
-        weight.copy_(torch.nn.functional.softshrink(weight, rate * self.strength))
 
 
 class RedrawFeaturesCallback(TrainerCallback):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch.utils.data import Dataset
 
@@ -53,32 +52,6 @@ class CellDataset(Dataset):
         rows = self.rows[indices % len(self)]
         batch = {"bins": self.bins[rows], "indices": indices}
         return batch if self.labels is None else batch | {"labels": self.labels[rows]}
-
-
-class GeneDropoutDataset(CellDataset):
-    """
-    Training cells that lose a random part of their expressed genes, another one every time.
-
-    Parameters
-    ----------
-    bins, labels
-        As in `CellDataset`.
-    gene_dropout
-        Chance of an expressed gene to be read as not expressed, 0 to below 1. Drawn from torch's generator, whose
-        state checkpoints hold.
-    """
-
-    def __init__(self, bins: sp.csr_matrix, labels: np.ndarray, gene_dropout: float):
-        super().__init__(bins, labels)
-        self.gene_dropout = gene_dropout
-
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        batch = super().__getitems__(indices)
-        bins = batch["bins"]
-        kept = torch.rand(bins.nnz).numpy() >= self.gene_dropout
-        indptr = np.concatenate([[0], np.cumsum(kept)])[bins.indptr]
-        thinned = sp.csr_matrix((bins.data[kept], bins.indices[kept], indptr), shape=bins.shape)
-        return batch | {"bins": thinned}
 
 
 class DataCollatorForCells:

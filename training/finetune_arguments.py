@@ -8,7 +8,6 @@ from .settings import RECIPES, RunDataArguments, RunKind, RunModelArguments, Run
 CHOICES = {
     "class_balance": ("none", "weights", "oversample"),
     "cache_frozen": ("auto", "memory", "disk", "off"),
-    "solved_head": ("none", "l1", "l2"),
 }
 
 
@@ -26,7 +25,9 @@ class FinetuneDataArguments(RunDataArguments):
     test_key: str | None = field(
         default=None, metadata={"help": "Column of obs that says train, validation or test for each cell."}
     )
-    test_fraction: float = field(default=0.2, metadata={"help": "Share of the labelled cells to test on."})
+    test_fraction: float = field(
+        default=0.2, metadata={"help": "Share of the labelled cells to test on, and not to learn from."}
+    )
     validation_fraction: float = field(
         default=0.1, metadata={"help": "Share of the labelled cells that choose the best epoch."}
     )
@@ -37,6 +38,13 @@ class FinetuneDataArguments(RunDataArguments):
         },
     )
 
+    min_genes: int = field(
+        default=0,
+        metadata={
+            "help": "Expressed genes a training cell needs; a class without such cells keeps all it has."
+        },
+    )
+
     def __post_init__(self):
         self.require("reference", "label_key")
         if self.test and self.test_key:
@@ -44,8 +52,6 @@ class FinetuneDataArguments(RunDataArguments):
         for name in ("test_fraction", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must be from 0 to below 1; found {getattr(self, name)}.")
-        if not self.validation_fraction > 0:
-            raise InputError("validation_fraction must be above 0: validation cells choose the best epoch.")
         if self.test_fraction + self.validation_fraction >= 1:
             raise InputError("test_fraction and validation_fraction leave no cells to train on.")
 
@@ -92,38 +98,11 @@ class FinetuneTrainingArguments(RunTrainingArguments):
             "help": "none, weights (loss weighted by inverse class size) or oversample (rare classes)."
         },
     )
-    assigned_precision: float = field(
-        default=0.95,
+    solved_head: bool = field(
+        default=False,
         metadata={
-            "help": "Wanted share of right labels among the assigned cells; chooses the threshold of 'unassigned' "
-            "on validation cells, never below 0.5."
-        },
-    )
-    encoder_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rate of all but the head's dense layers, whose weights belong to one gene each; the "
-            "same as learning_rate by default."
-        },
-    )
-    solved_head: str = field(
-        default="none",
-        metadata={
-            "help": "l1 or l2: the head's output layer is no result of steps but of a logistic regression with that "
-            "penalty, and nothing else is trained; none: train."
-        },
-    )
-    head_l1: float = field(
-        default=0.0,
-        metadata={
-            "help": "L1 penalty on the weights of the head's output layer, beside a mean loss; keeps genes that hardly "
-            "matter from having a say, which carries over to other cohorts better."
-        },
-    )
-    gene_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Chance of an expressed gene to be hidden from a training step; against overfitting."
+            "help": "The head is no result of steps but of penalised logistic regression on the encoder's states, with "
+            "all labelled cells; nothing else is trained."
         },
     )
     cache_frozen: str = field(
@@ -136,16 +115,6 @@ class FinetuneTrainingArguments(RunTrainingArguments):
                 raise InputError(
                     f"{name} must be one of {', '.join(choices)}; found {getattr(self, name)!r}."
                 )
-        if not 0 < self.assigned_precision <= 1:
-            raise InputError(
-                f"assigned_precision must be above 0 and at most 1; found {self.assigned_precision}."
-            )
-        if not 0 <= self.gene_dropout < 1:
-            raise InputError(f"gene_dropout must be from 0 to below 1; found {self.gene_dropout}.")
-        if self.encoder_learning_rate is not None and self.encoder_learning_rate < 0:
-            raise InputError(f"encoder_learning_rate cannot be negative; found {self.encoder_learning_rate}.")
-        if self.head_l1 < 0:
-            raise InputError(f"head_l1 cannot be negative; found {self.head_l1}.")
         super().__post_init__()
 
 
@@ -153,7 +122,8 @@ FINETUNE = RunKind(
     name="finetune",
     argument_types=(FinetuneDataArguments, FinetuneModelArguments, FinetuneTrainingArguments),
     recipes=RECIPES,
-    # without a base: a size that a CPU trains; with one, what the paper does with its pretrained weights
-    default_recipe="small",
+    default_recipe="default",
+    # with a base, what the paper does with its pretrained weights
     default_with_base="scbert",
+    renamed=dict.fromkeys(("small", "demo", "pbmc", "pbmc3k", "scbert-strong", "mini"), "default"),
 )

@@ -96,6 +96,7 @@ def load_data(
     seed: int,
     reference: AnnData | None = None,
     test: AnnData | None = None,
+    validate: bool = True,
 ) -> FinetuneData:
     """
     Read the reference, choose classes and splits, and bin the cells.
@@ -110,6 +111,8 @@ def load_data(
         Decides the splits.
     reference, test
         The cells, where they are no files. They are left as they are.
+    validate
+        Whether some cells are kept for validation; if not, those that a column says are for it are learnt from.
 
     Raises
     ------
@@ -125,13 +128,13 @@ def load_data(
     classes, report = choose_classes(trainable, data.label_key)
     report["unlabelled"] = int(sum(label is None for label in labels))
     targets = _targets(labels, classes)
-    assigned = _assign_splits(targets, given, data, seed)
+    assigned = _assign_splits(targets, given, data, seed, validate)
     if isinstance(tokenizer, dict):
         # genes are not chosen with a look at the test cells
         learnt = np.isin(assigned, ["train", "validation"]) if data.top_genes else targets >= 0
         tokenizer = _tokenizer_of(tokenizer, reference, learnt, data)
     report["genes"] = _gene_report(tokenizer, reference, data)
-    _drop_low_gene_cells(assigned, reference, tokenizer, data, report)
+    _drop_low_gene_cells(assigned, targets, reference, tokenizer, data, report)
     splits, sources = {}, dict.fromkeys(SPLITS, reference)
     bins = tokenizer.bin_cells(reference, input=data.input, layer=data.layer)
     for name in SPLITS:
@@ -151,8 +154,8 @@ def _check_training_cells(train: LabelledCells, classes: list[str]) -> None:
     lost = sorted(set(range(len(classes))) - set(train.targets.tolist()))
     if lost:
         raise InputError(
-            f"No training cell is left of: {', '.join(classes[i] for i in lost)}. Lower min_genes (--min-genes), or "
-            "put cells of every class into the training split."
+            f"No training cell is there of: {', '.join(classes[i] for i in lost)}. Put cells of every class into the "
+            "training split."
         )
     if not train.bins.nnz:
         raise InputError("No training cell expresses a gene of the panel: all its values are zero.")
@@ -238,45 +241,44 @@ def _gene_report(
 
 
 def _assign_splits(
-    targets: np.ndarray, given: np.ndarray | None, data: FinetuneDataArguments, seed: int
+    targets: np.ndarray, given: np.ndarray | None, data: FinetuneDataArguments, seed: int, validate: bool
 ) -> np.ndarray:
     """Name of the split of every cell, "" for those of no class."""
     assigned = np.full(len(targets), "", dtype=object)
+    validation = data.validation_fraction if validate else 0.0
     if given is None:
         chosen = np.flatnonzero(targets >= 0)
         test = 0.0 if data.test else data.test_fraction
-        assigned[chosen] = stratified_split(targets[chosen], test, data.validation_fraction, seed=seed)
+        assigned[chosen] = stratified_split(targets[chosen], test, validation, seed=seed)
         return assigned
     assigned[targets >= 0] = given[targets >= 0]
-    if "validation" not in set(assigned):
+    if not validate:
+        assigned[assigned == "validation"] = "train"
+    elif "validation" not in set(assigned):
         training = np.flatnonzero(assigned == "train")
-        assigned[training] = stratified_split(targets[training], 0.0, data.validation_fraction, seed=seed)
+        assigned[training] = stratified_split(targets[training], 0.0, validation, seed=seed)
     return assigned
 
 
 def _drop_low_gene_cells(
     assigned: np.ndarray,
+    targets: np.ndarray,
     reference: AnnData,
     tokenizer: ScBertTokenizer,
     data: FinetuneDataArguments,
     report: dict[str, Any],
 ) -> None:
-    """Take training cells with too few expressed genes out of `assigned`."""
-    panel = tokenizer.gene_panel
-    minimum = data.least_genes(len(panel))
-    report["min_genes"] = {"minimum": minimum, "left_out": 0}
-    if not minimum:
+    """Take training cells with too few expressed genes out of `assigned`, but for classes that have no others."""
+    report["min_genes"] = {"minimum": data.min_genes, "left_out": 0}
+    if not data.min_genes:
         return
     matrix, source = select_matrix(reference, data.layer)
-    alignment = align_genes(gene_names_of(source.var, source.var_names), panel)
+    alignment = align_genes(gene_names_of(source.var, source.var_names), tokenizer.gene_panel)
     cells = np.flatnonzero(assigned == "train")
-    low = cells[alignment.apply(as_csr(matrix[cells])).getnnz(axis=1) < minimum]
+    enough = alignment.apply(as_csr(matrix[cells])).getnnz(axis=1) >= data.min_genes
+    low = cells[~enough & np.isin(targets[cells], targets[cells[enough]])]
     assigned[low] = ""
     report["min_genes"]["left_out"] = len(low)
-    if len(low) == len(cells):
-        raise InputError(
-            f"Every training cell expresses fewer than {minimum} genes of the panel; lower min_genes (--min-genes)."
-        )
 
 
 def _test_cells(

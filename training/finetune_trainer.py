@@ -7,47 +7,18 @@ import numpy as np
 import torch
 from transformers import EarlyStoppingCallback, PreTrainedModel
 
-from .callbacks import L1HeadCallback, RedrawFeaturesCallback
-from .cell_batches import CellDataset, DataCollatorForCells, GeneDropoutDataset
+from ..tokenization import InputError
+from .callbacks import RedrawFeaturesCallback
+from .cell_batches import CellDataset, DataCollatorForCells
 from .cell_order import EpochSampler, LengthGroupedSampler, OversamplingSampler
 from .finetune_arguments import FinetuneTrainingArguments
 from .finetune_data import FinetuneData
 from .trainer import CellTrainer
 
 
-class FinetuneTrainer(CellTrainer):
-    """`CellTrainer` with a learning rate for the encoder."""
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.args.encoder_learning_rate is not None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(self._parameter_groups(), **options)
-        return super().create_optimizer(*args, **kwargs)
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """
-        The head's dense layers, and all else at the encoder's rate, each with and without weight decay.
-
-        Every gene moves the encoder and the head's convolution, a weight of the head belongs to one: at the rate that
-        the latter needs, few cells would tear the former from what all genes are read by.
-        """
-        decayed = set(self.get_decay_parameter_names(self.model))
-        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                dense = name.startswith("classifier.") and not name.startswith("classifier.conv.")
-                groups.setdefault((dense, name in decayed), []).append(parameter)
-        rates = {True: self.args.learning_rate, False: self.args.encoder_learning_rate}
-        decays = {True: self.args.weight_decay, False: 0.0}
-        return [
-            {"params": group, "lr": rates[dense], "weight_decay": decays[decay]}
-            for (dense, decay), group in groups.items()
-        ]
-
-
 def build_trainer(
     model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainingArguments
-) -> FinetuneTrainer:
+) -> CellTrainer:
     """
     Put model, cells and settings together.
 
@@ -61,20 +32,21 @@ def build_trainer(
         Settings.
     """
     learnt, validation = data.splits["train"], data.splits["validation"]
+    if not len(validation):
+        raise InputError(
+            "There are no validation cells, which choose the best epoch: validation_fraction must be above 0, and the "
+            "classes need more cells."
+        )
     train = CellDataset(learnt.bins, learnt.targets)
-    if arguments.gene_dropout:
-        train = GeneDropoutDataset(learnt.bins, learnt.targets, arguments.gene_dropout)
     n_classes = len(data.classes)
     weights = class_weights(learnt.targets, n_classes) if arguments.class_balance == "weights" else None
     callbacks = []
     if all(parameter.requires_grad for parameter in model.parameters()):
         # frozen blocks were trained for the features they came with; theirs stay
         callbacks.append(RedrawFeaturesCallback(arguments.seed))
-    if arguments.head_l1:
-        callbacks.append(L1HeadCallback(arguments.head_l1))
     if arguments.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
-    return FinetuneTrainer(
+    return CellTrainer(
         choose_sampler(data, arguments),
         lambda metrics: f"validation macro-F1 {metrics['eval_macro_f1']:.3f}",
         callbacks,

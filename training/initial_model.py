@@ -8,13 +8,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ..modeling_scbert import ScBertConfig, ScBertForCellClassification, ScBertForMaskedExpression
+from ..modeling_scbert.embeddings_scbert import arc_radius, expression_plane
 from ..tokenization import InputError, ScBertTokenizer
 from ..trained_model.model_folder import check_model_folder, find_model, load_tokenizer, load_weights
 
 # fields of the head, which is new: a recipe may set them over what the base says
 HEAD_FIELDS = ("classifier_hidden_sizes", "classifier_dropout", "pooling", "hidden_dropout_prob")
-# what was chosen on the validation cells of a fine-tuned base holds for that base
-UNCALIBRATED = {"classifier_temperature": 1.0, "unassigned_threshold": None}
+# what was fitted to the held-out cells of a fine-tuned base holds for that base
+UNCALIBRATED = {"cell_vector_size": 0, "unassigned_threshold": None}
 
 
 def base_tokenizer(base: str | Path, genes: str | None = None) -> ScBertTokenizer:
@@ -130,8 +131,8 @@ def start_head(model: PreTrainedModel) -> None:
 
     The output layer starts at zero: genes that few training cells express would otherwise keep random votes. The
     convolution's bias starts at 0.5: below zero its ReLU hides a gene from the head, and no gradient brings it back.
-    With ``ordinal_expression`` the convolution reads along the line of the bins instead, from zero: a gene's
-    number is then nearly proportional to its bin.
+    With ``ordinal_expression`` the convolution reads along the chord of the bins' arc instead: a gene's number is
+    then its bin, as long as no layer changes the tokens.
 
     Parameters
     ----------
@@ -142,11 +143,12 @@ def start_head(model: PreTrainedModel) -> None:
     if model.config.pooling == "conv":
         model.classifier.conv.bias.fill_(0.5)
         if model.config.ordinal_expression:
-            table = model.base_model.embeddings.expression_embeddings.weight
-            direction = (table[-2] - table[0]) / (table[-2] - table[0]).norm()
-            model.classifier.conv.weight.copy_(
-                direction.view_as(model.classifier.conv.weight) * 2 / len(direction) ** 0.5
-            )
+            config = model.config
+            radius, size = arc_radius(config), config.hidden_size
+            # the norm divides a token by its length (of two parts of one radius), and makes that sqrt(size)
+            read = radius * size**0.5 / (2 * radius**2 + config.layer_norm_eps * size) ** 0.5
+            chord = expression_plane(config)[0] * (config.vocab_size - 2) / read
+            model.classifier.conv.weight.copy_(chord[None])
             model.classifier.conv.bias.zero_()
 
 

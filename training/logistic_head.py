@@ -2,11 +2,11 @@
 A head that is solved for: penalised logistic regression on what the encoder says of every gene, cross-fitted.
 
 The features of a cell are one number per gene (its expression bin, read along the arc that the embeddings of the bins
-lie on). Several ridge-penalised multinomial regressions see them, which differ in one thing: how much the penalty spares
-the genes that tell the classes apart. With r the ratio of a gene's variance between classes to that within them, a gene
-is scaled by r^(power / 2) before the fit; power 0 is plain ridge regression, power 1 comes close to a choice of genes.
-What each is worth is measured on cells that it did not learn from, and their logits are averaged accordingly (stacking,
-Wolpert 1992). All are linear in the same features, so the average is one head.
+lie on). Several ridge-penalised multinomial regressions see them, which differ in one thing: how much the penalty
+spares the genes that tell the classes apart. With r the ratio of a gene's variance between classes to that within
+them, a gene is scaled by r^(power / 2) before the fit; power 0 is plain ridge regression, power 1 comes close to a
+choice of genes. What each is worth is measured on cells that it did not learn from, and their logits are averaged
+accordingly (stacking, Wolpert 1992). All are linear in the same features, so the average is one head.
 
 Every labelled cell is learnt from in the end: the folds only choose penalties, shares and temperature, and give the
 logits that scores are taken from.
@@ -31,8 +31,9 @@ POWERS = (0.0, 0.5, 1.0)
 # penalties, in hundredths of the cells' mean squared norm; the one for cells too few to choose by
 PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 DEFAULT_PENALTY = 3.0
-# genes that a scaled fit sees: beyond these, scales are so small that they only cost time
+# genes that a scaled fit sees, and axes of them: beyond these, scales are so small that they only cost time
 SCALED_GENES = 4000
+SCALED_RANK = 256
 # the intercept is penalised as the weight of a feature of this size (in root mean squared norms, times the root of the
 # cells a class): of few cells, free intercepts learn which cells happen to be small
 INTERCEPT_SIZE = 0.1
@@ -79,6 +80,7 @@ def solve_head(
     n_classes: int,
     folds: np.ndarray,
     axes: Axes | None = None,
+    powers: Sequence[float] = POWERS,
     on_fit: Callable[[], Any] | None = None,
 ) -> SolvedHead:
     """
@@ -96,8 +98,10 @@ def solve_head(
         Number of the fold of every cell, [cells]; see `cross_folds`.
     axes
         Of all cells, if they are known already: `axes_of_cells` of ``features``.
+    powers
+        One regression for each is in the average; ``(0.0,)`` is ridge regression alone.
     on_fit
-        Called after each of the ``n_fits(folds)`` fits, for a progress bar.
+        Called after each of the ``n_fits(folds, powers)`` fits, for a progress bar.
 
     Returns
     -------
@@ -113,20 +117,20 @@ def solve_head(
     ((3, 20), True)
     """
     axes = axes_of_cells(features) if axes is None else axes
-    members = [_cross_fit(features, targets, n_classes, folds, power, axes, on_fit) for power in POWERS]
+    members = [_cross_fit(features, targets, n_classes, folds, power, axes, on_fit) for power in powers]
     out_of_fold = [member.logits for member in members]
     logits = np.full((len(targets), n_classes), LOWEST_LOGIT)
     for fold in np.unique(folds):
         held = folds == fold
-        mixture = choose_mixture(out_of_fold, targets, ~held)
+        mixture = choose_mixture(out_of_fold, targets, ~held, powers)
         logits[held] = mixture.apply([member[:, held] for member in out_of_fold])
-    mixture = choose_mixture(out_of_fold, targets, np.ones(len(targets), dtype=bool))
+    mixture = choose_mixture(out_of_fold, targets, np.ones(len(targets), dtype=bool), powers)
     return SolvedHead(
         mixture.apply([member.weights for member in members]).astype(np.float32),
         mixture.apply([member.bias for member in members]).astype(np.float32),
         logits,
-        dict(zip(POWERS, mixture.shares.tolist())),
-        {power: PENALTIES[place] for power, place in zip(POWERS, mixture.places)},
+        dict(zip(powers, mixture.shares.tolist())),
+        {power: PENALTIES[place] for power, place in zip(powers, mixture.places)},
         mixture.temperature,
     )
 
@@ -148,9 +152,9 @@ def cross_folds(targets: np.ndarray, n_folds: int = 5, seed: int = 0) -> np.ndar
     return folds
 
 
-def n_fits(folds: np.ndarray) -> int:
+def n_fits(folds: np.ndarray, powers: Sequence[float] = POWERS) -> int:
     """How many fits `solve_head` makes with these folds."""
-    return len(POWERS) * (len(np.unique(folds)) + 1)
+    return len(powers) * (len(np.unique(folds)) + 1)
 
 
 @dataclass
@@ -188,7 +192,8 @@ def scaled_axes(features: sp.csr_matrix, targets: np.ndarray, learnt: np.ndarray
     scales = gene_scales(features[learnt], targets[learnt], power)
     kept = np.flatnonzero(scales)
     narrow = features[:, kept].multiply(scales[kept]).tocsr()
-    return axes_of_cells(narrow, learnt).widened(kept, scales)
+    rank = SCALED_RANK if learnt.sum() > SCALED_RANK else None
+    return axes_of_cells(narrow, learnt, rank).widened(kept, scales)
 
 
 def gene_scales(features: sp.csr_matrix, targets: np.ndarray, power: float) -> np.ndarray:
@@ -279,7 +284,9 @@ class Mixture:
         return sum(factor * member[place] for factor, member, place in zip(factors, members, self.places))
 
 
-def choose_mixture(members: Sequence[np.ndarray], targets: np.ndarray, among: np.ndarray) -> Mixture:
+def choose_mixture(
+    members: Sequence[np.ndarray], targets: np.ndarray, among: np.ndarray, powers: Sequence[float] = POWERS
+) -> Mixture:
     """
     Penalties, shares and temperatures by the likelihood of cells that were not learnt from, and a prior.
 
@@ -294,13 +301,15 @@ def choose_mixture(members: Sequence[np.ndarray], targets: np.ndarray, among: np
         Classes of the cells, [cells].
     among
         Cells to choose by, bool [cells].
+    powers
+        Of the members.
     """
     counts = np.bincount(targets)[targets]
     weights = (counts - 1) / (counts + 9)
     cells = np.flatnonzero(among & (weights > 0))
     targets, weights = targets[cells], weights[cells]
     chosen = []
-    for power, logits in zip(POWERS, members):
+    for power, logits in zip(powers, members):
         fits = [_fit_temperature(logits[i][cells], targets, weights, i, power) for i in range(len(PENALTIES))]
         chosen.append(min(fits))
     places = [place for _, place, _ in chosen]

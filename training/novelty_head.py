@@ -3,8 +3,8 @@ What tells that a cell is of none of the types learnt: fitted on types that are 
 
 Two facts speak of a cell. How much the logits say for any type at all (log-sum-exp, the negative energy of Liu et al.
 2020); and how far the cell lies from the nearest type in the space of the cell vectors, in units of the scatter within
-types (Mahalanobis; Lee et al. 2018). A logistic regression of the two, on cells of types that a fit was not shown beside
-held-out cells of those that it was, gives the log odds that a cell is of none of them.
+types (Mahalanobis; Lee et al. 2018). A logistic regression of the two, on cells of types that a fit was not shown
+beside held-out cells of those that it was, gives the log odds that a cell is of none of them.
 """
 
 import os
@@ -22,10 +22,8 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from .logistic_head import DEFAULT_PENALTY, ridge_path
-from .principal_axes import axes_by_products, inner_products
+from .principal_axes import Axes, axes_by_products, inner_products
 
-# of the cell vectors; more axes than types would be needed for are noise to a distance
-CELL_VECTOR_SIZE = 32
 # simulations that are enough, cells each sees at most, cells that a type needs to be left out
 MAX_LEFT_OUT = 20
 MAX_CELLS = 3000
@@ -42,6 +40,13 @@ class Simulated:
     right: np.ndarray
     confidence: np.ndarray
     facts: np.ndarray
+
+
+def whitened(coordinates: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cell vectors [cells, size] of coordinates along axes [cells, size], and the matrix that makes them."""
+    coordinates = coordinates.astype(np.float64)
+    whitener = whitening(coordinates, targets)
+    return coordinates @ whitener, whitener
 
 
 def whitening(vectors: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -71,8 +76,43 @@ def novelty_facts(logits: np.ndarray, vectors: np.ndarray, centers: np.ndarray) 
     return np.stack([-logsumexp(logits, axis=1), np.log(squared + 1e-9)], axis=1)
 
 
+def facts_of_held_out(
+    logits: np.ndarray,
+    axes: Axes,
+    products: np.ndarray | None,
+    features: sp.csr_matrix,
+    targets: np.ndarray,
+    folds: np.ndarray,
+    size: int,
+) -> np.ndarray:
+    """
+    `novelty_facts` of every cell, [cells, 2], by axes, scatter and centers that it had no part in.
+
+    Of cells that axes are not of, coordinates are smaller. Where there are so many that nobody took their `products`
+    the difference is gone, and the `axes` of all serve.
+    """
+    facts = np.empty((len(targets), 2))
+    for fold in np.unique(folds):
+        held = folds == fold
+        own = axes if products is None else axes_by_products(products, features, ~held, rank=size)
+        index = np.unique(targets[~held], return_inverse=True)[1]
+        facts[held] = _facts(logits[held], own.coordinates[:, :size], index, ~held, held)
+    return facts
+
+
+def _facts(logits, coordinates, index, learnt, held) -> np.ndarray:
+    """Facts of the cells `held`, of which the logits are, by those `learnt`, of which the classes are."""
+    vectors, whitener = whitened(coordinates[learnt], index)
+    return novelty_facts(logits, coordinates[held] @ whitener, type_centers(vectors, index))
+
+
 def simulate(
-    features: sp.csr_matrix, targets: np.ndarray, folds: np.ndarray, on_fit: Callable[[], Any] | None = None
+    features: sp.csr_matrix,
+    targets: np.ndarray,
+    folds: np.ndarray,
+    products: np.ndarray | None,
+    size: int,
+    on_fit: Callable[[], Any] | None = None,
 ) -> list[Simulated]:
     """
     Leave types out in turn, and look at them beside held-out cells of the others.
@@ -81,6 +121,10 @@ def simulate(
     ----------
     features, targets, folds
         As in `logistic_head.solve_head`; the cells of fold 0 are held out.
+    products
+        Inner products of the cells, if they are known.
+    size
+        Of the cell vectors.
     on_fit
         Called after each.
 
@@ -95,10 +139,10 @@ def simulate(
     left_out = types[np.argsort(-counts, kind="stable")][: (counts >= MIN_CELLS).sum()][:MAX_LEFT_OUT]
     if len(types) < 3 or not len(left_out):
         return []
-    products = inner_products(features)
+    products = inner_products(features) if products is None else products[np.ix_(cells, cells)]
 
     def run(left):
-        found = _simulate_one(products, features, targets, folds, left)
+        found = _simulate_one(products, features, targets, folds, size, left)
         if on_fit is not None:
             on_fit()
         return found
@@ -118,7 +162,7 @@ def _some_cells(targets, folds) -> np.ndarray:
     return np.flatnonzero(kept)
 
 
-def _simulate_one(products, features, targets, folds, left) -> Simulated:
+def _simulate_one(products, features, targets, folds, size, left) -> Simulated:
     novel = targets == left
     learnt, held = (folds != 0) & ~novel, (folds == 0) | novel
     known, index = np.unique(targets[learnt], return_inverse=True)
@@ -129,9 +173,7 @@ def _simulate_one(products, features, targets, folds, left) -> Simulated:
     logits = axes.coordinates[held] @ coefficients.T + bias
     novel, true = novel[held], targets[held]
     logits /= _temperature(logits[~novel], np.searchsorted(known, true[~novel]))
-    vectors = axes.coordinates[:, :CELL_VECTOR_SIZE].astype(np.float64)
-    vectors = vectors @ whitening(vectors[learnt], index)
-    facts = novelty_facts(logits, vectors[held], type_centers(vectors[learnt], index))
+    facts = _facts(logits, axes.coordinates[:, :size], index, learnt, held)
     right = known[logits.argmax(axis=1)] == true
     return Simulated(novel, right, softmax(logits, axis=1).max(axis=1), facts)
 
@@ -146,7 +188,7 @@ def _temperature(logits, targets) -> float:
 
 def fit_novelty(simulated: list[Simulated]) -> np.ndarray:
     """
-    Intercept and slopes of the log odds of novelty, [3], by all simulations, each type and its others weighing the same.
+    Intercept and slopes of the log odds of novelty, [3], by all simulations; each type weighs as much as its others.
 
     The intercept is then lowered until known cells keep `KNOWN_SHARE` of their probability in the mean: how common new
     types are in a query, nobody knows.

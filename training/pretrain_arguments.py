@@ -12,6 +12,10 @@ from .settings import (
     read_json,
 )
 
+# scBERT's rule for the full panel; a small panel (or a panel of few expressed genes) would lose its cells
+MIN_GENES = 200
+PANEL_WITH_MIN_GENES = 5000
+
 RESTARTS = {"first_cycle", "cycle_growth", "warmup", "min_rate", "decay"}
 
 
@@ -34,6 +38,15 @@ class PretrainDataArguments(RunDataArguments):
         metadata={"help": "Read neighbouring cells together, in bounded memory: for files too large for it."},
     )
     force: bool = field(default=False, metadata={"help": "Take files with few genes of the panel too."})
+    min_genes: int | None = field(
+        default=None, metadata={"help": "Expressed genes a training cell needs (200, or 0 for small panels)."}
+    )
+
+    def least_genes(self, panel_size: int) -> int:
+        """Expressed genes that a training cell needs: what was asked for, or scBERT's rule for large panels."""
+        if self.min_genes is not None:
+            return self.min_genes
+        return MIN_GENES if panel_size >= PANEL_WITH_MIN_GENES else 0
 
     def __post_init__(self):
         self.require("corpus")

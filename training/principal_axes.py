@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.linalg import eigh
 from sklearn.utils.extmath import randomized_svd
 
 # up to so many cells every axis is kept, and ridge regression is exactly that on the genes; beyond, the largest
@@ -13,6 +14,10 @@ RANK = 400
 # beyond so many cells, axes come from the covariance of the most variable genes and not from the cells' inner products
 MAX_CELLS_BY_CELLS = 10_000
 COVARIANCE_GENES = 8000
+# eigenpairs are found directly where more than one in so many is wanted
+DIRECT_SHARE = 8
+# columns with entries in a larger share of the rows are multiplied dense
+DENSE_SHARE = 0.03
 # eigenvalues of float32 products are noise below
 SMALLEST_EIGENVALUE = 1e-5
 
@@ -80,6 +85,14 @@ def axes_of_cells(features: sp.csr_matrix, learnt: np.ndarray | None = None, ran
     return axes_by_products(inner_products(features), features, learnt, rank)
 
 
+def axes_and_products(features: sp.csr_matrix) -> tuple[Axes, np.ndarray | None]:
+    """`axes_of_cells`, and the inner products of all cells [cells, cells] if there are few enough to take them."""
+    if features.shape[0] > MAX_CELLS_BY_CELLS:
+        return axes_of_cells(features), None
+    products = inner_products(features)
+    return axes_by_products(products, features, np.ones(features.shape[0], dtype=bool)), products
+
+
 def axes_by_products(
     products: np.ndarray, features: sp.csr_matrix, learnt: np.ndarray, rank: int | None = None
 ) -> Axes:
@@ -117,24 +130,36 @@ def _axes_by_genes(features: sp.csr_matrix, learnt: np.ndarray, rank: int | None
     return Axes(coordinates.astype(np.float32), center, to_genes)
 
 
-def inner_products(rows: sp.csr_matrix, width: int = 4096) -> np.ndarray:
-    """Inner products of all rows, float32 [rows, rows]; dense in blocks of columns, which BLAS is fast on."""
+def inner_products(rows: sp.csr_matrix, width: int = 2048) -> np.ndarray:
+    """
+    Inner products of all rows, float32 [rows, rows].
+
+    Columns with many entries are taken dense, in blocks, which BLAS is fast on; of the others, most of the columns and
+    few of the products, the sparse product is.
+    """
     columns = rows.tocsc()
-    used = np.flatnonzero(np.diff(columns.indptr))
+    counts = np.diff(columns.indptr)
+    order = np.argsort(-counts, kind="stable")[: (counts > 0).sum()]
+    n_dense = int((counts > DENSE_SHARE * rows.shape[0]).sum())
     total = np.zeros((rows.shape[0],) * 2, dtype=np.float32)
-    for start in range(0, len(used), width):
-        block = columns[:, used[start : start + width]].toarray().astype(np.float32, copy=False)
+    for start in range(0, n_dense, width):
+        block = columns[:, order[start : min(start + width, n_dense)]].toarray()
+        block = block.astype(np.float32, copy=False)
         total += block @ block.T
+    rare = columns[:, order[n_dense:]].tocsr()
+    products = (rare @ rare.T).tocoo()
+    total[products.row, products.col] += products.data
     return total
 
 
 def _largest_eigenpairs(symmetric: np.ndarray, rank: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues and vectors of a positive semidefinite matrix, the largest first."""
-    if rank is None and len(symmetric) <= FULL_RANK:
-        values, vectors = np.linalg.eigh(symmetric.astype(np.float64))
+    rank = len(symmetric) if rank is None and len(symmetric) <= FULL_RANK else min(rank or RANK, len(symmetric))
+    if rank * DIRECT_SHARE >= len(symmetric):
+        # of a good part of all pairs, the direct way is the cheaper one
+        values, vectors = eigh(symmetric, subset_by_index=[len(symmetric) - rank, len(symmetric) - 1])
         values, vectors = values[::-1], vectors[:, ::-1]
     else:
-        rank = min(rank or RANK, len(symmetric))
-        vectors, values, _ = randomized_svd(symmetric, rank, n_iter=4, random_state=0)
+        vectors, values, _ = randomized_svd(symmetric, rank, n_iter=2, random_state=0)
     kept = values > SMALLEST_EIGENVALUE * values.max(initial=1e-30)
     return values[kept], vectors[:, kept]

@@ -38,9 +38,9 @@ from .initial_model import (
     new_model,
 )
 from .run_folder import finish, run_folder
-from .run_summary import TunedModel, draw_figures, score_baseline, score_splits, summarise
+from .run_summary import TunedModel, calibrated, draw_figures, score_baseline, score_splits, summarise
 from .settings import parse, parse_command_line
-from .solved_head import solve_head
+from .solved_head import solve_classifier
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +81,8 @@ def finetune(
     Examples
     --------
     >>> from scbert.training.run_finetune import finetune
-    >>> summary = finetune("reference.h5ad", "cell_type", "model", epochs=5)  # doctest: +SKIP
-    >>> summary["test"]["macro_f1"]  # doctest: +SKIP
+    >>> summary = finetune("reference.h5ad", "cell_type", "model")  # doctest: +SKIP
+    >>> summary["cross_validation_macro_f1"]  # doctest: +SKIP
     """
     cells = {"reference": reference, "test": options.get("test")}
     options |= {name: name_of(given) for name, given in cells.items()}
@@ -113,7 +113,7 @@ def load(
 ) -> FinetuneData:
     """Read, choose, split and bin the cells, with the base's tokenizer where there is a base."""
     tokenizer = base_tokenizer(model.base, data.genes) if model.base else model.tokenizer
-    return load_data(data, tokenizer, training.seed, **cells)
+    return load_data(data, tokenizer, training.seed, validate=not training.solved_head, **cells)
 
 
 def build_model(arguments: FinetuneModelArguments, data: FinetuneData, seed: int) -> PreTrainedModel:
@@ -142,7 +142,7 @@ def train_and_save(
         start = time.perf_counter()
         tuned = train(model, data, training, checkpoint)
         seconds = {"training": time.perf_counter() - start}
-        scores = score_splits(tuned, data, training.assigned_precision)
+        scores = score_splits(tuned, data)
         seconds["scoring"] = time.perf_counter() - start - seconds["training"]
         summary, weights = scores, tuned.weights()
         if training.process_index == 0:
@@ -160,7 +160,7 @@ def train(
     checkpoint: Path | None = None,
 ) -> TunedModel:
     """Solve for the head, or train to the best validation score."""
-    if arguments.solved_head != "none":
+    if arguments.solved_head:
         return solve(model.to(arguments.device), data, arguments)
     trainer = build_trainer(model, data, arguments)
     n_cells = len(data.splits["train"]) + len(data.splits["validation"])
@@ -168,23 +168,26 @@ def train(
     storage = arguments.cache_frozen if arguments.n_gpu <= 1 else "off"
     with cached_frozen_layers(model.scbert, storage, n_cells, arguments.output_dir):
         trainer.run(checkpoint)
-    return TunedModel(
+    return calibrated(
         trainer.model,
         trainer.state,
         lambda cells: trainer.predict(CellDataset(cells.bins, cells.targets)).predictions,
         lambda: trainer.accelerator.get_state_dict(trainer.model),
+        data.splits["validation"],
     )
 
 
 def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainingArguments) -> TunedModel:
     """Give the model a head that is solved for; nothing else is trained."""
     loaded, learnt = LoadedModel(model, data.tokenizer), data.splits["train"]
-    solve_head(loaded, learnt.bins, learnt.targets, arguments.solved_head, arguments.seed)
+    shown = not arguments.disable_tqdm
+    held_out = solve_classifier(loaded, learnt.bins, learnt.targets, arguments.seed, shown)
     return TunedModel(
         model,
         TrainerState(),
-        lambda cells: predict_cells(loaded, cells.bins)["logits"],
+        lambda cells: predict_cells(loaded, cells.bins, ("probabilities",))["probabilities"],
         model.state_dict,
+        held_out,
     )
 
 

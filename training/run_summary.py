@@ -1,4 +1,4 @@
-"""Figures of a fine-tuning run: scores of every split beside a baseline, the summary, pictures."""
+"""Figures of a fine-tuning run: scores beside logistic regression, the summary, pictures."""
 
 import time
 from collections.abc import Callable
@@ -9,22 +9,38 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import t as student_t
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from ..evaluation.baselines import LogisticRegressionBaseline
-from ..evaluation.calibration import calibration_metrics, choose_threshold, fit_temperature, softmax
+from ..evaluation.baselines import log_normalize
+from ..evaluation.calibration import (
+    choose_threshold,
+    expected_calibration_error,
+    fit_temperature,
+    softmax,
+)
 from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..evaluation.requirements import require
 from ..extras import versions
+from ..tokenization import align_genes
 from .finetune_data import FinetuneData, LabelledCells
+from .logistic_head import cross_folds, solve_head
+from .solved_head import HeldOut
 
-# the baseline is a yardstick, not the job: past this many training cells it learns from a random part
+# the baseline is a yardstick, not the job: past this many cells it learns from a random part
 MAX_BASELINE_CELLS = 10_000
-MIN_CELLS_FOR_TEMPERATURE = 50
-TEMPERATURES = (0.2, 10.0)
-# scBERT's threshold of "unassigned"; a chosen one is never lower, for types nobody taught end up below it
+# what a test score is of, by the name that its figures have
+ESTIMATES = {
+    "test": "cells that were not learnt from",
+    "cross_validation": "all labelled cells, each by fits on four fifths of the others",
+    "validation": "cells that chose the best epoch: not a test",
+}
+# the prior of a temperature, for validation cells too few or too easy to tell: of its logarithm, in cells
+TEMPERATURE_PRIOR = 3.0
+# scBERT's threshold of "unassigned"; one chosen for a precision is never lower
 DEFAULT_THRESHOLD = 0.5
-BASELINE_GRID = (0.01, 0.1, 1.0)
+MIN_CELLS_FOR_THRESHOLD = 50
+ASSIGNED_PRECISION = 0.95
 
 
 @dataclass
@@ -38,107 +54,61 @@ class TunedModel:
         With its best weights.
     state
         Steps and history; empty where nothing was trained in steps.
-    logits_of
-        Logits of some cells, [cells, classes]. On several processes all of them must ask.
+    probabilities_of
+        Calibrated probabilities of some cells, [cells, classes]. On several processes all of them must ask.
     weights
         All weights by name; asked for by every process, since under FSDP each holds a part.
+    held_out
+        What cross-fitting says of the training cells, where the head was solved for.
     """
 
     model: PreTrainedModel
     state: TrainerState
-    logits_of: Callable[[LabelledCells], np.ndarray]
+    probabilities_of: Callable[[LabelledCells], np.ndarray]
     weights: Callable[[], dict[str, torch.Tensor]]
+    held_out: HeldOut | None = None
 
 
-def score_splits(
-    tuned: TunedModel, data: FinetuneData, assigned_precision: float
-) -> dict[str, dict[str, Any]]:
+def calibrated(
+    model: PreTrainedModel,
+    state: TrainerState,
+    logits_of: Callable[[LabelledCells], np.ndarray],
+    weights: Callable[[], dict[str, torch.Tensor]],
+    validation: LabelledCells,
+) -> TunedModel:
     """
-    Scores on validation and, once, on test; temperature and threshold, fitted on validation, go into the config.
+    A trained model with its temperature in the weights of the output layer, and a threshold of "unassigned".
 
     Parameters
     ----------
-    tuned
-        The model.
-    data
-        Splits.
-    assigned_precision
-        See `threshold_of`.
-
-    Returns
-    -------
-    dict
-        Split -> scores, with ``calibration`` before and after the temperature (where torchmetrics is installed)
-        and what the threshold of "unassigned" does; a split without cells is left out. On several processes all
-        of them must call this.
+    model, state, weights
+        See `TunedModel`.
+    logits_of
+        Logits of some cells, [cells, classes], before the temperature.
+    validation
+        The cells that temperature and threshold are chosen on.
     """
-    scores, config = {}, tuned.model.config
-    for name in ("validation", "test"):
-        part = data.splits[name]
-        if not len(part):
-            continue
-        logits = tuned.logits_of(part)
-        scores[name] = _scores(part.targets, logits.argmax(axis=-1), data.classes)
-        if name == "validation":
-            config.classifier_temperature = temperature_of(logits, part.targets)
-            probabilities = softmax(logits, config.classifier_temperature)
-            config.unassigned_threshold = threshold_of(probabilities, part.targets, assigned_precision)
-        scores[name] |= _confidence_scores(logits, part.targets, config)
-    return scores
-
-
-def threshold_of(probabilities: np.ndarray, targets: np.ndarray, precision: float) -> float | None:
-    """
-    Confidence below which cells should stay unassigned, for a wanted precision; None: nothing to choose it on.
-
-    Parameters
-    ----------
-    probabilities
-        Of validation cells, after the temperature, [cells, classes].
-    targets
-        Their classes, [cells].
-    precision
-        Wanted share of right labels among the assigned.
-
-    Returns
-    -------
-    float or None
-        At least 0.5. None with fewer than 50 cells, or where no threshold reaches the precision.
-
-    Examples
-    --------
-    >>> sure, unsure = [[0.9, 0.1]] * 60, [[0.7, 0.3]] * 20
-    >>> round(threshold_of(np.array(sure + unsure), np.array([0] * 60 + [1] * 20), 0.95), 2)
-    0.8
-    """
-    if len(targets) < MIN_CELLS_FOR_TEMPERATURE:
-        return None
-    chosen = choose_threshold(probabilities, targets, precision, default=DEFAULT_THRESHOLD)
-    return max(DEFAULT_THRESHOLD, chosen.threshold) if chosen.reached else None
-
-
-def _confidence_scores(logits: np.ndarray, targets: np.ndarray, config: Any) -> dict[str, Any]:
-    temperature, threshold = config.classifier_temperature, config.unassigned_threshold
+    logits = logits_of(validation)
+    temperature = temperature_of(logits, validation.targets)
     probabilities = softmax(logits, temperature)
-    assigned = probabilities.max(axis=1) >= (DEFAULT_THRESHOLD if threshold is None else threshold)
-    right = probabilities.argmax(axis=1) == targets
-    result: dict[str, Any] = {
-        "assigned": {
-            "share": float(assigned.mean()),
-            "accuracy": float(right[assigned].mean()) if assigned.any() else None,
+    model.config.unassigned_threshold = threshold_of(probabilities, validation.targets)
+
+    def divided() -> dict[str, torch.Tensor]:
+        all_weights = weights()
+        return {
+            name: weight / temperature if "classifier.out_proj." in name else weight
+            for name, weight in all_weights.items()
         }
-    }
-    if find_spec("torchmetrics") is not None:
-        result["calibration"] = {
-            "before": calibration_metrics(logits, targets),
-            "after": calibration_metrics(logits, targets, temperature),
-        }
-    return result
+
+    return TunedModel(model, state, lambda cells: softmax(logits_of(cells), temperature), divided)
 
 
 def temperature_of(logits: np.ndarray, targets: np.ndarray) -> float:
     """
-    What to divide logits by for honest confidences; 1 where the validation cells are too few or too easy to tell.
+    What to divide logits by for honest confidences; near 1 where the cells are too few to tell.
+
+    The prior is worth `TEMPERATURE_PRIOR` cells: without it, a handful of cells that are all right would ask for
+    certainty.
 
     Parameters
     ----------
@@ -152,22 +122,109 @@ def temperature_of(logits: np.ndarray, targets: np.ndarray) -> float:
     >>> temperature_of(np.array([[4.0, 0.0]] * 80), np.array([0] * 60 + [1] * 20)) > 3
     True
     """
-    if len(targets) < MIN_CELLS_FOR_TEMPERATURE:
-        return 1.0
-    low, high = TEMPERATURES
-    temperature = fit_temperature(logits, targets, TEMPERATURES)
-    return temperature if low * 1.01 < temperature < high / 1.01 else 1.0
+    return fit_temperature(logits, targets, (0.05, 20.0), prior=TEMPERATURE_PRIOR)
 
 
-def _scores(targets: np.ndarray, predicted: np.ndarray, classes: list[str]) -> dict[str, Any]:
-    names = np.array(classes, dtype=object)
-    scores = classification_metrics(names[targets], names[predicted])
-    return {"cells": len(targets), **scores}
+def threshold_of(probabilities: np.ndarray, targets: np.ndarray) -> float | None:
+    """
+    Confidence below which cells should stay unassigned, so that `ASSIGNED_PRECISION` of the others are right.
+
+    Parameters
+    ----------
+    probabilities
+        Of validation cells, calibrated, [cells, classes].
+    targets
+        Their classes, [cells].
+
+    Returns
+    -------
+    float or None
+        At least 0.5. None with fewer than 50 cells, or where no threshold reaches the precision.
+
+    Examples
+    --------
+    >>> sure, unsure = [[0.9, 0.1]] * 60, [[0.7, 0.3]] * 20
+    >>> round(threshold_of(np.array(sure + unsure), np.array([0] * 60 + [1] * 20)), 2)
+    0.8
+    """
+    if len(targets) < MIN_CELLS_FOR_THRESHOLD:
+        return None
+    chosen = choose_threshold(probabilities, targets, ASSIGNED_PRECISION, default=DEFAULT_THRESHOLD)
+    return max(DEFAULT_THRESHOLD, chosen.threshold) if chosen.reached else None
+
+
+def score_splits(tuned: TunedModel, data: FinetuneData) -> dict[str, dict[str, Any]]:
+    """
+    Scores by estimate (see `ESTIMATES`), with calibration and what the threshold of "unassigned" does.
+
+    A split without cells is left out. On several processes all of them must call this.
+    """
+    scores, threshold = {}, tuned.model.config.unassigned_threshold
+    if tuned.held_out is not None:
+        learnt = data.splits["train"]
+        judged = judged_cells(learnt.targets)
+        if judged.any():
+            folds = tuned.held_out.folds[judged]
+            found = _scores(tuned.held_out.probabilities[judged], learnt.targets[judged], data, threshold)
+            scores["cross_validation"] = found | fold_intervals(
+                tuned.held_out.probabilities[judged].argmax(axis=1) == learnt.targets[judged], folds
+            )
+    for name in ("validation", "test"):
+        part = data.splits[name]
+        if len(part):
+            scores[name] = _scores(tuned.probabilities_of(part), part.targets, data, threshold)
+    return scores
+
+
+def judged_cells(targets: np.ndarray) -> np.ndarray:
+    """Cells whose class has another cell to learn it from, bool [cells]: of the others cross-fitting says nothing."""
+    return np.bincount(targets)[targets] > 1
+
+
+def fold_intervals(right: np.ndarray, folds: np.ndarray) -> dict[str, Any]:
+    """
+    95% interval of the accuracy over folds, by Student's t.
+
+    Examples
+    --------
+    >>> found = fold_intervals(np.array([True, True, True, False]), np.array([0, 0, 1, 1]))
+    >>> found["accuracy_of_folds"]
+    [1.0, 0.5]
+    """
+    of_folds = [float(right[folds == fold].mean()) for fold in np.unique(folds)]
+    if len(of_folds) < 2:
+        return {"accuracy_of_folds": of_folds}
+    half = float(student_t.ppf(0.975, len(of_folds) - 1) * np.std(of_folds, ddof=1) / len(of_folds) ** 0.5)
+    center = float(np.mean(of_folds))
+    return {
+        "accuracy_of_folds": of_folds,
+        "accuracy_interval": [max(0.0, center - half), min(1.0, center + half)],
+    }
+
+
+def _scores(
+    probabilities: np.ndarray, targets: np.ndarray, data: FinetuneData, threshold: float | None = None
+) -> dict[str, Any]:
+    names, best = np.array(data.classes, dtype=object), probabilities.argmax(axis=1)
+    confidence, right = probabilities.max(axis=1), best == targets
+    assigned = confidence >= (DEFAULT_THRESHOLD if threshold is None else threshold)
+    result: dict[str, Any] = {
+        "cells": len(targets),
+        **classification_metrics(names[targets], names[best]),
+        "assigned": {
+            "share": float(assigned.mean()),
+            "accuracy": float(right[assigned].mean()) if assigned.any() else None,
+        },
+        "mean_confidence": float(confidence.mean()),
+    }
+    if find_spec("torchmetrics") is not None:
+        result["ece"] = expected_calibration_error(probabilities, targets)
+    return result
 
 
 def score_baseline(data: FinetuneData, layer: str | None, seed: int) -> dict[str, Any]:
     """
-    Logistic regression on log1p CP10k of the same training cells, scored on the same splits.
+    Logistic regression on log1p CP10k of the same cells, its strength chosen by the same cross-fitting.
 
     Parameters
     ----------
@@ -176,44 +233,36 @@ def score_baseline(data: FinetuneData, layer: str | None, seed: int) -> dict[str
     layer
         Layer that holds the values.
     seed
-        Of folds, and of the part of the training cells that is taken where there are very many.
+        Of folds, and of the part of the cells that is taken where there are very many.
 
     Returns
     -------
     dict
-        ``name``, ``C``, ``seconds``, ``notes`` and scores by split.
+        ``name``, ``seconds``, ``notes``, and scores for the estimate that counts.
     """
-    start = time.perf_counter()
-    baseline = LogisticRegressionBaseline(penalty="l2", grid=BASELINE_GRID, seed=seed, threads=1)
-    train, notes = _slice(data, "train"), []
-    if train.n_obs > MAX_BASELINE_CELLS:
-        chosen = np.random.default_rng(seed).choice(train.n_obs, MAX_BASELINE_CELLS, replace=False)
-        train, notes = (
-            train[np.sort(chosen)].copy(),
-            [f"learnt from {MAX_BASELINE_CELLS} of the training cells"],
-        )
-    baseline.fit(train, _LABEL, layer, data.input_kind)
-    result: dict[str, Any] = {"name": "logistic regression (L2, log1p CP10k)", "C": baseline.C}
-    for name in ("validation", "test"):
-        part = data.splits[name]
-        if len(part):
-            predicted = baseline.predict(_slice(data, name), layer, data.input_kind)
-            result[name] = {
-                "cells": len(part),
-                **classification_metrics(np.array(data.classes, dtype=object)[part.targets], predicted),
-            }
-    return result | {"seconds": time.perf_counter() - start, "notes": notes + baseline.notes}
-
-
-_LABEL = "scbert_label"
-
-
-def _slice(data: FinetuneData, split: str) -> Any:
-    """Cells of a split as an AnnData with their cleaned labels."""
-    part = data.splits[split]
-    cells = data.sources[split][part.cells].copy()
-    cells.obs[_LABEL] = np.array(data.classes, dtype=object)[part.targets]
-    return cells
+    start, notes = time.perf_counter(), []
+    asked = next((name for name in ("test", "validation") if len(data.splits[name])), None)
+    learnt = [data.splits[name] for name in ("train", "validation") if name != asked]
+    cells, targets = (np.concatenate([getattr(part, of) for part in learnt]) for of in ("cells", "targets"))
+    if len(cells) > MAX_BASELINE_CELLS:
+        chosen = np.random.default_rng(seed).choice(len(cells), MAX_BASELINE_CELLS, replace=False)
+        cells, targets = cells[chosen], targets[chosen]
+        notes.append(f"learnt from {MAX_BASELINE_CELLS} of the cells")
+    values, genes = log_normalize(data.sources["train"], layer, data.input_kind)
+    head = solve_head(
+        values[cells], targets, len(data.classes), cross_folds(targets, seed=seed), powers=(0.0,)
+    )
+    result: dict[str, Any] = {"name": "logistic regression (L2, strength by cross-validation, log1p CP10k)"}
+    if asked is None:
+        judged = judged_cells(targets)
+        if judged.any():
+            result["cross_validation"] = _scores(softmax(head.logits[judged]), targets[judged], data)
+    else:
+        part = data.splits[asked]
+        others, names = log_normalize(data.sources[asked], layer, data.input_kind)
+        rows = align_genes(names, genes).apply(others)[part.cells]
+        result[asked] = _scores(softmax(rows @ head.weights.T + head.bias), part.targets, data)
+    return result | {"seconds": time.perf_counter() - start, "notes": notes}
 
 
 def summarise(
@@ -228,21 +277,24 @@ def summarise(
     """
     Everything a reader of the model has to know, as plain JSON.
 
-    The figures that count stand at the top level: ``test_accuracy``, ``test_macro_f1`` and the baseline's.
+    The figures that count stand at the top level, by the name of their estimate: ``cross_validation_accuracy`` or
+    ``test_accuracy``, the macro-F1, and the baseline's.
     """
     parameters, config, state = list(tuned.model.parameters()), tuned.model.config, tuned.state
     history = _history(state.log_history)
     best = max((row for row in history if "macro_f1" in row), key=lambda row: row["macro_f1"], default={})
-    head = {}
-    for name in ("test", "validation"):
+    estimate = next((name for name in ESTIMATES if name in scores), None)
+    head: dict[str, Any] = {"estimate": estimate, "estimate_of": ESTIMATES.get(estimate)}
+    for name in scores:
         for metric in ("accuracy", "macro_f1"):
-            if name in scores:
-                head[f"{name}_{metric}"] = scores[name][metric]
+            head[f"{name}_{metric}"] = scores[name][metric]
             if name in baseline:
                 head[f"baseline_{name}_{metric}"] = baseline[name][metric]
     notes = list(baseline.get("notes", []))
-    if head.get("baseline_test_macro_f1", 0) > head.get("test_macro_f1", 1):
-        notes.append("the baseline, logistic regression, has the higher macro-F1 on the test cells")
+    if estimate is None:
+        notes.append("every class has a single cell: how good the model is cannot be said")
+    elif head.get(f"baseline_{estimate}_macro_f1", 0) > head[f"{estimate}_macro_f1"]:
+        notes.append("the baseline, logistic regression, has the higher macro-F1 on the same cells")
     return {
         **head,
         "cells": data.report["cells"],
@@ -250,10 +302,10 @@ def summarise(
         "data": data.report,
         "model": {
             "parameters": sum(p.numel() for p in parameters),
-            "temperature": config.classifier_temperature,
             "unassigned_threshold": config.unassigned_threshold,
             "trained": sum(p.numel() for p in parameters if p.requires_grad),
         },
+        "solved_head": None if tuned.held_out is None else tuned.held_out.report,
         "training": {
             "epochs": state.epoch,
             "best_epoch": best.get("epoch"),
@@ -284,12 +336,14 @@ def _history(log: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def draw_figures(folder: Path, summary: dict[str, Any]) -> None:
-    """Write confusion.png and learning_curve.png."""
-    split = "test" if "test" in summary else "validation"
-    scores = summary[split]
-    title = f"{split}: accuracy {scores['accuracy']:.3f}, macro-F1 {scores['macro_f1']:.3f}"
-    plot_confusion(scores["confusion"], folder / "confusion.png", title)
-    plot_learning_curve(summary["training"]["history"], folder / "learning_curve.png")
+    """Write confusion.png, and learning_curve.png where there were epochs."""
+    estimate = summary["estimate"]
+    if estimate is not None:
+        scores, words = summary[estimate], estimate.replace("_", "-")
+        title = f"{words}: accuracy {scores['accuracy']:.3f}, macro-F1 {scores['macro_f1']:.3f}"
+        plot_confusion(scores["confusion"], folder / "confusion.png", title)
+    if summary["training"]["history"]:
+        plot_learning_curve(summary["training"]["history"], folder / "learning_curve.png")
 
 
 def plot_learning_curve(history: list[dict[str, float]], path: Path) -> None:

@@ -19,9 +19,6 @@ SECTIONS = ("data", "model", "tokenizer", "training")
 SHORT_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
 # settings that say how to run, not what is computed: they may differ when a run is resumed
 NOT_COMPARED = {"resume", "overwrite", "cache_frozen", "dataloader_num_workers", "disable_tqdm", "use_cpu"}
-# scBERT's rule for the full panel; a small panel (or a panel of few expressed genes) would lose its cells
-MIN_GENES = 200
-PANEL_WITH_MIN_GENES = 5000
 
 
 @dataclass
@@ -34,17 +31,8 @@ class RunDataArguments:
     )
     layer: str | None = field(default=None, metadata={"help": "Layer that holds the values; 'raw' for .raw."})
     input: str = field(default="auto", metadata={"help": "What the values are: auto, counts or log1p."})
-    min_genes: int | None = field(
-        default=None, metadata={"help": "Expressed genes a training cell needs (200, or 0 for small panels)."}
-    )
     resume: bool = field(default=False, metadata={"help": "Continue an interrupted run of the same command."})
     overwrite: bool = field(default=False, metadata={"help": "Replace an existing model folder."})
-
-    def least_genes(self, panel_size: int) -> int:
-        """Expressed genes that a training cell needs: what was asked for, or scBERT's rule for large panels."""
-        if self.min_genes is not None:
-            return self.min_genes
-        return MIN_GENES if panel_size >= PANEL_WITH_MIN_GENES else 0
 
     def require(self, cells: str, *more: str) -> None:
         """Refuse a setting that is missing, and an output that is the cells themselves."""
@@ -121,6 +109,8 @@ class RunKind:
         Folder of its recipes.
     default_recipe, default_with_base
         Their names, where none is given.
+    renamed
+        Recipes of earlier versions -> those that took their place.
     """
 
     name: str
@@ -128,6 +118,7 @@ class RunKind:
     recipes: Path
     default_recipe: str
     default_with_base: str
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def field_names(self) -> set[str]:
@@ -162,7 +153,10 @@ def merge_settings(kind: RunKind, options: dict[str, Any]) -> dict[str, Any]:
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     given = device_settings(given.pop("device", None), given.pop("dtype", None)) | given
     default = kind.default_with_base if given.get("base") else kind.default_recipe
-    settings = load_recipe(given.pop("recipe", default), kind.recipes)
+    recipe = given.pop("recipe", default)
+    if recipe in kind.renamed:
+        raise InputError(f"The recipe {recipe!r} is no more; {kind.renamed[recipe]!r} took its place.")
+    settings = load_recipe(recipe, kind.recipes)
     unknown = sorted({*given, *settings} - kind.field_names)
     if unknown:
         raise InputError(f"Unknown setting(s): {', '.join(unknown)}.")
@@ -190,7 +184,7 @@ def load_recipe(recipe: str | Path, folder: Path = RECIPES) -> dict[str, Any]:
     Parameters
     ----------
     recipe
-        Name of a shipped recipe (``"scbert"``, ``"small"``, ``"demo"``, ...) or a .json file.
+        Name of a shipped recipe (``"default"``, ``"scbert"``, ...) or a .json file.
     folder
         Where the shipped ones are.
 

@@ -1,23 +1,96 @@
-"""
-A head that is solved for and not stepped towards: penalised logistic regression on what the frozen encoder puts out.
+"""The head of a classifier solved for, cross-fitted and calibrated: from an encoder and labelled cells to a model."""
 
-Of a few thousand cells and ten thousand genes the best weights are found exactly in seconds. An L1 penalty keeps a
-weight for the genes that matter and none for the rest, which carries over to other cohorts better.
-"""
-
-import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from scipy.special import expit, softmax
+from tqdm.auto import tqdm
 
-from ..evaluation.baselines import LogisticRegressionBaseline
 from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel
 from ..trained_model.prediction import predict
+from .logistic_head import SolvedHead, cross_folds, n_fits, solve_head
+from .novelty_head import choose_threshold, facts_of_held_out, fit_novelty, simulate, type_centers, whitened
+from .principal_axes import Axes, axes_and_products
 
-logger = logging.getLogger(__name__)
+
+@dataclass
+class HeldOut:
+    """
+    What cross-fitting says of the cells that a head was solved on.
+
+    Attributes
+    ----------
+    probabilities
+        Of every cell, [cells, classes], by fits that it had no part in.
+    folds
+        Of every cell, [cells].
+    report
+        Shares, penalties and temperature of the fits, and how novelty was told where it was simulated.
+    """
+
+    probabilities: np.ndarray
+    folds: np.ndarray
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def solve_classifier(
+    loaded: LoadedModel, bins: sp.csr_matrix, targets: np.ndarray, seed: int = 0, show_progress: bool = False
+) -> HeldOut:
+    """
+    Solve for everything above the encoder: output layer (with its temperature), cell vectors, novelty, threshold.
+
+    Parameters
+    ----------
+    loaded
+        A classifier and its tokenizer; its head and the threshold of its config are changed in place, nothing else.
+    bins
+        Expression bins [cells, panel].
+    targets
+        Classes of the cells, [cells]; every class occurs, and one cell of it is enough.
+    seed
+        Of the folds.
+    show_progress
+        Whether to draw a bar, in a terminal.
+
+    Raises
+    ------
+    InputError
+        If the head has hidden layers: then its output layer does not read the genes.
+    """
+    config = loaded.model.config
+    if config.classifier_hidden_sizes:
+        raise InputError(
+            "A solved head reads the pooled states: it needs classifier_hidden_sizes [] in the recipe's model."
+        )
+    features = pooled_features(loaded, bins)
+    folds = cross_folds(targets, seed=seed)
+    total = n_fits(folds) + (min(20, config.num_labels) if config.cell_vector_size else 0)
+    bar = tqdm(total=total, desc="Solving", unit="fit", disable=None if show_progress else True)
+    with bar:
+        axes, products = axes_and_products(features)
+        head = solve_head(features, targets, config.num_labels, folds, axes, on_fit=bar.update)
+        probabilities, report = softmax(head.logits, axis=1), _report(head)
+        if config.cell_vector_size:
+            simulated = simulate(features, targets, folds, products, config.cell_vector_size, bar.update)
+    layer = loaded.model.classifier.out_proj
+    _fill(layer, weight=head.weights, bias=head.bias)
+    config.unassigned_threshold = None
+    if config.cell_vector_size:
+        _fill_cell_vectors(loaded, axes, targets)
+        if simulated:
+            novelty = fit_novelty(simulated)
+            config.unassigned_threshold = choose_threshold(simulated, novelty)
+            _fill(loaded.model.classifier.novelty, coefficients=novelty)
+            facts = facts_of_held_out(
+                head.logits, axes, products, features, targets, folds, config.cell_vector_size
+            )
+            probabilities *= expit(-novelty[0] - facts @ novelty[1:])[:, None]
+            report["novelty"] = {"left_out_types": len(simulated), "coefficients": novelty.tolist()}
+    return HeldOut(probabilities, folds, report)
 
 
 def pooled_features(loaded: LoadedModel, bins: sp.csr_matrix) -> sp.csr_matrix:
@@ -38,68 +111,24 @@ def pooled_features(loaded: LoadedModel, bins: sp.csr_matrix) -> sp.csr_matrix:
     return sp.vstack(parts, format="csr")[np.argsort(np.concatenate(rows))]
 
 
-def solve_head(
-    loaded: LoadedModel, bins: sp.csr_matrix, targets: np.ndarray, penalty: str, seed: int = 0
-) -> float:
-    """
-    Put the weights of a logistic regression into the head's output layer.
-
-    Features are brought to a mean of 1 (of those above 0) for the fit: the strengths tried are meant for such.
-
-    Parameters
-    ----------
-    loaded
-        A classifier; its output layer is changed in place, nothing else.
-    bins
-        See `pooled_features`.
-    targets
-        Classes of the cells, [cells]; every class occurs.
-    penalty
-        ``"l1"`` (one class against the rest) or ``"l2"`` (multinomial); its strength is chosen by inner
-        cross-validation.
-    seed
-        Of the folds.
-
-    Returns
-    -------
-    float
-        C, the inverse strength.
-
-    Raises
-    ------
-    InputError
-        If the head has hidden layers: then its output layer does not read the genes.
-    """
-    if loaded.model.config.classifier_hidden_sizes:
-        raise InputError(
-            "A solved head reads the pooled states: it needs classifier_hidden_sizes [] in the recipe's model."
-        )
-    features = pooled_features(loaded, bins)
-    scale = float(features.data.mean()) if features.nnz else 1.0
-    solver = LogisticRegressionBaseline(penalty, seed=seed)
-    solver._fit(features / scale, targets)
-    weights, bias = _rows(solver.model)
-    weights /= scale
-    layer = loaded.model.classifier.out_proj
-    with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(weights))
-        layer.bias.copy_(torch.from_numpy(bias))
-    used = int((weights != 0).any(axis=0).sum())
-    logger.info(
-        "The head was solved for with C = %g; %d of %d inputs have a weight.",
-        solver.C,
-        used,
-        weights.shape[1],
-    )
-    return solver.C
+def _fill_cell_vectors(loaded: LoadedModel, axes: Axes, targets: np.ndarray) -> None:
+    """Put the projection onto cell vectors and the centers of the types into the head."""
+    size = loaded.model.config.cell_vector_size
+    vectors, whitener = whitened(axes.coordinates[:, :size], targets)
+    coefficients = np.zeros((size, axes.coordinates.shape[1]))
+    coefficients[: len(whitener), : len(whitener)] = whitener.T
+    projection, offset = axes.gene_weights(coefficients, np.zeros(size))
+    centers = np.zeros((loaded.model.config.num_labels, size))
+    centers[:, : len(whitener)] = type_centers(vectors, targets)
+    novelty = loaded.model.classifier.novelty
+    _fill(novelty, projection=projection, offset=offset, centers=centers)
 
 
-def _rows(fitted: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [classes, features] and biases [classes] of a fitted classifier, two classes included."""
-    models = getattr(fitted, "estimators_", [fitted])
-    weights = np.concatenate([model.coef_ for model in models])
-    bias = np.concatenate([model.intercept_ for model in models])
-    if len(weights) == 1:
-        # the logit of the second class against the first
-        weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
-    return weights, bias
+def _report(head: SolvedHead) -> dict[str, Any]:
+    return {"shares": head.shares, "penalties": head.penalties, "temperature": head.temperature}
+
+
+@torch.no_grad()
+def _fill(module: torch.nn.Module, **values: np.ndarray) -> None:
+    for name, array in values.items():
+        getattr(module, name).copy_(torch.from_numpy(np.asarray(array, dtype=np.float32)))
