@@ -40,6 +40,7 @@ from .cli_options import (
 )
 from .cli_studies import evaluate, explain
 from .console import existing, guarded, run, show_messages, silence_libraries
+from .data.check_paths import ANNOTATION_FORMATS, check_cells_path, check_output_folder, check_output_path
 
 app = typer.Typer(
     name="scbert",
@@ -131,6 +132,7 @@ def finetune(
     for path in (reference, base, genes, test):
         if path is not None:
             existing(path)
+    check_output_folder(output, overwrite)
     from .training.run_finetune import finetune as job
 
     run(job, **given)
@@ -139,7 +141,7 @@ def finetune(
 @app.command()
 def annotate(
     query: Query,
-    output: OutputFile,
+    output: opt.AnnotationFile,
     model: opt.Annotator = None,
     threshold: Threshold = None,
     majority_vote: MajorityVote = None,
@@ -159,7 +161,8 @@ def annotate(
 ) -> None:
     """Give every cell a cell type and a confidence."""
     given = locals()
-    existing(query)
+    check_cells_path(query)
+    check_output_path(output, overwrite, inputs=(query,), suffix=ANNOTATION_FORMATS)
     from .inference.annotate_cells import annotate_file
 
     # None is an answer here: the shipped annotator
@@ -184,7 +187,8 @@ def embed(
 ) -> None:
     """Write each cell's embedding to obsm["X_scbert"]."""
     given = locals()
-    existing(query)
+    check_cells_path(query)
+    check_output_path(output, overwrite, inputs=(query,), suffix=".h5ad")
     from .inference.embed_cells import embed_file
 
     run(embed_file, **given)
@@ -212,6 +216,7 @@ def convert(
     given = locals()
     existing(checkpoint)
     existing(genes)
+    check_output_folder(output, overwrite)
     from .inference.convert_original import convert as job
 
     run(job, **given)
@@ -254,6 +259,7 @@ def pretrain(
     given = locals()
     for path in (corpus, base, genes, gene_vectors):
         path and existing(path)
+    check_output_folder(output, overwrite)
     from .training.run_pretrain import pretrain as job
 
     run(job, **given)

@@ -36,7 +36,7 @@ def label_notes(
     >>> column = pd.Series(["B", None, "unassigned", "Mast"], name="type")
     >>> for note in label_notes(column, np.array(["B", None, None, "Mast"], dtype=object), {"Mast": 1}):
     ...     print(note)
-    1 of 4 cells have no label in 'type' (missing or empty): they are left out.
+    1 of 4 cells have no label in 'type' (missing or empty): left out.
     1 of 4 cells are called 'unassigned' in 'type', the word for cells without a type: they are left out.
     Classes of too few cells are left out: Mast (1).
     """
@@ -46,7 +46,7 @@ def label_notes(
     notes = []
     if n_missing:
         notes.append(
-            f"{n_missing:,} of {n_cells:,} cells have no label in {column.name!r} (missing or empty): they are left out."
+            f"{n_missing:,} of {n_cells:,} cells have no label in {column.name!r} (missing or empty): left out."
         )
     if n_reserved:
         notes.append(

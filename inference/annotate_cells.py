@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ..data.check_paths import check_output_path
+from ..data.check_paths import ANNOTATION_FORMATS, check_output_path
 from ..data.labels import UNASSIGNED
 from ..data.read import read_cells
 from ..data.read_backed import BackedCells
@@ -27,7 +27,7 @@ from .annotate_processes import main, sharded_prediction
 from .assignment import assign
 from .expression_pca import expression_pca
 from .parts import NewRows, add_parts, rows_for, rows_in_memory, write_parts
-from .query import BinnedQuery, check_output_format, opened, overlap_numbers, progress_bar
+from .query import BinnedQuery, opened, overlap_numbers, progress_bar
 from .report import write_annotation_report
 from .shipped import doubts, model_or_shipped
 from .voting import Vote, check_vote, leiden_groups, majority_vote, vote_notes
@@ -180,8 +180,8 @@ def annotate_file(
     """
     started = time.monotonic()
     _check_threshold(threshold)
-    check_output_format(output)
-    for written, others in ((output, ()), (genes_report, (output, gene_table)), (report, (output,))):
+    check_output_path(output, overwrite, inputs=(query,), suffix=ANNOTATION_FORMATS)
+    for written, others in ((genes_report, (output, gene_table)), (report, (output,))):
         if written is not None:
             check_output_path(written, overwrite, inputs=(query, *others))
     model, shards = model_or_shipped(model), None
@@ -240,7 +240,6 @@ def _annotation(
         "labels": np.array(names, dtype=object),
         "model": loaded.name,
         "threshold": float(threshold),
-        "temperature": loaded.temperature,
         "gene_overlap": overlap_numbers(query.alignment),
         "versions": versions(),
         "dtype": str(loaded.dtype).removeprefix("torch."),

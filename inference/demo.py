@@ -26,7 +26,6 @@ from .annotate_cells import annotate
 from .shipped import SHIPPED
 
 LABEL_KEY = "bulk_labels"
-RECIPE = "demo"
 SPLIT_SEED = 0
 
 
@@ -68,7 +67,6 @@ def run_demo(output: str | Path = "demo", epochs: float | None = None) -> dict[s
         folder / "cells.h5ad",
         LABEL_KEY,
         folder / "model",
-        recipe=RECIPE,
         test_key="split",
         epochs=epochs,
         overwrite=True,

@@ -139,7 +139,7 @@ def _embedding(
 ):
     """Embedding of an AnnData as ``{"obsm": ..., "uns": ...}``, and a summary."""
     query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
-    vectors = new_rows((query.n_cells, loaded.model.config.hidden_size))
+    vectors = new_rows((query.n_cells, loaded.embedding_size))
     with progress_bar(query.n_cells, "Embedding", progress) as bar:
         for start, bins in query.chunks():
             found = predict_cells(loaded, bins, ("embeddings",), batch_size, bar.update)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..data.read import matrix_rows
 from ..data.read_backed import BackedCells, open_cells
-from ..tokenization import GeneAlignment, InputError, ScBertTokenizer, align_genes
+from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes
 from ..tokenization.cells_scbert import raw_hint
 from .gene_report import name_genes
 
@@ -24,14 +24,6 @@ logger = logging.getLogger(__name__)
 # bins kept between the checking pass and the model's; above it the file is read twice instead
 KEPT_BYTES = 32 << 20
 CHUNK_SIZE = 4096
-
-
-def check_output_format(output: str | Path) -> None:
-    """Refuse an output whose name asks for a format that is not written."""
-    if Path(output).suffix.lower() not in (".h5ad", ".csv"):
-        raise InputError(
-            f"The output {output} must be named .h5ad (the cells with the new columns) or .csv (the new columns alone)."
-        )
 
 
 @contextlib.contextmanager

@@ -73,7 +73,6 @@ def write_annotation_report(
         "cells": f"{summary['cells']:,}",
         "unassigned": f"{summary['unassigned']:,} (confidence below {about['threshold']:.3g})",
         "genes found": f"{summary['genes_found']:,} of {summary['genes_of_model']:,}",
-        "temperature": f"{about['temperature']:.3g}",
         **{f"version of {name}": version for name, version in about["versions"].items()},
     }
     sections = [

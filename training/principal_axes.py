@@ -154,7 +154,9 @@ def inner_products(rows: sp.csr_matrix, width: int = 2048) -> np.ndarray:
 
 def _largest_eigenpairs(symmetric: np.ndarray, rank: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues and vectors of a positive semidefinite matrix, the largest first."""
-    rank = len(symmetric) if rank is None and len(symmetric) <= FULL_RANK else min(rank or RANK, len(symmetric))
+    rank = (
+        len(symmetric) if rank is None and len(symmetric) <= FULL_RANK else min(rank or RANK, len(symmetric))
+    )
     if rank * DIRECT_SHARE >= len(symmetric):
         # of a good part of all pairs, the direct way is the cheaper one
         values, vectors = eigh(symmetric, subset_by_index=[len(symmetric) - rank, len(symmetric) - 1])
