@@ -6,7 +6,7 @@ makes transformers' Auto classes and pipelines know the model.
 
 from typing import TYPE_CHECKING
 
-from . import registration
+from .trained_model import registration
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,8 @@
 """Libraries: which extra of setup.cfg brings an optional one, how it is installed, and the versions of the others."""
 
+import importlib
+from types import ModuleType
+
 DISTRIBUTION = "scbert-transformers"
 # the packages that decide a result
 DECISIVE = (DISTRIBUTION, "torch", "transformers", "accelerate", "anndata", "numpy", "scipy")
@@ -12,6 +15,8 @@ EXTRAS = {
     "captum": "explain",
     "gseapy": "explain",
     "celltypist": "evaluate",
+    "evaluate": "evaluate",
+    "torchmetrics": "evaluate",
     "bioframe": "multiomics",
     "mudata": "multiomics",
     "pooch": "genes",
@@ -21,6 +26,37 @@ EXTRAS = {
 
 class MissingLibrary(ImportError):
     """An optional library is not installed; the message says how to get it."""
+
+
+def require(module: str, extra: str | None = None) -> ModuleType:
+    """
+    Import an optional library, or say how to get it.
+
+    Parameters
+    ----------
+    module
+        Dotted name of the module to import, for example ``"matplotlib.pyplot"``.
+    extra
+        The extra of this distribution that brings it; looked up if left out.
+
+    Raises
+    ------
+    MissingLibrary
+        When the library itself is absent. An error *inside* an installed library is passed on as it is.
+
+    Examples
+    --------
+    >>> require("json").dumps([1])
+    '[1]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        library = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != library:
+            raise
+        message = f"{library} is needed here and is not installed: {how_to_install(library, extra)}"
+        raise MissingLibrary(message) from error
 
 
 def how_to_install(library: str, extra: str | None = None) -> str:

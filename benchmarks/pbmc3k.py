@@ -61,8 +61,8 @@ def control_scores(train: Path, test: Path) -> dict[str, dict]:
     learnt, held = anndata.read_h5ad(train), anndata.read_h5ad(test)
     scores = {}
     for name in ("logistic_l1", "logistic_l2"):
-        control = BASELINES[name]().fit(learnt, LABEL_KEY)
-        scores[name] = classification_metrics(held.obs[LABEL_KEY], control.predict(held))
+        baseline = BASELINES[name]().fit(learnt, LABEL_KEY)
+        scores[name] = classification_metrics(held.obs[LABEL_KEY], baseline.predict(held))
     return scores
 
 

@@ -1,4 +1,4 @@
-"""Many files of cells to one corpus for pretraining: the job behind ``scbert build``.
+"""Many files of cells to one corpus for pretraining: the job behind ``scbert build-corpus``.
 
 A corpus is a folder of Arrow shards that `datasets.load_from_disk` opens too. A cell is its non-zero values and
 their gene ids (positions in ``genes.txt``), just as its file holds them, and its columns of `obs`.

@@ -15,7 +15,7 @@ FORMAT = 1
 
 
 def is_corpus(path):
-    """Whether a folder was made by `scbert build`."""
+    """Whether a folder was made by `scbert build-corpus`."""
     return (Path(path) / MANIFEST).is_file()
 
 
@@ -40,7 +40,7 @@ def read_manifest(folder):
     folder = Path(folder)
     if not is_corpus(folder):
         raise InputError(
-            f"{folder} is not a corpus: there is no {MANIFEST} in it. Build one (build_corpus, or scbert build)."
+            f"{folder} is not a corpus: there is no {MANIFEST} in it. Build one (build_corpus, or scbert build-corpus)."
         )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

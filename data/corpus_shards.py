@@ -26,7 +26,7 @@ from ..tokenization.expression_scbert import (
 from .corpus_manifest import checksum
 from .modalities import feature_modalities
 from .quality_control import choose_cells, measure_cells
-from .read import CHUNK_SIZE, matrix_rows, read_cells
+from .read import CHUNK_SIZE, matrix_rows, opened_cells
 from .write_output import atomic_file
 
 LISTS = {"gene_ids": pa.list_(pa.int32()), "values": pa.list_(pa.float32())}
@@ -87,7 +87,7 @@ def scan_file(source, input, rules, record):
     if record.exists():
         with np.load(record) as stored:
             return Scan(json.loads(str(stored["facts"])), stored["keep"], stored["hashes"])
-    with _opened(source) as adata, _damage(source.path):
+    with opened_cells(source.path, layer=source.layer) as adata, _damage(source.path):
         scan = _scan(adata, source, input, rules)
     with atomic_file(record) as handle:
         np.savez(handle, facts=json.dumps(scan.facts), keep=scan.keep, hashes=scan.hashes)
@@ -106,7 +106,7 @@ def _scan(adata, source, input, rules):
         if input == "auto" and kind == "counts" and not is_integer_valued(chunk):
             raise InputError(
                 "Some cells have fractions, others whole-number counts. Say what the values are: input='counts' or "
-                "'log1p' (--input counts, --input log1p)."
+                "'log1p' (--values counts, --values log1p)."
             )
         hashes.append(hash_cells(chunk, gene_hashes))
 
@@ -245,7 +245,7 @@ def write_file(source, rows, facts, genes, schema, folder, prefix, shard_cells):
             record = path.with_suffix(".json")
             if not record.exists():
                 if batches is None:
-                    adata = stack.enter_context(_opened(source))
+                    adata = stack.enter_context(opened_cells(source.path, layer=source.layer))
                     batches = _Batches(adata, source, facts, genes, schema)
                 shard = rows[start : start + shard_cells]
                 found = _write_shard(path, batches.of(shard), schema)
@@ -320,16 +320,6 @@ def _column(values, kind):
     if kind == pa.string():
         values = values.astype(str)
     return pa.array(values.to_numpy(), kind, mask=missing)
-
-
-@contextlib.contextmanager
-def _opened(source):
-    adata = read_cells(source.path, layer=source.layer, backed=True)
-    try:
-        yield adata
-    finally:
-        if adata.isbacked:
-            adata.file.close()
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ class Shard:
 
     def _unreadable(self, found):
         return InputError(
-            f"The shard {self.path} {found}. Restore an intact copy (scbert build {self.path.parent} --verify "
+            f"The shard {self.path} {found}. Restore an intact copy (scbert build-corpus {self.path.parent} --verify "
             f"names all files that differ), or build the corpus again."
         )
 

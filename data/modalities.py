@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ..extras import how_to_install
+from ..extras import require
 from ..tokenization import InputError
 from .regions import genome_build, map_regions, parse_regions
 
@@ -24,13 +24,7 @@ MODALITY_NAMES = {"rna": GENES, "gex": GENES, "atac": PEAKS, "peaks": PEAKS, "pr
 
 def read_mudata(path, genome=None):
     """Read a MuData .h5mu file as one AnnData; see `combine_modalities`."""
-    try:
-        import mudata
-    except ImportError:
-        raise InputError(
-            f"Reading {path} needs the library mudata, which is not installed: {how_to_install('mudata')}"
-        ) from None
-    return combine_modalities(modalities_of(mudata.read_h5mu(path)), genome)
+    return combine_modalities(modalities_of(require("mudata").read_h5mu(path)), genome)
 
 
 def modalities_of(mdata):

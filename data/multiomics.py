@@ -5,7 +5,7 @@ from pathlib import Path
 from ..tokenization import InputError
 from .check_paths import check_output_path
 from .modalities import GENES, PEAKS, check_modalities, combine_modalities, map_peaks, read_mudata
-from .read import read_cells
+from .read import opened_cells, read_cells
 from .regions import genome_build
 from .write_h5ad import atomic_write_h5ad
 
@@ -103,10 +103,8 @@ def common_build(paths):
     """
     builds = {}
     for path in paths:
-        cells = read_cells(path, backed=True, check=False)
-        build = cells.uns.get("genome_build")
-        if cells.isbacked:
-            cells.file.close()
+        with opened_cells(path, check=False) as cells:
+            build = cells.uns.get("genome_build")
         if build:
             builds.setdefault(genome_build(build), str(path))
     if len(builds) > 1:

@@ -114,6 +114,17 @@ def _clear_errors(path):
         ) from error
 
 
+@contextlib.contextmanager
+def opened_cells(path, **options):
+    """The cells of a file whose matrices stay on disk where its format allows it; see `read_cells`."""
+    adata = read_cells(path, backed=True, **options)
+    try:
+        yield adata
+    finally:
+        if adata.isbacked:
+            adata.file.close()
+
+
 def matrix_rows(cells, layer=None):
     """Something that gives rows of a matrix by slice, and the names of its columns.
 
@@ -190,9 +201,8 @@ def read_gene_names(path):
         raise InputError(f"There is no gene file {path}.")
     if not h5py.is_hdf5(path):
         return read_gene_panel(path)
-    adata = read_cells(path, backed=True, check=False)
-    names = gene_names_of(adata.var, adata.var_names)
-    adata.file.close()
+    with opened_cells(path, check=False) as adata:
+        names = gene_names_of(adata.var, adata.var_names)
     if len(set(names)) < len(names):
         raise InputError(f"{path} names {len(names) - len(set(names))} gene(s) more than once.")
     return names

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ..extras import how_to_install
+from ..extras import require
 from ..tokenization import InputError
 
 # chrom:start-end, or with - or _ throughout
@@ -116,17 +116,7 @@ def _chromosome_lengths(genome):
     build = genome_build(genome)
     if build not in BUILDS:
         return {}
-    return _bioframe().assembly_info(build).chromsizes.to_dict()
-
-
-def _bioframe():
-    try:
-        import bioframe
-    except ImportError:
-        raise InputError(
-            f"Mapping peaks needs the library bioframe, which is not installed: {how_to_install('bioframe')}"
-        ) from None
-    return bioframe
+    return require("bioframe").assembly_info(build).chromsizes.to_dict()
 
 
 @dataclass
@@ -178,7 +168,7 @@ def map_regions(peaks, regions):
     shape = (len(peaks), len(regions))
     if not len(peaks) or not len(regions):
         return RegionMapping(sp.csr_matrix(shape, dtype=np.float32))
-    pairs = _bioframe().overlap(
+    pairs = require("bioframe").overlap(
         peaks, regions, how="inner", return_index=True, return_input=False, return_overlap=True
     )
     pairs = pd.DataFrame(

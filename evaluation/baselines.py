@@ -1,5 +1,5 @@
 """
-The classifiers that stand beside every score as its controls, on log1p CP10k.
+The classifiers that stand beside every score as its baselines, on log1p CP10k.
 
 All have one interface: `fit(adata, label_key)`, `predict_proba(adata)`, `predict(adata)`, `classes_`, and `notes`,
 what a reader of the score has to know (convergence, a fallback). All are deterministic.
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..extras import require
 from ..tokenization import (
     InputError,
     align_genes,
@@ -25,7 +26,6 @@ from ..tokenization import (
 )
 from ..tokenization.expression_scbert import as_csr
 from .calibration import softmax
-from .requirements import require
 
 UNLABELLED = {"unassigned", "nan", "None", "<NA>", ""}
 C_GRID = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)

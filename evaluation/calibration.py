@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .requirements import require
+from ..extras import require
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:

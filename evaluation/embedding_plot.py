@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .requirements import require
+from ..extras import require
 
 # Paul Tol's muted scheme and two of his light one: told apart with any colour vision, in this order
 COLOURS = (

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .requirements import require
+from ..extras import require
 
 METRIC_FOLDER = Path(__file__).parent / "cell_annotation_metric"
 

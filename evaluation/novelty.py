@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..data.labels import UNASSIGNED
-from .requirements import require
+from ..extras import require
 
 
 def max_probability_score(probabilities: np.ndarray) -> np.ndarray:

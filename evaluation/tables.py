@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from .requirements import require
+from ..extras import require
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..data.splits import stratified_split
 from ..data.write_h5ad import atomic_write_h5ad
 from ..evaluation.embedding_plot import plot_embedding
 from ..evaluation.metrics import classification_metrics, plot_confusion
-from ..evaluation.requirements import require
+from ..extras import require
 from ..tokenization import InputError
 from ..training.run_finetune import finetune
 from .annotate_cells import annotate

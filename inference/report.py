@@ -13,8 +13,8 @@ from ..data.read_backed import BackedCells
 from ..data.write_output import atomic_path
 from ..evaluation.embedding_plot import plot_embedding, umap_of
 from ..evaluation.report import Section, report_html
-from ..evaluation.requirements import require
 from ..evaluation.tables import TextTable
+from ..extras import require
 from .expression_pca import expression_pca
 from .query import BinnedQuery
 

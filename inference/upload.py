@@ -77,7 +77,7 @@ def annotate_upload(
     Raises
     ------
     InputError
-        When the upload is too large, or as `scbert.inference.annotate`.
+        When the upload is too large, or as `scbert.annotate`.
 
     Examples
     --------

@@ -7,7 +7,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from ..evaluation.requirements import require
+from ..extras import require
 from ..tokenization import ScBertTokenizer
 
 # cells whose path of steps is computed at a time

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..evaluation.requirements import require
+from ..extras import require
 from ..tokenization import InputError
 
 COLUMNS = ["term", "n_overlap", "n_set", "odds_ratio", "p_value", "adjusted_p_value", "genes"]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation.baselines import UNLABELLED, log_normalize
-from ..evaluation.requirements import require
+from ..extras import require
 from ..tokenization import InputError
 
 # names of the columns (type, gene) of the tables that circulate

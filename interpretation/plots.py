@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..evaluation.requirements import require
+from ..extras import require
 
 # more points than this only thicken the swarm
 MAX_CELLS = 2000

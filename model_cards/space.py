@@ -17,7 +17,7 @@ from ..extras import DISTRIBUTION
 PACKAGE = Path(__file__).resolve().parents[1]
 APP = '''"""The page of this Space; the folder `scbert` beside it is the package it runs."""
 
-from scbert.app import serve
+from scbert.commands.app import serve
 
 serve({models!r}, host="0.0.0.0", port=7860{limits})
 '''

@@ -38,7 +38,7 @@ WHAT = (
 )
 LABELS = CARDS / "scbert-mini-pbmc" / "labels.csv"
 RECIPE = "pbmc"
-CONTROLS = "logistic_l1,logistic_l2"
+BASELINES = "logistic_l1,logistic_l2"
 # cells that teach the annotator what is not blood; of the tumour those without a transcript of PTPRC (CD45)
 BACKGROUND = {
     "breast_tumor_copykat.h5ad": ("breast tumour, cells without PTPRC", "GPL-2"),
@@ -70,7 +70,7 @@ ABOUT = {
 
 
 def cross_cohort(data: Path, work: Path) -> dict[str, Any]:
-    """Learn one cohort, test the other, both ways, beside the controls."""
+    """Learn one cohort, test the other, both ways, beside the baselines."""
     output = work / "cross_cohort"
     if not output.exists():
         files = [data / name for name in COHORTS]
@@ -81,8 +81,8 @@ def cross_cohort(data: Path, work: Path) -> dict[str, Any]:
             "dataset",
             "--recipe",
             RECIPE,
-            "--controls",
-            CONTROLS,
+            "--baselines",
+            BASELINES,
         )
         run("evaluate", "leave-one-out", *files, "--label-key", LABEL_KEY, *options,
             "--settings", json.dumps({"disable_tqdm": True}), "--output", output,
@@ -149,7 +149,7 @@ def cross_cohort_section(result: dict[str, Any]) -> str:
         "",
         "Learn one cohort and test all cells of the other whose type was learnt, both ways; the same recipe and "
         "label map (`labels.csv`) as the weights here, which were then learnt from both, and from cells that are not "
-        "blood. The controls learn from all genes the cohorts share, on log1p CP10k.",
+        "blood. The baselines learn from all genes the cohorts share, on log1p CP10k.",
         "",
         "| test cohort | model | cells | accuracy | macro-F1 |",
         "|---|---|---:|---:|---:|",

@@ -29,8 +29,8 @@ SHOTS, DRAWS = (5, 20, 100), 5
 RECIPE = "mini"
 PRETRAINED, UNTRAINED = "scbert-mini, pretrained", "the same from random weights"
 FASTER = "scbert-mini, pretrained, three times the learning rate"
-CONTROLS = {"logistic_l1": "logistic regression, L1", "logistic_l2": "logistic regression, L2"}
-NAMES = (PRETRAINED, FASTER, UNTRAINED, *CONTROLS.values())
+BASELINES = {"logistic_l1": "logistic regression, L1", "logistic_l2": "logistic regression, L2"}
+NAMES = (PRETRAINED, FASTER, UNTRAINED, *BASELINES.values())
 
 
 def balanced_part(cells: Path, label_key: str, path: Path) -> Path:
@@ -54,7 +54,7 @@ def write_untrained(base: Path, folder: Path) -> None:
 
 
 def measure(base: Path, cells: Path, label_key: str, work: Path) -> dict[str, Any]:
-    """The few-shot protocol for the base, and for the same model with random weights beside the controls."""
+    """The few-shot protocol for the base, and for the same model with random weights beside the baselines."""
     part = work / "balanced.h5ad"
     if not part.exists():
         balanced_part(cells, label_key, part)
@@ -62,8 +62,8 @@ def measure(base: Path, cells: Path, label_key: str, work: Path) -> dict[str, An
     if not untrained.exists():
         write_untrained(base, untrained)
     results = {}
-    for name, folder, slug, more, controls in (
-        (UNTRAINED, untrained, "untrained", {}, ",".join(CONTROLS)),
+    for name, folder, slug, more, baselines in (
+        (UNTRAINED, untrained, "untrained", {}, ",".join(BASELINES)),
         (PRETRAINED, base, base.name, {}, ""),
         (FASTER, base, f"{base.name}-faster", {"learning_rate": 0.003}, ""),
     ):
@@ -72,12 +72,12 @@ def measure(base: Path, cells: Path, label_key: str, work: Path) -> dict[str, An
             settings = {"base": str(folder), "disable_tqdm": True, **more}
             run(
                 "evaluate", "few-shot", part, "--label-key", LABEL, "--recipe", RECIPE,
-                "--settings", json.dumps(settings), "--controls", controls,
+                "--settings", json.dumps(settings), "--baselines", baselines,
                 "--shots", ",".join(map(str, SHOTS)), "--folds", DRAWS, "--output", output,
             )  # fmt: skip
         results[name] = json.loads((output / "results.json").read_text())
     rows = [
-        {**row, "model": CONTROLS.get(row["model"], name)}
+        {**row, "model": BASELINES.get(row["model"], name)}
         for name, result in results.items()
         for row in result["rows"]
     ]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import scbert
-from scbert import cli, console
+from scbert.commands import cli, console
 from scbert.extras import MissingLibrary
 from scbert.tokenization import InputError
 
@@ -167,7 +167,7 @@ def test_sigterm_cleans_up_and_exits_143(tmp_path):
     script = f"""
 import sys, time
 from pathlib import Path
-from scbert.console import guarded
+from scbert.commands.console import guarded
 partial = Path({str(partial)!r})
 def job():
     try:
@@ -191,7 +191,7 @@ sys.exit(guarded(job))
 
 def test_help_imports_nothing_slow():
     script = (
-        "import sys; from scbert.cli import main; main(['--help']);"
+        "import sys; from scbert.commands.cli import main; main(['--help']);"
         "sys.exit(bool({'torch', 'transformers', 'numpy', 'anndata'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
@@ -203,3 +203,13 @@ def test_module_runs_like_the_command(tmp_path):
     )
     assert done.returncode == 0
     assert done.stdout.startswith("scbert ")
+
+
+def test_old_spellings_are_understood_and_not_shown(tmp_path, capsys):
+    missing, output = str(tmp_path / "none.h5ad"), str(tmp_path / "out")
+    assert cli.main(["combine", missing, "--output", output]) == 1
+    assert cli.main(["annotate", missing, "--output", output, "--input", "counts"]) == 1
+    assert capsys.readouterr().err.count("No such file") == 2
+    assert cli.main(["annotate", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--values" in shown and "--input" not in shown

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from scbert import cli
+from scbert.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scbert.evaluation.requirements import require
-from scbert.extras import EXTRAS, MissingLibrary, how_to_install
+from scbert.extras import EXTRAS, MissingLibrary, how_to_install, require
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -115,7 +115,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel):
     packages = {name.removesuffix("__init__.py") for name in tracked_files() if name.endswith("__init__.py")}
     scripts = [name for name in tracked_files() if name.endswith(".py")]
     modules = {f"scbert/{name}" for name in scripts if name[: name.rfind("/") + 1] in packages}
-    assert {"scbert/cli.py", "scbert/modeling_scbert/favor_scbert.py"} <= modules
+    assert {"scbert/commands/cli.py", "scbert/modeling_scbert/favor_scbert.py"} <= modules
     assert modules | {f"scbert/{name}" for name in data_files()} <= names
     assert not {name for name in names if "/" not in name}
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"scbert", "scbert_transformers"}
@@ -141,7 +141,7 @@ def test_the_wheel_works_from_any_directory(wheel, tmp_path):
         f"import sys; sys.path.insert(0, {str(site)!r});"
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)];"
         "import scbert; assert scbert.__file__.startswith(sys.path[0]), scbert.__file__;"
-        "from scbert.cli import main; sys.exit(main(['--version']))"
+        "from scbert.commands.cli import main; sys.exit(main(['--version']))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

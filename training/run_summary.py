@@ -20,8 +20,7 @@ from ..evaluation.calibration import (
     softmax,
 )
 from ..evaluation.metrics import classification_metrics, plot_confusion
-from ..evaluation.requirements import require
-from ..extras import versions
+from ..extras import require, versions
 from ..tokenization import align_genes
 from .finetune_data import FinetuneData, LabelledCells
 from .logistic_head import cross_folds, solve_head

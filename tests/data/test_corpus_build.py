@@ -186,7 +186,7 @@ def test_full_disk(files, tmp_path, monkeypatch):
 
 
 def test_command_line(files, tmp_path, capsys):
-    from scbert.cli import main
+    from scbert.commands.cli import main
 
     arguments = ["build", str(files), "--output", str(tmp_path / "corpus"), "--min-genes", "0", "--json"]
     assert main(arguments) == 0

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from datasets import load_from_disk
 
-from scbert.cli import main
+from scbert.commands.cli import main
 
 N_FILES, SHARD_CELLS = 4, 3
 COMMAND = [sys.executable, "-m", "scbert", "build"]

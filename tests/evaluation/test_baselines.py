@@ -1,4 +1,4 @@
-"""The controls: one interface, hand-worked normalisation, determinism, and honest notes."""
+"""The baselines: one interface, hand-worked normalisation, determinism, and honest notes."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""The controls reach the plain baselines measured elsewhere on the same real cells (3 folds, macro-F1)."""
+"""The baselines reach the plain baselines measured elsewhere on the same real cells (3 folds, macro-F1)."""
 
 import os
 from pathlib import Path

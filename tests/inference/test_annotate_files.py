@@ -108,7 +108,7 @@ def test_memory_does_not_grow_with_the_cells(make_model, tmp_path, place):
     """Twice the cells: 240 MB more in the file, hardly more in memory."""
     panel = [f"G{i}" for i in range(4000)]
     model = make_model(panel=panel, num_hidden_layers=1, tokenizer={"keep_zeros": False, "max_length": 20})
-    script = "import sys; from scbert.cli import main; sys.exit(main())"
+    script = "import sys; from scbert.commands.cli import main; sys.exit(main())"
     options = ["--overwrite", *(["--layer", "counts"] if place != "X" else [])]
     peaks = []
     # both above what is kept between the passes

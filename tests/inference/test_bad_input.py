@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import torch
 from safetensors.torch import load_file, save_file
 
-from scbert.cli import main
+from scbert.commands.cli import main
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scbert.cli import main
+from scbert.commands.cli import main
 from scbert.inference import annotate
 from scbert.inference.voting import majority_vote
 

@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from scbert.cli import main
+from scbert.commands.cli import main
 from scbert.inference.demo import demo_cells, run_demo
 from scbert.tokenization import InputError
 

@@ -4,7 +4,7 @@ import anndata
 import pytest
 import torch
 
-from scbert.cli import main
+from scbert.commands.cli import main
 from scbert.tokenization import InputError
 from scbert.trained_model.loaded_model import load_model
 from scbert.training.finetune_arguments import FINETUNE

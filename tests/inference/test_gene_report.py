@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from scbert.cli import app
+from scbert.commands.cli import app
 from scbert.inference.annotate_cells import annotate
 from scbert.tokenization import InputError
 

@@ -11,11 +11,11 @@ import anndata
 import numpy as np
 import pytest
 
-from scbert.cli import main
+from scbert.commands.cli import main
 from scbert.data import write_h5ad
 from scbert.inference import annotate
 
-COMMAND = "import sys; from scbert.cli import main; sys.exit(main())"
+COMMAND = "import sys; from scbert.commands.cli import main; sys.exit(main())"
 # slow enough to be caught in the act: every batch waits
 SLOW = (
     "import time; from scbert.trained_model import prediction; run = prediction._forward; "

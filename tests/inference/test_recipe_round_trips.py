@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 import scbert
-from scbert.cli import main
+from scbert.commands.cli import main
 
 RECIPES = ("scbert", "scmbert", "screformer")
 SIZES = {
@@ -79,7 +79,7 @@ def tiny_recipe(name, folder):
 
 
 def with_peaks(adata, folder):
-    """The cells and twelve peaks, as `scbert combine` joins them."""
+    """The cells and twelve peaks, as `scbert combine-modalities` joins them."""
     peaks = [f"chr1:{1000 * i}-{1000 * i + 500}" for i in range(1, 13)]
     open_in = np.arange(12) % 3 == adata.obs["cell_type"].cat.codes.to_numpy()[:, None]
     atac = anndata.AnnData(

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scbert.cli import main
+from scbert.commands.cli import main
 from scbert.inference import annotate, shipped
 from scbert.inference.shipped import SHIPPED, doubts, introduction, model_or_shipped
 from scbert.tokenization import InputError, align_genes, read_gene_panel

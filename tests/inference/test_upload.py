@@ -13,8 +13,8 @@ import anndata
 import numpy as np
 import pytest
 
-from scbert import app
-from scbert.cli import main
+from scbert.commands import app
+from scbert.commands.cli import main
 from scbert.inference.upload import Limits, annotate_upload
 from scbert.tokenization import InputError
 

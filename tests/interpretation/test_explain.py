@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scbert import ScBertConfig, ScBertForCellClassification, ScBertTokenizer
-from scbert.cli import main
+from scbert.commands.cli import main
 from scbert.interpretation.attribution import gradient_shap, integrated_gradients
 from scbert.interpretation.deletion import COLUMNS, deletion_test, remove_top, verdict
 from scbert.interpretation.explain_files import explain_file

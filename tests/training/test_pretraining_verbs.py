@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from scbert.cli import main
+from scbert.commands.cli import main
 
 RECIPE = {
     "model": {

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import (
+from .console import existing, run
+from .options import (
     Force,
     Input,
     InputKind,
@@ -20,16 +21,12 @@ from .cli_options import (
     Query,
     Recipe,
     Report,
-    Resume,
     Seed,
 )
-from .console import existing, run
 
 PROTOCOL_HELP = (
     "cross-validation, leave-one-out (with --group-key), reference-size, few-shot, zero-shot (with --base), "
-    "class-imbalance, novel-types, marker-deletion, modalities (RNA, ATAC, both), hyperparameters, integration "
-    "(batch effect of the embedding of --base over --group-key) or ablation (encoder x gene embedding x "
-    "pretraining x modality)."
+    "class-imbalance, novel-types, marker-deletion, modalities (RNA, ATAC, both) or hyperparameters."
 )
 
 
@@ -42,14 +39,14 @@ def evaluate(
     output: OutputFolder,
     group_key: Annotated[
         str | None,
-        typer.Option(help="Column of the groups to leave out, such as dataset or donor; or of the batches."),
+        typer.Option(help="Column of the groups to leave out, such as dataset or donor."),
     ] = None,
     label_map: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Other names for types: columns from and to.")
     ] = None,
     recipe: Recipe = None,
     base: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Pretrained model; its ablations join the controls.")
+        Path | None, typer.Option(metavar="DIR", help="Pretrained model; its ablations join the baselines.")
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(min=0, help="Passes over the cells.", show_default=False)
@@ -60,8 +57,8 @@ def evaluate(
     variants: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Further models: names and their settings.")
     ] = None,
-    controls: Annotated[
-        str | None, typer.Option(help="Controls, separated by commas.", show_default="those installed")
+    baselines: Annotated[
+        str | None, typer.Option(help="Baselines, separated by commas.", show_default="those installed")
     ] = None,
     folds: Annotated[int | None, typer.Option(min=1, help="Folds or draws.", show_default="5")] = None,
     folds_from: Annotated[
@@ -84,15 +81,14 @@ def evaluate(
     layer: Layer = None,
     input: Input = InputKind.auto,
     seed: Seed = None,
-    resume: Resume = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Compare a model with its controls, on the same folds."""
+    """Compare a model with its baselines, on the same folds."""
     given = locals()
     for path in (*cells, label_map, base, variants, folds_from, markers):
         path and existing(path)
-    from .evaluation.run_benchmark import run_benchmark
+    from ..protocols import run_benchmark
 
     run(run_benchmark, **given)
 
@@ -133,6 +129,6 @@ def explain(
     given = locals()
     for path in (query, markers, marker_names, gene_sets):
         path and existing(path)
-    from .interpretation.explain_files import explain_file as job
+    from ..interpretation.explain_files import explain_file as job
 
     run(job, **given)

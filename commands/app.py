@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..extras import require
+from ..inference.shipped import model_or_shipped
+from ..inference.upload import Limits, annotate_upload, loaded_model
+from ..model_cards.space import export_space as write_space
+from ..tokenization import InputError
 from .console import explain, say
-from .evaluation.requirements import require
-from .inference.shipped import model_or_shipped
-from .inference.upload import Limits, annotate_upload, loaded_model
-from .model_cards.space import export_space as write_space
-from .tokenization import InputError
 
 logger = logging.getLogger(__name__)
 

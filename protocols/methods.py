@@ -1,4 +1,4 @@
-"""What is compared: scBERT as its recipe trains it, its ablations, and the plain controls."""
+"""What is compared: scBERT as its recipe trains it, its ablations, and the plain baselines."""
 
 import logging
 import shutil
@@ -14,20 +14,20 @@ import pandas as pd
 import torch
 from transformers import set_seed
 
-from ...modeling_scbert import ScBertForMaskedExpression
-from ...tokenization import InputError
-from ...trained_model.loaded_model import LoadedModel, load_model
-from ...trained_model.model_folder import load_tokenizer, save_model
-from ...trained_model.prediction import predict_cells
-from ...training import run_finetune
-from ...training.finetune_arguments import FINETUNE
-from ...training.initial_model import load_masked_model
-from ...training.run_summary import DEFAULT_THRESHOLD, temperature_of, threshold_of
-from ...training.settings import parse
-from ..baselines import BASELINES, LogisticRegressionBaseline
-from ..calibration import softmax
+from ..evaluation.baselines import BASELINES, LogisticRegressionBaseline
+from ..evaluation.calibration import softmax
+from ..modeling_scbert import ScBertForMaskedExpression
+from ..tokenization import InputError
+from ..trained_model.loaded_model import LoadedModel, load_model
+from ..trained_model.model_folder import load_tokenizer, save_model
+from ..trained_model.prediction import predict_cells
+from ..training import run_finetune
+from ..training.finetune_arguments import FINETUNE
+from ..training.initial_model import load_masked_model
+from ..training.run_summary import DEFAULT_THRESHOLD, temperature_of, threshold_of
+from ..training.settings import parse
 from .cells import LABEL, MODALITY, SPLIT, input_of
-from .protocols import TEST, TRAIN, VALIDATION, Fold
+from .folds import TEST, TRAIN, VALIDATION, Fold
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +37,13 @@ CELLS_OF_AN_EPOCH = 320
 MIN_CELLS = 3
 NEIGHBOURS = 15
 ASSIGNED_PRECISION = 0.95
-DEFAULT_CONTROLS = ("logistic_l1", "logistic_l2", "knn", "celltypist", "majority")
+DEFAULT_BASELINES = ("logistic_l1", "logistic_l2", "knn", "celltypist", "majority")
 
 
 @dataclass
 class Outputs:
     """
-    What a contestant says of a fold's test cells.
+    What a method says of a fold's test cells.
 
     Attributes
     ----------
@@ -80,15 +80,15 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Method:
     """A name in the table and the function that learns a fold: ``run(cells, fold, seed) -> Outputs``."""
 
     name: str
     run: Callable[[anndata.AnnData, Fold, int], Outputs]
-    is_control: bool
+    is_baseline: bool
 
 
-def control(name: str, threads: int = 2) -> Contestant:
+def baseline(name: str, threads: int = 2) -> Method:
     """One of `evaluation.baselines.BASELINES`; it learns from the training and the validation cells."""
 
     def run(cells: anndata.AnnData, fold: Fold, seed: int) -> Outputs:
@@ -105,10 +105,10 @@ def control(name: str, threads: int = 2) -> Contestant:
         seconds = time.perf_counter() - started
         return Outputs([str(c) for c in model.classes_], probabilities, seconds, notes=list(model.notes))
 
-    return Contestant(name, run, is_control=True)
+    return Method(name, run, is_baseline=True)
 
 
-def scbert(name: str, settings: dict[str, Any], work: Path, is_control: bool = False) -> Contestant:
+def scbert(name: str, settings: dict[str, Any], work: Path, is_baseline: bool = False) -> Method:
     """
     Fine-tune with these settings (``recipe``, ``base``, and what goes over the recipe), in a folder for scratch.
 
@@ -130,7 +130,7 @@ def scbert(name: str, settings: dict[str, Any], work: Path, is_control: bool = F
         outputs.seconds = time.perf_counter() - started
         return outputs
 
-    return Contestant(name, run, is_control)
+    return Method(name, run, is_baseline)
 
 
 def _train(cells: anndata.AnnData, fold: Fold, settings: dict[str, Any], work: Path, seed: int):
@@ -198,7 +198,7 @@ def _outputs(model: torch.nn.Module, data: Any, asked: Any, draws: int) -> Outpu
     )
 
 
-def frozen_neighbours(name: str, folder: Path, is_control: bool = False) -> Contestant:
+def frozen_neighbours(name: str, folder: Path, is_baseline: bool = False) -> Method:
     """Zero-shot: votes of the nearest training cells in the embeddings of a model that nothing was taught."""
 
     def run(cells: anndata.AnnData, fold: Fold, seed: int) -> Outputs:
@@ -214,7 +214,7 @@ def frozen_neighbours(name: str, folder: Path, is_control: bool = False) -> Cont
         probabilities = voters.predict_proba(embeddings[test])
         return Outputs([str(c) for c in voters.classes_], probabilities, time.perf_counter() - started)
 
-    return Contestant(name, run, is_control)
+    return Method(name, run, is_baseline)
 
 
 def write_ablation(base: str | Path, folder: Path, kind: str, seed: int) -> Path:
@@ -250,16 +250,16 @@ def write_ablation(base: str | Path, folder: Path, kind: str, seed: int) -> Path
     return folder
 
 
-def contestants(
+def all_methods(
     protocol: str,
     recipes: list[str],
     base: str | None,
     settings: dict[str, Any],
     variants: dict[str, dict[str, Any]],
-    controls: list[str],
+    baselines: list[str],
     work: Path,
     seed: int,
-) -> list[Contestant]:
+) -> list[Method]:
     """
     Everything that runs on every fold, the model in question first.
 
@@ -270,12 +270,12 @@ def contestants(
     recipes
         Names or files; the first is the one in question.
     base
-        Pretrained model; without one scBERT starts from random weights, which is the no-pretraining control.
+        Pretrained model; without one scBERT starts from random weights, which is the no-pretraining baseline.
     settings
         Over every recipe, such as ``{"epochs": 5}``.
     variants
         Name -> settings over the first recipe's.
-    controls
+    baselines
         Names of `BASELINES`.
     work
         Scratch folder.
@@ -300,12 +300,12 @@ def contestants(
             found.append(scbert(name, _merged({"recipe": recipes[0], **common}, more), work / "run"))
         if base:
             first = {"recipe": recipes[0], **common}
-            # frozen random weights would be no fair control: all of them are trained
+            # frozen random weights would be no fair baseline: all of them are trained
             untrained = {**first, "base": str(ablated["no pretraining"]), "train_all": True}
             found.append(scbert("scBERT, no pretraining", untrained, work / "run", True))
             shuffled = {**first, "base": str(ablated["random genes"])}
             found.append(scbert("scBERT, random genes", shuffled, work / "run", True))
-    return found + [control(name) for name in controls]
+    return found + [baseline(name) for name in baselines]
 
 
 def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

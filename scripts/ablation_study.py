@@ -1,9 +1,14 @@
-"""The ablation grid: encoder x gene embedding x pretraining x modality, every combination on the same draws."""
+"""
+The ablation grid: encoder x gene embedding x pretraining x modality, every combination on the same draws.
+
+    python scripts/ablation_study.py CELLS... --label-key KEY --output DIR [--settings JSON] [--draws 5] [--resume]
+"""
 
 import itertools
 import json
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,23 +19,25 @@ import numpy as np
 import pandas as pd
 from transformers import set_seed
 
-from ...data.splits import stratified_split
-from ...data.write_output import partial_folder
-from ...extras import versions
-from ...tokenization import InputError
-from ...trained_model.model_folder import save_model
-from ...training import run_pretrain
-from ...training.finetune_arguments import FINETUNE
-from ...training.pretrain_arguments import PRETRAIN
-from ...training.run_gene2vec import gene2vec
-from ...training.settings import merge_settings, parse
-from ..baselines import log_normalize
-from ..comparison import TIE
-from ..tables import TextTable
-from .cells import LABEL, MODALITY, input_of
-from .contestants import Contestant, Outputs, control, scbert
-from .protocols import TEST, VALIDATION_SHARE, Fold
-from .scores import finite, fold_scores
+from scbert.data.splits import stratified_split
+from scbert.data.write_output import partial_folder
+from scbert.evaluation.baselines import log_normalize
+from scbert.evaluation.tables import TextTable
+from scbert.extras import versions
+from scbert.protocols.cells import LABEL, MODALITY, input_of
+from scbert.protocols.comparison import TIE
+from scbert.protocols.folds import TEST, VALIDATION_SHARE, Fold
+from scbert.protocols.methods import Method, Outputs, baseline, scbert
+from scbert.protocols.run import RESULTS, named_baselines
+from scbert.protocols.scores import finite, fold_scores
+from scbert.tokenization import InputError
+from scbert.trained_model.model_folder import save_model
+from scbert.training import run_pretrain
+from scbert.training.finetune_arguments import FINETUNE
+from scbert.training.pretrain_arguments import PRETRAIN
+from scbert.training.run_gene2vec import gene2vec
+from scbert.training.settings import merge_settings, parse
+from study_frame import run_study, study_parser
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +60,11 @@ def run_ablation(
     cells: anndata.AnnData,
     output: str | Path,
     settings: dict[str, Any],
-    controls: Sequence[str],
+    baselines: str | Sequence[str] | None = None,
     draws: int = 5,
     seed: int = 0,
     overwrite: bool = False,
     resume: bool = False,
-    marker: str = "results.json",
 ) -> tuple[dict[str, Any], list[TextTable]]:
     """
     Train every combination of the grid on several draws of the test cells, and tabulate.
@@ -80,14 +86,12 @@ def run_ablation(
         (factor -> values, to run a part of it), ``pretrain`` (settings of pretraining), ``gene2vec`` (arguments of
         the verb) and ``top_features`` (only so many most variable features of each modality, chosen on each draw's
         training cells).
-    controls
-        Names of `BASELINES`.
+    baselines
+        Names of `BASELINES`; those installed without it.
     draws, seed
         Number of draws; the seed decides them and all weights.
     overwrite, resume
         Replace an output; go on with an interrupted one.
-    marker
-        File by which the folder is known.
 
     Returns
     -------
@@ -99,26 +103,26 @@ def run_ablation(
     InputError
         If a setting is unknown or a resumed run had others.
     """
-    started = time.perf_counter()
+    started, baselines = time.perf_counter(), named_baselines(baselines)
     options = {name: settings[name] for name in GRID_SETTINGS & set(settings)}
     tuning = {name: value for name, value in settings.items() if name not in GRID_SETTINGS}
     combinations = grid(options.get("grid", {}), MODALITY in cells.var)
     record = {
         "settings": settings,
-        "controls": list(controls),
+        "baselines": baselines,
         "draws": draws,
         "seed": seed,
         "cells": cells.n_obs,
     }
-    with partial_folder(output, overwrite, resume, marker=marker) as folder:
+    with partial_folder(output, overwrite, resume, marker=RESULTS) as folder:
         _check_record(folder / RECORD, record, resume)
         rows = []
         for number, fold in enumerate(draws_of(cells, draws, seed)):
-            asked = combinations, options, tuning, controls
+            asked = combinations, options, tuning, baselines
             rows += _run_draw(cells, fold, *asked, folder, seed + number)
         result, tables = summarise(rows, combinations, cells)
         result |= {"settings": record, "versions": versions(), "seconds": time.perf_counter() - started}
-        write(folder, rows, result, tables, marker)
+        write(folder, rows, result, tables)
     return {**result, "output": str(output)}, tables
 
 
@@ -165,21 +169,21 @@ def _check_record(path: Path, record: dict[str, Any], resume: bool) -> None:
     path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
 
 
-def _run_draw(cells, fold, combinations, options, tuning, controls, folder, seed) -> list[dict[str, Any]]:
-    """Rows of every combination and control of a draw; those that an earlier run left are read."""
+def _run_draw(cells, fold, combinations, options, tuning, baselines, folder, seed) -> list[dict[str, Any]]:
+    """Rows of every combination and baseline of a draw; those that an earlier run left are read."""
     true, rows, part = cells.obs[LABEL].to_numpy().astype(str)[fold.split == TEST], [], None
     (folder / "rows").mkdir(exist_ok=True)
-    everybody = [(name, {}) for name in controls]
-    everybody += [(", ".join(point.values()), point) for point in combinations]
-    for name, point in everybody:
+    methods = [(name, {}) for name in baselines]
+    methods += [(", ".join(point.values()), point) for point in combinations]
+    for name, point in methods:
         file = folder / "rows" / f"{fold.name} {name}.json".replace(" ", "_")
         if file.is_file():
             rows.append(json.loads(file.read_text(encoding="utf-8")))
             continue
         part = variable_features(cells, fold, options.get("top_features")) if part is None else part
-        contestant = combination(name, point, options, tuning, folder / "work") if point else control(name)
-        outputs = contestant.run(part, fold, seed)
-        row = {**fold_scores(contestant, outputs, fold, true), **point}
+        method = combination(name, point, options, tuning, folder / "work") if point else baseline(name)
+        outputs = method.run(part, fold, seed)
+        row = {**fold_scores(method, outputs, fold, true), **point}
         row["masked_accuracy"] = outputs.masked_accuracy
         temporary = file.with_suffix(".part")
         temporary.write_text(json.dumps(finite(row)), encoding="utf-8")
@@ -205,8 +209,8 @@ def variable_features(cells: anndata.AnnData, fold: Fold, n_features: int | None
 
 def combination(
     name: str, point: dict[str, str], options: dict[str, Any], tuning: dict[str, Any], work: Path
-) -> Contestant:
-    """One combination as a contestant: gene2vec, a base (pretrained or as it was drawn), fine-tuning."""
+) -> Method:
+    """One combination as a method: gene2vec, a base (pretrained or as it was drawn), fine-tuning."""
 
     def run(cells: anndata.AnnData, fold: Fold, seed: int) -> Outputs:
         started = time.perf_counter()
@@ -226,7 +230,7 @@ def combination(
         outputs.masked_accuracy = masked_accuracy
         return outputs
 
-    return Contestant(name, run, is_control=False)
+    return Method(name, run, is_baseline=False)
 
 
 def make_base(
@@ -267,19 +271,19 @@ def make_base(
 def summarise(
     rows: list[dict[str, Any]], combinations: list[dict[str, str]], cells: anndata.AnnData
 ) -> tuple[dict[str, Any], list[TextTable]]:
-    """Means and standard deviations over draws of every combination and control, and by value of each factor."""
+    """Means and standard deviations over draws of every combination and baseline, and by value of each factor."""
     table = pd.DataFrame(
-        [{name: row.get(name) for name in ("model", "control", *FACTORS, *SCORES)} for row in rows]
+        [{name: row.get(name) for name in ("model", "baseline", *FACTORS, *SCORES)} for row in rows]
     )
     table[list(SCORES)] = table[list(SCORES)].astype(float)
     # combinations first, in the order of the grid
     order = [", ".join(point.values()) for point in combinations]
     order += [name for name in table["model"].unique() if name not in order]
     means = table.groupby("model", sort=False)[list(SCORES)].agg(["mean", "std"]).loc[order]
-    best_control = table[table["control"]].groupby("model")["macro_f1"].mean()
+    best_baseline = table[table["baseline"]].groupby("model")["macro_f1"].mean()
     found, summary = table.drop_duplicates("model").set_index("model"), []
     for name in order:
-        entry = {"model": name, "control": bool(found.loc[name, "control"])}
+        entry = {"model": name, "baseline": bool(found.loc[name, "baseline"])}
         entry |= {factor: found.loc[name, factor] for factor in FACTORS}
         for score in SCORES:
             entry |= {
@@ -288,10 +292,10 @@ def summarise(
             }
         summary.append(entry)
     warnings = []
-    if len(best_control):
-        ahead = [e for e in summary if not e["control"] and e["macro_f1"] < best_control.max() - TIE]
+    if len(best_baseline):
+        ahead = [e for e in summary if not e["baseline"] and e["macro_f1"] < best_baseline.max() - TIE]
         warnings.append(
-            f"the control {best_control.idxmax()} (macro-F1 {best_control.max():.3f}) beats {len(ahead)} of the "
+            f"the baseline {best_baseline.idxmax()} (macro-F1 {best_baseline.max():.3f}) beats {len(ahead)} of the "
             f"{len(combinations)} combinations."
         )
     draws = int(table.groupby("model").size().max())
@@ -303,22 +307,24 @@ def summarise(
         "summary": summary,
         "rows": rows,
     }
-    tables = [_grid_table(summary, draws), _effects_table(table[~table["control"]], combinations)]
+    tables = [_grid_table(summary, draws), _effects_table(table[~table["baseline"]], combinations)]
     return result, [shown for shown in tables if shown.rows]
 
 
 def _grid_table(summary: list[dict[str, Any]], draws: int) -> TextTable:
-    best = max((entry["macro_f1"] for entry in summary if entry["control"]), default=np.inf)
+    best = max((entry["macro_f1"] for entry in summary if entry["baseline"]), default=np.inf)
     lines, marked = [], set()
     for number, entry in enumerate(summary):
-        places = ["control", *[""] * (len(FACTORS) - 1)] if entry["control"] else [entry[f] for f in FACTORS]
-        beaten = not entry["control"] and entry["macro_f1"] < best - TIE and np.isfinite(best)
+        places = (
+            ["baseline", *[""] * (len(FACTORS) - 1)] if entry["baseline"] else [entry[f] for f in FACTORS]
+        )
+        beaten = not entry["baseline"] and entry["macro_f1"] < best - TIE and np.isfinite(best)
         marked |= {number} if beaten else set()
         scores = [_value(entry, name) for name in ("accuracy", "macro_f1", "masked_accuracy")]
-        name = entry["model"] if entry["control"] else ("⚠ " if beaten else "") + "scBERT"
+        name = entry["model"] if entry["baseline"] else ("⚠ " if beaten else "") + "scBERT"
         lines.append([name, *map(str, places), *scores, f"{entry['seconds']:.0f}"])
     columns = ["model", *FACTORS, "accuracy", "macro-F1", "masked accuracy", "s/draw"]
-    title = f"ablation (mean ± sd of {draws} draws; ⚠: a control has the higher macro-F1)"
+    title = f"ablation (mean ± sd of {draws} draws; ⚠: a baseline has the higher macro-F1)"
     return TextTable(title, columns, lines, frozenset(marked))
 
 
@@ -336,20 +342,18 @@ def _effects_table(table: pd.DataFrame, combinations: list[dict[str, str]]) -> T
     )
 
 
-def write(
-    folder: Path, rows: list[dict[str, Any]], result: dict[str, Any], tables: list[TextTable], marker: str
-) -> None:
+def write(folder: Path, rows: list[dict[str, Any]], result: dict[str, Any], tables: list[TextTable]) -> None:
     """``results.json``, ``table.md``, ``ablation.csv`` (means) and ``draws.csv`` (every training)."""
     text = "\n\n".join(table.markdown() for table in tables)
     text += "".join(f"\n\n⚠ {warning}" for warning in result["warnings"])
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     pd.DataFrame(result["summary"]).to_csv(folder / "ablation.csv", index=False)
-    kept = ("fold", "model", "control", *FACTORS, *SCORES)
+    kept = ("fold", "model", "baseline", *FACTORS, *SCORES)
     pd.DataFrame([{name: row.get(name) for name in kept} for row in rows]).to_csv(
         folder / "draws.csv", index=False
     )
     written = json.dumps(finite(result), indent=1, ensure_ascii=False, default=str)
-    (folder / marker).write_text(written + "\n", encoding="utf-8")
+    (folder / RESULTS).write_text(written + "\n", encoding="utf-8")
     shutil.rmtree(folder / "work", ignore_errors=True)
     for vectors in folder.glob("gene_vectors_*.txt"):
         vectors.unlink()
@@ -360,3 +364,19 @@ def _value(entry: dict[str, Any], score: str) -> str:
         return ""
     spread = entry[f"{score}_sd"]
     return f"{entry[score]:.3f}" + ("" if np.isnan(spread) else f" ± {spread:.3f}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of ``python scripts/ablation_study.py``; returns the exit code."""
+    parser = study_parser(__doc__.strip().partition("\n")[0])
+    parser.add_argument(
+        "--settings", type=json.loads, default={}, metavar="JSON", help="Recipe, epochs, grid, ..."
+    )
+    parser.add_argument("--baselines", help="Baselines, separated by commas (those installed without it).")
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--resume", action="store_true", help="Go on with an interrupted grid.")
+    return run_study(run_ablation, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

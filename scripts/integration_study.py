@@ -1,8 +1,13 @@
-"""Batch effects: types kept together and batches mixed by an embedding, beside components of the same cells."""
+"""
+Batch effects: types kept together and batches mixed by an embedding, beside components of the same cells.
+
+    python scripts/integration_study.py CELLS... --label-key KEY --group-key BATCH --base MODEL --output DIR
+"""
 
 import json
 import logging
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,20 +15,20 @@ from typing import Any
 import anndata
 import numpy as np
 
-from ...data.write_output import partial_folder
-from ...extras import versions
-from ...tokenization import InputError
-from ...trained_model.loaded_model import load_model
-from ...trained_model.prediction import predict_cells
-from ..baselines import log_normalize
-from ..embedding_plot import plot_embedding, umap_of
-from ..integration import integration_metrics
-from ..requirements import require
-from ..tables import TextTable
-from .cells import LABEL, input_of
-from .contestants import write_ablation
-from .protocols import groups_of
-from .scores import finite
+from integration_metrics import integration_metrics
+from scbert.data.write_output import partial_folder
+from scbert.evaluation.baselines import log_normalize
+from scbert.evaluation.embedding_plot import plot_embedding, umap_of
+from scbert.evaluation.tables import TextTable
+from scbert.extras import require, versions
+from scbert.protocols.cells import LABEL, input_of
+from scbert.protocols.folds import groups_of
+from scbert.protocols.methods import write_ablation
+from scbert.protocols.run import RESULTS
+from scbert.protocols.scores import finite
+from scbert.trained_model.loaded_model import load_model
+from scbert.trained_model.prediction import predict_cells
+from study_frame import run_study, study_parser
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +48,10 @@ BEFORE, AFTER, UNTRAINED = "log1p, PCA", "scBERT embedding", "untrained scBERT"
 def run_batch_effect(
     cells: anndata.AnnData,
     output: str | Path,
-    group_key: str | None,
-    base: str | Path | None,
+    group_key: str,
+    base: str | Path,
     seed: int = 0,
     overwrite: bool = False,
-    marker: str = "results.json",
 ) -> tuple[dict[str, Any], list[TextTable]]:
     """
     AvgBIO and AvgBATCH of cells before (principal components) and after (a model's embedding).
@@ -61,13 +65,11 @@ def run_batch_effect(
     group_key
         Column of the batches.
     base
-        Model folder of any head. The same architecture with random weights is its control.
+        Model folder of any head. The same architecture with random weights is its baseline.
     seed
         Of components, neighbours, clusters and the untrained model.
     overwrite
         Replace an existing output.
-    marker
-        File by which the folder is known.
 
     Returns
     -------
@@ -77,15 +79,11 @@ def run_batch_effect(
     Raises
     ------
     InputError
-        Without a model or batches, or where the model does not fit the cells.
+        Without batches, or where the model does not fit the cells.
     """
     started = time.perf_counter()
-    if base is None:
-        raise InputError(
-            "The integration protocol judges the embedding of a model: give its folder as --base."
-        )
     batches, labels = groups_of(cells, group_key), cells.obs[LABEL].astype(str).to_numpy()
-    with partial_folder(output, overwrite, marker=marker) as folder:
+    with partial_folder(output, overwrite, marker=RESULTS) as folder:
         embeddings = principal_components(cells, seed) | model_embeddings(cells, base, folder / "work", seed)
         rows = []
         for name, vectors in embeddings.items():
@@ -110,7 +108,7 @@ def run_batch_effect(
         text = table.markdown() + "".join(f"\n\n⚠ {warning}" for warning in result["warnings"])
         (folder / "table.md").write_text(text + "\n", encoding="utf-8")
         written = json.dumps(finite(result), indent=1, ensure_ascii=False)
-        (folder / marker).write_text(written + "\n", encoding="utf-8")
+        (folder / RESULTS).write_text(written + "\n", encoding="utf-8")
     return {**result, "output": str(output)}, [table]
 
 
@@ -169,3 +167,15 @@ def warnings_of_rows(rows: list[dict[str, Any]]) -> list[str]:
 
 def _number(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.3f}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of ``python scripts/integration_study.py``; returns the exit code."""
+    parser = study_parser(__doc__.strip().partition("\n")[0])
+    parser.add_argument("--group-key", required=True, help="Column of the batches, such as dataset or donor.")
+    parser.add_argument("--base", type=Path, required=True, help="Model whose embedding is judged.")
+    return run_study(run_batch_effect, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,17 +1,16 @@
-"""Studies of the command line: modalities, batch effect of an embedding, the ablation grid."""
+"""The studies beside the package: batch effect of an embedding, the ablation grid."""
 
 import json
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+import ablation_study
+import integration_study
+from ablation_study import FACTORS, grid
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
-from scbert.cli import main
-from scbert.evaluation.run_benchmark import batch_effect, run_benchmark
-from scbert.evaluation.run_benchmark.ablation import FACTORS, grid
-from scbert.evaluation.run_benchmark.cells import load_benchmark_cells
+from scbert.protocols.cells import load_benchmark_cells
 from scbert.tokenization import InputError
 
 TINY = {
@@ -49,48 +48,22 @@ def recipe(tmp_path):
     return path
 
 
-def test_modalities_run_alone_and_together(cells_file, recipe, tmp_path):
-    options = {"recipe": str(recipe), "controls": "logistic_l2", "folds": 2}
-    result = run_benchmark("modalities", cells_file, "cell_type", tmp_path / "out", **options)
-    scores = {(entry["model"], entry["setting"]): entry["macro_f1"] for entry in result["summary"]}
-    assert {setting for _, setting in scores} == {"RNA+ATAC", "RNA alone", "ATAC alone"}
-    # the markers are among the genes, nothing among the peaks
-    assert scores["logistic_l2", "RNA alone"] > 0.95 > scores["logistic_l2", "ATAC alone"]
-    assert "| model | RNA+ATAC | RNA alone | ATAC alone |" in (tmp_path / "out" / "table.md").read_text()
-
-
-def test_one_modality_cannot_be_compared(adata, recipe, tmp_path):
-    adata.write_h5ad(tmp_path / "rna.h5ad")
-    with pytest.raises(InputError, match="scbert combine"):
-        run_benchmark("modalities", tmp_path / "rna.h5ad", "cell_type", tmp_path / "out", recipe=str(recipe))
-
-
-def test_log_values_of_a_part_of_the_genes_are_taken_when_named(adata, recipe, tmp_path):
-    adata.X.data = np.log1p(adata.X.data)
-    adata.write_h5ad(tmp_path / "log.h5ad")
-    given = ("cross-validation", tmp_path / "log.h5ad", "cell_type", tmp_path / "out")
-    options = {"recipe": str(recipe), "controls": "logistic_l2", "folds": 2}
-    with pytest.raises(InputError, match="--input"):
-        run_benchmark(*given, **options)
-    result = run_benchmark(*given, **options, input="log1p")
-    assert result["summary"][1]["macro_f1"] > 0.95
-
-
 def test_batch_effect_before_and_after(adata, tmp_path, capsys, monkeypatch):
     # the pictures' coordinates cost more than all the rest
-    monkeypatch.setattr(batch_effect, "umap_of", lambda vectors, seed: vectors[:, :2])
+    monkeypatch.setattr(integration_study, "umap_of", lambda vectors, seed: vectors[:, :2])
     tokenizer = ScBertTokenizer(gene_panel=adata.var_names.tolist(), keep_zeros=False)
     torch.manual_seed(0)
     config = ScBertConfig(max_position_embeddings=301, **TINY)
     ScBertForMaskedExpression(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    command = ["evaluate", "integration", str(tmp_path / "cells.h5ad"), "--label-key", "cell_type", "--json"]
-    command += ["--output", str(tmp_path / "out"), "--group-key", "batch"]
-    assert main(command) == 1
-    assert "--base" in capsys.readouterr().err
-    assert main([*command, "--base", str(tmp_path / "base")]) == 0
-    result = json.loads(capsys.readouterr().out)
+    command = [str(tmp_path / "cells.h5ad"), "--label-key", "cell_type", "--output", str(tmp_path / "out")]
+    command += ["--base", str(tmp_path / "base"), "--group-key"]
+    assert integration_study.main([*command, "nothing"]) == 1
+    assert "batch" in capsys.readouterr().err
+    assert integration_study.main([*command, "batch"]) == 0
+    assert "scBERT embedding" in capsys.readouterr().err
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {row["representation"]: row for row in result["rows"]}
     assert list(rows) == ["values as they stand, PCA", "log1p, PCA", "scBERT embedding", "untrained scBERT"]
     for row in rows.values():
@@ -112,17 +85,16 @@ def test_the_grid_is_every_combination():
 
 
 def test_an_ablation_is_resumed_and_tabulated(cells_file, recipe, tmp_path, monkeypatch):
-    from scbert.evaluation.run_benchmark import ablation
-
     settings = {
         "grid": {"encoder": ["favor", "lsh"], "gene embedding": ["gene2vec"], "modality": ["yes"]},
         "pretrain": {"epochs": 1},
         "gene2vec": {"top_pairs": 500, "iterations": 1},
         "top_features": 60,
     }
-    given = ("ablation", cells_file, "cell_type", tmp_path / "out")
-    options = {"recipe": str(recipe), "controls": "logistic_l2", "folds": 2, "settings": settings}
-    make_base, made = ablation.make_base, []
+    settings["recipe"] = str(recipe)
+    given = (load_benchmark_cells([cells_file], "cell_type"), tmp_path / "out")
+    options = {"baselines": "logistic_l2", "draws": 2, "settings": settings}
+    make_base, made = ablation_study.make_base, []
 
     def interrupted(point, *args):
         made.append(tuple(point.values()))
@@ -130,15 +102,15 @@ def test_an_ablation_is_resumed_and_tabulated(cells_file, recipe, tmp_path, monk
             raise KeyboardInterrupt
         return make_base(point, *args)
 
-    monkeypatch.setattr(ablation, "make_base", interrupted)
+    monkeypatch.setattr(ablation_study, "make_base", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_benchmark(*given, **options)
+        ablation_study.run_ablation(*given, **options)
     with pytest.raises(InputError, match="other draws"):
-        run_benchmark(*given, **{**options, "folds": 3}, resume=True)
-    result = run_benchmark(*given, **options, resume=True)
+        ablation_study.run_ablation(*given, **{**options, "draws": 3}, resume=True)
+    result, _ = ablation_study.run_ablation(*given, **options, resume=True)
     # four combinations in two draws; the one that was interrupted is trained twice
     assert len(made) == 9 and made[2] == made[3]
-    models = [entry for entry in result["summary"] if not entry["control"]]
+    models = [entry for entry in result["summary"] if not entry["baseline"]]
     assert [(entry["encoder"], entry["pretraining"]) for entry in models] == [
         ("favor", "yes"), ("favor", "no"), ("lsh", "yes"), ("lsh", "no"),
     ]  # fmt: skip
@@ -147,15 +119,5 @@ def test_an_ablation_is_resumed_and_tabulated(cells_file, recipe, tmp_path, monk
     assert len(table) == 5 and table["macro_f1_sd"].notna().all()
     assert len(pd.read_csv(tmp_path / "out" / "draws.csv")) == 10
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "logistic_l2 | control" in text and "pretraining: yes" in text
+    assert "logistic_l2 | baseline" in text and "pretraining: yes" in text
     assert not list((tmp_path / "out").glob("gene_vectors*")) and not (tmp_path / "out" / "work").exists()
-
-
-def test_only_an_ablation_is_resumed(cells_file, tmp_path):
-    with pytest.raises(InputError, match="without --resume"):
-        run_benchmark("few-shot", cells_file, "cell_type", tmp_path / "out", resume=True)
-
-
-def test_features_keep_their_modality(cells_file):
-    cells = load_benchmark_cells([cells_file], "cell_type")
-    assert cells.var["feature_types"].value_counts().to_dict() == {"Gene Expression": 280, "Peaks": 20}

@@ -1,4 +1,4 @@
-"""Scores of one contestant on one fold."""
+"""Scores of one method on one fold."""
 
 import math
 from importlib.util import find_spec
@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ...training.run_summary import DEFAULT_THRESHOLD
-from ..calibration import calibration_metrics, expected_calibration_error
-from ..metrics import classification_metrics
-from ..novelty import (
+from ..evaluation.calibration import calibration_metrics, expected_calibration_error
+from ..evaluation.metrics import classification_metrics
+from ..evaluation.novelty import (
     MahalanobisNovelty,
     NeighbourNovelty,
     energy_score,
@@ -19,17 +18,18 @@ from ..novelty import (
     novelty_auroc,
     reject,
 )
-from .contestants import Contestant, Outputs
-from .protocols import Fold
+from ..training.run_summary import DEFAULT_THRESHOLD
+from .folds import Fold
+from .methods import Method, Outputs
 
 
-def fold_scores(contestant: Contestant, outputs: Outputs, fold: Fold, true: np.ndarray) -> dict[str, Any]:
+def fold_scores(method: Method, outputs: Outputs, fold: Fold, true: np.ndarray) -> dict[str, Any]:
     """
     One row of results.
 
     Parameters
     ----------
-    contestant, outputs
+    method, outputs
         Who, and what it said of the test cells.
     fold
         Of the test cells.
@@ -47,8 +47,8 @@ def fold_scores(contestant: Contestant, outputs: Outputs, fold: Fold, true: np.n
     row = {
         "fold": fold.name,
         "setting": fold.setting,
-        "model": contestant.name,
-        "control": contestant.is_control,
+        "model": method.name,
+        "baseline": method.is_baseline,
         "cells": {"train": int((fold.split == "train").sum()), "test": len(true)},
         **{name: scores[name] for name in ("accuracy", "macro_f1", "balanced_accuracy")},
         "per_class": scores["per_class"],

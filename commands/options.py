@@ -73,11 +73,11 @@ Threshold = Annotated[
     ),
 ]
 Layer = Annotated[str | None, typer.Option(help="Layer that holds the values (X without it).")]
-Input = Annotated[InputKind, typer.Option(help="What the values are; auto refuses what it cannot tell.")]
+Input = Annotated[InputKind, typer.Option("--values", help="What the values are; auto fails if ambiguous.")]
 RecipeInput = Annotated[
     InputKind | None,
     typer.Option(
-        help="What the values are; auto refuses what it cannot tell.", show_default="the recipe's, or auto"
+        "--values", help="What the values are; auto fails if ambiguous.", show_default="the recipe's, or auto"
     ),
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells per step.", show_default=False)]
@@ -120,7 +120,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on st
 Processes = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Processes that share the cells; restartable with --resume.", show_default=False
+        min=1, help="Number of workers that share the cells; restartable with --resume.", show_default=False
     ),
 ]
 
@@ -131,7 +131,7 @@ Streaming = Annotated[
     ),
 ]
 
-# of `build`
+# of `build-corpus`
 Sources = Annotated[
     list[Path],
     typer.Argument(

@@ -8,10 +8,10 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from ...data.modalities import FEATURE_TYPES
-from ...data.splits import read_split, stratified_folds, stratified_split, write_split
-from ...tokenization import InputError
-from ..baselines import log_normalize
+from ..data.modalities import FEATURE_TYPES
+from ..data.splits import read_split, stratified_folds, stratified_split, write_split
+from ..evaluation.baselines import log_normalize
+from ..tokenization import InputError
 from .cells import LABEL, MODALITY, input_of
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -190,8 +190,8 @@ def modalities(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fold]:
     found = [kind for kind in FEATURE_TYPES if (kinds == kind).any()]
     if len(found) < 2:
         raise InputError(
-            f"Comparing modalities needs cells with several; these have {found[0]} only. `scbert combine` brings "
-            "RNA and ATAC of the same cells into one file."
+            f"Comparing modalities needs cells with several; these have {found[0]} only. "
+            "`scbert combine-modalities` brings RNA and ATAC of the same cells into one file."
         )
     settings = {"+".join(MODALITIES[kind] for kind in found): found}
     settings |= {f"{MODALITIES[kind]} alone": [kind] for kind in found}

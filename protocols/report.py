@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from ...data.write_output import atomic_path
-from ..embedding_plot import plot_embedding, umap_of
-from ..report import Section, report_html
-from ..tables import TextTable
-from .contestants import Outputs
-from .protocols import Fold
+from ..data.write_output import atomic_path
+from ..evaluation.embedding_plot import plot_embedding, umap_of
+from ..evaluation.report import Section, report_html
+from ..evaluation.tables import TextTable
+from .folds import Fold
+from .methods import Outputs
 
 CAPTIONS = {
-    "scores.png": "Macro-F1 of every fold; controls are grey.",
+    "scores.png": "Macro-F1 of every fold; baselines are grey.",
     "confusion.png": "Confusion of the model in question, folds pooled: rows are true types.",
     "reliability.png": "Reliability: accuracy against confidence, before and after the temperature.",
 }

@@ -1,4 +1,4 @@
-"""Benchmarks on synthetic cells: folds, contestants, files, the command."""
+"""Benchmarks on synthetic cells: folds, methods, files, the command."""
 
 import json
 
@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
-from scbert.cli import main
-from scbert.evaluation.run_benchmark import PROTOCOLS, run_benchmark
-from scbert.evaluation.run_benchmark.cells import LABEL, load_benchmark_cells
-from scbert.evaluation.run_benchmark.contestants import control, scbert
-from scbert.evaluation.run_benchmark.protocols import ProtocolOptions, read_folds, write_folds
+from scbert.commands.cli import main
+from scbert.protocols import PROTOCOLS, run_benchmark
+from scbert.protocols.cells import LABEL, load_benchmark_cells
+from scbert.protocols.folds import ProtocolOptions, read_folds, write_folds
+from scbert.protocols.methods import baseline, scbert
 from scbert.tokenization import InputError
 
 TINY = {
@@ -146,7 +146,7 @@ def test_several_files_share_genes_and_types(adata, tmp_path):
 
 
 def test_a_benchmark_leaves_its_files(cells_file, recipe, tmp_path):
-    options = {"recipe": str(recipe), "controls": "logistic_l2,majority", "folds": 2}
+    options = {"recipe": str(recipe), "baselines": "logistic_l2,majority", "folds": 2}
     result = run_benchmark("cross-validation", cells_file, "cell_type", tmp_path / "out", **options)
     models = [entry["model"] for entry in result["summary"]]
     assert models == ["scBERT", "logistic_l2", "majority"]
@@ -163,11 +163,11 @@ def test_a_benchmark_leaves_its_files(cells_file, recipe, tmp_path):
 
 def test_novel_types_are_scored_many_ways(labelled, recipe, tmp_path):
     fold = PROTOCOLS["novel-types"](labelled, ProtocolOptions())[0]
-    from scbert.evaluation.run_benchmark.scores import fold_scores
+    from scbert.protocols.scores import fold_scores
 
     true = labelled.obs[LABEL].to_numpy()[fold.split == "test"].astype(str)
-    contestant = scbert("scBERT", {"recipe": str(recipe)}, tmp_path / "work")
-    row = fold_scores(contestant, contestant.run(labelled, fold, 0), fold, true)
+    method = scbert("scBERT", {"recipe": str(recipe)}, tmp_path / "work")
+    row = fold_scores(method, method.run(labelled, fold, 0), fold, true)
     assert {"auroc_energy", "auroc_mahalanobis", "auroc_neighbours", "at_fitted_threshold"} <= set(row)
     assert row["n_novel"] == (true == fold.novel).sum() > 0
 
@@ -177,11 +177,13 @@ def test_one_shot_learns(labelled, recipe, tmp_path):
     assert "1 per type" in fold.setting
     outputs = scbert("scBERT", {"recipe": str(recipe)}, tmp_path / "work").run(labelled, fold, 0)
     assert outputs.probabilities.shape == ((fold.split == "test").sum(), 4)
-    assert control("logistic_l1", 1).run(labelled, fold, 0).probabilities.shape == outputs.probabilities.shape
+    assert (
+        baseline("logistic_l1", 1).run(labelled, fold, 0).probabilities.shape == outputs.probabilities.shape
+    )
 
 
 def test_a_base_brings_its_ablations(cells_file, recipe, base, tmp_path):
-    options = {"recipe": str(recipe), "base": base, "controls": "majority", "folds": 2, "epochs": 1}
+    options = {"recipe": str(recipe), "base": base, "baselines": "majority", "folds": 2, "epochs": 1}
     result = run_benchmark("cross-validation", cells_file, "cell_type", tmp_path / "out", **options)
     models = [entry["model"] for entry in result["summary"]]
     assert models == ["scBERT", "scBERT, no pretraining", "scBERT, random genes", "majority"]
@@ -192,7 +194,7 @@ def test_a_base_brings_its_ablations(cells_file, recipe, base, tmp_path):
 
 
 def test_zero_shot_needs_a_base(cells_file, base, recipe, tmp_path):
-    options = {"controls": "knn", "folds": 2, "recipe": str(recipe)}
+    options = {"baselines": "knn", "folds": 2, "recipe": str(recipe)}
     with pytest.raises(InputError, match="--base"):
         run_benchmark("zero-shot", cells_file, "cell_type", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
@@ -220,7 +222,7 @@ def test_averaging_over_draws_changes_little(labelled, recipe, tmp_path):
 
 @pytest.mark.slow
 def test_the_report_holds_tables_and_pictures(cells_file, recipe, tmp_path):
-    options = {"recipe": str(recipe), "controls": "majority", "folds": 2, "report": tmp_path / "r.html"}
+    options = {"recipe": str(recipe), "baselines": "majority", "folds": 2, "report": tmp_path / "r.html"}
     run_benchmark("cross-validation", cells_file, "cell_type", tmp_path / "out", **options)
     page = (tmp_path / "r.html").read_text()
     # scores, confusion, reliability and a UMAP

@@ -1,4 +1,4 @@
-"""Run a protocol: every contestant on every fold, tables with warnings, files."""
+"""Run a protocol: every method on every fold, tables with warnings, files."""
 
 import contextlib
 import json
@@ -15,27 +15,23 @@ import numpy as np
 import scipy.sparse as sp
 from rich.console import Console
 
-from ...data.check_paths import check_output_folder, check_output_path
-from ...data.write_output import partial_folder
-from ...extras import versions
-from ...tokenization import InputError, read_gene_panel
-from ..baselines import BASELINES, available_baselines
-from ..comparison import score_tables, summarise_folds, warnings_of, warnings_of_modalities
-from ..tables import TextTable
-from .ablation import run_ablation
-from .batch_effect import run_batch_effect
+from ..data.check_paths import check_output_folder, check_output_path
+from ..data.write_output import partial_folder
+from ..evaluation.baselines import BASELINES, available_baselines
+from ..evaluation.tables import TextTable
+from ..extras import versions
+from ..tokenization import InputError, read_gene_panel
 from .cells import LABEL, load_benchmark_cells
-from .contestants import DEFAULT_CONTROLS, Contestant, Outputs, contestants
+from .comparison import score_tables, summarise_folds, warnings_of, warnings_of_modalities
+from .folds import PROTOCOLS, SHOTS, TEST, Fold, ProtocolOptions, read_folds, write_folds
 from .masked_expression import masked_accuracy
+from .methods import DEFAULT_BASELINES, Method, Outputs, all_methods
 from .pictures import plot_first_setting, plot_scores
-from .protocols import PROTOCOLS, SHOTS, TEST, Fold, ProtocolOptions, read_folds, write_folds
 from .scores import finite, fold_scores
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-# what has no folds: an embedding judged, and a grid of models
-STUDIES = ("integration", "ablation")
 # sizes and bins tried around the recipe, where no variants are given
 DEFAULT_VARIANTS: dict[str, dict[str, Any]] = {
     "bins 5": {"tokenizer": {"n_bins": 5, "bin_width": 1.0}},
@@ -54,7 +50,7 @@ IMBALANCE_VARIANTS = {
 
 @dataclass
 class Runs:
-    """What the contestants said and scored: `rows` of all, `main` (outputs, true types) of the model in question."""
+    """What the methods said and scored: `rows` of all, `main` (outputs, true types) of the model in question."""
 
     rows: list[dict[str, Any]]
     main: list[tuple[Fold, Outputs, np.ndarray]]
@@ -75,7 +71,7 @@ def run_benchmark(
     settings: dict[str, Any] | str | None = None,
     epochs: float | None = None,
     variants: str | Path | dict[str, dict[str, Any]] | None = None,
-    controls: str | Sequence[str] | None = None,
+    baselines: str | Sequence[str] | None = None,
     folds: int = 5,
     folds_from: str | Path | None = None,
     validate_on_group: bool = False,
@@ -84,16 +80,15 @@ def run_benchmark(
     max_cells: int | None = None,
     report: str | Path | None = None,
     seed: int = 0,
-    resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """
-    Compare scBERT with its controls by a protocol.
+    Compare scBERT with its baselines by a protocol.
 
     Parameters
     ----------
     protocol
-        One of `PROTOCOLS` or `STUDIES`.
+        One of `PROTOCOLS`.
     cells
         Labelled files; of several the shared genes are taken, and ``obs["dataset"]`` names the file.
     label_key, label_map, layer, input, max_cells
@@ -101,17 +96,17 @@ def run_benchmark(
     output
         Folder for ``results.json``, ``table.md``, pictures and ``folds/*.csv``.
     group_key
-        Column of what is left out (dataset, donor, organ, protocol), or of the batches of ``"integration"``.
+        Column of what is left out (dataset, donor, organ, protocol).
     recipe
         Recipe of fine-tuning, or several separated by commas; the first is the model in question.
     base
-        Pretrained model. Then "no pretraining" and "random genes" join the controls, and its masked accuracy
+        Pretrained model. Then "no pretraining" and "random genes" join the baselines, and its masked accuracy
         stands beside that of every gene's commonest bin.
     settings, epochs
         Over the recipe; JSON or a dict.
     variants
         Further scBERTs: JSON file or dict, name -> settings.
-    controls
+    baselines
         Names of `evaluation.baselines.BASELINES`, or one text with commas; those installed by default.
     folds
         Folds, or draws where a protocol draws.
@@ -127,8 +122,6 @@ def run_benchmark(
         HTML file to write beside.
     seed
         Decides folds and weights.
-    resume
-        Go on with an interrupted ``"ablation"``; nothing else can be resumed.
     overwrite
         Replace an existing output.
 
@@ -146,14 +139,11 @@ def run_benchmark(
     --------
     >>> result = run_benchmark("cross-validation", "cells.h5ad", "cell_type", "cv")  # doctest: +SKIP
     >>> result["warnings"]  # doctest: +SKIP
-    ['the control logistic_l2 beats scBERT: macro-F1 0.907 against 0.893.']
+    ['the baseline logistic_l2 beats scBERT: macro-F1 0.907 against 0.893.']
     """
     started = time.perf_counter()
-    if protocol not in (*PROTOCOLS, *STUDIES):
-        known = ", ".join([*PROTOCOLS, *STUDIES])
-        raise InputError(f"There is no protocol {protocol!r}; there are: {known}.")
-    if resume and protocol != "ablation":
-        raise InputError(f"Only the ablation protocol can be resumed; run {protocol} again without --resume.")
+    if protocol not in PROTOCOLS:
+        raise InputError(f"There is no protocol {protocol!r}; there are: {', '.join(PROTOCOLS)}.")
     check_output_folder(output, overwrite, marker=RESULTS)
     if report is not None:
         check_output_path(report, overwrite)
@@ -161,34 +151,24 @@ def run_benchmark(
     adata = load_benchmark_cells(paths, label_key, label_map, layer, max_cells, seed, input)
     given = dict(json.loads(settings) if isinstance(settings, str) else settings or {})
     given |= {} if epochs is None else {"epochs": epochs}
-    if protocol in STUDIES:
-        if report is not None:
-            raise InputError(f"The {protocol} protocol writes table.md and pictures, but no --report.")
-        if protocol == "integration":
-            result, tables = run_batch_effect(adata, output, group_key, base, seed, overwrite, RESULTS)
-        else:
-            asked = {"recipe": recipe, **given}, _controls(controls), folds, seed
-            result, tables = run_ablation(adata, output, *asked, overwrite, resume, RESULTS)
-        show(tables, result)
-        return result
     named = tuple(read_gene_panel(markers)) if markers else ()
     options = ProtocolOptions(group_key, folds, seed, validate_on_group, named, _shots(shots))
     planned = PROTOCOLS[protocol](adata, options)
     if folds_from is not None:
         planned = read_folds(folds_from, adata, planned)
     with partial_folder(output, overwrite, marker=RESULTS) as folder, _cleared(folder):
-        everybody = contestants(
+        methods = all_methods(
             protocol,
             [name.strip() for name in recipe.split(",")],
             None if base is None else str(base),
             given,
             _variants(protocol, variants),
-            _controls(controls),
+            named_baselines(baselines),
             folder / "work",
             seed,
         )
         write_folds(folder / "folds", adata, planned)
-        runs = run_all(everybody, adata, planned, seed)
+        runs = run_all(methods, adata, planned, seed)
         masked = masked_accuracy(base, adata, planned[0], seed) if base else None
         result = _result(protocol, adata, runs, masked)
         result["settings"] = {"recipe": recipe, "base": str(base) if base else None, "seed": seed, **given}
@@ -232,38 +212,41 @@ def _shots(given: str | Sequence[int] | None) -> tuple[int, ...]:
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 1:
-        raise InputError(f"--shots takes whole numbers above 0, separated by commas; found {given!r}.")
+        raise InputError(
+            f"Shots (shots=, or --shots) are whole numbers above 0, separated by commas; found {given!r}."
+        )
     return tuple(sorted(set(numbers)))
 
 
-def _controls(given: str | Sequence[str] | None) -> list[str]:
+def named_baselines(given: str | Sequence[str] | None) -> list[str]:
+    """Names of baselines, of one text with commas or those installed; an `InputError` for an unknown one."""
     if given is None:
         installed = available_baselines()
-        return [name for name in DEFAULT_CONTROLS if name in installed]
+        return [name for name in DEFAULT_BASELINES if name in installed]
     names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given)
     unknown = sorted(set(names) - set(BASELINES) - {""})
     if unknown:
-        raise InputError(f"There is no control {unknown[0]!r}; there are: {', '.join(BASELINES)}.")
+        raise InputError(f"There is no baseline {unknown[0]!r}; there are: {', '.join(BASELINES)}.")
     return [name for name in names if name]
 
 
-def run_all(everybody: list[Contestant], cells: anndata.AnnData, folds: list[Fold], seed: int) -> Runs:
-    """Every contestant on every fold; scores are logged as they come."""
+def run_all(methods: list[Method], cells: anndata.AnnData, folds: list[Fold], seed: int) -> Runs:
+    """Every method on every fold; scores are logged as they come."""
     runs, labels = Runs([], []), cells.obs[LABEL].to_numpy().astype(str)
     for number, fold in enumerate(folds):
         part = without_genes(cells, fold.deleted)
         true = labels[fold.split == TEST]
-        for contestant in everybody:
-            outputs = contestant.run(part, fold, seed)
-            row = fold_scores(contestant, outputs, fold, true)
+        for method in methods:
+            outputs = method.run(part, fold, seed)
+            row = fold_scores(method, outputs, fold, true)
             runs.rows.append(row)
-            if contestant is everybody[0]:
+            if method is methods[0]:
                 runs.main.append((fold, outputs, true))
             place = f"{number + 1}/{len(folds)} {fold.setting} {fold.name}".replace("  ", " ")
             logger.info(
                 "%s, %s: accuracy %.3f, macro-F1 %.3f (%.0f s)",
                 place,
-                contestant.name,
+                method.name,
                 row["accuracy"],
                 row["macro_f1"],
                 row["seconds"],
@@ -283,7 +266,7 @@ def without_genes(cells: anndata.AnnData, genes: Sequence[str]) -> anndata.AnnDa
 
 
 def _result(protocol: str, cells: anndata.AnnData, runs: Runs, masked: dict | None) -> dict[str, Any]:
-    # the order of the table: contestants as they ran, the model in question first
+    # the order of the table: methods as they ran, the model in question first
     summary = summarise_folds(runs.rows)
     result = {
         "protocol": protocol,
@@ -326,7 +309,7 @@ def write_results(
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     written = json.dumps(finite(result), indent=1, ensure_ascii=False, default=str)
     (folder / RESULTS).write_text(written + "\n", encoding="utf-8")
-    plot_scores(runs.rows, folder / "scores.png", f"{protocol}: macro-F1 (grey: controls)")
+    plot_scores(runs.rows, folder / "scores.png", f"{protocol}: macro-F1 (grey: baselines)")
     last = runs.main[-1][0].setting
     shown = [(outputs, true) for fold, outputs, true in runs.main if fold.setting == last]
     title = f"{result['rows'][0]['model']}, {protocol} {last}".strip()

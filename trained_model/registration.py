@@ -36,7 +36,7 @@ def _register_models(ours: ModuleType) -> None:
 def _register_tokenizer(ours: ModuleType) -> None:
     from transformers import AutoTokenizer
 
-    from .modeling_scbert import ScBertConfig
+    from ..modeling_scbert import ScBertConfig
 
     AutoTokenizer.register(ScBertConfig, ours.ScBertTokenizer, exist_ok=True)
 
@@ -54,10 +54,10 @@ def _register_pipelines(ours: ModuleType) -> None:
 
 # module of transformers -> (our module that holds the classes, what to do once both are imported)
 _REGISTRATIONS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
-    "transformers.models.auto.configuration_auto": (".modeling_scbert", _register_config),
-    "transformers.models.auto.modeling_auto": (".modeling_scbert", _register_models),
-    "transformers.models.auto.tokenization_auto": (".tokenization", _register_tokenizer),
-    "transformers.pipelines": (".modeling_scbert.pipeline_scbert", _register_pipelines),
+    "transformers.models.auto.configuration_auto": ("..modeling_scbert", _register_config),
+    "transformers.models.auto.modeling_auto": ("..modeling_scbert", _register_models),
+    "transformers.models.auto.tokenization_auto": ("..tokenization", _register_tokenizer),
+    "transformers.pipelines": ("..modeling_scbert.pipeline_scbert", _register_pipelines),
 }
 
 
@@ -75,7 +75,7 @@ class _AfterImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] not in ("transformers", __package__):
+        if fullname.partition(".")[0] not in ("transformers", "scbert"):
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ...data.labels import choose_classes, find_labels
-from ...data.modalities import feature_modalities
-from ...data.read import read_cells
-from ...tokenization import InputError, align_genes, detect_input_kind, gene_names_of, select_matrix
-from ...tokenization.expression_scbert import as_csr
+from ..data.labels import choose_classes, find_labels
+from ..data.modalities import feature_modalities
+from ..data.read import read_cells
+from ..tokenization import InputError, align_genes, detect_input_kind, gene_names_of, select_matrix
+from ..tokenization.expression_scbert import as_csr
 
 LABEL, DATASET, SPLIT = "label", "dataset", "split"
 # where the cells say what their values are: in uns, "auto", "counts" or "log1p"

@@ -7,12 +7,12 @@ import anndata
 import numpy as np
 import torch
 
-from ...trained_model.model_folder import load_tokenizer
-from ...training.cell_batches import CellDataset, DataCollatorForMaskedExpression
-from ...training.initial_model import load_masked_model
-from ..per_gene_mode import PerGeneModeBaseline, count_bins
+from ..evaluation.per_gene_mode import PerGeneModeBaseline, count_bins
+from ..trained_model.model_folder import load_tokenizer
+from ..training.cell_batches import CellDataset, DataCollatorForMaskedExpression
+from ..training.initial_model import load_masked_model
 from .cells import input_of
-from .protocols import TEST, TRAIN, Fold
+from .folds import TEST, TRAIN, Fold
 
 MAX_CELLS = 500
 BATCH = 16

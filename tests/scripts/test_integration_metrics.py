@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from scbert.evaluation.integration import (
+from integration_metrics import (
     best_leiden_clusters,
     graph_connectivity,
     integration_metrics,

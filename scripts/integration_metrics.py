@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .requirements import require
+from scbert.extras import require
 
 RESOLUTIONS = tuple(round(0.1 * step, 1) for step in range(1, 21))
 

@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from .extras import EXTRAS, MissingLibrary, how_to_install
+from ..extras import EXTRAS, MissingLibrary, how_to_install
 
 _QUIET_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -70,7 +70,7 @@ class _SayHandler(logging.Handler):
 
 def show_messages() -> None:
     """Let what the package logs, from INFO on, appear on stderr."""
-    ours = logging.getLogger(__package__)
+    ours = logging.getLogger("scbert")
     ours.setLevel(logging.INFO)
     if not any(isinstance(handler, _SayHandler) for handler in ours.handlers):
         ours.addHandler(_SayHandler())
@@ -127,7 +127,7 @@ def guarded(command: Callable[[], Any]) -> int:
     else:
         code = 0
     if code in _STOPPED:
-        say(f"{_STOPPED[code]}: nothing unfinished was left under a final name.", style="yellow")
+        say(f"{_STOPPED[code]}. No incomplete output was left.", style="yellow")
     return code
 
 
@@ -144,7 +144,7 @@ def explain(error: Exception) -> str | None:
             return f"{error.strerror}: {error.filename}"
         return str(error) or type(error).__name__
     if isinstance(error, ValueError):
-        from .tokenization import InputError
+        from ..tokenization import InputError
 
         # by its name: its module would import torch
         mendable = isinstance(error, InputError) or type(error).__name__ == "BackendError"

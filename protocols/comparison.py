@@ -1,12 +1,12 @@
-"""Scores over folds: means, Wilcoxon tests against the model in question, warnings where a control wins."""
+"""Scores over folds: means, Wilcoxon tests against the model in question, warnings where a baseline wins."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from .requirements import require
-from .tables import TextTable
+from ..evaluation.tables import TextTable
+from ..extras import require
 
 SCORES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy"}
 NOVELTY = {
@@ -42,26 +42,26 @@ def wilcoxon_p(first: Sequence[float], second: Sequence[float]) -> float:
 
 def summarise_folds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
-    Mean and spread over folds of every contestant in every setting.
+    Mean and spread over folds of every method in every setting.
 
     Parameters
     ----------
     rows
-        One per fold, setting and contestant: ``fold, setting, model, control`` (bool), ``accuracy, macro_f1,
-        balanced_accuracy, seconds``, and in the novel-type protocol the keys of `NOVELTY`. The contestant of the
+        One per fold, setting and method: ``fold, setting, model, baseline`` (bool), ``accuracy, macro_f1,
+        balanced_accuracy, seconds``, and in the novel-type protocol the keys of `NOVELTY`. The method of the
         first row is the model in question.
 
     Returns
     -------
     list of dict
-        ``setting, model, control, folds``, ``NAME`` and ``NAME_sd`` for every score (sd over folds, of n - 1;
+        ``setting, model, baseline, folds``, ``NAME`` and ``NAME_sd`` for every score (sd over folds, of n - 1;
         NaN for one fold), ``p_value`` (macro-F1 against the model in question; NaN for itself) and ``beats``:
-        whether it is a control whose mean macro-F1 (or known accuracy) is higher.
+        whether it is a baseline whose mean macro-F1 (or known accuracy) is higher.
 
     Examples
     --------
     >>> scores = {"accuracy": 0.9, "balanced_accuracy": 0.9, "seconds": 1.0}
-    >>> rows = [{"fold": "1", "setting": "", "model": m, "control": c, "macro_f1": f, **scores}
+    >>> rows = [{"fold": "1", "setting": "", "model": m, "baseline": c, "macro_f1": f, **scores}
     ...         for m, c, f in [("scBERT", False, 0.8), ("knn", True, 0.9)]]
     >>> summarise_folds(rows)[1]["beats"]
     True
@@ -73,20 +73,20 @@ def summarise_folds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         own = {row["fold"]: row["macro_f1"] for row in here if row["model"] == main}
         for model in dict.fromkeys(row["model"] for row in here):
             mine = [row for row in here if row["model"] == model]
-            entry = {"setting": setting, "model": model, "control": mine[0]["control"], "folds": len(mine)}
+            entry = {"setting": setting, "model": model, "baseline": mine[0]["baseline"], "folds": len(mine)}
             for name in names:
                 values = np.array([row.get(name, np.nan) for row in mine], dtype=np.float64)
                 entry[name], entry[f"{name}_sd"] = _mean(values), _spread(values)
             paired = [(row["macro_f1"], own[row["fold"]]) for row in mine if row["fold"] in own]
             entry["p_value"] = float("nan") if model == main else wilcoxon_p(*zip(*paired))
-            entry["beats"] = bool(mine[0]["control"]) and entry["macro_f1"] > _mean(list(own.values())) + TIE
+            entry["beats"] = bool(mine[0]["baseline"]) and entry["macro_f1"] > _mean(list(own.values())) + TIE
             result.append(entry)
     return result
 
 
 def warnings_of(summary: Sequence[dict[str, Any]]) -> list[str]:
     """
-    One sentence for every setting in which a control has the higher mean macro-F1.
+    One sentence for every setting in which a baseline has the higher mean macro-F1.
 
     Examples
     --------
@@ -101,7 +101,7 @@ def warnings_of(summary: Sequence[dict[str, Any]]) -> list[str]:
             best = max(winners, key=lambda entry: entry["macro_f1"])
             more = f" (and {len(winners) - 1} more)" if len(winners) > 1 else ""
             found.append(
-                f"{setting + ': ' if setting else ''}the control {best['model']}{more} beats "
+                f"{setting + ': ' if setting else ''}the baseline {best['model']}{more} beats "
                 f"{here[0]['model']}: macro-F1 {best['macro_f1']:.3f} against {here[0]['macro_f1']:.3f}."
             )
     return found
@@ -129,7 +129,7 @@ def warnings_of_modalities(summary: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def score_tables(summary: Sequence[dict[str, Any]], title: str) -> list[TextTable]:
-    """The summary as tables: all scores of one setting, or one score over many settings; ⚠ where a control wins."""
+    """The summary as tables: all scores of one setting, or one score over many settings; ⚠ where a baseline wins."""
     settings = list(dict.fromkeys(entry["setting"] for entry in summary))
     if len(settings) > 1:
         return [

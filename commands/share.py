@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import Json, Overwrite
 from .console import existing, run
+from .options import Json, Overwrite
 
 
 def app(
@@ -54,6 +54,6 @@ def push(
     """Send a model, its code and its card to the Hugging Face Hub."""
     given = locals()
     existing(folder)
-    from .model_cards.push import push as job
+    from ..model_cards.push import push as job
 
     run(job, **given)

@@ -13,9 +13,12 @@ from typing import Annotated
 
 import typer
 
-from . import __version__, cli_share
-from . import cli_options as opt
-from .cli_options import (
+from .. import __version__
+from ..data.check_paths import ANNOTATION_FORMATS, check_cells_path, check_output_folder, check_output_path
+from . import options as opt
+from . import share
+from .console import existing, guarded, run, show_messages, silence_libraries
+from .options import (
     BatchSize,
     CacheFrozen,
     ClassBalance,
@@ -38,15 +41,25 @@ from .cli_options import (
     Seed,
     Threshold,
 )
-from .cli_studies import evaluate, explain
-from .console import existing, guarded, run, show_messages, silence_libraries
-from .data.check_paths import ANNOTATION_FORMATS, check_cells_path, check_output_folder, check_output_path
+from .studies import evaluate, explain
+
+# verbs and options that were called otherwise: the old spelling is understood, and not shown
+RENAMED = {
+    "build": "build-corpus",
+    "combine": "combine-modalities",
+    "controls": "baselines",
+    "input": "values",
+    "test-key": "split-key",
+}
 
 app = typer.Typer(
     name="scbert",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: RENAMED.get(name, name),
+    },
 )
 
 
@@ -72,7 +85,7 @@ def demo(
 ) -> None:
     """Fine-tune a small model on real cells, annotate held-out ones and show the scores."""
     given = locals()
-    from .inference.demo import run_demo
+    from ..inference.demo import run_demo
 
     run(run_demo, **given)
 
@@ -103,10 +116,12 @@ def finetune(
     ] = None,
     test_key: Annotated[
         str | None,
-        typer.Option(help="Column of obs that says 'train', 'validation' or 'test' for each cell."),
+        typer.Option(
+            "--split-key", help="Column of obs that says 'train', 'validation' or 'test' for each cell."
+        ),
     ] = None,
     class_balance: Annotated[
-        ClassBalance | None, typer.Option(help="How rare classes are strengthened.", show_default=False)
+        ClassBalance | None, typer.Option(help="How class imbalance is handled.", show_default=False)
     ] = None,
     train_all: Annotated[
         bool | None,
@@ -133,7 +148,7 @@ def finetune(
         if path is not None:
             existing(path)
     check_output_folder(output, overwrite)
-    from .training.run_finetune import finetune as job
+    from ..training.run_finetune import finetune as job
 
     run(job, **given)
 
@@ -163,7 +178,7 @@ def annotate(
     given = locals()
     check_cells_path(query)
     check_output_path(output, overwrite, inputs=(query,), suffix=ANNOTATION_FORMATS)
-    from .inference.annotate_cells import annotate_file
+    from ..inference.annotate_cells import annotate_file
 
     # None is an answer here: the shipped annotator
     run(partial(annotate_file, model=given.pop("model")), **given)
@@ -189,7 +204,7 @@ def embed(
     given = locals()
     check_cells_path(query)
     check_output_path(output, overwrite, inputs=(query,), suffix=".h5ad")
-    from .inference.embed_cells import embed_file
+    from ..inference.embed_cells import embed_file
 
     run(embed_file, **given)
 
@@ -217,7 +232,7 @@ def convert(
     existing(checkpoint)
     existing(genes)
     check_output_folder(output, overwrite)
-    from .inference.convert_original import convert as job
+    from ..inference.convert_original import convert as job
 
     run(job, **given)
 
@@ -260,7 +275,7 @@ def pretrain(
     for path in (corpus, base, genes, gene_vectors):
         path and existing(path)
     check_output_folder(output, overwrite)
-    from .training.run_pretrain import pretrain as job
+    from ..training.run_pretrain import pretrain as job
 
     run(job, **given)
 
@@ -276,7 +291,7 @@ def gene2vec(
     import_file: Annotated[
         Path | None,
         typer.Option(
-            "--import", metavar="FILE", help="Vectors to bring in: text or .npy.", show_default=False
+            "--import", metavar="FILE", help="Existing vectors to import: text or .npy.", show_default=False
         ),
     ] = None,
     genes: Annotated[
@@ -287,7 +302,7 @@ def gene2vec(
         float | None, typer.Option(min=-1, max=1, help="Least correlation of a pair.", show_default="0.9")
     ] = None,
     top_pairs: Annotated[
-        int | None, typer.Option(min=1, help="Keep each file's most correlated so many pairs instead.")
+        int | None, typer.Option(min=1, help="Keep the N most correlated pairs of each file instead.")
     ] = None,
     min_cells: Annotated[
         int | None, typer.Option(min=1, help="Cells that must express a gene.", show_default="20")
@@ -307,17 +322,17 @@ def gene2vec(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Train gene vectors on co-expression, or bring foreign ones into our format."""
+    """Train gene vectors on co-expression, or import existing ones."""
     given = locals()
     for path in (corpus, import_file, genes):
         path and existing(path)
-    from .training.run_gene2vec import gene2vec as job
+    from ..training.run_gene2vec import gene2vec as job
 
     run(job, **given)
 
 
-@app.command()
-def build(
+@app.command("build-corpus")
+def build_corpus(
     sources: opt.Sources,
     output: opt.CorpusFolder = None,
     layer: Layer = None,
@@ -338,13 +353,13 @@ def build(
 ) -> None:
     """Bring many files of cells into one corpus to train on, or verify one."""
     given = locals()
-    from .data.corpus_build import build_corpus as job
+    from ..data.corpus_build import build_corpus as job
 
     run(job, **given)
 
 
-@app.command()
-def combine(
+@app.command("combine-modalities")
+def combine_modalities(
     cells: Annotated[
         Path,
         typer.Argument(
@@ -368,13 +383,13 @@ def combine(
     given = locals()
     for path in (cells, atac, model):
         path and existing(path)
-    from .data.multiomics import combine_files
+    from ..data.multiomics import combine_files
 
     run(combine_files, **given)
 
 
-app.command()(cli_share.push)
-app.command()(cli_share.app)
+app.command()(share.push)
+app.command()(share.app)
 app.command()(evaluate)
 app.command()(explain)
 

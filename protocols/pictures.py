@@ -1,4 +1,4 @@
-"""Pictures of a benchmark: scores with their controls, confusion, reliability."""
+"""Pictures of a benchmark: scores with their baselines, confusion, reliability."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from ..calibration import plot_reliability, softmax
-from ..metrics import classification_metrics, plot_confusion
-from ..requirements import require
-from .contestants import Outputs
+from ..evaluation.calibration import plot_reliability, softmax
+from ..evaluation.metrics import classification_metrics, plot_confusion
+from ..extras import require
+from .methods import Outputs
 
 
 def plot_scores(rows: Sequence[dict[str, Any]], path: Path, title: str, score: str = "macro_f1") -> Any:
     """
-    Every contestant's score: a bar with its folds as points, or a line over several settings.
+    Every method's score: a bar with its folds as points, or a line over several settings.
 
     Parameters
     ----------
@@ -36,15 +36,15 @@ def plot_scores(rows: Sequence[dict[str, Any]], path: Path, title: str, score: s
     axes = figure.subplots()
     for number, model in enumerate(models):
         mine = [row for row in rows if row["model"] == model]
-        # the model in question stands out, its controls stay grey
+        # the model in question stands out, its baselines stay grey
         style = (
-            {"color": f"C{number}"} if not mine[0]["control"] else {"color": str(0.25 + 0.09 * (number % 6))}
+            {"color": f"C{number}"} if not mine[0]["baseline"] else {"color": str(0.25 + 0.09 * (number % 6))}
         )
         if len(settings) > 1:
             means = [
                 np.mean([row[score] for row in mine if row["setting"] == s] or [np.nan]) for s in settings
             ]
-            line = "-" if not mine[0]["control"] else "--"
+            line = "-" if not mine[0]["baseline"] else "--"
             axes.plot(range(len(settings)), means, line, marker="osD^vP"[number % 6], label=model, **style)
         else:
             values = [row[score] for row in mine]

@@ -1,0 +1,64 @@
+"""How many files of the package a job runs through: a reader who follows a cell opens no more than these."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from scbert.inference.annotate_cells import annotate
+from scbert.training.run_finetune import finetune
+
+ROOT = Path(__file__).resolve().parents[1]
+# the aim is 20 and 30: lower these when a detour goes, never raise them
+MOST_FILES_OF_ANNOTATE = 26
+MOST_FILES_OF_FINETUNE = 35
+# the goal is 21,000
+MOST_LINES = 25_400
+# a classifier without attention layers, as the annotator that ships
+RECIPE = "pbmc"
+
+
+def files_run(job):
+    """Files of the package with a function that `job` calls, in any thread; that a module is imported is no call."""
+    found = set()
+
+    def note(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_name != "<module>":
+            found.add(code.co_filename)
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        job()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    inside = {Path(name).relative_to(ROOT) for name in found if Path(name).is_relative_to(ROOT)}
+    return sorted(str(path) for path in inside if path.parts[0] not in ("tests", ".venv"))
+
+
+@pytest.fixture
+def reference(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "reference.h5ad")
+    return tmp_path / "reference.h5ad"
+
+
+def test_fine_tuning_and_annotating_run_through_few_files(adata, reference, tmp_path):
+    model = tmp_path / "model"
+    learnt = files_run(lambda: finetune(reference, "cell_type", model, recipe=RECIPE, use_cpu=True))
+    assert "training/run_finetune.py" in learnt and len(learnt) <= MOST_FILES_OF_FINETUNE, learnt
+    asked = files_run(lambda: annotate(adata, model))
+    assert "inference/annotate_cells.py" in asked and len(asked) <= MOST_FILES_OF_ANNOTATE, asked
+
+
+def test_the_package_stays_small():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    beside = ("tests/", "docs/", "examples/", "scripts/", "benchmarks/")
+    names = [name for name in listed.stdout.splitlines() if name.endswith((".py", ".cpp", ".h"))]
+    package = [ROOT / name for name in names if not name.startswith(beside) and (ROOT / name).is_file()]
+    assert sum(len(path.read_text().splitlines()) for path in package) <= MOST_LINES
