@@ -145,8 +145,7 @@ def finetune(
     """Teach a model the cell types of a labelled reference."""
     given = locals()
     for path in (reference, base, genes, test):
-        if path is not None:
-            existing(path)
+        path and existing(path)
     check_output_folder(output, overwrite)
     from ..training.run_finetune import finetune as job
 

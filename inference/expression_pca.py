@@ -10,7 +10,7 @@ from anndata import AnnData
 from ..data.read import matrix_rows
 from ..data.read_backed import BackedCells
 from ..evaluation.baselines import log_normalize
-from ..evaluation.requirements import require
+from ..extras import require
 from ..tokenization import detect_input_kind
 from ..tokenization.cells_scbert import sample_rows
 from ..tokenization.expression_scbert import as_csr
