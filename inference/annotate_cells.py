@@ -28,7 +28,7 @@ from .assignment import assign
 from .expression_pca import expression_pca
 from .parts import NewRows, add_parts, rows_for, rows_in_memory, write_parts
 from .query import BinnedQuery, opened, overlap_numbers, progress_bar
-from .report import write_annotation_report
+from .report import cell_coordinates, write_annotation_report
 from .shipped import doubts, model_or_shipped
 from .voting import Vote, check_vote, leiden_groups, majority_vote, vote_notes
 
@@ -195,12 +195,16 @@ def annotate_file(
         loaded = _load_annotator(model, device, dtype)
         log_batch_size(loaded, batch_size)
         binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
-        places = {"progress": progress, "new_rows": rows_for(adata, output)}
-        predict_all = partial(shards or partial(_predict_all, batch_size=batch_size), **places)
+        predict_all = partial(
+            shards or partial(_predict_all, batch_size=batch_size),
+            progress=progress,
+            new_rows=rows_for(adata, output),
+        )
         parts, summary = _annotation(adata, binned, loaded, threshold, majority_vote, predict_all)
         if report is not None:
             # before the output: writing closes the query
-            write_annotation_report(report, adata, binned, parts, summary, overwrite)
+            places = cell_coordinates(adata, layer, input)
+            write_annotation_report(report, adata, parts, summary, places, overwrite)
         write_parts(query, adata, parts, output, overwrite)
     if shards is not None:
         shards.finish()

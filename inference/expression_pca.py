@@ -66,8 +66,8 @@ def expression_pca(
         return np.asarray(adata.obsm["X_pca"][:], dtype=np.float32)[rows]
     scanpy = require("scanpy", "scanpy")
     matrix, names = matrix_rows(adata, layer)
-    kind = detect_input_kind(sample_rows(matrix)) if input == "auto" else input
-    values, genes = log_normalize(AnnData(_take(matrix, rows), var=pd.DataFrame(index=names)), input=kind)
+    part = AnnData(take_rows(matrix, rows), var=pd.DataFrame(index=names))
+    values, genes = log_normalize(part, input=expression_kind(matrix, input))
     cells = AnnData(values, var=pd.DataFrame(index=genes))
     scanpy.pp.filter_genes(cells, min_cells=1)
     if cells.n_vars > N_VARIABLE_GENES:
@@ -79,8 +79,13 @@ def expression_pca(
     return scanpy.pp.pca(cells.X, n_comps=components, random_state=seed, dtype="float32")
 
 
-def _take(matrix, rows: np.ndarray) -> sp.csr_matrix:
-    """Rows of a matrix that may be on disk, where slices are cheap."""
+def expression_kind(matrix, input: str = "auto") -> str:
+    """What the values of a matrix are, ``"counts"`` or ``"log1p"``, by a sample of its rows."""
+    return detect_input_kind(sample_rows(matrix)) if input == "auto" else input
+
+
+def take_rows(matrix, rows: np.ndarray) -> sp.csr_matrix:
+    """Sorted rows of a matrix that may be on disk, where slices are cheap."""
     parts = []
     for start in range(0, matrix.shape[0], CHUNK_SIZE):
         wanted = rows[(rows >= start) & (rows < start + CHUNK_SIZE)] - start

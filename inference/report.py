@@ -16,7 +16,6 @@ from ..evaluation.report import Section, report_html
 from ..evaluation.tables import TextTable
 from ..extras import require
 from .expression_pca import expression_pca
-from .query import BinnedQuery
 
 # more cells make a UMAP slow and no clearer
 MAX_CELLS_DRAWN = 5000
@@ -26,9 +25,9 @@ MAX_GROUPS_DRAWN = 60
 def write_annotation_report(
     path: str | Path,
     adata: AnnData | BackedCells,
-    query: BinnedQuery,
     parts: dict[str, dict],
     summary: dict[str, Any],
+    places: tuple,
     overwrite: bool = False,
 ) -> None:
     """
@@ -39,11 +38,11 @@ def write_annotation_report(
     path
         Where.
     adata
-        The query; ``obsm["X_umap"]`` is drawn if there is one, else a UMAP of the expression.
-    query
-        The same cells, binned: which values were read.
+        The query.
     parts, summary
         The annotation, of `annotate`.
+    places
+        Where the cells are drawn: what `cell_coordinates` returns.
     overwrite
         Replace an existing file.
     """
@@ -62,7 +61,7 @@ def write_annotation_report(
         if len(set(groups)) <= MAX_GROUPS_DRAWN:
             caption = "Confidence of the cells of every group; the line is the threshold."
             pictures[caption] = plot_confidence(groups, confidence, about["threshold"])
-    xy, chosen, source = cell_coordinates(adata, query.layer, query.input)
+    xy, chosen, source = places
     if xy is not None:
         panels = {"cell type": labels[chosen]}
         if "scbert_majority_vote" in obs:

@@ -32,6 +32,7 @@ def explain(
     cells_per_type: int = 20,
     n_top: int = 20,
     n_steps: int = 32,
+    cell_types: Sequence[str] | None = None,
     layer: str | None = None,
     input: str = "auto",
     force: bool = False,
@@ -55,6 +56,8 @@ def explain(
         Genes of a type.
     n_steps
         Points on the path of integrated gradients.
+    cell_types
+        Types to explain; all that are predicted if left out.
     layer, input, force
         As in `scbert.annotate`.
     seed
@@ -83,7 +86,10 @@ def explain(
     adata = read_cells(cells, layer=layer)
     bins = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress=False).all_bins()
     predicted = predict_cells(loaded, bins)["logits"].argmax(axis=1)
-    rows = choose_cells(predicted, np.diff(bins.indptr) > 0, cells_per_type, seed)
+    usable = np.diff(bins.indptr) > 0
+    if cell_types is not None:
+        usable &= np.isin(np.array(loaded.labels)[predicted], list(cell_types))
+    rows = choose_cells(predicted, usable, cells_per_type, seed)
     found = integrated_gradients(loaded.model, loaded.tokenizer, bins[rows], predicted[rows], n_steps)
     return top_genes_table(
         mean_by_type(found.values, predicted[rows], loaded.labels, loaded.tokenizer), n_top
@@ -97,7 +103,9 @@ def choose_cells(predicted: np.ndarray, usable: np.ndarray, n: int, seed: int) -
         rows = np.flatnonzero((predicted == target) & usable)
         chosen.append(rng.permutation(rows)[:n])
     if not chosen:
-        raise InputError("No cell expresses a gene of the model's panel; there is nothing to explain.")
+        raise InputError(
+            "No cell of these types expresses a gene of the model's panel: there is nothing to explain."
+        )
     return np.sort(np.concatenate(chosen))
 
 
