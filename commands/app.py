@@ -22,7 +22,6 @@ from ..inference.shipped import model_or_shipped
 from ..inference.upload import Limits, loaded_model
 from ..model_cards.space import export_space as write_space
 from .console import say
-from .page import build_page
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEPT_SECONDS = 3600
@@ -79,7 +78,10 @@ def serve(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="scbert-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
+        # it makes its folder when it is imported
         gr = require("gradio", "app")
+        from .page import build_page
+
         if mcp:
             require("mcp", "app")
         page = build_page(models, folder, Limits(max_cells, max_megabytes), any_model=host in LOOPBACK)

@@ -182,8 +182,12 @@ class Page:
             [self.status, self.plot],
             **private,
         )
-        self.threshold.release(
-            self._reassign, [self.annotated, self.threshold], [self.status, *facts, self.annotated], **private
+        self.threshold.input(
+            self._reassign,
+            [self.annotated, self.threshold],
+            [self.status, *facts, self.annotated],
+            trigger_mode="always_last",
+            **private,
         ).success(
             self._draw,
             [self.annotated, self.places, self.colour, self.gene],
