@@ -21,6 +21,7 @@ from ..extras import require
 from ..inference.shipped import model_or_shipped
 from ..inference.upload import Limits, loaded_model
 from ..model_cards.space import export_space as write_space
+from ..tokenization import InputError
 from .console import say
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -64,17 +65,22 @@ def serve(
     max_cells, max_megabytes
         Limits of uploads.
     mcp
-        Serve the page's functions to agents too, by the Model Context Protocol.
+        Serve the page's functions to agents too, by the Model Context Protocol; on a loopback address only.
     on_start
         Called with the address once the page answers.
 
     Raises
     ------
     InputError
-        When a model cannot be used.
+        When a model cannot be used, or agents are to be served to other machines.
     OSError
         When the port is taken.
     """
+    if mcp and host not in LOOPBACK:
+        raise InputError(
+            f"Agents name files of this machine, so they are served on it alone, not on {host}. Leave out mcp or "
+            "host (--mcp, --host)."
+        )
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="scbert-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -84,7 +90,8 @@ def serve(
 
         if mcp:
             require("mcp", "app")
-        page = build_page(models, folder, Limits(max_cells, max_megabytes), any_model=host in LOOPBACK)
+        limits = Limits(max_cells, max_megabytes)
+        page = build_page(models, folder, limits, any_model=host in LOOPBACK, for_agents=mcp)
         closed = threading.Event()
         # the fonts of the machine: others would be fetched from elsewhere
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])

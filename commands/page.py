@@ -70,7 +70,11 @@ def kind_message(error: Exception, upload: str | Path | None = None) -> str:
 
 
 def build_page(
-    models: Sequence[str], folder: str | Path, limits: Limits | None = None, any_model: bool = False
+    models: Sequence[str],
+    folder: str | Path,
+    limits: Limits | None = None,
+    any_model: bool = False,
+    for_agents: bool = False,
 ) -> Any:
     """
     The page as `gradio.Blocks`, ready to be launched.
@@ -85,6 +89,8 @@ def build_page(
         Of uploads.
     any_model
         Let visitors type other folders and names: for a page that only its owner can reach.
+    for_agents
+        Add functions that take paths of this machine's files: for such a page only, too.
     """
     limits, offered = limits or Limits(), names_of(models)
     page = Page(offered, Path(folder), limits)
@@ -93,6 +99,9 @@ def build_page(
         page.lay_out_inputs(any_model)
         page.lay_out_results()
         page.connect()
+        if for_agents:
+            gr.api(page.annotate_cells, api_name="annotate_cells")
+            gr.api(page.genes_of_types, api_name="genes_of_types")
     # one at a time: the model takes all cores as it is
     return blocks.queue(default_concurrency_limit=1, max_size=20)
 
@@ -202,8 +211,6 @@ class Page:
                 **private,
             )
         self.table.select(self._explain, self.annotated, [self.status, self.genes], **private)
-        gr.api(self.annotate_cells, api_name="annotate_cells")
-        gr.api(self.genes_of_types, api_name="genes_of_types")
 
     def _tell_known(self, model: str) -> str:
         try:
@@ -313,7 +320,7 @@ class Page:
         """Name the cell type of every cell of a single-cell file.
 
         Args:
-            cells: path or URL of an .h5ad or 10x .h5 file of human cells.
+            cells: path of an .h5ad or 10x .h5 file of human cells.
             model: one of the models that the page offers; the first of them if left out.
             values: what the values are: "auto", "counts" or "log1p".
             layer: where the values stand: "X", "raw" or the name of a layer.
@@ -333,7 +340,7 @@ class Page:
         """Name the genes that decide on each cell type that is found in a single-cell file.
 
         Args:
-            cells: path or URL of an .h5ad or 10x .h5 file of human cells.
+            cells: path of an .h5ad or 10x .h5 file of human cells.
             model: one of the models that the page offers; the first of them if left out.
             values: what the values are: "auto", "counts" or "log1p".
             layer: where the values stand: "X", "raw" or the name of a layer.

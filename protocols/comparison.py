@@ -66,7 +66,7 @@ def summarise_folds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     >>> summarise_folds(rows)[1]["beats"]
     True
     """
-    names = [*SCORES, "seconds", *(name for name in (*NOVELTY, "ece", "ece_before") if name in rows[0])]
+    names = [*SCORES, "seconds", *(name for name in (*NOVELTY, "ece") if name in rows[0])]
     main, result = rows[0]["model"], []
     for setting in dict.fromkeys(row["setting"] for row in rows):
         here = [row for row in rows if row["setting"] == setting]

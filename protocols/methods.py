@@ -15,7 +15,6 @@ import torch
 from transformers import set_seed
 
 from ..evaluation.baselines import BASELINES, LogisticRegressionBaseline
-from ..evaluation.calibration import softmax
 from ..modeling_scbert import ScBertForMaskedExpression
 from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel, load_model
@@ -23,8 +22,9 @@ from ..trained_model.model_folder import load_tokenizer, save_model
 from ..trained_model.prediction import predict_cells
 from ..training import run_finetune
 from ..training.finetune_arguments import FINETUNE
+from ..training.finetune_data import LabelledCells
 from ..training.initial_model import load_masked_model
-from ..training.run_summary import DEFAULT_THRESHOLD, temperature_of, threshold_of
+from ..training.run_summary import DEFAULT_THRESHOLD, TunedModel
 from ..training.settings import parse
 from .cells import LABEL, MODALITY, SPLIT, input_of
 from .folds import TEST, TRAIN, VALIDATION, Fold
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 CELLS_OF_AN_EPOCH = 320
 MIN_CELLS = 3
 NEIGHBOURS = 15
-ASSIGNED_PRECISION = 0.95
 DEFAULT_BASELINES = ("logistic_l1", "logistic_l2", "knn", "celltypist", "majority")
 
 
@@ -53,8 +52,8 @@ class Outputs:
         Of training and prediction.
     logits, embeddings, train_embeddings, train_labels
         Of scBERT only, for calibration and novelty.
-    temperature, threshold
-        Fitted on validation cells.
+    threshold
+        Of "unassigned", as it stands in the model.
     masked_accuracy
         Of the pretraining, on validation cells, where it was part of the run.
     notes
@@ -68,7 +67,6 @@ class Outputs:
     embeddings: np.ndarray | None = None
     train_embeddings: np.ndarray | None = None
     train_labels: np.ndarray | None = None
-    temperature: float = 1.0
     threshold: float = 0.5
     masked_accuracy: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -109,22 +107,16 @@ def baseline(name: str, threads: int = 2) -> Method:
 
 
 def scbert(name: str, settings: dict[str, Any], work: Path, is_baseline: bool = False) -> Method:
-    """
-    Fine-tune with these settings (``recipe``, ``base``, and what goes over the recipe), in a folder for scratch.
-
-    ``draws`` above 1 averages the probabilities over as many draws of the random features.
-    """
+    """Fine-tune with these settings (``recipe``, ``base``, and what goes over the recipe), in a folder for scratch."""
 
     def run(cells: anndata.AnnData, fold: Fold, seed: int) -> Outputs:
         started = time.perf_counter()
-        given = dict(settings)
-        draws = int(given.pop("draws", 1))
         work.mkdir(parents=True, exist_ok=True)
         try:
-            model, data = _train(cells, fold, given, work, seed)
+            tuned, data = _train(cells, fold, settings, work, seed)
             # asked of the cells as they are: fine-tuning's own test leaves types out that it did not learn
             asked = data.tokenizer.bin_cells(cells[fold.split == TEST], input=data.input_kind)
-            outputs = _outputs(model, data, asked, draws)
+            outputs = _outputs(tuned, data, asked)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         outputs.seconds = time.perf_counter() - started
@@ -134,29 +126,32 @@ def scbert(name: str, settings: dict[str, Any], work: Path, is_baseline: bool = 
 
 
 def _train(cells: anndata.AnnData, fold: Fold, settings: dict[str, Any], work: Path, seed: int):
-    """The model that `scbert finetune` would leave, and the binned cells."""
-    part, few = _with_copies(cells, fold)
+    """What `scbert finetune` would leave, and the binned cells."""
     options = {"seed": seed, "disable_tqdm": True, **settings}
     if input_of(cells) != "auto":
         options["input"] = input_of(cells)
-    if few:
+    fixed = {"reference": "cells of a fold", "label_key": LABEL, "output": work / "model", "test_key": SPLIT}
+    solved = parse(FINETUNE, {**fixed, **options})[3].solved_head
+    part, few = _cells_of(cells, fold, repeat=not solved)
+    if few and not solved:
         # validation cells that are copies cannot stop anything
         options["early_stopping_patience"] = 0
-    fixed = {"reference": run_finetune.name_of(part), "label_key": LABEL, "output": work / "model"}
-    _, data_arguments, model_arguments, training = parse(
-        FINETUNE, {**fixed, "test_key": SPLIT, "min_genes": 0, **options}
-    )
+    _, data_arguments, model_arguments, training = parse(FINETUNE, {**fixed, **options})
     set_seed(training.seed)
     data = run_finetune.load(data_arguments, model_arguments, training, reference=part)
     model = run_finetune.build_model(model_arguments, data, training.seed)
-    return run_finetune.train(model, data, training).model, data
+    return run_finetune.train(model, data, training), data
 
 
-def _with_copies(cells: anndata.AnnData, fold: Fold) -> tuple[anndata.AnnData, bool]:
-    """The fold's cells; without validation cells the training cells stand in, and are repeated for training."""
+def _cells_of(cells: anndata.AnnData, fold: Fold, repeat: bool) -> tuple[anndata.AnnData, bool]:
+    """
+    The fold's cells, and whether there are too few to validate on.
+
+    Then, to `repeat` them is asked for where a model is trained in epochs: the training cells stand in for validation.
+    """
     rows = [np.flatnonzero(fold.split == name) for name in (TRAIN, VALIDATION, TEST)]
     few = not len(rows[1])
-    if few:
+    if few and repeat:
         labels = cells.obs[LABEL].to_numpy()[rows[0]]
         names, counts = np.unique(labels, return_counts=True)
         size = max(MIN_CELLS, CELLS_OF_AN_EPOCH // len(names))
@@ -171,29 +166,20 @@ def _with_copies(cells: anndata.AnnData, fold: Fold) -> tuple[anndata.AnnData, b
     return anndata.AnnData(cells.X[chosen], obs=obs, var=cells.var[columns]), few
 
 
-def _outputs(model: torch.nn.Module, data: Any, asked: Any, draws: int) -> Outputs:
-    train, validation = data.splits[TRAIN], data.splits[VALIDATION]
-    loaded = LoadedModel(model, data.tokenizer)
-    of_validation = predict_cells(loaded, validation.bins)["logits"]
-    temperature = temperature_of(of_validation, validation.targets)
-    learnt = predict_cells(loaded, train.bins, ("embeddings",))["embeddings"]
+def _outputs(tuned: TunedModel, data: Any, asked: Any) -> Outputs:
+    train = data.splits[TRAIN]
+    loaded = LoadedModel(tuned.model, data.tokenizer)
     found = predict_cells(loaded, asked, ("logits", "embeddings"))
-    logits = found["logits"]
-    probabilities = softmax(logits, temperature)
-    for draw in range(1, draws):
-        model.base_model.redraw_features(draw)
-        again = predict_cells(loaded, asked)["logits"]
-        probabilities = probabilities + softmax(again, temperature)
-    threshold = threshold_of(softmax(of_validation, temperature), validation.targets, ASSIGNED_PRECISION)
+    nowhere = np.zeros(asked.shape[0], dtype=np.int64)
+    threshold = tuned.model.config.unassigned_threshold
     return Outputs(
         classes=data.classes,
-        probabilities=probabilities / draws,
+        probabilities=tuned.probabilities_of(LabelledCells(asked, nowhere, nowhere)),
         seconds=0.0,
-        logits=logits,
+        logits=found["logits"],
         embeddings=found["embeddings"],
-        train_embeddings=learnt,
+        train_embeddings=predict_cells(loaded, train.bins, ("embeddings",))["embeddings"],
         train_labels=np.array(data.classes, dtype=object)[train.targets],
-        temperature=temperature,
         threshold=DEFAULT_THRESHOLD if threshold is None else threshold,
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.calibration import plot_reliability, softmax
+from ..evaluation.calibration import plot_reliability
 from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..extras import require
 from .methods import Outputs
@@ -91,18 +91,12 @@ def plot_first_setting(
     if any(outputs.logits is None for outputs, _ in runs):
         return
     column = {name: number for number, name in enumerate(classes)}
-    curves: dict[str, list[np.ndarray]] = {"before": [], "after temperature": []}
-    targets = []
+    curves, targets = [], []
     for outputs, labels in runs:
         known = np.isin(labels, outputs.classes)
         targets.append(np.array([column[label] for label in labels[known]], dtype=int))
-        for name, values in (
-            ("before", softmax(outputs.logits)),
-            ("after temperature", outputs.probabilities),
-        ):
-            # a fold may lack a type: probability 0
-            whole = np.zeros((int(known.sum()), len(classes)))
-            whole[:, [column[label] for label in outputs.classes]] = values[known]
-            curves[name].append(whole)
-    pooled = {name: np.concatenate(parts) for name, parts in curves.items()}
-    plot_reliability(pooled, np.concatenate(targets), folder / "reliability.png")
+        # a fold may lack a type: probability 0
+        whole = np.zeros((int(known.sum()), len(classes)))
+        whole[:, [column[label] for label in outputs.classes]] = outputs.probabilities[known]
+        curves.append(whole)
+    plot_reliability({"model": np.concatenate(curves)}, np.concatenate(targets), folder / "reliability.png")

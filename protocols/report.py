@@ -16,7 +16,7 @@ from .methods import Outputs
 CAPTIONS = {
     "scores.png": "Macro-F1 of every fold; baselines are grey.",
     "confusion.png": "Confusion of the model in question, folds pooled: rows are true types.",
-    "reliability.png": "Reliability: accuracy against confidence, before and after the temperature.",
+    "reliability.png": "Reliability: accuracy against confidence.",
 }
 
 

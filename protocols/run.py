@@ -32,19 +32,13 @@ from .scores import finite, fold_scores
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-# sizes and bins tried around the recipe, where no variants are given
+# what is tried around the default recipe, where no variants are given
 DEFAULT_VARIANTS: dict[str, dict[str, Any]] = {
     "bins 5": {"tokenizer": {"n_bins": 5, "bin_width": 1.0}},
     "bins 36": {"tokenizer": {"n_bins": 36, "bin_width": 0.25}},
-    "width 32": {"model": {"hidden_size": 32}},
-    "width 128": {"model": {"hidden_size": 128}},
-    "heads 2": {"model": {"num_attention_heads": 2}},
-    "heads 8": {"model": {"num_attention_heads": 8}},
-    "depth 0": {"model": {"num_hidden_layers": 0}},
-    "depth 2": {"model": {"num_hidden_layers": 2}},
-}
-IMBALANCE_VARIANTS = {
-    f"scBERT, balance {name}": {"class_balance": name} for name in ("none", "weights", "oversample")
+    "no bins apart": {"model": {"ordinal_expression": False}},
+    "no cell vectors": {"model": {"cell_vector_size": 0}},
+    "a random layer": {"model": {"num_hidden_layers": 1}},
 }
 
 
@@ -66,7 +60,7 @@ def run_benchmark(
     label_map: str | Path | None = None,
     layer: str | None = None,
     input: str = "auto",
-    recipe: str = "small",
+    recipe: str = "default",
     base: str | Path | None = None,
     settings: dict[str, Any] | str | None = None,
     epochs: float | None = None,
@@ -201,7 +195,7 @@ def _variants(protocol: str, given: str | Path | dict[str, Any] | None) -> dict[
             raise InputError(f"The variants are no JSON object of name and settings: {error}.") from error
     if given is not None:
         return given
-    return {"hyperparameters": DEFAULT_VARIANTS, "class-imbalance": IMBALANCE_VARIANTS}.get(protocol, {})
+    return DEFAULT_VARIANTS if protocol == "hyperparameters" else {}
 
 
 def _shots(given: str | Sequence[int] | None) -> tuple[int, ...]:

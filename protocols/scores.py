@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.calibration import calibration_metrics, expected_calibration_error
+from ..evaluation.calibration import expected_calibration_error
 from ..evaluation.metrics import classification_metrics
 from ..evaluation.novelty import (
     MahalanobisNovelty,
@@ -40,7 +40,7 @@ def fold_scores(method: Method, outputs: Outputs, fold: Fold, true: np.ndarray) 
     -------
     dict
         Scores over the test cells whose type was learnt; with a novel type also the keys of
-        `comparison.NOVELTY`, over all test cells; for scBERT ``ece`` and ``ece_before`` the temperature.
+        `comparison.NOVELTY`, over all test cells.
     """
     known = np.isin(true, outputs.classes)
     scores = classification_metrics(true[known], outputs.predicted[known])
@@ -69,17 +69,14 @@ def _calibration(outputs: Outputs, true: np.ndarray, known: np.ndarray) -> dict[
     if len(outputs.classes) < 2 or not len(targets):
         return {}
     row: dict[str, Any] = {"ece": expected_calibration_error(outputs.probabilities[known], targets)}
-    if outputs.logits is not None:
-        row["ece_before"] = calibration_metrics(outputs.logits[known], targets)["ece"]
-        row |= {"temperature": outputs.temperature, "threshold": outputs.threshold}
-    return row
+    return row | ({} if outputs.logits is None else {"threshold": outputs.threshold})
 
 
 def novelty_scores(outputs: Outputs, true: np.ndarray) -> dict[str, Any]:
     """
     Known and novel accuracy by the rule "confidence below 0.5", and AUROC of every novelty score there is.
 
-    ``at_fitted_threshold`` holds the accuracies at the threshold that validation cells chose.
+    ``at_fitted_threshold`` holds the accuracies at the threshold that the model has.
     """
     is_novel = ~np.isin(true, outputs.classes)
     certainty = max_probability_score(outputs.probabilities)

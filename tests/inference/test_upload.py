@@ -127,6 +127,16 @@ def test_only_the_owners_models_can_be_chosen(model_dir, tmp_path):
         choice.preprocess("elsewhere")
 
 
+def test_agents_are_served_on_this_machine_only(model_dir, query, tmp_path):
+    with pytest.raises(InputError, match="served on it alone"):
+        app.serve([str(model_dir)], host="0.0.0.0", mcp=True)
+    functions = page.Page({"model": str(model_dir)}, tmp_path, Limits())
+    facts = functions.annotate_cells(str(query), values="counts")
+    assert facts["cells"] == 120 and sum(facts["cells_per_label"].values()) == 120
+    with pytest.raises(gradio.Error, match="no model 'elsewhere'"):
+        functions.annotate_cells(str(query), model="elsewhere")
+
+
 def test_a_space_is_complete(model_dir, tmp_path, capsys):
     space = tmp_path / "space"
     arguments = ["app", "--model", str(model_dir), "--model", "somebody/atlas", "--export-space", str(space)]

@@ -6,7 +6,7 @@ import scipy.sparse as sp
 import torch
 
 from scbert.tokenization import ScBertTokenizer
-from scbert.training.cell_batches import CellDataset, DataCollatorForCells, GeneDropoutDataset
+from scbert.training.cell_batches import CellDataset, DataCollatorForCells
 
 
 @pytest.fixture
@@ -39,18 +39,6 @@ def test_batches_are_what_the_tokenizer_says(bins, gene_panel):
         assert batch.pop("labels").tolist() == rows.tolist()
         for name, wanted in tokenizer.encode_bins(bins[rows]).items():
             np.testing.assert_array_equal(batch[name].numpy(), wanted)
-
-
-def test_gene_dropout_hides_its_share_anew_every_time(bins):
-    torch.manual_seed(0)
-    cells = GeneDropoutDataset(bins, np.zeros(120, dtype=int), 0.25)
-    first, second = (cells.__getitems__(range(120))["bins"] for _ in range(2))
-    assert first.nnz / bins.nnz == pytest.approx(0.75, abs=0.02)
-    assert (first != second).nnz and first.has_sorted_indices
-    kept = first.toarray() > 0
-    np.testing.assert_array_equal(first.toarray()[kept], bins.toarray()[kept])
-    torch.manual_seed(0)
-    assert (cells.__getitems__(range(120))["bins"] != first).nnz == 0
 
 
 def test_empty_cells():

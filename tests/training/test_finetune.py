@@ -10,11 +10,12 @@ from transformers import AutoModelForSequenceClassification
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
 from scbert.inference import annotate
 from scbert.tokenization import InputError
-from scbert.training import callbacks, finetune_trainer
+from scbert.training import callbacks
 from scbert.training.finetune_arguments import FINETUNE
 from scbert.training.initial_model import new_model
 from scbert.training.run_finetune import finetune
 from scbert.training.settings import RECIPES, load_recipe, parse
+from scbert.training.trainer import CellTrainer
 
 MODEL_FILES = ["config.json", "model.safetensors", "gene_panel.txt", "tokenizer_config.json"]
 FIGURES = ["metrics.json", "confusion.png", "learning_curve.png"]
@@ -76,52 +77,9 @@ def test_annotating_the_test_cells_gives_the_score_written(tune, adata, tmp_path
     assert right.mean() == pytest.approx(summary["test_accuracy"])
 
 
-def test_the_encoder_has_a_learning_rate_of_its_own(tune, monkeypatch):
-    start, trained = {}, {}
-    train = finetune_trainer.FinetuneTrainer.train
-
-    def watched(self, *args, **kwargs):
-        start.update({name: weight.detach().clone() for name, weight in self.model.named_parameters()})
-        found = train(self, *args, **kwargs)
-        trained.update({name: weight.detach().clone() for name, weight in self.model.named_parameters()})
-        return found
-
-    monkeypatch.setattr(finetune_trainer.FinetuneTrainer, "train", watched)
-    tune(num_train_epochs=1, encoder_learning_rate=0.0)
-    moved = {name for name in start if not torch.equal(start[name], trained[name])}
-    assert moved and all(name.startswith("classifier.") and "conv" not in name for name in moved)
-    with pytest.raises(InputError, match="encoder_learning_rate"):
-        tune(encoder_learning_rate=-1.0)
-
-
-def test_an_l1_penalty_silences_genes(tune):
-    def share_of_zeros(strength):
-        _, folder = tune(f"l1_{strength}", num_train_epochs=4, head_l1=strength, early_stopping_patience=0)
-        return (weights_of(folder)["classifier.out_proj.weight"] == 0).double().mean()
-
-    # without a penalty only genes that no training cell expresses are at the zero they start from
-    assert share_of_zeros(0.0) < 0.1 < share_of_zeros(0.7) < share_of_zeros(100.0) == 1
-    with pytest.raises(InputError, match="head_l1"):
-        tune(head_l1=-1.0)
-
-
-def test_the_shrinkage_is_the_proximal_step():
-    layer = torch.nn.Linear(3, 1, bias=False)
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[0.5, -0.5, 0.05]]))
-    model = torch.nn.Module()
-    model.classifier = torch.nn.Module()
-    model.classifier.out_proj = layer
-    # another group learns faster: the head shrinks at its own rate
-    other = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 5.0}
-    optimizer = torch.optim.SGD([other, {"params": [layer.weight], "lr": 0.5}])
-    callbacks.L1HeadCallback(0.2).on_optimizer_step(None, None, None, model=model, optimizer=optimizer)
-    torch.testing.assert_close(layer.weight.detach(), torch.tensor([[0.4, -0.4, 0.0]]))
-
-
 def test_the_test_split_is_read_once_and_after_training(tune, monkeypatch):
     sizes = []
-    predict, evaluate = finetune_trainer.FinetuneTrainer.predict, finetune_trainer.FinetuneTrainer.evaluate
+    predict, evaluate = CellTrainer.predict, CellTrainer.evaluate
 
     def count(self, dataset, *args, **kwargs):
         sizes.append(("predict", len(dataset)))
@@ -131,8 +89,8 @@ def test_the_test_split_is_read_once_and_after_training(tune, monkeypatch):
         sizes.append(("evaluate", len(self.eval_dataset)))
         return evaluate(self, *args, **kwargs)
 
-    monkeypatch.setattr(finetune_trainer.FinetuneTrainer, "predict", count)
-    monkeypatch.setattr(finetune_trainer.FinetuneTrainer, "evaluate", count_evaluate)
+    monkeypatch.setattr(CellTrainer, "predict", count)
+    monkeypatch.setattr(CellTrainer, "evaluate", count_evaluate)
     tune()
     assert sizes == [("evaluate", 12)] * 3 + [("predict", 12), ("predict", 24)]
 
@@ -242,8 +200,9 @@ def test_low_gene_cells_are_left_out_of_training_only(tune, adata, tmp_path):
     assert 0 < left_out <= 30
     assert summary["cells"]["train"] == 84 - left_out
     assert summary["cells"]["test"] == 24
-    with pytest.raises(InputError, match="fewer than 5000 genes"):
-        tune(reference=tmp_path / "poor.h5ad", min_genes=5000, overwrite=True)
+    # a class is never emptied: where no cell of it has genes enough, all are learnt from
+    summary, _ = tune(reference=tmp_path / "poor.h5ad", min_genes=5000, overwrite=True)
+    assert summary["data"]["min_genes"]["left_out"] == 0
 
 
 def test_a_panel_file(tune, gene_panel, tmp_path):
@@ -319,9 +278,15 @@ def test_a_fine_tuned_model_can_be_a_base(tune):
 def test_shipped_recipes_work(name, gene_panel, tmp_path):
     given = {"reference": "r.h5ad", "label_key": "k", "output": str(tmp_path / "o"), "recipe": name}
     _, _, model, training = parse(FINETUNE, given)
+    assert (name == "default") == training.solved_head
     tokenizer = ScBertTokenizer(gene_panel=gene_panel, **model.tokenizer)
     network = new_model(model.model, tokenizer, ["a", "b"], training.seed)
     assert network.config.vocab_size == tokenizer.vocab_size
+
+
+def test_old_recipes_name_the_new_one(reference, tmp_path):
+    with pytest.raises(InputError, match="'small' is no more; 'default' took its place"):
+        finetune(reference, "cell_type", tmp_path / "model", recipe="small")
 
 
 def test_a_new_head_hears_every_gene_and_votes_for_none(gene_panel):

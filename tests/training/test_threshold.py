@@ -3,11 +3,10 @@
 import json
 
 import numpy as np
-import pytest
 
-from scbert.tokenization import InputError
+from scbert.inference import annotate
 from scbert.training.run_finetune import finetune
-from scbert.training.run_summary import threshold_of
+from scbert.training.run_summary import temperature_of, threshold_of
 
 
 def two_classes(confidences):
@@ -18,18 +17,17 @@ def two_classes(confidences):
 def test_the_wanted_precision_is_reached():
     probabilities = two_classes([0.95] * 60 + [0.7] * 40)
     targets = np.array([0] * 60 + [0, 1] * 20)
-    threshold = threshold_of(probabilities, targets, 0.95)
+    threshold = threshold_of(probabilities, targets)
     assert 0.7 < threshold < 0.95
     assigned = probabilities.max(axis=1) >= threshold
     assert (targets[assigned] == 0).mean() >= 0.95
-    assert threshold_of(probabilities, targets, 0.7) < 0.7
 
 
 def test_it_is_never_below_a_half_and_none_where_there_is_nothing_to_choose_on():
     sure = two_classes([0.9] * 100)
-    assert threshold_of(two_classes([0.4] * 100), np.ones(100, dtype=int), 0.9) >= 0.5
-    assert threshold_of(sure[:10], np.zeros(10, dtype=int), 0.95) is None
-    assert threshold_of(sure, np.ones(100, dtype=int), 0.95) is None
+    assert threshold_of(two_classes([0.4] * 100), np.ones(100, dtype=int)) >= 0.5
+    assert threshold_of(sure[:10], np.zeros(10, dtype=int)) is None
+    assert threshold_of(sure, np.ones(100, dtype=int)) is None
 
 
 def test_it_stands_in_config_and_figures(adata, tiny_recipe, tmp_path):
@@ -38,15 +36,27 @@ def test_it_stands_in_config_and_figures(adata, tiny_recipe, tmp_path):
         "recipe": tiny_recipe,
         "validation_fraction": 0.5,
         "num_train_epochs": 8,
-        "assigned_precision": 0.6,
     }
     summary = finetune(tmp_path / "r.h5ad", "cell_type", tmp_path / "model", **options)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["unassigned_threshold"] == summary["model"]["unassigned_threshold"]
     assert config["unassigned_threshold"] is None or config["unassigned_threshold"] >= 0.5
     assert 0 <= summary["test"]["assigned"]["share"] <= 1
-    calibration = summary["test"]["calibration"]
-    assert calibration["before"]["temperature"] == 1
-    assert calibration["after"]["temperature"] == config["classifier_temperature"]
-    with pytest.raises(InputError, match="assigned_precision"):
-        finetune(tmp_path / "r.h5ad", "cell_type", tmp_path / "other", assigned_precision=0)
+    assert 0 <= summary["test"]["ece"] <= 1
+
+
+def test_the_temperature_is_in_the_weights(adata, tiny_recipe, tmp_path):
+    adata.obs["split"] = ["train"] * 60 + ["validation"] * 30 + ["test"] * 30
+    adata.write_h5ad(tmp_path / "r.h5ad")
+    summary = finetune(
+        tmp_path / "r.h5ad", "cell_type", tmp_path / "model", recipe=tiny_recipe, test_key="split"
+    )
+    annotated = annotate(adata[90:].copy(), model=tmp_path / "model", progress=False)
+    confidence = annotated.obs["scbert_confidence"].mean()
+    assert abs(confidence - summary["test"]["mean_confidence"]) < 1e-4
+
+
+def test_few_or_easy_cells_do_not_ask_for_certainty():
+    # all right: the likelihood alone would send the temperature to its bound
+    assert 0.3 < temperature_of(np.array([[4.0, 0.0]] * 20), np.zeros(20, dtype=int)) < 1
+    assert 1 < temperature_of(np.array([[4.0, 0.0]] * 20), np.ones(20, dtype=int)) < 20

@@ -1,0 +1,119 @@
+"""Penalised regressions on principal axes, beside scikit-learn on the features themselves."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
+
+from scbert.training.logistic_head import (
+    LOWEST_LOGIT,
+    POWERS,
+    _cross_fit,
+    choose_mixture,
+    cross_folds,
+    gene_scales,
+    ridge_path,
+    scaled_axes,
+)
+from scbert.training.principal_axes import axes_of_cells, inner_products
+
+
+@pytest.fixture
+def cells():
+    rng = np.random.default_rng(0)
+    targets = np.arange(90) % 3
+    rates = 0.4 + 3 * np.eye(3)[targets] @ np.eye(3, 200)
+    return sp.csr_matrix(rng.poisson(rates).astype(np.float32)), targets
+
+
+def test_products_dense_and_sparse_are_all_products():
+    rng = np.random.default_rng(0)
+    matrix = (rng.random((40, 300)) < np.linspace(0, 1, 300) ** 3).astype(np.float32)
+    rows = sp.csr_matrix(matrix * rng.integers(1, 9, matrix.shape))
+    np.testing.assert_allclose(inner_products(rows), (rows @ rows.T).toarray(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("learnt", [slice(None), slice(0, 60)])
+@pytest.mark.parametrize("limit", [10_000, 10])
+def test_weights_of_genes_give_what_coordinates_gave(cells, learnt, limit, monkeypatch):
+    """Both routes to the axes, for cells that the axes are of and others."""
+    monkeypatch.setattr("scbert.training.principal_axes.MAX_CELLS_BY_CELLS", limit)
+    features, _ = cells
+    mask = np.zeros(90, dtype=bool)
+    mask[learnt] = True
+    axes = axes_of_cells(features, mask)
+    rng = np.random.default_rng(1)
+    coefficients, bias = rng.normal(size=(3, axes.coordinates.shape[1])), rng.normal(size=3)
+    weights, intercept = axes.gene_weights(coefficients, bias)
+    np.testing.assert_allclose(
+        features @ weights.T + intercept, axes.coordinates @ coefficients.T + bias, rtol=1e-3, atol=2e-3
+    )
+
+
+def test_scaled_axes_come_back_to_the_features(cells):
+    features, targets = cells
+    learnt = np.arange(90) < 60
+    axes = scaled_axes(features, targets, learnt, 1.0)
+    coefficients = np.random.default_rng(1).normal(size=(2, axes.coordinates.shape[1]))
+    weights, bias = axes.gene_weights(coefficients, np.zeros(2))
+    np.testing.assert_allclose(
+        features @ weights.T + bias, axes.coordinates @ coefficients.T, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_path_is_ridge_regression_on_the_genes(cells):
+    """Reference: scikit-learn on the centered features, with the intercept as a column of its own."""
+    features, targets = cells
+    axes = axes_of_cells(features)
+    ((coefficients, bias),) = ridge_path(axes.coordinates, targets, 3, (3.0,))
+    dense = features.toarray().astype(np.float64)
+    dense -= dense.mean(axis=0)
+    unit = (dense**2).sum(axis=1).mean() / 100
+    size = 0.1 * (100 * unit * 30) ** 0.5
+    model = LogisticRegression(C=1 / (3 * unit), fit_intercept=False, tol=1e-8, max_iter=5000)
+    model.fit(np.column_stack([dense, np.full(90, size)]), targets)
+    expected = model.predict_proba(np.column_stack([dense, np.full(90, size)]))
+    np.testing.assert_allclose(softmax(axes.coordinates @ coefficients.T + bias, axis=1), expected, atol=0.01)
+
+
+def test_classes_without_cells_are_never_said(cells):
+    features, targets = cells
+    ((coefficients, bias),) = ridge_path(axes_of_cells(features).coordinates, targets, 5, (3.0,))
+    assert (coefficients[3:] == 0).all() and (bias[3:] == LOWEST_LOGIT).all()
+    ((coefficients, bias),) = ridge_path(
+        axes_of_cells(features).coordinates, np.ones(90, dtype=int), 2, (3.0,)
+    )
+    assert bias.tolist() == [LOWEST_LOGIT, 0]
+
+
+def test_held_out_logits_have_seen_nothing_of_their_cell(cells):
+    """Another label for a cell changes no fit that its own fold is asked of."""
+    features, targets = cells
+    folds = cross_folds(targets)
+    changed = targets.copy()
+    changed[7] = (targets[7] + 1) % 3
+    axes, same_fold = axes_of_cells(features), folds == folds[7]
+    for power in POWERS:
+        first, second = (
+            _cross_fit(features, t, 3, folds, power, axes, None).logits for t in (targets, changed)
+        )
+        np.testing.assert_array_equal(first[:, same_fold], second[:, same_fold])
+        assert np.abs(first - second).max() > 1e-3
+
+
+def test_scales_prefer_genes_that_tell_classes_apart(cells):
+    features, targets = cells
+    scales = gene_scales(features, targets, 1.0)
+    assert set(np.argsort(-scales)[:3]) == {0, 1, 2}
+    assert gene_scales(features, targets, 1.0).max() == 1
+
+
+def test_without_evidence_the_prior_decides():
+    """One cell a class: no penalty is better than another, and no certainty is asked for."""
+    targets = np.arange(4)
+    members = [np.random.default_rng(0).normal(size=(7, 4, 4)) for _ in range(3)]
+    mixture = choose_mixture(members, targets, np.ones(4, dtype=bool))
+    assert mixture.places == [3, 3, 3]
+    np.testing.assert_allclose(mixture.shares, 1 / 3, atol=1e-4)
+    assert mixture.temperatures.min() > 0.1 and mixture.temperatures.max() < 2
