@@ -16,11 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_FILES_OF_ANNOTATE = 26
 MOST_FILES_OF_FINETUNE = 34
 # the goal is 21,000
-<<<<<<< HEAD
 MOST_LINES = 25_150
-=======
-MOST_LINES = 25_400
->>>>>>> main
 
 
 def files_run(job):
