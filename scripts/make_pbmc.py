@@ -30,8 +30,8 @@ COHORTS = {
 }
 LABEL_KEY, LABEL = "cell_type", "label"
 WHAT = (
-    "The default recipe of `scbert finetune`: gene and expression embeddings, **no attention layer**, and a head that was "
-    "solved for (ridge-penalised multinomial logistic regressions on one number per gene, averaged by what they are "
+    "The default recipe of `scbert finetune`: gene and expression embeddings, **no attention layer**, and a head that "
+    "was solved for (ridge-penalised multinomial logistic regressions on one number per gene, averaged by what they are "
     "worth on cells they did not see; all labelled cells are learnt from). It is a linear model of binned expression "
     "with calibrated confidence and a probability that a cell is of no type it knows. What attention would add was "
     "measured, and is nothing: see the page of results. It knows healthy human blood, and that other tissue is other. "
@@ -157,8 +157,8 @@ def cross_cohort_section(result: dict[str, Any]) -> str:
         *lines,
         "",
         *warnings,
-        "- Both cohorts are among those that the recipe's settings were chosen on: for cohorts that chose nothing see the "
-        "page of results.",
+        "- Both cohorts are among those that the recipe's settings were chosen on: for cohorts that chose nothing see "
+        "the page of results.",
         "- Within the sorted cohort scores are higher (0.96): its types were sequenced in runs of their own, and a "
         "model can tell the runs apart. Only the scores across cohorts say what other people's cells may expect.",
         "",
