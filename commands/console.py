@@ -76,8 +76,15 @@ def show_messages() -> None:
         ours.addHandler(_SayHandler())
 
 
-def run(job: Callable[..., Mapping[str, Any] | None], /, *, json: bool = False, **options: Any) -> None:
-    """Run ``job`` and print the summary it returns.
+def run(
+    job: Callable[..., Mapping[str, Any] | None],
+    /,
+    *,
+    json: bool = False,
+    listing: bool = True,
+    **options: Any,
+) -> None:
+    """Run ``job`` and print the summary it returns, unless the job has told it in words (``listing=False``).
 
     Options that are None are left out, so that the job's own defaults (or its recipe's) hold. What the
     job prints goes to stderr: stdout holds the JSON line and nothing else.
@@ -89,7 +96,7 @@ def run(job: Callable[..., Mapping[str, Any] | None], /, *, json: bool = False, 
     if json:
         print(dumps(summary, ensure_ascii=False, allow_nan=False), flush=True)
         return
-    for name, value in summary.items():
+    for name, value in summary.items() if listing else ():
         if isinstance(value, str | int | float):
             shown = f"{value:.4g}" if isinstance(value, float) else value
             say(f"{name.replace('_', ' ')}: {shown}")
