@@ -123,7 +123,8 @@ def section(record: dict[str, Any]) -> str:
         f"{record['cells']} ({record['label_key']}), no cell of which was pretrained on: {record['draws']} draws of so "
         f"many cells a type to learn from, the others to test on ({record['cells_in_all']} cells, evenly of all). "
         "All weights were trained, in as many steps with as without pretraining (`scripts/mini_classifier.json`). "
-        "Mean ± standard deviation of the draws. The recipe's learning rate was lowered from 0.003 to 0.001 after three "
+        "Mean ± standard deviation of the draws. "
+        "The recipe's learning rate was lowered from 0.003 to 0.001 after three "
         "settings: in one of them the random weights diverged. Nothing else was chosen on these cells.",
         "",
     ]
