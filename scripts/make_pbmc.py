@@ -30,12 +30,12 @@ COHORTS = {
 }
 LABEL_KEY, LABEL = "cell_type", "label"
 WHAT = (
-    "The default recipe of `scbert finetune`: gene and expression embeddings, **no attention layer**, and a head that "
-    "was solved for (ridge-penalised multinomial logistic regressions on one number per gene, averaged by what they "
-    "are worth on cells they did not see; all labelled cells are learnt from). It is a linear model of binned "
-    "expression with calibrated confidence and a probability that a cell is of no type it knows. What attention would add was "
-    "measured, and is nothing: see the page of results. It knows healthy human blood, and that other tissue is other. "
-    "The panel is what both cohorts measured."
+    "The default recipe of `scbert finetune`: gene and expression embeddings, **no attention layer**, and a head "
+    "that was solved for (ridge-penalised multinomial logistic regressions on one number per gene, averaged by "
+    "what they are worth on cells they did not see; all labelled cells are learnt from). It is a linear model of "
+    "binned expression with calibrated confidence and a probability that a cell is of no type it knows. What "
+    "attention would add was measured, and is nothing: see the page of results. It knows healthy human blood, and "
+    "that other tissue is other. The panel is what both cohorts measured."
 )
 LABELS = CARDS / "scbert-mini-pbmc" / "labels.csv"
 BASELINES = "logistic_l1,logistic_l2"
