@@ -149,7 +149,7 @@ def cross_cohort_section(result: dict[str, Any]) -> str:
         "",
         "Learn one cohort and test all cells of the other whose type was learnt, both ways; the same recipe and "
         "label map (`labels.csv`) as the weights here, which were then learnt from both, and from cells that are not "
-        "blood. The baselines learn from all genes the cohorts share, on log1p CP10k.",
+        "blood. The controls learn from all genes the cohorts share, on log1p CP10k.",
         "",
         "| test cohort | model | cells | accuracy | macro-F1 |",
         "|---|---|---:|---:|---:|",
