@@ -11,29 +11,58 @@ from .trained_model import registration
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .api.cell_model import load_model
+    from .api.train_models import finetune, pretrain
+    from .inference.annotate_cells import annotate
+    from .inference.embed_cells import embed
+    from .interpretation.explain_types import explain
     from .modeling_scbert import (
         ScBertConfig,
         ScBertForCellClassification,
         ScBertForMaskedExpression,
         ScBertModel,
     )
-    from .tokenization.tokenization_scbert import ScBertTokenizer
+    from .tokenization import InputError, ScBertTokenizer
 
 _HOME = {
+    "InputError": "tokenization.errors_scbert",
     "ScBertConfig": "modeling_scbert",
-    "ScBertModel": "modeling_scbert",
-    "ScBertForMaskedExpression": "modeling_scbert",
     "ScBertForCellClassification": "modeling_scbert",
+    "ScBertForMaskedExpression": "modeling_scbert",
+    "ScBertModel": "modeling_scbert",
     "ScBertTokenizer": "tokenization",
+    "annotate": "inference.annotate_cells",
+    "embed": "inference.embed_cells",
+    "explain": "interpretation.explain_types",
+    "finetune": "api.train_models",
+    "load_model": "api.cell_model",
+    "pretrain": "api.train_models",
+}
+# reached as scbert.NAME without an import of their own, and not shown
+_FOLDERS = {
+    "data",
+    "evaluation",
+    "inference",
+    "interpretation",
+    "modeling_scbert",
+    "tokenization",
+    "training",
 }
 
 __all__ = [
+    "InputError",
     "ScBertConfig",
     "ScBertForCellClassification",
     "ScBertForMaskedExpression",
     "ScBertModel",
     "ScBertTokenizer",
     "__version__",
+    "annotate",
+    "embed",
+    "explain",
+    "finetune",
+    "load_model",
+    "pretrain",
 ]
 
 # pytest also imports the repository root under its folder's name: that copy must not register its own classes
@@ -42,14 +71,16 @@ if __name__ == "scbert":
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _FOLDERS:
+        return import_module(f".{name}", __name__)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return list(__all__)

@@ -21,6 +21,7 @@ EXTRAS = {
     "mudata": "multiomics",
     "pooch": "genes",
     "gradio": "app",
+    "mcp": "app",
 }
 
 

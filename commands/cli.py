@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..data.check_paths import ANNOTATION_FORMATS, check_cells_path, check_output_folder, check_output_path
 from . import options as opt
 from . import share
 from .console import existing, guarded, run, show_messages, silence_libraries
@@ -99,7 +100,7 @@ def finetune(
     ],
     output: OutputFolder,
     base: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Pretrained model (random weights without it).")
+        Path | None, typer.Option(metavar="DIR", help="Pretrained model; without it, the default recipe.")
     ] = None,
     recipe: Recipe = None,
     epochs: Annotated[
@@ -144,17 +145,17 @@ def finetune(
     """Teach a model the cell types of a labelled reference."""
     given = locals()
     for path in (reference, base, genes, test):
-        if path is not None:
-            existing(path)
+        path and existing(path)
+    check_output_folder(output, overwrite)
     from ..training.run_finetune import finetune as job
 
-    run(job, **given)
+    run(job, listing=False, **given)
 
 
 @app.command()
 def annotate(
     query: Query,
-    output: OutputFile,
+    output: opt.AnnotationFile,
     model: opt.Annotator = None,
     threshold: Threshold = None,
     majority_vote: MajorityVote = None,
@@ -174,8 +175,9 @@ def annotate(
 ) -> None:
     """Give every cell a cell type and a confidence."""
     given = locals()
-    existing(query)
-    from ..inference.annotate import annotate_file
+    check_cells_path(query)
+    check_output_path(output, overwrite, inputs=(query,), suffix=ANNOTATION_FORMATS)
+    from ..inference.annotate_cells import annotate_file
 
     # None is an answer here: the shipped annotator
     run(partial(annotate_file, model=given.pop("model")), **given)
@@ -199,8 +201,9 @@ def embed(
 ) -> None:
     """Write each cell's embedding to obsm["X_scbert"]."""
     given = locals()
-    existing(query)
-    from ..inference.embed import embed_file
+    check_cells_path(query)
+    check_output_path(output, overwrite, inputs=(query,), suffix=".h5ad")
+    from ..inference.embed_cells import embed_file
 
     run(embed_file, **given)
 
@@ -227,7 +230,8 @@ def convert(
     given = locals()
     existing(checkpoint)
     existing(genes)
-    from ..inference.convert import convert as job
+    check_output_folder(output, overwrite)
+    from ..inference.convert_original import convert as job
 
     run(job, **given)
 
@@ -269,6 +273,7 @@ def pretrain(
     given = locals()
     for path in (corpus, base, genes, gene_vectors):
         path and existing(path)
+    check_output_folder(output, overwrite)
     from ..training.run_pretrain import pretrain as job
 
     run(job, **given)

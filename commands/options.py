@@ -48,6 +48,10 @@ Annotator = Annotated[
     ),
 ]
 OutputFile = Annotated[Path, typer.Option(metavar="FILE", help="The .h5ad to write.", show_default=False)]
+AnnotationFile = Annotated[
+    Path,
+    typer.Option(metavar="FILE", help="The .h5ad to write, or a .csv of the labels.", show_default=False),
+]
 OutputFolder = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.", show_default=False)]
 Recipe = Annotated[
     str | None, typer.Option(metavar="NAME|FILE", help="Settings: a shipped recipe's name or a .json file.")

@@ -24,6 +24,9 @@ def app(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     max_cells: Annotated[int, typer.Option(min=1, help="Most cells of an upload.")] = 50_000,
     max_megabytes: Annotated[int, typer.Option(min=1, help="Largest upload.")] = 500,
+    mcp: Annotated[
+        bool | None, typer.Option("--mcp", help="Serve the page's functions to agents (MCP) too.")
+    ] = None,
     export_space: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write the page as a Space of the Hub instead of serving it."),

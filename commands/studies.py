@@ -129,6 +129,6 @@ def explain(
     given = locals()
     for path in (query, markers, marker_names, gene_sets):
         path and existing(path)
-    from ..interpretation.explain import explain as job
+    from ..interpretation.explain_files import explain_file as job
 
     run(job, **given)

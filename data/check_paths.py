@@ -8,20 +8,13 @@ from pathlib import Path
 
 from ..tokenization import InputError
 
+# what annotated cells are written as: with all they came with, or the new columns alone
+ANNOTATION_FORMATS = (".h5ad", ".csv")
 OTHER_FORMATS = (".csv", ".tsv", ".txt", ".gz", ".mtx", ".loom", ".rds")
 
 
 def check_cells_path(path):
-    """Refuse a path that cannot hold cells, as far as its name and place tell.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-        .h5ad, .h5, .h5mu, .zarr, or a folder with a 10x matrix.mtx.
-
-    Returns
-    -------
-    pathlib.Path
+    """The path, refused if it cannot hold cells, as far as its name and place tell.
 
     Raises
     ------
@@ -83,20 +76,15 @@ def check_output_path(path, overwrite=False, inputs=(), suffix=None):
         Accept an existing one.
     inputs : sequence of path
         Files the command reads; none of them may be the output, whatever `overwrite` says.
-    suffix : str, optional
+    suffix : str or tuple of str, optional
         How the name has to end, such as ``".h5ad"``.
-
-    Returns
-    -------
-    pathlib.Path
-
-    Raises
-    ------
-    InputError
     """
     path = Path(path)
-    if suffix is not None and path.suffix.lower() != suffix:
-        raise InputError(f"The output {path} must be named {suffix}: that is the format it is written in.")
+    suffixes = (suffix,) if isinstance(suffix, str) else suffix
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise InputError(
+            f"The output {path} must be named {' or '.join(suffixes)}: other formats are not written."
+        )
     for source in inputs:
         if source is not None and _same_file(path, Path(source)):
             raise InputError(f"The output {path} is the input itself. Choose another output (--output).")

@@ -75,6 +75,8 @@ class BackedCells:
     obs : Mapping
         Names of the columns in order; a column is read, as a Series without the names of the cells, when it is asked
         for.
+    obs_names : pandas.Index
+        Read when asked for.
     var : pandas.DataFrame
     X : anndata sparse dataset or h5py.Dataset
         None if there is none.
@@ -101,6 +103,11 @@ class BackedCells:
             self.file.close()
             raise
 
+    @property
+    def obs_names(self):
+        """Names of the cells, read when asked for."""
+        return self.obs.index()
+
 
 class _Columns(Mapping):
     """Columns of a data frame by name, read when asked for."""
@@ -115,6 +122,10 @@ class _Columns(Mapping):
         if name not in self._names:
             raise KeyError(name)
         return pd.Series(anndata.io.read_elem(self._group[name]), name=name)
+
+    def index(self):
+        """Names of the rows."""
+        return pd.Index(anndata.io.read_elem(self._group[self._group.attrs["_index"]]))
 
     def __iter__(self):
         return iter(self._names)

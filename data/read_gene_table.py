@@ -1,17 +1,43 @@
-"""The HGNC complete set, downloaded once and kept."""
+"""Other names of genes: the table that ships, and the HGNC complete set, downloaded once and kept."""
 
+import csv
 import logging
 import os
 from pathlib import Path
 
 from ..extras import how_to_install
 from ..tokenization import GeneTable, InputError
+from ..tokenization.genes_scbert import open_text
 
 logger = logging.getLogger(__name__)
 
 # the current release; HGNC replaces it in place, so its checksum cannot be known here
 HGNC_URL = "https://storage.googleapis.com/public-download-files/hgnc/tsv/tsv/hgnc_complete_set.txt"
 HGNC_FILE = "hgnc_complete_set.txt"
+# made by scripts/ensembl_table.py
+ENSEMBL_IDS = Path(__file__).with_name("ensembl_ids.csv.gz")
+
+
+def shipped_gene_table():
+    """Ensembl ids of the genes of the models that ship, for files that have no symbols.
+
+    Returns
+    -------
+    GeneTable
+
+    Source: HGNC complete set of 2018-11, and NCBI gene_info of 2019-02 for the ids it lacks.
+
+    Examples
+    --------
+    >>> shipped_gene_table().resolve("ENSG00000156738.18")
+    (('MS4A1',), 'ensembl')
+    """
+    with open_text(ENSEMBL_IDS) as handle:
+        rows = list(csv.DictReader(handle))
+    ids = {}
+    for row in rows:
+        ids.setdefault(row["symbol"], []).append(row["ensembl_id"])
+    return GeneTable((symbol, symbol, [], [], names) for symbol, names in ids.items())
 
 
 def load_gene_table(table="hgnc", sha256=None):

@@ -1,12 +1,9 @@
 """Annotate query.h5ad with my_model, and compare with the types it came with."""
 
-import anndata
+import scbert
 
-from scbert.inference import annotate
-
-adata = anndata.read_h5ad("query.h5ad")
 # said here because 765 of the genes are too few to recognise log1p of counts per 10,000 by its row sums
-annotated = annotate(adata, model="my_model", input="log1p")
+annotated = scbert.annotate("query.h5ad", model="my_model", input="log1p")
 
 print(annotated.obs[["scbert_cell_type", "scbert_confidence"]].head())
 print("labels of the probabilities:", list(annotated.uns["scbert"]["labels"]))

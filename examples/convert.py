@@ -2,7 +2,7 @@
 
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from scbert.inference.convert import convert
+from scbert.inference.convert_original import convert
 
 print(convert("original.pth", "genes.txt", "converted", overwrite=True))
 

@@ -1,11 +1,10 @@
 """Give every cell of query.h5ad a vector, and make clusters of the vectors."""
 
-import anndata
 import scanpy
 
-from scbert.inference import embed
+import scbert
 
-adata = embed(anndata.read_h5ad("query.h5ad"), model="my_model", input="log1p")
+adata = scbert.embed("query.h5ad", model="my_model", input="log1p")
 
 scanpy.pp.neighbors(adata, use_rep="X_scbert")
 scanpy.tl.leiden(adata, flavor="igraph", n_iterations=2)

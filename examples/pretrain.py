@@ -1,21 +1,13 @@
 """Pretrain on cells without labels, then fine-tune from that."""
 
-from scbert.training.run_finetune import finetune
-from scbert.training.run_pretrain import pretrain
+import scbert
 
-learnt = pretrain(
-    "query.h5ad", "pretrained", recipe="small", input="log1p", epochs=1, min_genes=0, overwrite=True
-)
-print(f"hidden bins guessed right: {learnt['masked_accuracy']:.3f}")
-print(f"each gene's commonest bin would be: {learnt['baseline_masked_accuracy']:.3f}")
+# one pass and the smallest size show that it works
+few = {"input": "log1p", "epochs": 1, "min_genes": 0, "overwrite": True}
 
-finetune(
-    "reference.h5ad",
-    "cell_type",
-    "finetuned",
-    base="pretrained",
-    input="log1p",
-    epochs=1,
-    min_genes=0,
-    overwrite=True,
-)
+base = scbert.pretrain("query.h5ad", "pretrained", recipe="small", **few)
+print(f"hidden bins guessed right: {base.metrics['masked_accuracy']:.3f}")
+print(f"each gene's commonest bin would be: {base.metrics['baseline_masked_accuracy']:.3f}")
+
+model = scbert.finetune("reference.h5ad", "cell_type", "finetuned", base=base, **few)
+print(model)

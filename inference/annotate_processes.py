@@ -1,7 +1,7 @@
 """Annotating many cells with several processes, shard by shard: what is finished stays.
 
 The shards are files in ``OUTPUT.partial`` until the output is written. Processes are started here
-(``scbert annotate --processes N``) or by a launcher (``accelerate launch -m scbert.inference.annotate``).
+(``scbert annotate --processes N``) or by a launcher (``accelerate launch -m scbert.inference.annotate_cells``).
 """
 
 from __future__ import annotations
@@ -55,8 +55,6 @@ class ShardedRun:
         As in `annotate_file`.
     shard_cells : int
         Cells of a shard, the unit of restarts.
-    embed : bool
-        Whether embeddings are wanted too.
     """
 
     query: str
@@ -69,7 +67,6 @@ class ShardedRun:
     dtype: str | None
     batch_size: int | None
     shard_cells: int
-    embed: bool = False
 
 
 def launched() -> tuple[int, int]:
@@ -101,13 +98,11 @@ class ShardedPrediction:
         self,
         query: BinnedQuery,
         loaded: LoadedModel,
-        batch_size: int | None,
-        embed: bool,
         progress: bool,
         new_rows: NewRows,
-    ) -> tuple[np.ndarray | DiskMatrix, np.ndarray | DiskMatrix | None]:
-        """Probabilities [cells, labels] and, if asked for, embeddings [cells, hidden]."""
-        run = ShardedRun(**{**asdict(self.run), "embed": embed})
+    ) -> np.ndarray | DiskMatrix:
+        """Probabilities [cells, labels]."""
+        run = self.run
         shards = list(shard_paths(run, self.folder, query.n_cells))
         rank, world_size = launched()
         if rank == 0:
@@ -124,14 +119,11 @@ class ShardedPrediction:
             # the launcher ends this process where another fails
             time.sleep(0.2)
         probabilities = new_rows((query.n_cells, len(loaded.labels)))
-        embeddings = new_rows((query.n_cells, loaded.model.config.hidden_size)) if embed else None
         for number, path in enumerate(shards):
             cells = slice(number * run.shard_cells, (number + 1) * run.shard_cells)
             with np.load(path) as stored:
                 probabilities[cells] = stored["probabilities"]
-                if embed:
-                    embeddings[cells] = stored["embeddings"]
-        return probabilities, embeddings
+        return probabilities
 
     def _prepare(self, run):
         record = self.folder / RECORD
@@ -236,10 +228,9 @@ def write_shards(
             stop = min(start + run.shard_cells, matrix.shape[0])
             rows = as_csr(matrix[start:stop])
             bins = sp.csr_matrix(loaded.tokenizer.bin_rows(rows, alignment, kind, scale is not None))
-            probabilities, embeddings = predict_probabilities(loaded, bins, run.batch_size, run.embed)
-            arrays = {"probabilities": probabilities, **({"embeddings": embeddings} if run.embed else {})}
+            probabilities, _ = predict_probabilities(loaded, bins, run.batch_size)
             with atomic_file(path) as handle:
-                np.savez(handle, **arrays)
+                np.savez(handle, probabilities=probabilities)
 
 
 def _device(device, rank):
@@ -267,9 +258,9 @@ def sharded_prediction(
 
 
 def main(annotate_file: Any, arguments: list[str] | None = None) -> int:
-    """Entry of ``accelerate launch -m scbert.inference.annotate``; returns the exit code."""
+    """Entry of ``accelerate launch -m scbert.inference.annotate_cells``; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="scbert.inference.annotate", description="See scbert annotate --help."
+        prog="scbert.inference.annotate_cells", description="See scbert annotate --help."
     )
     parser.add_argument("query")
     for name in ("model", "output"):

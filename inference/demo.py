@@ -22,7 +22,7 @@ from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..extras import require
 from ..tokenization import InputError
 from ..training.run_finetune import finetune
-from .annotate import annotate
+from .annotate_cells import annotate
 from .shipped import SHIPPED
 
 LABEL_KEY = "bulk_labels"

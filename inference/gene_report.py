@@ -6,9 +6,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.read_gene_table import load_gene_table
+from ..data.read_gene_table import load_gene_table, shipped_gene_table
 from ..data.write_output import atomic_path
 from ..tokenization import map_genes
+from ..tokenization.genes_scbert import looks_like_ensembl
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ def name_genes(
     gene_panel
         Of the model.
     gene_table
-        Table of other names (HGNC complete set or NCBI gene_info), ``"hgnc"`` to download it once; names are
-        matched exactly without it.
+        Table of other names (HGNC complete set or NCBI gene_info), ``"hgnc"`` to download it once. Without it names are
+        matched exactly; only a file that names all its genes by Ensembl ids is mapped by the table that ships.
     report
         CSV file to write: every gene matched, renamed, ambiguous, unused or absent.
 
@@ -39,15 +40,20 @@ def name_genes(
     list of str
         One name per column.
     """
-    mapping = map_genes(gene_names, gene_panel, None if gene_table is None else load_gene_table(gene_table))
+    table, source = None, "the gene table"
+    if gene_table is not None:
+        table = load_gene_table(gene_table)
+    elif looks_like_ensembl(gene_names) and not looks_like_ensembl(gene_panel):
+        table, source = shipped_gene_table(), "the table of Ensembl ids that ships"
+    mapping = map_genes(gene_names, gene_panel, table)
     if report is not None:
         # consent to replace it was asked for before any work was done
         with atomic_path(report, overwrite=True) as temporary:
             mapping.write(temporary)
-    if gene_table is not None:
+    if table is not None:
         counts = mapping.counts
         logger.info(
-            f"By the gene table {counts.get('renamed', 0):,} gene(s) were renamed; {counts.get('ambiguous', 0):,} "
+            f"By {source} {counts.get('renamed', 0):,} gene(s) were renamed; {counts.get('ambiguous', 0):,} "
             f"ambiguous one(s) were left out."
         )
     return mapping.names

@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 
 from ..data.disk_matrix import DiskMatrix
 from ..data.read_backed import BackedCells
 from ..data.write_h5ad import atomic_copy_h5ad, atomic_write_h5ad
+from ..data.write_output import atomic_path
 
 # makes a matrix of float32 zeros of a shape
 NewRows = Callable[[tuple[int, int]], np.ndarray | DiskMatrix]
@@ -36,7 +38,11 @@ def add_parts(adata: AnnData, parts: dict[str, dict]) -> None:
 
 
 def write_parts(query, adata: AnnData, parts: dict[str, dict], output, overwrite: bool) -> None:
-    """Write the query with `parts` added, complete or not at all."""
+    """Write the query with `parts` added, or a .csv of the columns of `obs` alone; complete or not at all."""
+    if Path(output).suffix.lower() == ".csv":
+        with atomic_path(output, overwrite, inputs=(query,)) as temporary:
+            pd.DataFrame(parts["obs"], index=adata.obs_names).to_csv(temporary, index_label="cell")
+        return
     if adata.isbacked:
         # the handle must not stand open on a file that is copied
         adata.file.close()

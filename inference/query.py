@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..data.read import matrix_rows
 from ..data.read_backed import BackedCells, open_cells
 from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes
+from ..tokenization.cells_scbert import raw_hint
 from .gene_report import name_genes
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class BinnedQuery:
     ----------
     alignment : GeneAlignment
         How the genes match.
+    layer, input : str
+        As given.
     n_cells : int
     n_empty : int
         Cells that express no gene of the panel.
@@ -78,11 +81,12 @@ class BinnedQuery:
         gene_table: str | Path | None = None,
         genes_report: str | Path | None = None,
     ):
-        self._tokenizer, self._input = tokenizer, input
+        self._tokenizer, self.layer, self.input = tokenizer, layer, input
         self._matrix, names = matrix_rows(adata, layer)
         names = name_genes(names, tokenizer.gene_panel, gene_table, genes_report)
         self.n_cells = adata.n_obs
         self.alignment = align_genes(names, tokenizer.gene_panel)
+        self.alignment.hint = raw_hint(adata, tokenizer.gene_panel, layer)
         self.alignment.check(force=force)
         logger.log(
             logging.WARNING if force and self.alignment.overlap < 0.3 else logging.INFO,
@@ -101,7 +105,7 @@ class BinnedQuery:
                 bar.update(bins.shape[0])
 
     def _bin(self) -> Iterator[sp.csr_matrix]:
-        cells, options = {"X": self._matrix}, {"input": self._input, "chunk_size": CHUNK_SIZE}
+        cells, options = {"X": self._matrix}, {"input": self.input, "chunk_size": CHUNK_SIZE}
         return self._tokenizer.iter_bins(cells, alignment=self.alignment, **options)
 
     def chunks(self) -> Iterator[tuple[int, sp.csr_matrix]]:
@@ -110,6 +114,10 @@ class BinnedQuery:
         for bins in self._bin() if self._kept is None else self._kept:
             yield start, bins
             start += bins.shape[0]
+
+    def all_bins(self) -> sp.csr_matrix:
+        """Bins of all cells at once, [cells, panel]."""
+        return sp.vstack([bins for _, bins in self.chunks()], format="csr")
 
 
 def overlap_report(alignment: GeneAlignment) -> str:

@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ..data.read_backed import BackedCells
 from ..data.write_output import atomic_path
 from ..evaluation.embedding_plot import plot_embedding, umap_of
 from ..evaluation.report import Section, report_html
 from ..evaluation.tables import TextTable
 from ..extras import require
+from .expression_pca import expression_pca
 
 # more cells make a UMAP slow and no clearer
 MAX_CELLS_DRAWN = 5000
@@ -21,7 +23,12 @@ MAX_GROUPS_DRAWN = 60
 
 
 def write_annotation_report(
-    path: str | Path, adata: AnnData, parts: dict[str, dict], summary: dict[str, Any], overwrite: bool = False
+    path: str | Path,
+    adata: AnnData | BackedCells,
+    parts: dict[str, dict],
+    summary: dict[str, Any],
+    places: tuple,
+    overwrite: bool = False,
 ) -> None:
     """
     Write one HTML file: cells per type, gene overlap, confidence by type and by cluster, a UMAP.
@@ -31,9 +38,11 @@ def write_annotation_report(
     path
         Where.
     adata
-        The query; ``obsm["X_umap"]`` is drawn if there is one.
+        The query.
     parts, summary
-        The annotation, of `inference.annotate`.
+        The annotation, of `annotate`.
+    places
+        Where the cells are drawn: what `cell_coordinates` returns.
     overwrite
         Replace an existing file.
     """
@@ -52,7 +61,7 @@ def write_annotation_report(
         if len(set(groups)) <= MAX_GROUPS_DRAWN:
             caption = "Confidence of the cells of every group; the line is the threshold."
             pictures[caption] = plot_confidence(groups, confidence, about["threshold"])
-    xy, chosen, source = cell_coordinates(adata, parts["obsm"]["scbert_probabilities"])
+    xy, chosen, source = places
     if xy is not None:
         panels = {"cell type": labels[chosen]}
         if "scbert_majority_vote" in obs:
@@ -143,16 +152,17 @@ def _group_of_cells(adata: AnnData, obs: dict[str, Any], key: str) -> np.ndarray
     return np.asarray(groups).astype(object).astype(str)
 
 
-def cell_coordinates(adata: AnnData, probabilities: np.ndarray):
-    """Places of the cells drawn, which they are, and what the places are; None where scanpy is not installed."""
-    n_cells = adata.n_obs
-    chosen = np.sort(np.random.default_rng(0).permutation(n_cells)[:MAX_CELLS_DRAWN])
+def cell_coordinates(adata: AnnData | BackedCells, layer: str | None = None, input: str = "auto"):
+    """
+    Places of the cells drawn, which they are, and what the places are; None where scanpy is not installed.
+
+    Always of the expression: a picture of the model's probabilities makes any classifier look clean.
+    """
+    chosen = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:MAX_CELLS_DRAWN])
     if "X_umap" in adata.obsm:
         return np.asarray(adata.obsm["X_umap"])[chosen, :2], chosen, "the query's own UMAP"
     try:
-        if "X_pca" in adata.obsm:
-            return umap_of(np.asarray(adata.obsm["X_pca"])[chosen]), chosen, "UMAP of the query's PCA"
-        # square roots of probabilities: a distance that does not let the sure cells fall into one point
-        return umap_of(np.sqrt(probabilities[chosen])), chosen, "UMAP of the probabilities"
+        components = expression_pca(adata, layer, input, chosen)
     except ImportError:
         return None, chosen, ""
+    return umap_of(components), chosen, "UMAP of the expression"

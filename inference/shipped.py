@@ -18,6 +18,8 @@ ABOUT = "annotator.json"
 # of the genes a model knows; below 30% a query is refused
 FEW_GENES = 0.6
 MOST_CELLS = 0.5
+# the shipped annotator's type for cells of other tissues
+NO_TYPE = "not a blood cell"
 
 
 def model_or_shipped(model: Any) -> Any:
@@ -82,10 +84,15 @@ def doubts(alignment: GeneAlignment, labels: pd.Categorical | np.ndarray, names:
             f"in the query; the others count as unexpressed. Annotations from so few genes are uncertain: give all "
             f"genes that were measured, or fine-tune a model on a reference with these genes."
         )
-    unassigned = float(np.mean(labels == UNASSIGNED)) if len(labels) else 0.0
-    if unassigned > MOST_CELLS:
+    share = {name: float(np.mean(labels == name)) if len(labels) else 0.0 for name in (UNASSIGNED, NO_TYPE)}
+    if share[UNASSIGNED] > MOST_CELLS:
         found.append(
-            f"{unassigned:.0%} of the cells are unassigned. Perhaps they are none of the types the model knows "
-            f"({', '.join(names)}), or their values are not what --input takes them for."
+            f"{share[UNASSIGNED]:.0%} of the cells are unassigned. Perhaps they are none of the types the model knows "
+            f"({', '.join(names)}), or their values are not what they were taken for (input='counts' or 'log1p')."
+        )
+    if share[NO_TYPE] > MOST_CELLS:
+        found.append(
+            f"{share[NO_TYPE]:.0%} of the cells are {NO_TYPE!r}: the model knows blood, and this looks like another "
+            "tissue. Fine-tune a model on a reference of that tissue."
         )
     return found

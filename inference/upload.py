@@ -1,23 +1,33 @@
-"""Cells that somebody sent: refused if they are too many, annotated, and made into what a page shows."""
+"""Cells that somebody uploaded: refused if they are too many, annotated, made into what a page shows and sends back."""
 
 from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 
-from ..evaluation.embedding_plot import plot_embedding
+from ..data.labels import UNASSIGNED
+from ..data.read import matrix_rows
+from ..data.write_h5ad import atomic_copy_h5ad
+from ..data.write_output import atomic_path
+from ..evaluation.baselines import log_normalize
+from ..evaluation.tables import TextTable
+from ..extras import require
 from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel, load_model
-from .annotate import annotate_file
+from .annotate_cells import annotate_file
+from .assignment import assign
+from .expression_pca import expression_kind, take_rows
 from .query import opened
-from .report import cell_coordinates, types_table
+from .report import cell_coordinates, types_table, write_annotation_report
+
+OWN_MATRIX = "X"
 
 
 @dataclass(frozen=True)
@@ -29,27 +39,43 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Annotated:
+class AnnotatedUpload:
     """
-    What the page shows of annotated cells.
+    Annotated cells, as a page shows them and sends them back.
 
     Attributes
     ----------
-    message
-        Sentences in Markdown.
-    columns, rows
-        The table of types, of text.
-    picture
-        PNG with the cells on a plane; None where scanpy is not installed.
-    path
-        The annotated .h5ad.
+    upload, model, layer, values
+        What was annotated, with which model, and how its values were read.
+    summary
+        Of `annotate_file`.
+    labels, confidence, probabilities
+        Of every cell: [cells], [cells], [cells, types of the model].
+    names
+        The types of the model.
+    threshold
+        Cells whose confidence is below it are "unassigned".
+    path, csv
+        The annotated .h5ad, and a .csv of the new columns.
     """
 
-    message: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    picture: Path | None
+    upload: Path
+    model: str
+    layer: str | None
+    values: str
+    summary: dict[str, Any]
+    labels: np.ndarray
+    confidence: np.ndarray
+    probabilities: np.ndarray
+    names: list[str]
+    threshold: float
     path: Path
+    csv: Path
+
+    @property
+    def table(self) -> TextTable:
+        """Cells, share and confidence of every type."""
+        return types_table(self.labels, self.confidence)
 
 
 def annotate_upload(
@@ -58,9 +84,11 @@ def annotate_upload(
     folder: str | Path,
     limits: Limits | None = None,
     values: str = "auto",
-) -> Annotated:
+    layer: str | None = None,
+    force: bool = False,
+) -> AnnotatedUpload:
     """
-    Annotate an uploaded file, and make what the page shows of it.
+    Annotate an uploaded file.
 
     Parameters
     ----------
@@ -74,35 +102,145 @@ def annotate_upload(
         Larger uploads are refused.
     values
         What the values are: ``"auto"``, ``"counts"`` or ``"log1p"``.
+    layer
+        Layer that holds them, or ``"raw"``; X by default.
+    force
+        Go on where few of the model's genes are found.
 
     Raises
     ------
     InputError
-        When the upload is too large, or as `scbert.inference.annotate`.
+        When the upload is too large, or as `scbert.annotate`.
 
     Examples
     --------
-    >>> annotate_upload("cells.h5ad", "my_model", "results").rows  # doctest: +SKIP
+    >>> annotate_upload("cells.h5ad", "my_model", "results").table.rows  # doctest: +SKIP
     [['B', '120', '17.1%', '0.931', '0.972'], ...]
     """
     upload = Path(upload)
     _check_size(upload, limits or Limits())
-    results = Path(tempfile.mkdtemp(prefix="results-", dir=folder))
-    path = results / f"{upload.stem}_annotated.h5ad"
-    summary = annotate_file(upload, loaded_model(str(model)), path, input=values)
+    path = Path(tempfile.mkdtemp(prefix="results-", dir=folder)) / f"{upload.stem}_annotated.h5ad"
+    summary = annotate_file(upload, loaded_model(str(model)), path, input=values, layer=layer, force=force)
     cells = anndata.read_h5ad(path, backed="r")
     try:
-        labels = cells.obs["scbert_cell_type"].astype(str).to_numpy()
-        confidence = cells.obs["scbert_confidence"].to_numpy()
-        table = types_table(labels, confidence)
-        xy, chosen, source = cell_coordinates(cells, np.asarray(cells.obsm["scbert_probabilities"]))
+        about = cells.uns["scbert"]
+        annotated = AnnotatedUpload(
+            upload=upload,
+            model=str(model),
+            layer=layer,
+            values=values,
+            summary=summary,
+            labels=cells.obs["scbert_cell_type"].astype(str).to_numpy(),
+            confidence=cells.obs["scbert_confidence"].to_numpy(),
+            probabilities=np.asarray(cells.obsm["scbert_probabilities"]),
+            names=[str(name) for name in about["labels"]],
+            threshold=float(about["threshold"]),
+            path=path,
+            csv=path.with_suffix(".csv"),
+        )
+        _write_csv(annotated, cells.obs_names)
     finally:
         cells.file.close()
-    picture = None
-    if xy is not None:
-        picture = results / "cells.png"
-        plot_embedding(xy, {"": labels[chosen]}, picture, title=f"{len(chosen):,} cells: {source}")
-    return Annotated(_message(summary), table.columns, table.rows, picture, path)
+    return annotated
+
+
+def reassigned(annotated: AnnotatedUpload, threshold: float) -> AnnotatedUpload:
+    """The same cells with another threshold of "unassigned", and new files of them beside the old."""
+    labels, _ = assign(annotated.probabilities, annotated.names, threshold)
+    name = f"{annotated.upload.stem}_annotated_{threshold:.2f}.h5ad"
+    path = annotated.path.with_name(name)
+    with opened(annotated.path) as cells:
+        about = {**anndata.io.read_elem(cells.file["uns/scbert"]), "threshold": float(threshold)}
+        cell_names = cells.obs_names
+    obs, uns = {"scbert_cell_type": labels}, {"scbert": about}
+    atomic_copy_h5ad(annotated.path, path, obs=obs, uns=uns, overwrite=True)
+    labels = labels.astype(str)
+    summary = {**annotated.summary, "unassigned": int((labels == UNASSIGNED).sum())}
+    changed = replace(
+        annotated,
+        labels=labels,
+        threshold=threshold,
+        summary=summary,
+        path=path,
+        csv=path.with_suffix(".csv"),
+    )
+    _write_csv(changed, cell_names)
+    return changed
+
+
+def _write_csv(annotated: AnnotatedUpload, cell_names: pd.Index) -> None:
+    columns = {"scbert_cell_type": annotated.labels, "scbert_confidence": annotated.confidence}
+    with atomic_path(annotated.csv, overwrite=True) as temporary:
+        pd.DataFrame(columns, index=cell_names).to_csv(temporary, index_label="cell")
+
+
+def places_of(annotated: AnnotatedUpload) -> tuple:
+    """Where the cells are drawn, by their expression: see `cell_coordinates`."""
+    with opened(annotated.path) as cells:
+        return cell_coordinates(cells, annotated.layer, annotated.values)
+
+
+def drawn_cells(annotated: AnnotatedUpload, places: tuple, gene: str | None = None) -> pd.DataFrame:
+    """
+    The cells of a picture, one a row: ``UMAP 1, UMAP 2, cell, type, confidence`` and, if asked for, a gene's log1p.
+
+    Raises
+    ------
+    InputError
+        When there is no such gene.
+    """
+    xy, chosen, _ = places
+    with opened(annotated.path) as cells:
+        table = pd.DataFrame(
+            {"UMAP 1": xy[:, 0], "UMAP 2": xy[:, 1], "cell": np.asarray(cells.obs_names)[chosen]}
+        )
+        table["type"], table["confidence"] = annotated.labels[chosen], annotated.confidence[chosen].round(3)
+        if gene:
+            table[gene] = _expression(cells, annotated, chosen, gene)
+    return table
+
+
+def _expression(cells, annotated: AnnotatedUpload, rows: np.ndarray, gene: str) -> np.ndarray:
+    matrix, names = matrix_rows(cells, annotated.layer)
+    kind = expression_kind(matrix, annotated.values)
+    part = anndata.AnnData(take_rows(matrix, rows), var=pd.DataFrame(index=names))
+    values, genes = log_normalize(part, input=kind)
+    if gene not in genes:
+        raise InputError(
+            f"There is no gene {gene!r} in the file. Its names look like {', '.join(genes[:3])}."
+        )
+    return values[:, genes.index(gene)].toarray().ravel().round(3)
+
+
+def write_report(annotated: AnnotatedUpload, places: tuple) -> Path:
+    """One HTML file of tables and pictures beside the annotated cells."""
+    path = annotated.path.with_suffix(".html")
+    with opened(annotated.path) as cells:
+        obs = {"scbert_cell_type": annotated.labels, "scbert_confidence": annotated.confidence}
+        parts = {"obs": obs, "uns": {"scbert": anndata.io.read_elem(cells.file["uns/scbert"])}}
+        write_annotation_report(path, cells, parts, annotated.summary, places, overwrite=True)
+    return path
+
+
+def matrices_of(upload: str | Path) -> list[str]:
+    """Matrices of a file that values can be read from: X first, then layers and ``"raw"``."""
+    with opened(upload) as cells:
+        raw = ["raw"] if cells.raw is not None else []
+        return [OWN_MATRIX, *raw, *map(str, cells.layers)]
+
+
+def write_sample(folder: str | Path) -> Path:
+    """A file to try: 700 blood cells that ship with scanpy, log1p values of 765 genes."""
+    path = Path(folder) / "sample_700_blood_cells.h5ad"
+    if not path.is_file():
+        cells = require("scanpy", "scanpy").datasets.pbmc68k_reduced()
+        sample = anndata.AnnData(
+            cells.raw.X.copy(), obs=cells.obs[["bulk_labels"]].copy(), var=cells.raw.var[[]].copy()
+        )
+        sample.obsm["X_umap"] = cells.obsm["X_umap"]
+        with atomic_path(path) as temporary:
+            sample.write_h5ad(temporary)
+    return path
 
 
 def _check_size(upload: Path, limits: Limits) -> None:
@@ -129,13 +267,3 @@ def _check_size(upload: Path, limits: Limits) -> None:
 def loaded_model(model: str) -> LoadedModel:
     """The model, kept for the next upload."""
     return load_model(model)
-
-
-def _message(summary: dict[str, Any]) -> str:
-    lines = [
-        f"**{summary['cells']:,} cells annotated**, {summary['unassigned']:,} of them left unassigned. "
-        f"{summary['genes_found']:,} of the model's {summary['genes_of_model']:,} genes were found.",
-        *summary["notes"],
-        "The file holds your cells as they were, with `obs['scbert_cell_type']` and `obs['scbert_confidence']` added.",
-    ]
-    return "\n\n".join(lines)

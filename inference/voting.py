@@ -57,6 +57,11 @@ class Vote:
         """Rows of the groups in which the winner has less than 60% of the cells."""
         return self.table[self.table["share"] < MIXED_SHARE]
 
+    @property
+    def mostly_mixed(self) -> bool:
+        """Whether more than half of the groups are."""
+        return 2 * len(self.mixed) > len(self.table)
+
 
 def majority_vote(
     labels: np.ndarray | pd.Categorical, groups, probabilities: np.ndarray | DiskMatrix, names: list[str]
@@ -161,8 +166,8 @@ def check_vote(adata: AnnData, key: str | None) -> None:
         return
     if key != LEIDEN:
         raise InputError(
-            f"--majority-vote: there is no column {key!r} in obs; it has: {', '.join(map(str, adata.obs)) or 'none'}. "
-            "Name one of them, or use 'leiden' to group the cells by their own neighbourhoods."
+            f"There is no column {key!r} in obs to vote by; it has: {', '.join(map(str, adata.obs)) or 'none'}. "
+            "Name one of them, or 'leiden' for clusters of the expression."
         )
     # found missing here rather than after the model has run; the command line names the extra to install
     import igraph  # noqa: F401

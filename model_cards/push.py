@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +22,16 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from .. import modeling_scbert
 from ..tokenization import InputError
 from ..trained_model.loaded_model import load_model
-from ..trained_model.model_folder import quiet_transformers
+from ..trained_model.model_folder import (
+    check_model_folder,
+    load_tokenizer,
+    load_weights,
+    quiet_transformers,
+    save_model,
+)
 from .card import GENERATED, METRICS, build_card, public_metrics
 
 logger = logging.getLogger(__name__)
@@ -97,12 +106,12 @@ def push(
     folder = Path(folder)
     _check_name(repo_id)
     load_model(folder, "embedding", device="cpu", dtype="float32")
-    missing = [name for name in CODE if not (folder / name).is_file()]
-    if missing:
-        raise InputError(
-            f"{folder} does not carry its code ({', '.join(missing)} missing), so it would work for nobody without "
-            "this package. Load model and tokenizer and save them again with save_pretrained."
-        )
+    if not all((folder / name).is_file() for name in CODE):
+        # such as the models that ship: without its code a model would work for nobody who lacks this package
+        with tempfile.TemporaryDirectory() as parent:
+            whole = shutil.copytree(folder, Path(parent) / folder.resolve().name)
+            _add_code(whole)
+            return push(whole, repo_id, public=public, licence=licence, message=message, api=api)
     api = api or HfApi()
     with quiet_transformers():
         url = _retried(
@@ -120,6 +129,12 @@ def push(
         "private": not public,
         "files": [operation.path_in_repo for operation in operations],
     }
+
+
+def _add_code(folder: Path) -> None:
+    """Save model and tokenizer again, which writes the code they need beside them."""
+    model_class = getattr(modeling_scbert, check_model_folder(folder)["architectures"][0])
+    save_model(load_weights(model_class, folder), load_tokenizer(folder), folder)
 
 
 def _check_name(repo_id: str) -> None:

@@ -60,3 +60,9 @@ def gene_panel():
 def adata():
     """120 cells x 300 genes of whole-number counts (CSR float32), `obs` with cell_type, donor and batch."""
     return make_cells()
+
+
+@pytest.fixture
+def new_cells():
+    """Function that makes other such cells: `new_cells(n_cells, n_genes, seed)`."""
+    return make_cells

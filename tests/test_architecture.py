@@ -22,7 +22,9 @@ LEVELS = (
     {"evaluation"},
     {"trained_model"},
     {"training"},
-    {"inference", "interpretation", "model_cards", "protocols"},
+    {"inference", "model_cards", "protocols"},
+    {"interpretation"},
+    {"api"},
     # the names of `import scbert`
     {"__init__"},
     {"commands"},

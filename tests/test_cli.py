@@ -208,8 +208,9 @@ def test_module_runs_like_the_command(tmp_path):
 def test_old_spellings_are_understood_and_not_shown(tmp_path, capsys):
     missing, output = str(tmp_path / "none.h5ad"), str(tmp_path / "out")
     assert cli.main(["combine", missing, "--output", output]) == 1
-    assert cli.main(["annotate", missing, "--output", output, "--input", "counts"]) == 1
-    assert capsys.readouterr().err.count("No such file") == 2
+    assert cli.main(["annotate", missing, "--output", f"{output}.h5ad", "--input", "counts"]) == 1
+    told = capsys.readouterr().err
+    assert "No such file" in told and "There is no file" in told
     assert cli.main(["annotate", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--values" in shown and "--input" not in shown

@@ -12,7 +12,7 @@ EXAMPLES = ROOT / "examples"
 # what each prints when it did its job; later ones read what earlier ones wrote
 ORDER = {
     "prepare_cells": "",
-    "finetune": "held-out cells: macro-F1",
+    "finetune": "cells not learnt from: macro-F1",
     "annotate": "cells are assigned",
     "embed": "(234, 64)",
     "explain": "Deletion test",
@@ -61,4 +61,5 @@ def test_every_example_is_run_and_shown():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
     assert scripts == set(ORDER)
     shown = "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
-    assert not {name for name in scripts if f'--8<-- "examples/{name}.py' not in shown}
+    # as it stands, since a page on GitHub draws in no file
+    assert not {path.stem for path in EXAMPLES.glob("*.py") if path.read_text() not in shown}

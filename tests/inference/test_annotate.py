@@ -7,10 +7,11 @@ import scipy.sparse as sp
 import torch
 
 from scbert import ScBertForCellClassification, ScBertTokenizer
-from scbert.inference import annotate, annotate_file, load_model
+from scbert.inference import annotate, annotate_file
 from scbert.inference import query as query_module
 from scbert.tokenization import InputError
 from scbert.trained_model import prediction
+from scbert.trained_model.loaded_model import load_model
 from scbert.trained_model.prediction import pick_batch_size
 
 EXPRESSED_ONLY = {"keep_zeros": False}

@@ -92,7 +92,15 @@ def test_launched_by_accelerate(query, model_dir, tmp_path):
         os.path.dirname(annotate_processes.__file__), "..", "training", "accelerate", "cpu_2.yaml"
     )
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-    job = ["-m", "scbert.inference.annotate", query, "--model", model_dir, "--output", tmp_path / "two.h5ad"]
+    job = [
+        "-m",
+        "scbert.inference.annotate_cells",
+        query,
+        "--model",
+        model_dir,
+        "--output",
+        tmp_path / "two.h5ad",
+    ]
     done = subprocess.run(
         [*map(str, [*launcher, "--main_process_port", "0", *job])],
         capture_output=True,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from scbert.inference.convert import convert
+from scbert.inference.convert_original import convert
 from scbert.tokenization import InputError
 
 GENES = [f"GENE{i}" for i in range(23)]

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from scbert.commands.cli import main
-from scbert.inference import load_model
 from scbert.tokenization import InputError
 from scbert.trained_model import loaded_model
+from scbert.trained_model.loaded_model import load_model
 from scbert.training.finetune_arguments import FINETUNE
 from scbert.training.settings import device_settings, parse
 

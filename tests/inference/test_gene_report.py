@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from scbert.commands.cli import app
-from scbert.inference.annotate import annotate
+from scbert.inference.annotate_cells import annotate
 from scbert.tokenization import InputError
 
 HEADER = "hgnc_id\tsymbol\tstatus\talias_symbol\tprev_symbol\tensembl_gene_id\n"

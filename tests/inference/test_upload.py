@@ -11,28 +11,71 @@ import time
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 
 from scbert.commands import app
 from scbert.commands.cli import main
-from scbert.inference.upload import Limits, annotate_upload
+from scbert.inference.upload import (
+    Limits,
+    annotate_upload,
+    drawn_cells,
+    matrices_of,
+    places_of,
+    reassigned,
+    write_report,
+)
 from scbert.tokenization import InputError
 
 gradio = pytest.importorskip("gradio")
+page = pytest.importorskip("scbert.commands.page")
 
 
-def test_an_upload_comes_back_with_table_picture_and_file(adata, model_dir, tmp_path):
+@pytest.fixture
+def annotated(adata, model_dir, tmp_path):
     # its own places, which are drawn: making some takes UMAP long
     adata.obsm["X_umap"] = np.random.default_rng(0).normal(size=(adata.n_obs, 2))
+    adata.layers["other"] = adata.X.copy()
     adata.write_h5ad(tmp_path / "query.h5ad")
-    result = annotate_upload(tmp_path / "query.h5ad", model_dir, tmp_path)
-    written = anndata.read_h5ad(result.path)
-    assert result.path.name == "query_annotated.h5ad"
-    assert result.columns[:2] == ["cell type", "cells"]
-    counts = {row[0]: int(row[1]) for row in result.rows}
+    return annotate_upload(tmp_path / "query.h5ad", model_dir, tmp_path)
+
+
+def test_an_upload_comes_back_with_table_and_files(annotated):
+    written = anndata.read_h5ad(annotated.path)
+    assert annotated.path.name == "query_annotated.h5ad"
+    counts = {row[0]: int(row[1]) for row in annotated.table.rows}
     assert counts == written.obs["scbert_cell_type"].value_counts().to_dict()
-    assert result.picture.read_bytes()[:4] == b"\x89PNG"
-    assert "120 cells annotated" in result.message
+    labels = pd.read_csv(annotated.csv, index_col="cell")
+    assert list(labels["scbert_cell_type"]) == list(written.obs["scbert_cell_type"])
+    assert "120 cells annotated" in page.result_message(annotated)
+
+
+def test_another_threshold_moves_what_is_unassigned(annotated):
+    different = np.unique(annotated.confidence)
+    threshold = float(different[len(different) // 2])
+    changed = reassigned(annotated, threshold)
+    below = annotated.confidence < threshold
+    assert ((changed.labels == "unassigned") == below).all() and 0 < below.sum() < 120
+    written = anndata.read_h5ad(changed.path)
+    assert list(written.obs["scbert_cell_type"]) == list(changed.labels)
+    assert written.uns["scbert"]["threshold"] == threshold
+    assert (written.X != anndata.read_h5ad(annotated.upload).X).nnz == 0
+    assert list(pd.read_csv(changed.csv)["scbert_cell_type"]) == list(changed.labels)
+    assert changed.summary["unassigned"] == below.sum()
+
+
+def test_cells_are_drawn_with_their_types_and_a_gene(annotated):
+    places = places_of(annotated)
+    table = drawn_cells(annotated, places, gene="CD3E")
+    assert list(table["type"]) == list(annotated.labels) and len(table) == 120
+    assert (table["CD3E"] > 0).any() and np.isfinite(table["CD3E"]).all()
+    with pytest.raises(InputError, match="no gene 'NOTHING'"):
+        drawn_cells(annotated, places, gene="NOTHING")
+    assert "Cells by predicted type" in write_report(annotated, places).read_text()
+
+
+def test_the_matrices_of_an_upload(annotated):
+    assert matrices_of(annotated.upload) == ["X", "other"]
 
 
 def test_large_uploads_are_refused(query, model_dir, tmp_path):
@@ -49,9 +92,18 @@ def test_a_visitor_is_told_kindly_and_no_path(tmp_path, model_dir):
     upload.write_text("no HDF5 at all")
     with pytest.raises(InputError) as error:
         annotate_upload(upload, model_dir, tmp_path)
-    told = app.kind_message(error.value, upload)
+    told = page.kind_message(error.value, upload)
     assert "cells.h5ad is not valid HDF5" in told and str(tmp_path) not in told
-    assert "ZeroDivision" not in app.kind_message(ZeroDivisionError("a bug"))
+    assert "ZeroDivision" not in page.kind_message(ZeroDivisionError("a bug"))
+
+
+def test_a_visitor_is_not_told_of_options_that_the_page_does_not_have():
+    error = InputError(
+        "Values. Say input='counts' (--values counts). The input also has: raw (layer=NAME, or --layer NAME). "
+        "To go on regardless: force=True, or --force."
+    )
+    told = page.kind_message(error)
+    assert "--" not in told and "force" not in told and "'raw counts' above" in told
 
 
 def test_old_files_are_swept_out(tmp_path):
@@ -66,12 +118,23 @@ def test_old_files_are_swept_out(tmp_path):
 
 def test_only_the_owners_models_can_be_chosen(model_dir, tmp_path):
     for any_model in (True, False):
-        page = app.build_page([str(model_dir)], tmp_path, any_model=any_model)
-        (choice,) = [part for part in page.blocks.values() if isinstance(part, gradio.Dropdown)]
+        blocks = page.build_page([str(model_dir)], tmp_path, any_model=any_model)
+        choices = [part for part in blocks.blocks.values() if isinstance(part, gradio.Dropdown)]
+        (choice,) = [part for part in choices if part.label == "Model"]
         assert choice.allow_custom_value is any_model
     assert choice.preprocess("model") == "model"
     with pytest.raises(gradio.Error):
         choice.preprocess("elsewhere")
+
+
+def test_agents_are_served_on_this_machine_only(model_dir, query, tmp_path):
+    with pytest.raises(InputError, match="served on it alone"):
+        app.serve([str(model_dir)], host="0.0.0.0", mcp=True)
+    functions = page.Page({"model": str(model_dir)}, tmp_path, Limits())
+    facts = functions.annotate_cells(str(query), values="counts")
+    assert facts["cells"] == 120 and sum(facts["cells_per_label"].values()) == 120
+    with pytest.raises(gradio.Error, match="no model 'elsewhere'"):
+        functions.annotate_cells(str(query), model="elsewhere")
 
 
 def test_a_space_is_complete(model_dir, tmp_path, capsys):
@@ -86,7 +149,7 @@ def test_a_space_is_complete(model_dir, tmp_path, capsys):
     compile(code, "app.py", "exec")
     assert "serve(['models/model', 'somebody/atlas']" in code and "max_cells=9000" in code
     assert (space / "models/model/model.safetensors").is_file()
-    assert (space / "scbert/training/recipes/scbert-strong.json").is_file()
+    assert (space / "scbert/training/recipes/default.json").is_file()
     assert not list(space.rglob("__pycache__")) and not (space / "scbert/tests").exists()
     front = (space / "README.md").read_text().split("---\n")[1]
     assert 'sdk: "gradio"' in front and f'sdk_version: "{gradio.__version__}"' in front
@@ -172,13 +235,15 @@ def test_the_page_in_a_real_browser(query, model_dir, browser, tmp_path, served)
     browser.get_by_text("query.h5ad").first.wait_for()
     browser.get_by_role("button", name="Annotate", exact=True).click()
     browser.get_by_text("120 cells annotated").wait_for(timeout=120_000)
-    browser.get_by_role("gridcell", name="T cell").or_(
-        browser.get_by_text("mean confidence")
-    ).first.wait_for()
-    picture = browser.locator("img").first
-    picture.wait_for()
+    browser.get_by_text("120 cells: ").wait_for(timeout=120_000)
+    browser.locator("svg.marks, canvas").first.wait_for()
+    browser.get_by_role("gridcell", name="B cell").first.click()
+    browser.get_by_text("Genes: B cell").wait_for(timeout=60_000)
+    threshold = browser.locator("input[type=number]").first
+    threshold.fill("1")
+    threshold.press("Enter")
+    browser.get_by_text("confidence below 1.00").wait_for(timeout=60_000)
     browser.screenshot(path=tmp_path / "shot.png", full_page=True)
-    assert picture.evaluate("image => image.complete && image.naturalWidth > 300")
     with browser.expect_download() as download:
         browser.get_by_text("Download the annotated file").click()
     download.value.save_as(tmp_path / "out.h5ad")

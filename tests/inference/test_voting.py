@@ -1,6 +1,5 @@
 import builtins
 import logging
-import sys
 
 import numpy as np
 import pandas as pd
@@ -73,16 +72,25 @@ def test_vote_by_leiden_groups(adata, model_dir, caplog, tmp_path):
     annotated.write_h5ad(tmp_path / "out.h5ad")
 
 
-def test_leiden_uses_an_existing_pca(adata, model_dir, monkeypatch):
-    adata.obsm["X_pca"] = np.random.default_rng(0).normal(size=(120, 5))
-    seen = []
-    monkeypatch.setattr(
-        sys.modules["scbert.inference.annotate"],
-        "leiden_groups",
-        lambda vectors: seen.append(vectors) or np.zeros(len(vectors), dtype=object),
-    )
-    annotate(adata, model_dir, majority_vote="leiden", progress=False)
-    np.testing.assert_array_equal(seen[0], adata.obsm["X_pca"])
+def test_leiden_uses_an_existing_pca(adata, model_dir):
+    # four clouds far apart, whatever the expression says
+    adata.obsm["X_pca"] = np.random.default_rng(0).normal(size=(120, 5)) * 0.01
+    adata.obsm["X_pca"][:, 0] += np.repeat([0, 10, 20, 30], 30)
+    annotated = annotate(adata, model_dir, majority_vote="leiden", progress=False)
+    clouds = pd.crosstab(annotated.obs["scbert_leiden"], np.repeat([0, 1, 2, 3], 30))
+    assert ((clouds > 0).sum(axis=1) == 1).all()
+
+
+def test_a_vote_over_mixed_clusters_is_left_out(adata, model_dir, caplog):
+    own = annotate(adata, model_dir, threshold=0, progress=False).obs["scbert_cell_type"].astype(str)
+    first, second = own.value_counts().index[:2]
+    rows = [np.flatnonzero(own == name)[: (own == second).sum()] for name in (first, second)]
+    # in turns along a line: whatever is a cluster there holds half of either type
+    cells = adata[np.stack(rows, axis=1).ravel()].copy()
+    cells.obsm["X_pca"] = np.arange(cells.n_obs, dtype=np.float32)[:, None]
+    mixed = annotate(cells, model_dir, threshold=0, majority_vote="leiden", progress=False)
+    assert "The majority vote was left out" in caplog.text
+    assert "scbert_majority_vote" not in mixed.obs and "majority_vote" not in mixed.uns["scbert"]
 
 
 def test_few_cells_are_one_group():

@@ -12,8 +12,9 @@ from scbert import ScBertConfig, ScBertForCellClassification, ScBertTokenizer
 from scbert.commands.cli import main
 from scbert.interpretation.attribution import gradient_shap, integrated_gradients
 from scbert.interpretation.deletion import COLUMNS, deletion_test, remove_top, verdict
-from scbert.interpretation.explain import attention_by_gene, explain
-from scbert.interpretation.gene_attention import gene_attention
+from scbert.interpretation.explain_files import explain_file
+from scbert.interpretation.explain_types import attention_by_gene
+from scbert.interpretation.received_attention import gene_attention
 from scbert.trained_model.loaded_model import LoadedModel
 
 LABELS = ["B cell", "CD8+/CD45RA+ T"]
@@ -163,7 +164,9 @@ def test_a_model_without_attention_is_explained_by_gradients(gene_panel, adata, 
     make_classifier(gene_panel, num_hidden_layers=0).save_pretrained(tmp_path / "model")
     ScBertTokenizer(gene_panel=gene_panel, keep_zeros=False).save_pretrained(tmp_path / "model")
     adata.write_h5ad(tmp_path / "query.h5ad")
-    result = explain(tmp_path / "query.h5ad", tmp_path / "model", tmp_path / "out", cells_per_type=3, n_top=3)
+    result = explain_file(
+        tmp_path / "query.h5ad", tmp_path / "model", tmp_path / "out", cells_per_type=3, n_top=3
+    )
     assert [row["explanation"] for row in result["deletion_test"]] == [
         "integrated_gradients",
         "gradient_shap",

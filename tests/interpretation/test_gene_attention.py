@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertModel
-from scbert.interpretation import gene_attention as module
-from scbert.interpretation.gene_attention import gene_attention
+from scbert.interpretation import received_attention as module
+from scbert.interpretation.received_attention import gene_attention
 from scbert.tokenization import InputError
 
 SIZE = {

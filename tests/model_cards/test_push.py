@@ -126,12 +126,18 @@ def test_no_rights_are_told_at_once(model_folder, status):
 def test_bad_names_and_incomplete_folders_are_refused(model_folder):
     with pytest.raises(InputError, match="is no name for the Hub"):
         push(model_folder, "a/b/c", api=FakeHub())
-    (model_folder / "pipeline_scbert.py").unlink()
-    with pytest.raises(InputError, match="does not carry its code"):
-        push(model_folder, "somebody/pbmc", api=FakeHub())
     (model_folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="weights"):
         push(model_folder, "somebody/pbmc", api=FakeHub())
+
+
+def test_code_that_a_folder_lacks_is_sent_along(model_folder):
+    (model_folder / "pipeline_scbert.py").unlink()
+    hub = FakeHub()
+    push(model_folder, "somebody/pbmc", api=hub)
+    assert b"CellTypeAnnotationPipeline" in hub.files["pipeline_scbert.py"]
+    assert "auto_map" in json.loads(hub.files["config.json"])
+    assert not (model_folder / "pipeline_scbert.py").exists()
 
 
 def test_a_card_written_by_hand_is_kept(model_folder):

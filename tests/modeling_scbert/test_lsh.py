@@ -5,7 +5,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from scbert import ScBertConfig, ScBertModel
-from scbert.interpretation.gene_attention import gene_attention
+from scbert.interpretation.received_attention import gene_attention
 from scbert.modeling_scbert import lsh_scbert
 from scbert.modeling_scbert.lsh_scbert import (
     draw_rotations,

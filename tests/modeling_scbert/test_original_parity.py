@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scbert.interpretation.gene_attention import gene_attention
+from scbert.interpretation.received_attention import gene_attention
 from scbert.modeling_scbert.convert_checkpoint import convert_checkpoint
 
 TOLERANCE = 1e-4

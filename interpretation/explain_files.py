@@ -19,26 +19,25 @@ from ..data.read import read_cells
 from ..data.write_h5ad import atomic_write_h5ad
 from ..data.write_output import partial_folder
 from ..evaluation.tables import TextTable
-from ..modeling_scbert import ScBertForCellClassification
+from ..inference.query import BinnedQuery
+from ..inference.shipped import model_or_shipped
 from ..tokenization import InputError, ScBertTokenizer, gene_names_of, select_matrix
 from ..trained_model.loaded_model import LoadedModel, load_model
 from ..trained_model.prediction import predict_cells
-from .attribution import encoded_cells, gradient_shap, integrated_gradients
 from .deletion import deletion_test, verdict
 from .enrichment import enrich_by_type
-from .gene_attention import RECEIVED, gene_attention
+from .explain_types import GRADIENTS, choose_cells, explanations, mean_by_type
 from .markers import differential_expression_agreement, marker_overlap, read_marker_table, top_genes_table
 from .plots import plot_summary, plot_top_genes
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "explanation.json"
-ATTENTION, GRADIENTS, SHAP = "attention", "integrated_gradients", "gradient_shap"
 
 
-def explain(
+def explain_file(
     query: str | Path,
-    model: str | Path | LoadedModel,
+    model: str | Path | LoadedModel | None,
     output: str | Path,
     *,
     label_key: str | None = None,
@@ -62,7 +61,7 @@ def explain(
     query
         Cells.
     model
-        Fine-tuned model: a folder, a name on the Hub, or what `load_model` returned.
+        Fine-tuned model: a folder, a name on the Hub, or a loaded one; the annotator that ships if None.
     output
         Folder for CSV tables, pictures, ``explanation.json`` and ``explained.h5ad``.
     label_key
@@ -80,7 +79,7 @@ def explain(
     gene_sets
         A .gmt file for enrichment.
     layer, input, force
-        As in `scbert.inference.annotate`.
+        As in `scbert.annotate`.
     seed
         Of the cells, GradientSHAP and the deletion test.
     overwrite
@@ -99,21 +98,20 @@ def explain(
 
     Examples
     --------
-    >>> explain("query.h5ad", "my_model", "explained")["verdict"]  # doctest: +SKIP
+    >>> explain_file("query.h5ad", "my_model", "explained")["verdict"]  # doctest: +SKIP
     'Deletion test: trust integrated_gradients (its 20 genes cost 4.12 of margin, random ones 0.31).'
     """
     started = time.perf_counter()
     check_output_folder(output, overwrite, marker=RESULTS)
     known = None if markers is None else read_marker_table(markers)
     names = None if marker_names is None else json.loads(Path(marker_names).read_text(encoding="utf-8"))
-    loaded = load_model(model, device="cpu", dtype="float32")
+    loaded = load_model(model_or_shipped(model), device="cpu", dtype="float32")
     network, tokenizer = loaded.model, loaded.tokenizer
     adata = read_cells(query, layer=layer)
     if label_key is not None and label_key not in adata.obs:
         have = ", ".join(map(str, adata.obs.columns)) or "none"
         raise InputError(f"There is no column {label_key!r} in obs; it has: {have}.")
-    tokenizer.align(adata, layer=layer).check(force=force)
-    bins = tokenizer.bin_cells(adata, input=input, layer=layer)
+    bins = BinnedQuery(adata, tokenizer, layer, input, force, progress=False).all_bins()
     predicted = predict_cells(loaded, bins)["logits"].argmax(axis=1)
     rows = choose_cells(predicted, np.diff(bins.indptr) > 0, cells_per_type, seed)
     targets, part = predicted[rows], bins[rows]
@@ -144,77 +142,6 @@ def explain(
             raise
     show(deleted, completeness, result["verdict"])
     return {**result, "output": str(output)}
-
-
-def choose_cells(predicted: np.ndarray, usable: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Sorted rows of up to n usable cells of every predicted type."""
-    rng, chosen = np.random.default_rng(seed), []
-    for target in np.unique(predicted[usable]):
-        rows = np.flatnonzero((predicted == target) & usable)
-        chosen.append(rng.permutation(rows)[:n])
-    if not chosen:
-        raise InputError("No cell expresses a gene of the model's panel; there is nothing to explain.")
-    return np.sort(np.concatenate(chosen))
-
-
-def explanations(
-    model: ScBertForCellClassification,
-    tokenizer: ScBertTokenizer,
-    bins: sp.csr_matrix,
-    targets: np.ndarray,
-    n_steps: int,
-    seed: int,
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Explanation -> scores [cells, genes] (attention first, where the model has any), and completeness errors."""
-    found: dict[str, np.ndarray] = {}
-    if model.config.attention_type in RECEIVED and len(model.scbert.layers):
-        found[ATTENTION] = attention_by_gene(model, tokenizer, bins)
-    else:
-        logger.warning("The model has no attention matrix over genes: attention is left out.")
-    gradients = integrated_gradients(model, tokenizer, bins, targets, n_steps)
-    shap = gradient_shap(model, tokenizer, bins, targets, seed=seed)
-    found |= {GRADIENTS: gradients.values, SHAP: shap.values}
-    completeness = {GRADIENTS: gradients.relative_error, SHAP: shap.relative_error}
-    if gradients.relative_error > 0.05:
-        # the logit jumps where a token changes its bucket, and between two jumps no gradient sees it
-        jumps = ", but with LSH attention only a part of it goes away" * (
-            model.config.attention_type == "lsh"
-        )
-        logger.warning(
-            "Integrated gradients miss %.1f%% of what they explain; raise --steps%s.",
-            100 * gradients.relative_error,
-            jumps,
-        )
-    return found, completeness
-
-
-def attention_by_gene(
-    model: ScBertForCellClassification, tokenizer: ScBertTokenizer, bins: sp.csr_matrix, batch: int = 16
-) -> np.ndarray:
-    """`gene_attention` with every token at its gene's place, [cells, genes]; 0 where a cell lacks the gene."""
-    n_genes = len(tokenizer.gene_panel)
-    weights = np.zeros((bins.shape[0], n_genes), dtype=np.float32)
-    for start in range(0, bins.shape[0], batch):
-        ids, mask, genes, modalities = encoded_cells(
-            tokenizer, bins[start : start + batch], next(model.parameters()).device
-        )
-        received = gene_attention(model, ids, mask, gene_ids=genes, modality_ids=modalities).cpu().numpy()
-        whole = np.zeros((len(received), n_genes + 1), dtype=np.float32)
-        np.put_along_axis(whole, genes.cpu().numpy(), received, axis=1)
-        # pads share a gene id with a real token: written again, so that the token's own weight stands
-        for row, (tokens, places, keep) in enumerate(zip(received, genes.cpu().numpy(), mask.cpu().numpy())):
-            whole[row, places[keep > 0]] = tokens[keep > 0]
-        weights[start : start + batch] = whole[:, :n_genes]
-    return weights
-
-
-def mean_by_type(
-    values: np.ndarray, targets: np.ndarray, labels: Sequence[str], tokenizer: ScBertTokenizer
-) -> pd.DataFrame:
-    """Mean scores [genes, types predicted], named on both axes."""
-    present = np.unique(targets)
-    means = np.stack([values[targets == target].mean(axis=0) for target in present], axis=1)
-    return pd.DataFrame(means, index=tokenizer.gene_panel, columns=[labels[target] for target in present])
 
 
 def write_tables(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +14,29 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ..data.check_paths import check_output_path
+from ..data.check_paths import ANNOTATION_FORMATS, check_output_path
 from ..data.labels import UNASSIGNED
+from ..data.read import read_cells
+from ..data.read_backed import BackedCells
 from ..extras import versions
+from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel, load_model
 from ..trained_model.prediction import log_batch_size, predict_probabilities
 from .annotate_processes import main, sharded_prediction
 from .assignment import assign
+from .expression_pca import expression_pca
 from .parts import NewRows, add_parts, rows_for, rows_in_memory, write_parts
 from .query import BinnedQuery, opened, overlap_numbers, progress_bar
-from .report import write_annotation_report
+from .report import cell_coordinates, write_annotation_report
 from .shipped import doubts, model_or_shipped
-from .voting import LEIDEN, check_vote, leiden_groups, majority_vote, vote_notes
+from .voting import Vote, check_vote, leiden_groups, majority_vote, vote_notes
 
 logger = logging.getLogger(__name__)
 
 
 def annotate(
-    adata: AnnData,
+    cells: AnnData | str | Path,
     model: str | Path | LoadedModel | None = None,
     threshold: float | None = None,
     *,
@@ -49,17 +55,19 @@ def annotate(
 
     Parameters
     ----------
-    adata
-        Cells, with gene symbols in `var_names`; labels are not needed. Left as it is.
+    cells
+        An AnnData with gene symbols in `var_names`, which is left as it is, or a file: .h5ad, .zarr, 10x .h5 or
+        folder. Labels are not needed.
     model
-        Fine-tuned model folder, or what `load_model` returned; the annotator that ships with the package (human
-        blood) if left out.
+        Fine-tuned model folder, the ``user/name`` of one on the Hub, or a loaded model; the annotator that ships with
+        the package (human blood) if left out.
     threshold
         Cells whose largest probability is below it are "unassigned". Default: what fine-tuning chose on its
         validation cells and stored in the config; 0.5 where it had nothing to choose it on.
     majority_vote
-        Column of `obs` whose groups get one label each; ``"leiden"`` for fine Leiden clusters (of
-        ``obsm["X_pca"]`` if there is one, else of the model's embeddings).
+        Column of `obs` whose groups get one label each; ``"leiden"`` for fine Leiden clusters of the expression (of
+        ``obsm["X_pca"]`` if there is one, else of principal components of highly variable genes). Clusters that do not
+        follow the types, most of them mixed, are no help: the vote is then left out, and a warning says so.
     layer
         Layer that holds the values, or ``"raw"``; X by default.
     input
@@ -68,8 +76,10 @@ def annotate(
         Cells per step; chosen by the memory if left out. It does not change the results.
     force
         Go on where less than 30% of the model's genes are found.
-    device, dtype
-        See `load_model`.
+    device
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``...; by default the first GPU, or else the CPU.
+    dtype
+        ``"float32"`` or ``"bfloat16"``; by default bfloat16 on GPUs that have it, float32 elsewhere.
     progress
         Show bars on stderr.
     gene_table
@@ -93,16 +103,20 @@ def annotate(
 
     Examples
     --------
-    >>> from scbert.inference import annotate  # doctest: +SKIP
-    >>> annotated = annotate(adata, model="my_model")  # doctest: +SKIP
-    >>> annotated.obs["scbert_cell_type"].value_counts()  # doctest: +SKIP
+    >>> import scanpy, scbert
+    >>> adata = scanpy.datasets.pbmc68k_reduced().raw.to_adata()  # 765 genes: few for the annotator that ships
+    >>> annotated = scbert.annotate(adata, input="log1p", force=True, progress=False)
+    >>> list(annotated.obs.columns[-2:])
+    ['scbert_cell_type', 'scbert_confidence']
     """
     _check_threshold(threshold)
-    loaded = load_model(model_or_shipped(model), "annotation", device, dtype)
-    parts, _ = _annotation(
-        adata, loaded, threshold, majority_vote, layer, input, batch_size, force, progress, gene_table
-    )
-    annotated = adata.to_memory() if adata.isbacked else adata.copy()
+    adata = read_cells(cells, layer=layer, check=False)
+    check_vote(adata, majority_vote)
+    loaded = _load_annotator(model, device, dtype)
+    query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table)
+    predict_all = partial(_predict_all, batch_size=batch_size, progress=progress, new_rows=rows_in_memory)
+    parts, _ = _annotation(adata, query, loaded, threshold, majority_vote, predict_all)
+    annotated = adata.to_memory() if adata.isbacked else adata.copy() if adata is cells else adata
     add_parts(annotated, parts)
     return annotated
 
@@ -141,7 +155,7 @@ def annotate_file(
     query
         .h5ad, .zarr, 10x .h5 or 10x folder.
     output
-        The .h5ad to write.
+        The .h5ad to write; or a .csv of labels and confidences, a row per cell.
     overwrite
         Replace an existing output; the query itself is never replaced.
     genes_report
@@ -166,43 +180,46 @@ def annotate_file(
     """
     started = time.monotonic()
     _check_threshold(threshold)
-    check_output_path(output, overwrite, inputs=(query,))
-    if genes_report is not None:
-        check_output_path(genes_report, overwrite, inputs=(query, output, gene_table))
-    if report is not None:
-        check_output_path(report, overwrite, inputs=(query, output))
-    model = model_or_shipped(model)
-    predict_all = _predict_all
+    check_output_path(output, overwrite, inputs=(query,), suffix=ANNOTATION_FORMATS)
+    for written, others in ((genes_report, (output, gene_table)), (report, (output,))):
+        if written is not None:
+            check_output_path(written, overwrite, inputs=(query, *others))
+    model, shards = model_or_shipped(model), None
     if processes is not None or resume:
         settings = {"layer": layer, "input": input, "gene_table": gene_table, "batch_size": batch_size}
-        predict_all = sharded_prediction(
+        shards = sharded_prediction(
             query, model, output, processes, resume, device=device, dtype=dtype, **settings
         )
     with opened(query, layer) as adata:
-        loaded = load_model(model, "annotation", device, dtype)
+        check_vote(adata, majority_vote)
+        loaded = _load_annotator(model, device, dtype)
         log_batch_size(loaded, batch_size)
-        parts, summary = _annotation(
-            adata,
-            loaded,
-            threshold,
-            majority_vote,
-            layer,
-            input,
-            batch_size,
-            force,
-            progress,
-            gene_table,
-            genes_report,
-            predict_all,
-            rows_for(adata, output),
+        binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
+        predict_all = partial(
+            shards or partial(_predict_all, batch_size=batch_size),
+            progress=progress,
+            new_rows=rows_for(adata, output),
         )
+        parts, summary = _annotation(adata, binned, loaded, threshold, majority_vote, predict_all)
         if report is not None:
             # before the output: writing closes the query
-            write_annotation_report(report, adata, parts, summary, overwrite)
+            places = cell_coordinates(adata, layer, input)
+            write_annotation_report(report, adata, parts, summary, places, overwrite)
         write_parts(query, adata, parts, output, overwrite)
-    if predict_all is not _predict_all:
-        predict_all.finish()
+    if shards is not None:
+        shards.finish()
     return {"output": str(output), **summary, "seconds": time.monotonic() - started}
+
+
+def _load_annotator(model: Any, device: str | None, dtype: str | None) -> LoadedModel:
+    loaded = load_model(model_or_shipped(model), "annotation", device, dtype)
+    # a loaded model passes through as it is
+    if not isinstance(loaded.model, ScBertForCellClassification):
+        raise InputError(
+            f"The model {loaded.name} has no cell types yet: it cannot annotate. Teach it some first, with "
+            f"scbert.finetune(reference, label_key, base={loaded.name!r}), or `scbert finetune`."
+        )
+    return loaded
 
 
 def _check_threshold(threshold: float | None) -> None:
@@ -211,28 +228,16 @@ def _check_threshold(threshold: float | None) -> None:
 
 
 def _annotation(
-    adata,
-    loaded,
-    threshold,
-    vote_key,
-    layer,
-    input,
-    batch_size,
-    force,
-    progress,
-    gene_table=None,
-    genes_report=None,
-    predict_all=None,
-    new_rows=rows_in_memory,
-):
+    adata: AnnData | BackedCells,
+    query: BinnedQuery,
+    loaded: LoadedModel,
+    threshold: float | None,
+    vote_key: str | None,
+    predict_all: Callable,
+) -> tuple[dict[str, dict], dict[str, Any]]:
     """Annotation of an AnnData as ``{"obs": ..., "obsm": ..., "uns": ...}``, and a summary."""
-    check_vote(adata, vote_key)
     threshold = loaded.threshold if threshold is None else threshold
-    query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
-    by_embedding = vote_key == LEIDEN and LEIDEN not in adata.obs and "X_pca" not in adata.obsm
-    predict_all = predict_all or _predict_all
-    probabilities, embeddings = predict_all(query, loaded, batch_size, by_embedding, progress, new_rows)
-    names = loaded.labels
+    probabilities, names = predict_all(query, loaded), loaded.labels
     labels, confidence = assign(probabilities, names, threshold)
     obs = {"scbert_cell_type": labels, "scbert_confidence": confidence}
     uns = {
@@ -245,50 +250,67 @@ def _annotation(
     }
     notes = _notes(adata, query, obs) + doubts(query.alignment, labels, names)
     if vote_key is not None:
-        vote = _vote(adata, vote_key, labels, probabilities, names, embeddings)
-        obs["scbert_majority_vote"] = vote.labels
-        obs["scbert_majority_share"] = vote.shares
-        obs["scbert_majority_confidence"] = vote.confidences
-        if vote_key == LEIDEN and LEIDEN not in adata.obs:
-            obs["scbert_leiden"] = pd.Categorical(vote.groups.astype(str))
-        # arrays and no data frame: a group or label may have a name that is no HDF5 key
-        columns = {name: vote.table[name].to_numpy() for name in vote.table}
-        uns["majority_vote"] = {"key": vote_key, "ties": len(vote.ties), "mixed": len(vote.mixed), **columns}
-        notes += vote_notes(vote)
+        groups = adata.obs[vote_key] if vote_key in adata.obs else _leiden(adata, query)
+        vote = majority_vote(labels, groups, probabilities, names)
+        own_groups = vote_key not in adata.obs
+        if own_groups and vote.mostly_mixed:
+            notes.append(_no_vote(vote))
+        else:
+            _add_vote(obs, uns, vote, vote_key, own_groups)
+            notes += vote_notes(vote)
+    parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
+    summary = _summary(labels, confidence, loaded, query, notes)
+    counts = ", ".join(f"{label} {count:,}" for label, count in summary["cells_per_label"].items())
+    logger.info(f"Cells per type: {counts}.")
     for note in notes:
         logger.warning(note)
-    parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
-    return parts, _summary(labels, confidence, loaded, query, notes)
+    return parts, summary
 
 
 def _predict_all(
-    query: BinnedQuery, loaded: LoadedModel, batch_size, embed: bool, progress: bool, new_rows: NewRows
+    query: BinnedQuery, loaded: LoadedModel, batch_size: int | None, progress: bool, new_rows: NewRows
 ):
-    """Probabilities [cells, labels] and, if asked for, embeddings [cells, hidden]; zeros for empty cells."""
+    """Probabilities [cells, labels]; zeros for empty cells."""
     probabilities = new_rows((query.n_cells, len(loaded.labels)))
-    embeddings = new_rows((query.n_cells, loaded.model.config.hidden_size)) if embed else None
     with progress_bar(query.n_cells, "Annotating", progress) as bar:
         for start, bins in query.chunks():
             cells = slice(start, start + bins.shape[0])
-            probabilities[cells], vectors = predict_probabilities(loaded, bins, batch_size, embed, bar.update)
-            if embed:
-                embeddings[cells] = vectors
-    return probabilities, embeddings
+            probabilities[cells], _ = predict_probabilities(loaded, bins, batch_size, on_batch=bar.update)
+    return probabilities
 
 
-def _vote(adata, key, labels, probabilities, names, embeddings):
-    if key in adata.obs:
-        groups = adata.obs[key]
-    else:
-        groups = leiden_groups(np.asarray(adata.obsm["X_pca"]) if embeddings is None else embeddings[:])
-    return majority_vote(labels, groups, probabilities, names)
+def _leiden(adata: AnnData | BackedCells, query: BinnedQuery) -> np.ndarray:
+    return leiden_groups(expression_pca(adata, query.layer, query.input))
+
+
+def _add_vote(obs: dict, uns: dict, vote: Vote, key: str, own_groups: bool) -> None:
+    obs["scbert_majority_vote"] = vote.labels
+    obs["scbert_majority_share"] = vote.shares
+    obs["scbert_majority_confidence"] = vote.confidences
+    if own_groups:
+        obs["scbert_leiden"] = pd.Categorical(vote.groups.astype(str))
+    # arrays and no data frame: a group or label may have a name that is no HDF5 key
+    columns = {name: vote.table[name].to_numpy() for name in vote.table}
+    uns["majority_vote"] = {"key": key, "ties": len(vote.ties), "mixed": len(vote.mixed), **columns}
+
+
+def _no_vote(vote: Vote) -> str:
+    return (
+        f"The majority vote was left out: {len(vote.mixed)} of the {len(vote.table)} Leiden clusters are mixed, so "
+        "they do not follow the types, and a vote would have spread the commonest ones. Give clusters of your own (the "
+        "name of a column of obs) to vote all the same."
+    )
 
 
 def _notes(adata: AnnData, query: BinnedQuery, obs: dict) -> list[str]:
     notes = []
     if query.n_empty:
         notes.append(
-            f"{query.n_empty} cell(s) express no gene of the model's panel: unassigned, with confidence 0."
+            f"{query.n_empty:,} cell(s) express no gene of the model's panel: unassigned, with confidence 0."
+        )
+    if query.alignment.n_duplicates:
+        notes.append(
+            f"{query.alignment.n_duplicates:,} gene(s) of the query have the name of another: their values were summed."
         )
     replaced = [name for name in obs if name in adata.obs]
     if replaced:
