@@ -27,6 +27,8 @@ style: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/tokenizer_speed.py
 	$(VENV)/bin/python benchmarks/speed.py --output benchmarks/results
+	$(VENV)/bin/python benchmarks/performer_library.py
+	$(VENV)/bin/python benchmarks/annotate_speed.py
 	cp benchmarks/results/speed.png docs/speed.png
 	$(VENV)/bin/python benchmarks/speed_report.py benchmarks/results/speed.json docs/performance.md
 

@@ -39,7 +39,7 @@ def finetune(
     Returns
     -------
     CellModel
-        With `annotate`, `save`, `push_to_hub` and `metrics`, such as ``metrics["test_accuracy"]``.
+        With `annotate`, `save`, `push_to_hub` and `metrics`, such as ``metrics["cross_validation_accuracy"]``.
 
     Raises
     ------
@@ -50,7 +50,7 @@ def finetune(
     --------
     >>> import scbert
     >>> model = scbert.finetune(reference, "cell_type")  # doctest: +SKIP
-    >>> model.metrics["test_macro_f1"], model.metrics["baseline_test_macro_f1"]  # doctest: +SKIP
+    >>> model.metrics["cross_validation_macro_f1"]  # doctest: +SKIP
     >>> annotated = model.annotate(query)  # doctest: +SKIP
     """
     base = options.get("base")

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 from encoder_memory import ENCODERS, NAMES
-
-BEGIN, END = "<!-- encoders:begin -->", "<!-- encoders:end -->"
+from page_tables import put, table
 
 
 def markdown(result: dict) -> str:
@@ -51,22 +50,6 @@ def seconds(row: dict) -> str:
     return "-" if row["seconds"] is None else f"{row['seconds']:.1f}"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Rows as Markdown, numbers on the right."""
-    aligned = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, aligned, *rows))
-
-
-def write_page(result: dict, page: Path) -> None:
-    """Put the tables between the markers of a page."""
-    text = page.read_text(encoding="utf-8")
-    before, begun, rest = text.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not (begun and ended):
-        raise SystemExit(f"{page} needs the markers {BEGIN} and {END}.")
-    page.write_text(f"{before}{BEGIN}\n{markdown(result)}\n{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:3])
-    write_page(json.loads(source.read_text(encoding="utf-8")), target)
+    put(markdown(json.loads(source.read_text(encoding="utf-8"))), "encoders", target)

@@ -45,7 +45,7 @@ def batches_of(cells, batch_size, seed=0):
     for way, rows in zip(WAYS, (order, grouped, order)):
         collate = DataCollatorForMaskedExpression(tokenizer, seed=seed, packing=way.startswith("packed"))
         found[way] = [
-            collate([{**dataset[int(i)], "draw": int(i)} for i in rows[start : start + batch_size]])
+            collate(dataset.__getitems__(rows[start : start + batch_size]))
             for start in range(0, len(rows), batch_size)
         ]
     return found

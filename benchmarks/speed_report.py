@@ -14,19 +14,19 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from rich.table import Table
 
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+from page_tables import put, table
 
 
 def tables(results: dict) -> list[Table]:
     """The results as tables for a terminal."""
     made = []
     for title, header, rows in sections(results):
-        table = Table(title=title)
+        shown = Table(title=title)
         for column in header:
-            table.add_column(column, justify="left" if column == header[0] else "right")
+            shown.add_column(column, justify="left" if column == header[0] else "right")
         for row in rows:
-            table.add_row(*row)
-        made.append(table)
+            shown.add_row(*row)
+        made.append(shown)
     return made
 
 
@@ -90,9 +90,7 @@ def markdown(results: dict) -> str:
         f"{sentence(results['compiled'])}",
     ]
     for title, header, rows in sections(results):
-        aligned = ["---"] + ["---:"] * (len(header) - 1)
-        lines = ["| " + " | ".join(cells) + " |" for cells in (header, aligned, *rows)]
-        parts += [f"**{title}**", "\n".join(lines)]
+        parts += [f"**{title}**", table(header, rows)]
     parts.append("![Seconds by length, and speed-ups](speed.png)")
     return "\n\n".join(parts)
 
@@ -128,14 +126,6 @@ def plot(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def write_page(results: dict, page: Path) -> None:
-    """Put the tables between the markers of a page."""
-    text = page.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}")
-
-
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:3])
-    write_page(json.loads(source.read_text()), target)
+    put(markdown(json.loads(source.read_text())), "speed", target)

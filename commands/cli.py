@@ -100,7 +100,7 @@ def finetune(
     ],
     output: OutputFolder,
     base: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Pretrained model (random weights without it).")
+        Path | None, typer.Option(metavar="DIR", help="Pretrained model; without it, the default recipe.")
     ] = None,
     recipe: Recipe = None,
     epochs: Annotated[
@@ -149,7 +149,7 @@ def finetune(
     check_output_folder(output, overwrite)
     from ..training.run_finetune import finetune as job
 
-    run(job, **given)
+    run(job, listing=False, **given)
 
 
 @app.command()

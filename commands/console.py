@@ -76,8 +76,15 @@ def show_messages() -> None:
         ours.addHandler(_SayHandler())
 
 
-def run(job: Callable[..., Mapping[str, Any] | None], /, *, json: bool = False, **options: Any) -> None:
-    """Run ``job`` and print the summary it returns.
+def run(
+    job: Callable[..., Mapping[str, Any] | None],
+    /,
+    *,
+    json: bool = False,
+    listing: bool = True,
+    **options: Any,
+) -> None:
+    """Run ``job`` and print the summary it returns, unless the job has told it in words (``listing=False``).
 
     Options that are None are left out, so that the job's own defaults (or its recipe's) hold. What the
     job prints goes to stderr: stdout holds the JSON line and nothing else.
@@ -89,7 +96,7 @@ def run(job: Callable[..., Mapping[str, Any] | None], /, *, json: bool = False, 
     if json:
         print(dumps(summary, ensure_ascii=False, allow_nan=False), flush=True)
         return
-    for name, value in summary.items():
+    for name, value in summary.items() if listing else ():
         if isinstance(value, str | int | float):
             shown = f"{value:.4g}" if isinstance(value, float) else value
             say(f"{name.replace('_', ' ')}: {shown}")
@@ -133,7 +140,10 @@ def guarded(command: Callable[[], Any]) -> int:
 
 def explain(error: Exception) -> str | None:
     """Return the paragraph a user needs to mend ``error``, or None where it is a bug of ours."""
-    if _disk_is_full(error):
+    # imported here: nothing is slow to fail
+    from ..data.write_output import disk_is_full
+
+    if disk_is_full(error):
         where = getattr(error, "filename", None)
         return (
             f"The disk is full{f' ({where})' if where else ''}: the output could not be written and nothing "
@@ -157,20 +167,6 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"Out of memory: try a smaller --batch-size. ({error})"
     return None
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    # h5py, torch and safetensors each wrap the system's error in a text of their own
-    signs = ("no space left on device", "os error 28", "errno = 28", "disk quota exceeded")
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(sign in str(error).lower() for sign in signs):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextlib.contextmanager

@@ -14,16 +14,7 @@ OTHER_FORMATS = (".csv", ".tsv", ".txt", ".gz", ".mtx", ".loom", ".rds")
 
 
 def check_cells_path(path):
-    """Refuse a path that cannot hold cells, as far as its name and place tell.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-        .h5ad, .h5, .h5mu, .zarr, or a folder with a 10x matrix.mtx.
-
-    Returns
-    -------
-    pathlib.Path
+    """The path, refused if it cannot hold cells, as far as its name and place tell.
 
     Raises
     ------
@@ -87,14 +78,6 @@ def check_output_path(path, overwrite=False, inputs=(), suffix=None):
         Files the command reads; none of them may be the output, whatever `overwrite` says.
     suffix : str or tuple of str, optional
         How the name has to end, such as ``".h5ad"``.
-
-    Returns
-    -------
-    pathlib.Path
-
-    Raises
-    ------
-    InputError
     """
     path = Path(path)
     suffixes = (suffix,) if isinstance(suffix, str) else suffix

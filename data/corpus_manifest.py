@@ -22,10 +22,6 @@ def is_corpus(path):
 def read_manifest(folder):
     """The manifest of a corpus, with its genes.
 
-    Parameters
-    ----------
-    folder : str or os.PathLike
-
     Returns
     -------
     dict

@@ -65,19 +65,7 @@ class Scan:
 
 
 def scan_file(source, input, rules, record):
-    """Scan a file in bounded memory; the result is kept in `record` and read from there the next time.
-
-    Parameters
-    ----------
-    source : Source
-    input : {"auto", "counts", "log1p"}
-    rules : QualityRules
-    record : pathlib.Path
-        An .npz file.
-
-    Returns
-    -------
-    Scan
+    """The `Scan` of a `Source`, in bounded memory; kept in `record`, an .npz file, and read from there the next time.
 
     Raises
     ------
@@ -140,12 +128,7 @@ def _hash_of(name):
 
 
 def hash_cells(chunk, gene_hashes):
-    """A 64-bit hash of the genes and values of every cell, in whatever order they come.
-
-    Parameters
-    ----------
-    chunk : scipy.sparse.csr_matrix [cells, genes]
-    gene_hashes : numpy.ndarray of uint64 [genes]
+    """A 64-bit hash of the genes and values of every cell (CSR [cells, genes]), in whatever order they come.
 
     Examples
     --------
@@ -179,18 +162,9 @@ def _kind_of(column):
 
 
 def corpus_schema(scans, sources, columns=None):
-    """The columns of a corpus: expression, names, and what the obs tables and the manifest hold.
+    """The pyarrow schema of a corpus: expression, names, and what the obs tables and the manifest hold.
 
-    Parameters
-    ----------
-    scans : sequence of Scan
-    sources : sequence of Source
-    columns : sequence of str, optional
-        Of obs, to be kept; all of them if left out.
-
-    Returns
-    -------
-    pyarrow.Schema
+    Of `obs` the `columns` are kept; all of them if left out.
     """
     kinds = {"dataset": {"string"}}
     for scan in scans:
@@ -215,27 +189,10 @@ def _common_kind(kinds):
 
 
 def write_file(source, rows, facts, genes, schema, folder, prefix, shard_cells):
-    """Write chosen cells of a file as shards; those that exist are kept.
+    """Write the cells `rows` (ascending) of a file as shards called ``PREFIX-00000.arrow`` and so on; those there stay.
 
-    Parameters
-    ----------
-    source : Source
-    rows : numpy.ndarray of int
-        Cells, ascending.
-    facts : dict
-        Of its `Scan`.
-    genes : sequence of str
-        The genes of the corpus, in order.
-    schema : pyarrow.Schema
-    folder : pathlib.Path
-    prefix : str
-        The shards are called ``PREFIX-00000.arrow`` and so on.
-    shard_cells : int
-
-    Returns
-    -------
-    list of dict
-        ``file``, ``cells``, ``values``, ``bytes`` and ``sha256`` of every shard.
+    `facts` are of its `Scan`, `genes` those of the corpus in order. Returns a dict with ``file``, ``cells``,
+    ``values``, ``bytes`` and ``sha256`` for every shard.
     """
     written = []
     with contextlib.ExitStack() as stack:

@@ -27,13 +27,7 @@ BLOCK_SIZE = 1024
 class Shard:
     """A shard of a corpus, mapped into memory: its lists are the arrays of CSR matrices as they stand.
 
-    Parameters
-    ----------
-    folder : pathlib.Path
-    facts : dict
-        Of `shards_of`.
-    alignment : GeneAlignment
-        From the genes of the corpus to the panel.
+    `facts` are those of `shards_of`; `alignment` leads from the genes of the corpus to the panel.
     """
 
     def __init__(self, folder, facts, alignment):
@@ -92,15 +86,7 @@ class Shard:
 
 
 class CellFile:
-    """A file of cells as it is, read in blocks of neighbouring cells; the last few stay in memory.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-    tokenizer : ScBertTokenizer
-    layer : str, optional
-    input : {"auto", "counts", "log1p"}
-    """
+    """A file of cells as it is, read in blocks of neighbouring cells; the last few stay in memory."""
 
     kept_blocks = 32
 
@@ -153,17 +139,7 @@ def _rows_of_parts(parts, starts, rows, take):
 
 
 def open_corpus(folder, tokenizer):
-    """The shards of a corpus, checked to be there, with their genes aligned to the tokenizer's panel.
-
-    Parameters
-    ----------
-    folder : str or os.PathLike
-    tokenizer : ScBertTokenizer
-
-    Returns
-    -------
-    list of Shard
-    """
+    """The shards of a corpus, checked to be there, with their genes aligned to the tokenizer's panel."""
     manifest = read_manifest(folder)
     alignment = align_genes(manifest["genes"], tokenizer.gene_panel)
     shards = [Shard(folder, facts, alignment) for facts in shards_of(manifest)]

@@ -34,21 +34,9 @@ class CellQuality:
 
 
 def measure_cells(adata, layer=None, chunk_size=CHUNK_SIZE, on_chunk=None):
-    """Count expressed genes, sums and mitochondrial shares, in chunks of cells.
+    """The `CellQuality` of an AnnData, in memory or backed, in chunks of cells.
 
-    Parameters
-    ----------
-    adata : anndata.AnnData
-        In memory or backed.
-    layer : str, optional
-    chunk_size : int
-        Cells per chunk.
-    on_chunk : callable, optional
-        Called with every chunk (CSR) in turn, so that a large file need not be read twice.
-
-    Returns
-    -------
-    CellQuality
+    `on_chunk` is called with every chunk (CSR) in turn, so that a large file need not be read twice.
     """
     matrix, names = matrix_rows(adata, layer)
     mito = np.array([name.startswith(MITOCHONDRIAL) for name in names])

@@ -5,7 +5,6 @@ All have one interface: `fit(adata, label_key)`, `predict_proba(adata)`, `predic
 what a reader of the score has to know (convergence, a fallback). All are deterministic.
 """
 
-import inspect
 import logging
 import math
 import warnings
@@ -273,54 +272,32 @@ class NeighboursBaseline(Baseline):
         # stable: of genes with equal variance the first in order, whatever the machine.
         chosen = np.sort(np.argsort(-variance, kind="stable")[: self.n_genes])
         self.genes = [self.genes[i] for i in chosen]
-        kept = matrix[:, chosen].toarray()
+        kept = matrix[:, chosen]
         components = min(self.n_components, kept.shape[0] - 1, kept.shape[1])
+        dense = require("sklearn.preprocessing").FunctionTransformer(
+            lambda kept: kept.toarray(), accept_sparse=True
+        )
         pca = decomposition.PCA(components, svd_solver="covariance_eigh")
         voters = neighbours.KNeighborsClassifier(min(self.n_neighbors, len(labels)), weights="distance")
-        self.model = _DensePipeline(pca, voters).fit(kept, labels)
-
-
-class _DensePipeline:
-    """PCA, then neighbours, for sparse input."""
-
-    def __init__(self, pca: Any, voters: Any) -> None:
-        self.pca, self.voters = pca, voters
-
-    def fit(self, dense: np.ndarray, labels: np.ndarray) -> "_DensePipeline":
-        self.voters.fit(self.pca.fit_transform(dense), labels)
-        return self
-
-    def predict_proba(self, matrix: Any) -> np.ndarray:
-        return self.voters.predict_proba(self.pca.transform(matrix.toarray()))
+        self.model = require("sklearn.pipeline").make_pipeline(dense, pca, voters).fit(kept, labels)
 
 
 class CellTypistBaseline(Baseline):
     """
-    CellTypist trained on the same cells with its defaults.
+    CellTypist with the model of its defaults, learnt from the same cells.
 
-    Its training passes scikit-learn an argument that newer versions lack; there the same model (one-vs-rest
-    L2 logistic regression with C = 1 on standardised genes, clipped at 10) is fitted here, put into its
-    `Model`, and a note says so. Probabilities are the softmax of CellTypist's decision scores: its own
+    Its own training passes scikit-learn an argument that it lacks since 1.8: the same model (one-vs-rest L2 logistic
+    regression with C = 1 on standardised genes, clipped at 10) is fitted here, put into its `Model`, and a note says
+    so. Probabilities are the softmax of CellTypist's decision scores: its own
     independent ones reach 1 for several types at once, which would leave the choice to their order.
     """
 
     name = "celltypist"
 
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
-        celltypist = _quiet_celltypist()
-        logistic = require("sklearn.linear_model").LogisticRegression
-        genes = np.array(self.genes)
-        if "multi_class" not in inspect.signature(logistic).parameters:
-            self.model = _celltypist_model(matrix, labels, genes, self.classes_)
-            self.notes.append(
-                "CellTypist's model fitted outside its train(), which this scikit-learn refuses"
-            )
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.model = celltypist.train(
-                matrix, labels=labels, genes=genes, check_expression=False, n_jobs=self.threads
-            )
+        _quiet_celltypist()
+        self.model = _celltypist_model(matrix, labels, np.array(self.genes), self.classes_)
+        self.notes.append("CellTypist's model fitted outside its train(), which this scikit-learn refuses")
 
     def _probabilities(self, matrix: Any, names: list[str]) -> np.ndarray:
         celltypist, anndata, pandas = _quiet_celltypist(), require("anndata"), require("pandas")

@@ -18,9 +18,7 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     >>> softmax(np.array([[0.0, 0.0]])).tolist()
     [[0.5, 0.5]]
     """
-    scaled = np.asarray(logits, dtype=np.float64) / temperature
-    exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
+    return require("scipy.special").softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> float:
@@ -33,9 +31,8 @@ def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray, temperature:
     0.6931
     """
     scaled = np.asarray(logits, dtype=np.float64) / temperature
-    scaled -= scaled.max(axis=1, keepdims=True)
-    log_total = np.log(np.exp(scaled).sum(axis=1))
-    return float((log_total - scaled[np.arange(len(scaled)), labels]).mean())
+    logs = require("scipy.special").log_softmax(scaled, axis=1)
+    return float(-logs[np.arange(len(logs)), labels].mean())
 
 
 def fit_temperature(

@@ -133,20 +133,6 @@ def _unit(embeddings: np.ndarray) -> np.ndarray:
     return embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
 
 
-def rejection_threshold(scores: np.ndarray, known_kept: float = 0.95) -> float:
-    """
-    The novelty score that keeps a wanted share of known (validation) cells: their quantile.
-
-    Scores of different kinds are compared fairly at the same share of known cells kept.
-
-    Examples
-    --------
-    >>> rejection_threshold(np.arange(101.0), 0.95)
-    95.0
-    """
-    return float(np.quantile(np.asarray(scores, dtype=np.float64), known_kept))
-
-
 def reject(
     predictions: Sequence, scores: np.ndarray, threshold: float, unassigned: str = UNASSIGNED
 ) -> np.ndarray:

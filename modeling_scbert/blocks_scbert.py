@@ -1,6 +1,7 @@
 """
 A whole block of FAVOR+ attention and feed-forward network, and the backends that compute it.
 
+- ``cuda``: kernels for CUDA, from the installed package; bfloat16, keeps next to nothing for the backward;
 - ``compiled``: C++ compiled for the machine's processor, from the installed package; chosen where much work is ahead;
 - ``chunked``: chunks of positions that stay in cache; keeps next to nothing for the backward;
 - ``plain``: one operation after another, for everything; its attention is `favor_attention`.
@@ -112,6 +113,17 @@ def _run_compiled(*given):
     return from_package("compiled_layer_scbert").run_compiled(*given)
 
 
+def _cuda_supports(layer, hidden_states):
+    package = from_package("cuda_layer_scbert")
+    if package is None:
+        return "the packages scbert and triton, which it needs, are not both installed"
+    return other_attention_asked("triton") or package.cuda_supports(layer, hidden_states)
+
+
+def _run_cuda(*given):
+    return from_package("cuda_layer_scbert").run_cuda(*given)
+
+
 def _consider_onednn():
     package = from_package("cpu_matmul_scbert")
     if package is not None:
@@ -119,6 +131,7 @@ def _consider_onednn():
 
 
 BLOCKS = {
+    "cuda": Backend(_cuda_supports, _run_cuda),
     "compiled": Backend(_compiled_supports, _run_compiled, _compiled_pays),
     "chunked": Backend(_chunked_supports, run_chunked, _chunked_pays),
     "plain": Backend(lambda *_: None, run_plain),

@@ -22,12 +22,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
-from transformers.activations import GELUActivation
 
 from .backends_scbert import VARIABLE
 from .chunked_layer_scbert import run_chunked
 from .favor_chunks_scbert import chunk_positions
+from .published_layer_scbert import WEIGHTS, what_was_added
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +41,6 @@ FLAGS = (
 WIDE_VECTORS = "-mprefer-vector-width=512"
 # of outputs and gradients, relative to their largest entry; the order of float32 sums explains a tenth of it
 MAX_ERROR = 1e-4
-WEIGHTS = (
-    *("attention_norm.weight", "attention_norm.bias"),
-    *("attention.q_proj.weight", "attention.k_proj.weight", "attention.v_proj.weight"),
-    *("attention.o_proj.weight", "attention.o_proj.bias"),
-    *("ffn_norm.weight", "ffn_norm.bias"),
-    *("intermediate.weight", "intermediate.bias", "output.weight", "output.bias"),
-)
 
 # what building takes, in seconds, and the share of the portable blocks' time that compiled ones spare
 SECONDS_TO_BUILD = 10.0
@@ -250,22 +242,11 @@ def _what_is_not_plain(layer: nn.Module, hidden_states: torch.Tensor) -> str | N
     """Of a block and its input: a CPU, float32, and the published layer without anything added are served."""
     if not _is_plain_tensor(hidden_states):
         return "the hidden states are not float32 on a CPU"
-    if _has_any_global_hook():
-        return "hooks of all modules expect to be called"
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return "autocast is to another dtype than bfloat16"
-    if layer.training and (layer.dropout.p > 0 or layer.attention.dropout.p > 0):
-        return "dropout is active"
-    # without epsilon, a feature that underflows is a zero normaliser
-    if layer.attention_norm.eps != layer.ffn_norm.eps or layer.attention.config.kernel_epsilon <= 0:
-        return "its norms differ, or its kernel has no epsilon"
-    if type(layer.activation) is not GELUActivation or _is_changed(layer.activation):
-        return "its activation is not GELU"
-    if layer.attention.q_proj.bias is not None:
-        return "its projections have biases"
-    modules = [attrgetter(name.rpartition(".")[0])(layer) for name in WEIGHTS]
-    if any(type(module) not in (nn.Linear, nn.LayerNorm) or _is_changed(module) for module in modules):
-        return "it has adapters or hooks"
+    reason = what_was_added(layer)
+    if reason is not None:
+        return reason
     if not all(_is_plain_tensor(attrgetter(name)(layer)) for name in WEIGHTS):
         return "its weights are not float32 on a CPU"
     return None
@@ -275,17 +256,6 @@ def _is_plain_tensor(x: torch.Tensor | None) -> bool:
     """Float32 values in this process's memory."""
     plain = type(x) in (torch.Tensor, nn.Parameter) and x.layout == torch.strided
     return plain and x.device.type == "cpu" and x.dtype == torch.float32
-
-
-def _is_changed(module: nn.Module) -> bool:
-    """Whether a hook expects to be called, or another forward has been put in its place."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in vars(module)
 
 
 def run_compiled(

@@ -12,7 +12,6 @@ epsilon.
 """
 
 import logging
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -82,8 +81,6 @@ def _by_operator(name, query, key, value, projection_matrix, attention_mask, eps
 
 # dtypes, devices and head sizes for which a kernel did not compile or launch: chunks serve them from then on
 _disabled: set[tuple] = set()
-# torch reports some failures of a device, after which nothing can be computed there, as runtime errors as well
-_FATAL = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 
 def _triton():
@@ -92,7 +89,7 @@ def _triton():
 
 def _triton_supports(query, value, projection_matrix) -> str | None:
     if _triton() is None:
-        reason = "its kernels come with the package scbert, which is not installed"
+        reason = "the packages scbert and triton, which it needs, are not both installed"
     else:
         reason = _triton().triton_supports(query, value, projection_matrix)
     if reason and query.is_cuda:
@@ -108,9 +105,9 @@ def _unless_disabled(function: Callable, tensors: list[torch.Tensor]):
         return None
     try:
         return function()
-    except _FATAL:
+    except _triton().FATAL_ERRORS:
         raise
-    except (RuntimeError, OSError, ValueError, subprocess.SubprocessError, *_triton().LAUNCH_ERRORS) as error:
+    except _triton().LAUNCH_ERRORS as error:
         _disabled.add(key)
         message = (
             f"A Triton kernel does not run here ({error}): FAVOR+ goes on in chunks, several times slower."

@@ -1,10 +1,8 @@
 """The scBERT family: a pre-LayerNorm encoder over gene tokens, and its heads."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -17,6 +15,7 @@ from .embeddings_scbert import ScBertEmbeddings
 from .favor_scbert import draw_projection
 from .heads_scbert import ScBertClassificationHead
 from .layers_scbert import ATTENTION_CLASSES, ScBertLayer, ScBertReversibleLayer
+from .outputs_scbert import ScBertCellClassificationOutput, ScBertMaskedExpressionOutput
 from .packing_scbert import is_packed
 from .positions_scbert import labelled_positions, rows_at
 from .resize_scbert import ResizeEmbeddingsMixin
@@ -198,24 +197,6 @@ class ScBertModel(ScBertPreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
 
-@dataclass
-class ScBertMaskedExpressionOutput(MaskedLMOutput):
-    """
-    Output of masked expression modelling; with several modalities, also of modality prediction.
-
-    Parameters
-    ----------
-    masked_expression_loss, modality_loss
-        The two parts of ``loss = masked_expression_loss + modality_loss_weight * modality_loss``; scalars.
-    modality_logits
-        ``[batch, length, num_modalities]``.
-    """
-
-    masked_expression_loss: torch.FloatTensor | None = None
-    modality_loss: torch.FloatTensor | None = None
-    modality_logits: torch.FloatTensor | None = None
-
-
 class ScBertForMaskedExpression(ScBertPreTrainedModel):
     """
     Masked expression modelling: predict the bins of masked genes and, with several modalities, every token's modality.
@@ -327,25 +308,6 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
             # the other loss is a share of one mean over all accumulated batches; so must this one be
             loss = loss * (labels != -100).sum() / kwargs["num_items_in_batch"]
         return {"modality_loss": loss, "modality_logits": logits}
-
-
-@dataclass
-class ScBertCellClassificationOutput(SequenceClassifierOutput):
-    """
-    Output of cell-type annotation.
-
-    Parameters
-    ----------
-    probabilities
-        ``[batch, num_labels]``, float32, where the model is in evaluation mode: of each type. With
-        ``config.cell_vector_size`` their sum is the probability that the cell is of a known type, else 1. A cell whose
-        largest one is below ``config.unassigned_threshold`` is best called "unassigned".
-    cell_vectors
-        ``[batch, cell_vector_size]``, in evaluation mode and with ``config.cell_vector_size`` only.
-    """
-
-    probabilities: torch.FloatTensor | None = None
-    cell_vectors: torch.FloatTensor | None = None
 
 
 class ScBertForCellClassification(ScBertPreTrainedModel):

@@ -247,26 +247,9 @@ def all_methods(
     seed: int,
 ) -> list[Method]:
     """
-    Everything that runs on every fold, the model in question first.
+    Everything that runs on every fold, the model in question (of the first recipe) first; see `run_benchmark`.
 
-    Parameters
-    ----------
-    protocol
-        Name of the protocol: ``"zero-shot"`` compares models that are not trained.
-    recipes
-        Names or files; the first is the one in question.
-    base
-        Pretrained model; without one scBERT starts from random weights, which is the no-pretraining baseline.
-    settings
-        Over every recipe, such as ``{"epochs": 5}``.
-    variants
-        Name -> settings over the first recipe's.
-    baselines
-        Names of `BASELINES`.
-    work
-        Scratch folder.
-    seed
-        Of the ablations.
+    ``"zero-shot"`` compares models that are not trained; `work` is a folder for scratch, `seed` that of the ablations.
     """
     found = []
     if base:

@@ -13,22 +13,7 @@ from .methods import Outputs
 
 
 def plot_scores(rows: Sequence[dict[str, Any]], path: Path, title: str, score: str = "macro_f1") -> Any:
-    """
-    Every method's score: a bar with its folds as points, or a line over several settings.
-
-    Parameters
-    ----------
-    rows
-        Of `fold_scores`.
-    path
-        Picture to write.
-    title, score
-        What stands above it, and which score is drawn.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
+    """Every method's score in the rows of `fold_scores`: a bar with its folds as points, or a line over settings."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     size = (6.4, 3.8) if len(settings) > 1 else (6.4, 1.2 + 0.32 * len(models))
@@ -74,16 +59,7 @@ def plot_first_setting(
     """
     Confusion and reliability of the model in question, its folds pooled, into ``confusion.png``, ``reliability.png``.
 
-    Parameters
-    ----------
-    runs
-        Outputs and true types of the test cells of every fold.
-    classes
-        All types.
-    folder
-        Where to write.
-    title
-        Above the confusion matrix.
+    `runs` are the outputs and true types of the test cells of every fold.
     """
     true = np.concatenate([labels for _, labels in runs])
     predicted = np.concatenate([outputs.predicted for outputs, _ in runs])

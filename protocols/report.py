@@ -30,20 +30,9 @@ def write_report(
     overwrite: bool = False,
 ) -> None:
     """
-    Write one HTML file.
+    Write one HTML file of what was run and found, with the pictures of `folder`.
 
-    Parameters
-    ----------
-    path
-        Where.
-    folder
-        Of the benchmark's pictures.
-    protocol, tables, result
-        What was run and found.
-    main
-        Fold, outputs and true types of the model in question; the last fold's test cells are drawn as a UMAP.
-    overwrite
-        Replace an existing file.
+    `main` holds fold, outputs and true types of the model in question; the last fold's test cells are drawn as a UMAP.
     """
     pictures = {text: folder / name for name, text in CAPTIONS.items() if (folder / name).is_file()}
     fold, outputs, true = main[-1]

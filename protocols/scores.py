@@ -25,16 +25,7 @@ from .methods import Method, Outputs
 
 def fold_scores(method: Method, outputs: Outputs, fold: Fold, true: np.ndarray) -> dict[str, Any]:
     """
-    One row of results.
-
-    Parameters
-    ----------
-    method, outputs
-        Who, and what it said of the test cells.
-    fold
-        Of the test cells.
-    true
-        Their types, [test cells].
+    One row of results: what a method said of a fold's test cells, whose types are `true`.
 
     Returns
     -------

@@ -30,6 +30,7 @@ class CellDataset(Dataset):
 
     Examples
     --------
+    >>> import scipy.sparse as sp
     >>> cells = CellDataset(sp.csr_matrix(np.array([[0, 2, 1], [3, 0, 0]], dtype=np.int8)), labels=[1, 0])
     >>> batch = cells.__getitems__([3, 0])
     >>> batch["bins"].toarray().tolist(), batch["labels"].tolist(), batch["indices"].tolist()
@@ -66,6 +67,7 @@ class DataCollatorForCells:
     Examples
     --------
     >>> from scbert import ScBertTokenizer
+    >>> import scipy.sparse as sp
     >>> cells = CellDataset(sp.csr_matrix(np.array([[0, 2], [3, 1]], dtype=np.int8)), labels=[1, 0])
     >>> collator = DataCollatorForCells(ScBertTokenizer(gene_panel=["CD3E", "MS4A1"]))
     >>> collator(cells.__getitems__([0, 1]))["input_ids"]
@@ -102,6 +104,7 @@ class DataCollatorForMaskedExpression:
     Examples
     --------
     >>> from scbert import ScBertTokenizer
+    >>> import scipy.sparse as sp
     >>> cells = CellDataset(sp.csr_matrix(np.array([[0, 2], [3, 1]], dtype=np.int8)))
     >>> collator = DataCollatorForMaskedExpression(ScBertTokenizer(gene_panel=["CD3E", "MS4A1"]))
     >>> (collator(cells.__getitems__([0, 1]))["labels"] != -100).sum(dim=1)

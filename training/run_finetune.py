@@ -39,6 +39,7 @@ from .initial_model import (
 )
 from .run_folder import finish, run_folder
 from .run_summary import TunedModel, calibrated, draw_figures, score_baseline, score_splits, summarise
+from .run_words import log_summary
 from .settings import parse, parse_command_line
 from .solved_head import solve_classifier
 
@@ -150,6 +151,7 @@ def train_and_save(
             summary = summarise(settings, data, tuned, training, scores, baseline, seconds)
             draw_figures(folder, summary)
             finish(folder, training.output_dir, tuned.model, data.tokenizer, weights, summary)
+            log_summary(summary, data_arguments.output)
     return summary
 
 

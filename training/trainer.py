@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..modeling_scbert.workload_scbert import expect_work
 from ..trained_model.model_folder import quiet_transformers
 from .callbacks import (
     CompleteCheckpoints,
@@ -46,6 +47,8 @@ class CellTrainer(Trainer):
         ours = [CompleteCheckpoints(), StopOnDivergence(), self.progress]
         super().__init__(callbacks=[*ours, *callbacks], **options)
         self.sampler = sampler
+        # tokens, once known
+        self.work_ahead = None
         if sampler is not None:
             self.add_callback(SetEpochCallback(sampler))
         for theirs in (ProgressCallback, PrinterCallback):
@@ -53,6 +56,14 @@ class CellTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         return self.sampler or super()._get_train_sampler(train_dataset)
+
+    def training_step(self, model, inputs, *args, **options):
+        if self.work_ahead is None:
+            # a first batch stands for those to come
+            steps = (self.state.max_steps - self.state.global_step) * self.args.gradient_accumulation_steps
+            self.work_ahead = steps * inputs["input_ids"].numel()
+            expect_work(self.model.config, self.work_ahead, training=True)
+        return super().training_step(model, inputs, *args, **options)
 
     def run(self, checkpoint: Path | None = None) -> None:
         """Train to the end, from a checkpoint if there is one; SIGTERM has one written."""

@@ -32,17 +32,10 @@ def result():
     return {"device": "CPU", "torch": "2", "dtype": "float32", "rows": rows}
 
 
-def test_the_page_holds_what_was_measured(result, tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{encoder_report.BEGIN}\nold\n{encoder_report.END}\nafter\n")
-    encoder_report.write_page(result, page)
-    text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+def test_memory_and_time_by_length_and_depth(result):
+    text = encoder_report.markdown(result)
     assert "| 1,000 | 0.50 | 0.50 | 0.50 | not run, needs 45 |" in text
     assert "| favor, reversible | 0.50 | 0.50 | 1.0 | 1.0 |" in text
-    page.write_text("no markers")
-    with pytest.raises(SystemExit, match="markers"):
-        encoder_report.write_page(result, page)
 
 
 def test_all_kinds_of_batches_have_the_same_loss(adata):

@@ -38,17 +38,16 @@ def test_missing_column_shows_the_others():
         find_labels(pd.DataFrame({"type": ["B"]}), "cell_type")
 
 
-def test_rare_classes_are_set_aside():
+def test_small_classes_are_learnt_and_reported():
     classes, report = choose_classes(["B"] * 3 + ["T"] * 4 + ["Mast"] * 2 + [None], "type")
-    assert classes == ["B", "T"]
-    assert report == {"unlabelled": 1, "rare_classes": {"Mast": 2}}
+    assert classes == ["B", "Mast", "T"]
+    assert report == {"unlabelled": 1, "small_classes": {"Mast": 2}}
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
         (["B"] * 9, "only 'B'"),
-        (["B"] * 9 + ["T", "NK"], "NK, T have fewer"),
         ([None] * 4, "4 of 4 cells have no label"),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 
 from scbert.commands.cli import main
 from scbert.tokenization import InputError
+from scbert.trained_model import loaded_model
 from scbert.trained_model.loaded_model import load_model
 from scbert.training.finetune_arguments import FINETUNE
 from scbert.training.settings import device_settings, parse
@@ -52,3 +53,9 @@ def test_training_takes_the_same_two_options():
     assert training.device.type == "cpu" and training.bf16
     assert not parse(FINETUNE, given | {"dtype": "float32"})[-1].bf16
     assert parse(FINETUNE, given | {"device": None, "dtype": "bfloat16"})[-1].bf16
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_gpus_that_emulate_bfloat16_compute_in_float32(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert loaded_model._pick_dtype(torch.device("cuda"), "auto") == dtype

@@ -12,7 +12,7 @@ METRICS = {
     "test_accuracy": 0.9375,
     "cells": {"train": 80, "validation": 20, "test": 16},
     "classes": LABELS,
-    "data": {"unlabelled": 7, "rare_classes": {"platelet": 2}},
+    "data": {"unlabelled": 7, "small_classes": {"platelet": 2}},
     "model": {"parameters": 12345},
     "validation": {"cells": 20, **SCORES},
     "test": {

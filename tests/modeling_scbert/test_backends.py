@@ -104,7 +104,7 @@ def test_a_reason_is_said_once(caplog):
 class FailingKernels:
     """Stands in for favor_triton_scbert on any device; fails as it is told, in the forward or the backward."""
 
-    LAUNCH_ERRORS = (ZeroDivisionError,)
+    FATAL_ERRORS, LAUNCH_ERRORS = (torch.OutOfMemoryError,), (RuntimeError, ZeroDivisionError)
 
     def __init__(self, forward=None, backward=None):
         self.errors, self.calls = {"forward": forward, "backward": backward}, []
@@ -194,7 +194,7 @@ def test_without_the_package_a_checkpoint_s_code_goes_on_in_chunks(monkeypatch):
     monkeypatch.setattr(favor_engine_scbert, "from_package", lambda name: None)
     tensors, projection = inputs()
     assert select(FAVOR, tensors[0], tensors[2], projection) == "chunked"
-    with favor_backend("triton"), pytest.raises(ValueError, match="not installed"):
+    with favor_backend("triton"), pytest.raises(ValueError, match="not both installed"):
         favor_attention(*tensors, projection)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from scbert.modeling_scbert import ScBertConfig, ScBertForCellClassification
-from scbert.modeling_scbert.embeddings_scbert import expression_direction
+from scbert.modeling_scbert.embeddings_scbert import arc_radius, expression_plane
 from scbert.training.initial_model import start_head
 
 N_BINS = 18
@@ -19,26 +19,29 @@ def build(**settings) -> ScBertForCellClassification:
     )
 
 
-def test_bins_lie_on_a_line_in_their_order():
-    embeddings = build(ordinal_expression=True).scbert.embeddings
-    bins = embeddings.expression_embeddings.weight[:-1]
-    assert torch.linalg.matrix_rank(bins) == 1
-    torch.testing.assert_close(bins.diff(dim=0), bins[1:2].expand(N_BINS, -1))
-    along = embeddings.gene_embeddings.weight @ expression_direction(build().config)
-    torch.testing.assert_close(along, torch.zeros_like(along), atol=1e-6, rtol=0)
+def test_bins_lie_on_an_arc_in_their_order():
+    model = build(ordinal_expression=True)
+    embeddings = model.scbert.embeddings
+    bins, genes = embeddings.expression_embeddings.weight[:-1], embeddings.gene_embeddings.weight
+    plane = expression_plane(model.config)
+    torch.testing.assert_close(plane @ plane.T, torch.eye(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(bins.norm(dim=1), torch.full((N_BINS + 1,), arc_radius(model.config)))
+    torch.testing.assert_close((bins @ plane[0]).diff(), (bins @ plane[0])[1].expand(N_BINS))
+    # genes are of one length too, but for the trailing token, and lie across the arc
+    torch.testing.assert_close(genes[:-1].norm(dim=1), torch.full((N_BINS + 1,), arc_radius(model.config)))
+    torch.testing.assert_close(genes @ plane.T, torch.zeros(N_BINS + 2, 2), atol=1e-6, rtol=0)
 
 
-def test_a_new_head_reads_expression():
+def test_a_new_head_reads_the_bins():
     model = build(ordinal_expression=True)
     start_head(model)
     genes = torch.arange(N_BINS + 2)
     levels = torch.arange(N_BINS + 1)
     # every gene at every bin: [bins, genes]
     read = model.classifier.pool(model.scbert(levels[:, None].expand(-1, len(genes))).last_hidden_state)
-    rises = read[:, :-1].diff(dim=0)
-    assert (rises > 0).all()
-    # one gene is heard as another is, within what a random gene's length varies
-    assert (read[-1, :-1].std() / read[-1, :-1].mean()) < 0.15
+    torch.testing.assert_close(
+        read[:, :-1], levels[:, None].expand(-1, N_BINS + 1).float(), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_loaded_weights_stay(tmp_path):

@@ -208,18 +208,6 @@ def test_the_command(cells_file, tmp_path, capsys):
     assert "There is no protocol 'nonsense'" in capsys.readouterr().err
 
 
-def test_averaging_over_draws_changes_little(labelled, recipe, tmp_path):
-    fold = PROTOCOLS["cross-validation"](labelled, ProtocolOptions(n_folds=3))[0]
-    one, several = (
-        scbert("scBERT", {"recipe": str(recipe), "draws": n}, tmp_path / "w")
-        .run(labelled, fold, 0)
-        .probabilities
-        for n in (1, 3)
-    )
-    np.testing.assert_allclose(several.sum(axis=1), 1, rtol=1e-6)
-    assert 0 < np.abs(several - one).max() < 0.5
-
-
 @pytest.mark.slow
 def test_the_report_holds_tables_and_pictures(cells_file, recipe, tmp_path):
     options = {"recipe": str(recipe), "baselines": "majority", "folds": 2, "report": tmp_path / "r.html"}

@@ -92,7 +92,7 @@ def test_the_test_split_is_read_once_and_after_training(tune, monkeypatch):
     monkeypatch.setattr(CellTrainer, "predict", count)
     monkeypatch.setattr(CellTrainer, "evaluate", count_evaluate)
     tune()
-    assert sizes == [("evaluate", 12)] * 3 + [("predict", 12), ("predict", 24)]
+    assert sizes == [("evaluate", 12)] * 3 + [("predict", 12), ("predict", 12), ("predict", 24)]
 
 
 def test_equal_seeds_give_equal_weights(tune):

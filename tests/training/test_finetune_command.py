@@ -86,18 +86,19 @@ def test_no_labels_at_all(command, adata, tmp_path):
 
 
 def test_labels_that_are_kept_as_they_are(command, adata, tmp_path):
-    """Slashes, unicode, very long names and whole numbers; missing, reserved and rare ones left out."""
+    """Slashes, unicode, very long names, whole numbers and a class of one cell; missing and reserved ones left out."""
     names = ["CD8+/CD45RA+ T", "单核细胞 🧬", "B" * 300, "7"]
     labels = [names[i % 4] for i in range(115)] + [None, "unassigned", "", "once", "unassigned"]
     code, out, _ = command("--json", **relabelled(adata, tmp_path, labels))
     assert code == 0
     summary = json.loads(out)
-    assert summary["classes"] == sorted(names)
-    assert summary["data"]["rare_classes"] == {"once": 1}
+    names = sorted([*names, "once"])
+    assert summary["classes"] == names
+    assert summary["data"]["small_classes"] == {"once": 1}
     assert summary["data"]["unlabelled"] == 4
-    assert sum(summary["cells"].values()) == 115
+    assert sum(summary["cells"].values()) == 116
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert list(config["id2label"].values()) == sorted(names)
+    assert list(config["id2label"].values()) == names
 
 
 def test_numeric_classes(command, adata, tmp_path):
@@ -164,7 +165,7 @@ def test_an_output_that_is_not_writable(command, tmp_path):
 
 
 def test_settings_that_do_not_exist(command, tmp_path):
-    refused(command("--recipe", "smal"), tmp_path, "no recipe 'smal'", "small")
+    refused(command("--recipe", "smal"), tmp_path, "no recipe 'smal'", "default")
     (tmp_path / "odd.json").write_text('{"training": {"learningrate": 1}, "model": {}}')
     refused(command("--recipe", tmp_path / "odd.json"), tmp_path, "learningrate")
     (tmp_path / "odd.json").write_text('{"model": {"hidden_size": -3}}')

@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, Trainer
 
 from scbert import ScBertConfig, ScBertModel
 from scbert.tokenization import InputError
-from scbert.training import pretrain_trainer
+from scbert.training import pretrain_trainer, trainer
 from scbert.training.callbacks import RedrawFeaturesCallback
 from scbert.training.gene2vec import GeneVectors, save_gene_vectors
 from scbert.training.run_pretrain import pretrain
@@ -54,6 +54,17 @@ def corpus(tmp_path_factory):
 def trained(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained") / "model"
     return folder, pretrain(corpus, folder, epochs=3, validation_fraction=0.2, logging_steps=1, **QUICK)
+
+
+def test_the_first_batch_says_how_much_work_is_ahead(corpus, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        trainer, "expect_work", lambda config, tokens, training: said.append((tokens, training))
+    )
+    pretrain(corpus, tmp_path / "model", epochs=3, validation_fraction=0.5, **QUICK)
+    # 24 cells three times, of so many expressed genes as the longest of the first batch
+    [(tokens, training)] = said
+    assert training and tokens % (3 * 24) == 0 and 20 < tokens // (3 * 24) <= 61
 
 
 def losses(summary):

@@ -1,0 +1,247 @@
+"""The studies that the default recipe is measured on, in two halves, and the tasks made of them; see evidence.py."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import numpy as np
+import scipy.sparse as sp
+
+MAX_CELLS, MAX_FEW_SHOT_TESTS, SHOTS, DRAWS = 4000, 2000, (1, 2, 5, 10), 5
+NO_LABEL = ("unassigned", "nan", "Unknown")
+
+
+@dataclass
+class Study:
+    """Counts, labels and, where something tells batches apart, their names."""
+
+    name: str
+    matrix: sp.csr_matrix
+    genes: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray | None
+
+
+@dataclass
+class Task:
+    """Cells to learn from and cells to be asked for."""
+
+    name: str
+    matrix: sp.csr_matrix
+    labels: np.ndarray
+    test: sp.csr_matrix
+    true: np.ndarray
+
+
+def quarters_of_donors(obs) -> np.ndarray:
+    """Donors in four groups, by a fixed draw."""
+    donors = obs["donor"].astype(str).to_numpy()
+    names = np.unique(donors)
+    drawn = np.random.default_rng(0).permutation(len(names))
+    return np.array([str(drawn[np.searchsorted(names, donor)] % 4) for donor in donors])
+
+
+def last_letter_of_batch(obs) -> np.ndarray:
+    return np.array([batch[-1] for batch in obs["batch"].astype(str)])
+
+
+# file, column of labels, what a group is
+CHOOSE = (
+    ("pbmc3k_10x", "cell_type", None),
+    ("zheng_facs_pbmc", "cell_type", None),
+    ("scmixology_celseq_dropseq", "cell_type", "dataset"),
+    ("fetal_cortex_camp", "cell_type", None),
+    ("pbmc_onek1k_40donors", "cell_type", quarters_of_donors),
+    ("tcells_treg_tconv", "cell_type", "condition"),
+    ("tissue_aj064_800", "cell_type", None),
+    ("pancreas_beta_ductal_3batches", "cell_type", "batch"),
+)
+REPORT = (
+    ("breast_tnbc_wu_cid4465", "cell_type", None),
+    ("breast_tnbc_wu_cid4465", "cell_type_minor", None),
+    ("oligodendroglioma_smartseq2", "cell_type", None),
+    ("ipsc_cardiac_timecourse", "cell_type", None),
+    ("brain_allen_acc_v1", "cell_type", "donor"),
+    ("pbmc_child_sle_subsets", "cell_subtype", "condition"),
+    ("celllines_hashed_4", "cell_type", last_letter_of_batch),
+    ("marrow_blood_triana_250", "cell_type", "batch"),
+    ("embryo_yan_counts", "cell_type", None),
+    ("pbmc_symphony_2protocols", "cell_type", "batch"),
+)
+# names of two cohorts' types brought to common ones; types of one cohort only are left out
+ZHENG = {
+    "CD19+ B": "B",
+    "CD56+ NK": "NK",
+    "CD14+ Monocyte": "Mono",
+    **dict.fromkeys(
+        (
+            "CD8+ Cytotoxic T",
+            "CD4+ T Helper2",
+            "CD4+/CD45RO+ Memory",
+            "CD8+/CD45RA+ Naive Cytotoxic",
+            "CD4+/CD25 T Reg",
+            "CD4+/CD45RA+/CD25- Naive T",
+        ),
+        "T",
+    ),
+}
+PBMC3K_COARSE = {
+    "Naive CD4 T": "T",
+    "Memory CD4 T": "T",
+    "CD8 T": "T",
+    "CD14+ Mono": "Mono",
+    "FCGR3A+ Mono": "Mono",
+    "B": "B",
+    "NK": "NK",
+}
+SYMPHONY = {
+    "T_CD4": "CD4",
+    "T_CD8": "CD8",
+    "Mono_CD14": "Mono14",
+    "Mono_CD16": "Mono16",
+    "B": "B",
+    "NK": "NK",
+    "DC": "DC",
+    "MK": "MK",
+}
+PBMC3K_FINE = {
+    "Naive CD4 T": "CD4",
+    "Memory CD4 T": "CD4",
+    "CD8 T": "CD8",
+    "CD14+ Mono": "Mono14",
+    "FCGR3A+ Mono": "Mono16",
+    "B": "B",
+    "NK": "NK",
+    "DC": "DC",
+    "Platelet": "MK",
+}
+CROSS = {
+    "choose": (
+        ("pbmc3k>zheng", "pbmc3k_10x", PBMC3K_COARSE, "zheng_facs_pbmc", ZHENG),
+        ("zheng>pbmc3k", "zheng_facs_pbmc", ZHENG, "pbmc3k_10x", PBMC3K_COARSE),
+    ),
+    "report": (
+        ("symphony>pbmc3k", "pbmc_symphony_2protocols", SYMPHONY, "pbmc3k_10x", PBMC3K_FINE),
+        ("pbmc3k>symphony", "pbmc3k_10x", PBMC3K_FINE, "pbmc_symphony_2protocols", SYMPHONY),
+    ),
+}
+HALVES = {"choose": CHOOSE, "report": REPORT}
+
+
+def read_study(folder: Path, file: str, label_key: str, group) -> Study:
+    """Labelled cells of a file."""
+    cells = anndata.read_h5ad(folder / f"{file}.h5ad")
+    labels = cells.obs[label_key].astype(str).to_numpy()
+    cells, labels = cells[~np.isin(labels, NO_LABEL)], labels[~np.isin(labels, NO_LABEL)]
+    groups = None
+    if group is not None:
+        groups = group(cells.obs) if callable(group) else cells.obs[group].astype(str).to_numpy()
+    name = file if label_key == "cell_type" else f"{file}.{label_key}"
+    return Study(name, sp.csr_matrix(cells.X, dtype=np.float32), np.array(cells.var_names), labels, groups)
+
+
+def folds_of(labels: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
+    """A fold for every cell, every class spread over them."""
+    rng, folds = np.random.default_rng(seed), np.zeros(len(labels), int)
+    for place, name in enumerate(np.unique(labels)):
+        cells = rng.permutation(np.flatnonzero(labels == name))
+        folds[cells] = (np.arange(len(cells)) + place) % n_folds
+    return folds
+
+
+def cross_validation(study: Study) -> Iterator[Task]:
+    """Five folds of at most `MAX_CELLS`."""
+    cells = np.arange(len(study.labels))
+    if len(cells) > MAX_CELLS:
+        cells = np.random.default_rng(0).permutation(cells)[:MAX_CELLS]
+    matrix, labels = study.matrix[cells], study.labels[cells]
+    folds = folds_of(labels, 5, 0)
+    for fold in range(5):
+        train = folds != fold
+        test = ~train & np.isin(labels, labels[train])
+        yield Task(f"{study.name}|cv5|{fold}", matrix[train], labels[train], matrix[test], labels[test])
+
+
+def left_out_groups(study: Study) -> Iterator[Task]:
+    """Each batch, donor or condition in turn, where at least 20 cells of two known types are in it."""
+    if study.groups is None:
+        return
+    for group in np.unique(study.groups):
+        train = study.groups != group
+        test = ~train & np.isin(study.labels, study.labels[train])
+        types = [len(np.unique(study.labels[part])) for part in (train, test)]
+        if test.sum() < 20 or min(types) < 2:
+            continue
+        cells = np.flatnonzero(train)
+        if len(cells) > MAX_CELLS:
+            cells = np.random.default_rng(0).permutation(cells)[:MAX_CELLS]
+        yield Task(
+            f"{study.name}|group|{group}",
+            study.matrix[cells],
+            study.labels[cells],
+            study.matrix[test],
+            study.labels[test],
+        )
+
+
+def few_shot(study: Study) -> Iterator[Task]:
+    """So many cells a type, the same test cells for all; of a type with few cells all but one."""
+    types = np.unique(study.labels)
+    for draw in range(DRAWS):
+        rng = np.random.default_rng(100 + draw)
+        order = {name: rng.permutation(np.flatnonzero(study.labels == name)) for name in types}
+        test = np.concatenate([order[name][min(10, len(order[name]) - 1) :] for name in types])
+        if len(test) > MAX_FEW_SHOT_TESTS:
+            test = np.random.default_rng(1).permutation(test)[:MAX_FEW_SHOT_TESTS]
+        for shot in SHOTS:
+            train = np.concatenate([order[name][: min(shot, max(1, len(order[name]) - 1))] for name in types])
+            yield Task(
+                f"{study.name}|few{shot}|{draw}",
+                study.matrix[train],
+                study.labels[train],
+                study.matrix[test],
+                study.labels[test],
+            )
+
+
+def cross_cohort(folder: Path, half: str) -> Iterator[Task]:
+    """From one cohort to another, on the genes of the first."""
+    for name, first, first_names, second, second_names in CROSS[half]:
+        parts = []
+        for file, names in ((first, first_names), (second, second_names)):
+            cells = anndata.read_h5ad(folder / f"{file}.h5ad")
+            labels = np.array([names.get(label, "") for label in cells.obs["cell_type"].astype(str)])
+            parts.append((sp.csr_matrix(cells.X, dtype=np.float32), np.array(cells.var_names), labels))
+        (matrix, genes, labels), (others, other_genes, true) = parts
+        shared = sorted((set(labels) & set(true)) - {""})
+        kept, asked = np.isin(labels, shared), np.isin(true, shared)
+        yield Task(
+            f"{name}|cross|0",
+            matrix[kept],
+            labels[kept],
+            on_genes(others[asked], other_genes, genes),
+            true[asked],
+        )
+
+
+def on_genes(matrix: sp.csr_matrix, genes: np.ndarray, wanted: np.ndarray) -> sp.csr_matrix:
+    """Columns in another order, zero where a gene was not measured."""
+    place = {gene: number for number, gene in enumerate(genes)}
+    columns = np.array([place.get(gene, matrix.shape[1]) for gene in wanted])
+    none = sp.csc_matrix((matrix.shape[0], 1), dtype=matrix.dtype)
+    return sp.hstack([matrix.tocsc(), none], format="csc")[:, columns].tocsr()
+
+
+PROTOCOLS = {"cv5": cross_validation, "group": left_out_groups, "few": few_shot}
+
+
+def tasks(folder: Path, half: str, protocols: list[str]) -> Iterator[Task]:
+    """All tasks of a half, study by study."""
+    for study in HALVES[half]:
+        cells = read_study(folder, *study)
+        for name in protocols:
+            if name in PROTOCOLS:
+                yield from PROTOCOLS[name](cells)
+    if "cross" in protocols:
+        yield from cross_cohort(folder, half)
