@@ -25,7 +25,7 @@ from .published_layer_scbert import WEIGHTS, what_was_added
 # tokens that are computed at once: enough to fill a GPU, few enough to spare its memory
 GROUP_TOKENS = 1 << 16
 # hidden sizes beyond this do not fit the feed-forward kernels
-MAX_HIDDEN = 224
+MAX_HIDDEN = 208
 # of the output and gradients of the block that is tried, relative to their largest entry; bfloat16 explains a tenth
 MAX_ERROR = 0.1
 

@@ -52,7 +52,7 @@ class CudaSteps:
             "PIECES": _pieces(self.hidden),
             "INNER": len(self.w1),
             "BLOCK_N": 128 if wide else 64,
-            "BLOCK_I": 64 if wide and self.hidden <= 208 else 32,
+            "BLOCK_I": 64 if wide else 32,
             "STAGES": 2,
             "PRECISION": "tf32x3" if device.type == "cuda" else "ieee",
             "num_warps": 8,
