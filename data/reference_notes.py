@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -11,9 +11,7 @@ import pandas as pd
 from .labels import UNASSIGNED
 
 
-def label_notes(
-    column: pd.Series, labels: np.ndarray, rare_classes: Mapping[str, int] | None = None
-) -> list[str]:
+def label_notes(column: pd.Series, labels: np.ndarray) -> list[str]:
     """
     Sentences on cells whose labels are not learnt from.
 
@@ -23,8 +21,6 @@ def label_notes(
         The column of obs as it stands in the file, [cells].
     labels
         The same as `find_labels` reads it: None where a cell has no label, [cells].
-    rare_classes
-        Classes left out for want of cells, and how many they have.
 
     Returns
     -------
@@ -34,11 +30,10 @@ def label_notes(
     Examples
     --------
     >>> column = pd.Series(["B", None, "unassigned", "Mast"], name="type")
-    >>> for note in label_notes(column, np.array(["B", None, None, "Mast"], dtype=object), {"Mast": 1}):
+    >>> for note in label_notes(column, np.array(["B", None, None, "Mast"], dtype=object)):
     ...     print(note)
     1 of 4 cells have no label in 'type' (missing or empty): left out.
     1 of 4 cells are called 'unassigned' in 'type', the word for cells without a type: they are left out.
-    Classes of too few cells are left out: Mast (1).
     """
     gone = np.array([label is None for label in labels], dtype=bool)
     reserved = gone & (column.astype(str).str.strip().str.lower() == UNASSIGNED).to_numpy()
@@ -53,9 +48,6 @@ def label_notes(
             f"{n_reserved:,} of {n_cells:,} cells are called {UNASSIGNED!r} in {column.name!r}, the word for cells "
             "without a type: they are left out."
         )
-    if rare_classes:
-        listed = ", ".join(f"{name} ({cells})" for name, cells in rare_classes.items())
-        notes.append(f"Classes of too few cells are left out: {listed}.")
     return notes
 
 

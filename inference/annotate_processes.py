@@ -263,8 +263,8 @@ def main(annotate_file: Any, arguments: list[str] | None = None) -> int:
         prog="scbert.inference.annotate_cells", description="See scbert annotate --help."
     )
     parser.add_argument("query")
-    for name in ("model", "output"):
-        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--model", help="the annotator that ships without it")
     for name, kind in (("threshold", float), ("batch-size", int)):
         parser.add_argument(f"--{name}", type=kind)
     for name in ("majority-vote", "layer", "gene-table", "dtype", "device"):

@@ -39,9 +39,9 @@ def embed(
     Unexpressed genes are left out of the mean: there are ten times more of them, and they would drown a cell in
     what all cells share. A cell without any expressed gene gets the trailing token's vector.
 
-    Good for looking at what a model sees, and as features of a classifier. For neighbours, clusters and UMAP the
-    principal components of the expression keep types better apart: of a cell's nearest neighbours fewer share its type
-    in ``X_scbert`` than in ``X_pca``.
+    A fine-tuned model that makes cell vectors gives those: what it keeps of a cell to tell its types apart. To explore
+    cells without a model's opinion, take the principal components of the expression: they keep types apart that a
+    model was not taught.
 
     Parameters
     ----------

@@ -84,15 +84,19 @@ def doubts(alignment: GeneAlignment, labels: pd.Categorical | np.ndarray, names:
             f"in the query; the others count as unexpressed. Annotations from so few genes are uncertain: give all "
             f"genes that were measured, or fine-tune a model on a reference with these genes."
         )
-    share = {name: float(np.mean(labels == name)) if len(labels) else 0.0 for name in (UNASSIGNED, NO_TYPE)}
-    if share[UNASSIGNED] > MOST_CELLS:
+    labels = np.asarray(labels, dtype=object)
+    unassigned, other = (
+        float(np.mean(labels == name)) if len(labels) else 0.0 for name in (UNASSIGNED, NO_TYPE)
+    )
+    if unassigned > MOST_CELLS:
         found.append(
-            f"{share[UNASSIGNED]:.0%} of the cells are unassigned. Perhaps they are none of the types the model knows "
+            f"{unassigned:.0%} of the cells are unassigned. Perhaps they are none of the types the model knows "
             f"({', '.join(names)}), or their values are not what they were taken for (input='counts' or 'log1p')."
         )
-    if share[NO_TYPE] > MOST_CELLS:
+    elif unassigned + other > MOST_CELLS:
         found.append(
-            f"{share[NO_TYPE]:.0%} of the cells are {NO_TYPE!r}: the model knows blood, and this looks like another "
-            "tissue. Fine-tune a model on a reference of that tissue."
+            f"{other:.0%} of the cells are {NO_TYPE!r} and {unassigned:.0%} unassigned: the model knows blood, and "
+            "this looks like another tissue, so do not trust the other cells' types either. Fine-tune a model on a "
+            "reference of that tissue."
         )
     return found

@@ -79,8 +79,8 @@ def explain(
     >>> import scanpy, scbert
     >>> adata = scanpy.datasets.pbmc68k_reduced().raw.to_adata()  # 765 genes: few for the annotator that ships
     >>> genes = scbert.explain(adata, input="log1p", force=True, cells_per_type=2, n_steps=4)
-    >>> list(genes[genes["cell_type"] == "B cell"]["gene"][:3])
-    ['CD79A', 'HLA-DRA', 'CD74']
+    >>> "CD79A" in set(genes[genes["cell_type"] == "B cell"]["gene"])
+    True
     """
     loaded = load_model(model_or_shipped(model), "annotation")
     adata = read_cells(cells, layer=layer)

@@ -1,4 +1,4 @@
-"""Commands that the documentation names exist, with their options; it shows the examples rather than copies."""
+"""Commands that the documentation names exist, with their options; its links lead somewhere."""
 
 import re
 import shlex

@@ -13,6 +13,7 @@ import scipy.io
 import scipy.sparse as sp
 
 from scbert.inference import annotate, annotate_file
+from scbert.tokenization import InputError
 
 
 def probabilities(path):
@@ -157,3 +158,16 @@ def _large_file(path, cells, panel, place, per_cell=2000):
                 dataset[start * per_cell : (start + 1000) * per_cell] = np.tile(block, 1000)
         group["indptr"][...] = np.arange(cells + 1) * per_cell
     return path
+
+
+def test_labels_as_csv(query, model_dir, tmp_path):
+    annotate_file(query, model_dir, tmp_path / "whole.h5ad", progress=False)
+    annotate_file(query, model_dir, tmp_path / "labels.csv", progress=False)
+    whole, labels = (
+        anndata.read_h5ad(tmp_path / "whole.h5ad"),
+        pd.read_csv(tmp_path / "labels.csv", index_col="cell"),
+    )
+    assert list(labels.index) == list(whole.obs_names)
+    assert list(labels["scbert_cell_type"]) == list(whole.obs["scbert_cell_type"])
+    with pytest.raises(InputError, match=r"must be named \.h5ad or \.csv"):
+        annotate_file(query, model_dir, tmp_path / "labels.txt", progress=False)

@@ -1,5 +1,7 @@
 """Annotating without naming a model: the annotator that ships introduces itself, and says when not to be believed."""
 
+import csv
+import gzip
 import json
 
 import anndata
@@ -8,6 +10,7 @@ import pandas as pd
 import pytest
 
 from scbert.commands.cli import main
+from scbert.data.read_gene_table import ENSEMBL_IDS
 from scbert.inference import annotate, shipped
 from scbert.inference.shipped import SHIPPED, doubts, introduction, model_or_shipped
 from scbert.tokenization import InputError, align_genes, read_gene_panel
@@ -54,6 +57,24 @@ def test_doubts_are_rare():
     alignment = align_genes(["A", "B", "C"], ["A", "B", "C", "D"])
     assert doubts(alignment, np.array(["T", "T", "unassigned"]), ["T"]) == []
     assert len(doubts(align_genes(["A"], ["A", "B"]), np.array(["unassigned"]), ["T"])) == 2
+
+
+def test_another_tissue_is_suspected():
+    alignment = align_genes(["A"], ["A"])
+    (said,) = doubts(alignment, np.array(["not a blood cell", "unassigned", "T"]), ["T", "not a blood cell"])
+    assert "looks like another tissue" in said and said.startswith("33%")
+
+
+def test_ensembl_ids_are_mapped_by_the_table_that_ships(blood, caplog):
+    symbols = annotate(blood, progress=False)
+    with gzip.open(ENSEMBL_IDS, "rt") as table:
+        ids = {row["symbol"]: row["ensembl_id"] for row in csv.DictReader(table)}
+    blood.var_names = [ids.get(name, f"ENSG{99999000000 + i}") for i, name in enumerate(blood.var_names)]
+    with caplog.at_level("INFO"):
+        annotated = annotate(blood, progress=False)
+    assert "By the table of Ensembl ids that ships" in caplog.text
+    assert annotated.uns["scbert"]["gene_overlap"]["share"] > 0.8
+    assert list(annotated.obs["scbert_cell_type"][6:]) == list(symbols.obs["scbert_cell_type"][6:])
 
 
 def test_an_installation_without_it(tmp_path, monkeypatch):
