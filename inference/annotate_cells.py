@@ -275,7 +275,7 @@ def _predict_all(
     with progress_bar(query.n_cells, "Annotating", progress) as bar:
         for start, bins in query.chunks():
             cells = slice(start, start + bins.shape[0])
-            probabilities[cells], _ = predict_probabilities(loaded, bins, batch_size, on_batch=bar.update)
+            probabilities[cells] = predict_probabilities(loaded, bins, batch_size, on_batch=bar.update)
     return probabilities
 
 

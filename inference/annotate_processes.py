@@ -228,7 +228,7 @@ def write_shards(
             stop = min(start + run.shard_cells, matrix.shape[0])
             rows = as_csr(matrix[start:stop])
             bins = sp.csr_matrix(loaded.tokenizer.bin_rows(rows, alignment, kind, scale is not None))
-            probabilities, _ = predict_probabilities(loaded, bins, run.batch_size)
+            probabilities = predict_probabilities(loaded, bins, run.batch_size)
             with atomic_file(path) as handle:
                 np.savez(handle, probabilities=probabilities)
 

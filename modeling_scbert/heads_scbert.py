@@ -70,7 +70,8 @@ class ScBertNovelty(nn.Module):
 
     Two facts speak of a cell: how much its logits say for any type at all (their log-sum-exp, the negative energy of
     Liu et al. 2020), and how far its vector lies from the center of the nearest type (Mahalanobis distance; Lee et al.
-    2018). No gradient trains these, so they are buffers.
+    2018), in shares of how far it lies from the mean of all cells: cells of another study are farther from everything,
+    and no more novel for that (as Ren et al. 2021 compare with a background). No gradient trains these: buffers.
     """
 
     # log odds of a model that was fitted to nothing: every cell is of a known type
@@ -81,8 +82,9 @@ class ScBertNovelty(nn.Module):
         size = config.cell_vector_size
         self.register_buffer("projection", torch.empty(size, pooled_size))
         self.register_buffer("offset", torch.empty(size))
-        self.register_buffer("centers", torch.empty(config.num_labels, size))
-        # intercept, and what log-sum-exp and log squared distance are multiplied by
+        # of the types, and of all cells
+        self.register_buffer("centers", torch.empty(config.num_labels + 1, size))
+        # intercept, and what negative log-sum-exp and log ratio of squared distances are multiplied by
         self.register_buffer("coefficients", torch.empty(3))
 
     def start_weights(self) -> None:
@@ -99,7 +101,10 @@ class ScBertNovelty(nn.Module):
 
     def forward(self, vectors, logits) -> torch.Tensor:
         """Log odds ``[batch]`` that a cell is of none of the types."""
-        squared = (vectors.unsqueeze(1) - self.centers).square().sum(dim=-1).amin(dim=1)
+        squared = (vectors.unsqueeze(1) - self.centers).square().sum(dim=-1) + 1e-9
         intercept, by_energy, by_distance = self.coefficients
-        energy, distance = -logits.float().logsumexp(dim=-1), (squared + 1e-9).log()
+        energy, distance = (
+            -logits.float().logsumexp(dim=-1),
+            (squared[:, :-1].amin(dim=1) / squared[:, -1]).log(),
+        )
         return intercept + by_energy * energy + by_distance * distance

@@ -124,8 +124,9 @@ class CellTypeAnnotationPipeline(CellPipeline):
     """
     Cell types with scores: per cell a list of ``{"label", "score"}``, the likeliest first.
 
-    ``top_k`` (5 by default, None for all) says how many. A cell that expresses no gene of the model gets
-    ``[{"label": "unassigned", "score": 0.0}]``.
+    ``top_k`` (5 by default, None for all) says how many. Of a cell whose likeliest type is below the ``threshold`` (the
+    model's own by default), the list begins with ``"unassigned"`` and that type's score. A cell that expresses no gene
+    of the model gets ``[{"label": "unassigned", "score": 0.0}]``.
 
     Examples
     --------
@@ -148,15 +149,19 @@ class CellTypeAnnotationPipeline(CellPipeline):
         found = self.model(**inputs).probabilities
         return {"probabilities": found, "expressed": (inputs["input_ids"] > 0).any(dim=1)}
 
-    def postprocess(self, outputs, top_k=5):
+    def postprocess(self, outputs, top_k=5, threshold=None):
         if not outputs["expressed"].item():
             return [{"label": "unassigned", "score": 0.0}]
         config = self.model.config
+        if threshold is None:
+            threshold = 0.5 if config.unassigned_threshold is None else config.unassigned_threshold
         best = outputs["probabilities"][0].topk(min(top_k or config.num_labels, config.num_labels))
-        return [
+        found = [
             {"label": config.id2label[index], "score": score}
             for score, index in zip(best.values.tolist(), best.indices.tolist())
         ]
+        unsure = found[0]["score"] < threshold
+        return [{"label": "unassigned", "score": found[0]["score"]}, *found] if unsure else found
 
 
 class CellEmbeddingPipeline(CellPipeline):

@@ -102,25 +102,15 @@ def predict_probabilities(
     loaded: LoadedModel,
     bins: sp.csr_matrix,
     batch_size: int | None = None,
-    embed: bool = False,
     on_batch: Callable[[int], None] = lambda n_cells: None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """
-    Probabilities [cells, labels] and, if asked for, embeddings [cells, size]; zeros for cells without expression.
-
-    Arguments as in `predict_cells`.
-    """
+) -> np.ndarray:
+    """Probabilities [cells, labels], zeros for cells without expression; arguments as in `predict_cells`."""
     expressed = np.flatnonzero(np.diff(bins.indptr))
     on_batch(bins.shape[0] - len(expressed))
-    outputs = ("probabilities", "embeddings") if embed else ("probabilities",)
-    found = predict_cells(loaded, bins[expressed], outputs, batch_size, on_batch)
     probabilities = np.zeros((bins.shape[0], len(loaded.labels)), dtype=np.float32)
+    found = predict_cells(loaded, bins[expressed], ("probabilities",), batch_size, on_batch)
     probabilities[expressed] = found["probabilities"]
-    if not embed:
-        return probabilities, None
-    embeddings = np.zeros((bins.shape[0], found["embeddings"].shape[1]), dtype=np.float32)
-    embeddings[expressed] = found["embeddings"]
-    return probabilities, embeddings
+    return probabilities
 
 
 def sequence_lengths(tokenizer, bins: sp.csr_matrix) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Labelled cells of a fine-tuning run: read, checked, binned and split."""
 
+import logging
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from anndata import AnnData
 from ..data.labels import choose_classes, find_labels
 from ..data.modalities import feature_modalities
 from ..data.read import read_cells
+from ..data.reference_notes import cell_notes, label_notes
 from ..data.splits import stratified_split
 from ..evaluation.baselines import log_normalize
 from ..tokenization import (
@@ -25,6 +27,8 @@ from ..tokenization import (
 from ..tokenization.expression_scbert import as_csr
 from .finetune_arguments import FinetuneDataArguments
 from .initial_model import new_tokenizer
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
@@ -121,6 +125,8 @@ def load_data(
     """
     reference = read_cells(data.reference if reference is None else reference, layer=data.layer)
     labels = find_labels(reference.obs, data.label_key, data.reference)
+    for note in label_notes(reference.obs[data.label_key], labels):
+        logger.warning(note)
     given = _given_splits(reference, data.test_key)
     if given is not None:
         labels[given == ""] = None
@@ -137,6 +143,9 @@ def load_data(
     _drop_low_gene_cells(assigned, targets, reference, tokenizer, data, report)
     splits, sources = {}, dict.fromkeys(SPLITS, reference)
     bins = tokenizer.bin_cells(reference, input=data.input, layer=data.layer)
+    source = select_matrix(reference, data.layer)[1]
+    for note in cell_notes(gene_names_of(source.var, source.var_names), np.diff(bins.indptr)):
+        logger.warning(note)
     for name in SPLITS:
         cells = np.flatnonzero(assigned == name)
         splits[name] = LabelledCells(bins[cells], targets[cells], cells)

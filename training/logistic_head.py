@@ -34,6 +34,8 @@ DEFAULT_PENALTY = 3.0
 # genes that a scaled fit sees, and axes of them: beyond these, scales are so small that they only cost time
 SCALED_GENES = 4000
 SCALED_RANK = 256
+# of more cells than these, half of the genes: they choose better, and cost more
+MANY_CELLS = 4000
 # the intercept is penalised as the weight of a feature of this size (in root mean squared norms, times the root of the
 # cells a class): of few cells, free intercepts learn which cells happen to be small
 INTERCEPT_SIZE = 0.1
@@ -189,16 +191,19 @@ def _cross_fit(features, targets, n_classes, folds, power, axes, on_fit) -> _Mem
 
 def scaled_axes(features: sp.csr_matrix, targets: np.ndarray, learnt: np.ndarray, power: float) -> Axes:
     """Axes of the cells `learnt` from, bool [cells], on genes scaled by what these cells say of them."""
-    scales = gene_scales(features[learnt], targets[learnt], power)
+    n_genes = SCALED_GENES if learnt.sum() <= MANY_CELLS else SCALED_GENES // 2
+    scales = gene_scales(features[learnt], targets[learnt], power, n_genes)
     kept = np.flatnonzero(scales)
     narrow = features[:, kept].multiply(scales[kept]).tocsr()
     rank = SCALED_RANK if learnt.sum() > SCALED_RANK else None
     return axes_of_cells(narrow, learnt, rank).widened(kept, scales)
 
 
-def gene_scales(features: sp.csr_matrix, targets: np.ndarray, power: float) -> np.ndarray:
+def gene_scales(
+    features: sp.csr_matrix, targets: np.ndarray, power: float, n_genes: int = SCALED_GENES
+) -> np.ndarray:
     """
-    What each gene is multiplied by before a fit, float32 [genes], at most 1; zero below the `SCALED_GENES` largest.
+    What each gene is multiplied by before a fit, float32 [genes], at most 1; zero below the `n_genes` largest.
 
     r is the ratio of mean squares between and within classes, the latter moderated by its median over the genes, so
     that few cells do not make a gene sure by chance (as limma moderates variances, Smyth 2004). Of one cell a class
@@ -221,7 +226,7 @@ def gene_scales(features: sp.csr_matrix, targets: np.ndarray, power: float) -> n
         within = np.maximum(squares - counts @ means**2, 0) / (len(targets) - len(classes))
         between /= within + np.median(within[within > 0]) if (within > 0).any() else 1.0
     scales = between ** (power / 2)
-    scales[np.argsort(-scales, kind="stable")[SCALED_GENES:]] = 0
+    scales[np.argsort(-scales, kind="stable")[n_genes:]] = 0
     largest = scales.max(initial=0)
     return (scales / largest if largest else np.ones_like(scales)).astype(np.float32)
 

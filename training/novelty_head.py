@@ -3,8 +3,9 @@ What tells that a cell is of none of the types learnt: fitted on types that are 
 
 Two facts speak of a cell. How much the logits say for any type at all (log-sum-exp, the negative energy of Liu et al.
 2020); and how far the cell lies from the nearest type in the space of the cell vectors, in units of the scatter within
-types (Mahalanobis; Lee et al. 2018). A logistic regression of the two, on cells of types that a fit was not shown
-beside held-out cells of those that it was, gives the log odds that a cell is of none of them.
+types (Mahalanobis; Lee et al. 2018), against how far it lies from the mean of all cells. A logistic regression of the
+two, on cells of types that a fit was not shown beside held-out cells of those that it was, gives the log odds that a
+cell is of none of them.
 """
 
 import os
@@ -64,6 +65,11 @@ def whitening(vectors: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return (axes / np.sqrt(np.maximum(values, 1e-9 * values.max()))) @ axes.T
 
 
+def all_centers(vectors: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Mean vector of every type that has a cell, in order, and of all cells, [types + 1, size]."""
+    return np.concatenate([type_centers(vectors, targets), vectors.mean(axis=0, keepdims=True)])
+
+
 def type_centers(vectors: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Mean vector of every type that has a cell, in order, [types, size]."""
     _, index, counts = np.unique(targets, return_inverse=True, return_counts=True)
@@ -71,9 +77,16 @@ def type_centers(vectors: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def novelty_facts(logits: np.ndarray, vectors: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Negative log-sum-exp of the logits, and log squared distance to the nearest center, [cells, 2]."""
-    squared = ((vectors[:, None] - centers[None]) ** 2).sum(axis=2).min(axis=1)
-    return np.stack([-logsumexp(logits, axis=1), np.log(squared + 1e-9)], axis=1)
+    """
+    Negative log-sum-exp of the logits, and log ratio of two squared distances, [cells, 2].
+
+    Of the distances, one is to the nearest type and the other to the mean of all cells, the last of the ``centers``:
+    cells of another study lie farther from everything, and are no more novel for that.
+    """
+    squared = ((vectors[:, None] - centers[None]) ** 2).sum(axis=2) + 1e-9
+    return np.stack(
+        [-logsumexp(logits, axis=1), np.log(squared[:, :-1].min(axis=1) / squared[:, -1])], axis=1
+    )
 
 
 def facts_of_held_out(
@@ -103,7 +116,7 @@ def facts_of_held_out(
 def _facts(logits, coordinates, index, learnt, held) -> np.ndarray:
     """Facts of the cells `held`, of which the logits are, by those `learnt`, of which the classes are."""
     vectors, whitener = whitened(coordinates[learnt], index)
-    return novelty_facts(logits, coordinates[held] @ whitener, type_centers(vectors, index))
+    return novelty_facts(logits, coordinates[held] @ whitener, all_centers(vectors, index))
 
 
 def simulate(
@@ -218,8 +231,9 @@ def choose_threshold(
     """
     Confidence below which cells are best left unassigned.
 
-    The one with the largest mean share of novel cells called so, of those that are novel or called so (Yang et al.
-    2022), among those that leave known cells an accuracy of `least_known`, or lose `most_lost` of what there is.
+    Two scores speak (Yang et al. 2022): the accuracy of known cells, and the share of novel cells called so, of those
+    that are novel or called so. Both are means over the types left out; the first counts twice, since most cells of
+    most queries are known, and it may not fall below `least_known`, or below what there is less `most_lost`.
     """
     confidences = [one.confidence * expit(-novelty[0] - one.facts @ novelty[1:]) for one in simulated]
     without = np.mean([one.right[~one.novel].mean() for one in simulated])
@@ -232,5 +246,5 @@ def choose_threshold(
             [(s.novel & c).sum() / max(1, (s.novel | c).sum()) for s, c in zip(simulated, called)]
         )
         if known >= needed:
-            best = max(best, (float(found), float(threshold)))
+            best = max(best, (float(2 * known + found), float(threshold)))
     return round(best[1], 2)

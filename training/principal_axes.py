@@ -14,6 +14,8 @@ RANK = 400
 # beyond so many cells, axes come from the covariance of the most variable genes and not from the cells' inner products
 MAX_CELLS_BY_CELLS = 10_000
 COVARIANCE_GENES = 8000
+# as they do where there are so many times more cells than genes: the covariance is the smaller matrix
+FEW_GENES = 2
 # eigenpairs are found directly where more than one in so many is wanted
 DIRECT_SHARE = 8
 # columns with entries in a larger share of the rows are multiplied dense
@@ -80,7 +82,7 @@ def axes_of_cells(features: sp.csr_matrix, learnt: np.ndarray | None = None, ran
     (3, 1)
     """
     learnt = np.ones(features.shape[0], dtype=bool) if learnt is None else learnt
-    if features.shape[0] > MAX_CELLS_BY_CELLS:
+    if features.shape[0] > min(MAX_CELLS_BY_CELLS, FEW_GENES * features.shape[1]):
         return _axes_by_genes(features, learnt, rank)
     return axes_by_products(inner_products(features), features, learnt, rank)
 

@@ -13,7 +13,7 @@ from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel
 from ..trained_model.prediction import predict
 from .logistic_head import SolvedHead, cross_folds, n_fits, solve_head
-from .novelty_head import choose_threshold, facts_of_held_out, fit_novelty, simulate, type_centers, whitened
+from .novelty_head import all_centers, choose_threshold, facts_of_held_out, fit_novelty, simulate, whitened
 from .principal_axes import Axes, axes_and_products
 
 
@@ -118,8 +118,8 @@ def _fill_cell_vectors(loaded: LoadedModel, axes: Axes, targets: np.ndarray) -> 
     coefficients = np.zeros((size, axes.coordinates.shape[1]))
     coefficients[: len(whitener), : len(whitener)] = whitener.T
     projection, offset = axes.gene_weights(coefficients, np.zeros(size))
-    centers = np.zeros((loaded.model.config.num_labels, size))
-    centers[:, : len(whitener)] = type_centers(vectors, targets)
+    centers = np.zeros((loaded.model.config.num_labels + 1, size))
+    centers[:, : len(whitener)] = all_centers(vectors, targets)
     novelty = loaded.model.classifier.novelty
     _fill(novelty, projection=projection, offset=offset, centers=centers)
 

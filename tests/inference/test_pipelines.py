@@ -20,7 +20,7 @@ def embedder(model_dir):
 
 def test_labels_and_scores_equal_annotate(adata, annotator, model_dir):
     annotated = annotate(adata, model_dir, threshold=0, progress=False)
-    results = annotator(adata, batch_size=7)
+    results = annotator(adata, batch_size=7, threshold=0)
     assert [cell[0]["label"] for cell in results] == list(annotated.obs["scbert_cell_type"])
     np.testing.assert_allclose(
         [cell[0]["score"] for cell in results], annotated.obs["scbert_confidence"], atol=1e-5
@@ -30,13 +30,13 @@ def test_labels_and_scores_equal_annotate(adata, annotator, model_dir):
     np.testing.assert_allclose(scores.sum(1), 1, atol=1e-6)
 
 
-def test_temperature_is_the_models(adata, make_model):
-    soft = make_model("soft", classifier_temperature=3.0)
-    annotated = annotate(adata, soft, threshold=0, progress=False)
-    results = pipeline("cell-type-annotation", model=str(soft))(adata, batch_size=8)
-    np.testing.assert_allclose(
-        [cell[0]["score"] for cell in results], annotated.obs["scbert_confidence"], atol=1e-5
-    )
+def test_cells_below_the_threshold_are_unassigned_first(adata, annotator):
+    plain = annotator(adata[:9], threshold=0)
+    confidence = np.array([cell[0]["score"] for cell in plain])
+    cut = float(np.median(confidence))
+    for cell, whole in zip(annotator(adata[:9], threshold=cut), plain):
+        unsure = whole[0]["score"] < cut
+        assert cell == ([{"label": "unassigned", "score": whole[0]["score"]}, *whole] if unsure else whole)
 
 
 @pytest.mark.parametrize("tokenizer", [{}, {"keep_zeros": False}], ids=["every gene", "expressed genes"])
@@ -81,9 +81,9 @@ def test_a_generator_is_streamed(adata, annotator):
 
 
 def test_top_k(adata, annotator):
-    assert all(len(cell) == 1 for cell in annotator(adata[:4], top_k=1))
-    assert all(len(cell) == 2 for cell in annotator(adata[:4], top_k=2))
-    assert all(len(cell) == 3 for cell in annotator(adata[:4], top_k=None))
+    assert all(len(cell) == 1 for cell in annotator(adata[:4], top_k=1, threshold=0))
+    assert all(len(cell) == 2 for cell in annotator(adata[:4], top_k=2, threshold=0))
+    assert all(len(cell) == 3 for cell in annotator(adata[:4], top_k=None, threshold=0))
 
 
 def test_a_cell_without_expression_is_unassigned(adata, annotator):

@@ -37,10 +37,19 @@ def test_whitened_scatter_within_types_is_one():
     np.testing.assert_allclose(coordinates @ whitener, vectors)
 
 
-def test_facts_grow_with_distance_and_lack_of_evidence():
-    centers = np.zeros((2, 2))
-    near, far = novelty_facts(np.array([[5.0, 0.0], [0.5, 0.0]]), np.array([[0.1, 0.0], [3.0, 0.0]]), centers)
+def test_facts_grow_with_distance_from_types_and_lack_of_evidence():
+    centers = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
+    logits = np.array([[5.0, 0.0], [0.5, 0.0]])
+    near, far = novelty_facts(logits, np.array([[1.1, 0.0], [0.0, 3.0]]), centers)
     assert (far > near).all()
+
+
+def test_what_is_farther_from_everything_is_no_more_novel():
+    """A shift of all cells stretches both distances."""
+    centers = np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    vectors = np.array([[1.0, 0.0, 5.0], [1.0, 0.0, 50.0]])
+    facts = novelty_facts(np.zeros((2, 2)), vectors, centers)
+    assert (np.abs(facts[:, 1]) < 0.1).all()
 
 
 def test_left_out_types_are_told_from_known_ones():
