@@ -1,6 +1,9 @@
 """The models that attention_effect.py compares: a layer, or none, and how it is trained behind a solved head."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
@@ -8,17 +11,20 @@ import torch
 from scipy.special import log_softmax
 from torch import nn
 
+from evidence import cells_of
+from evidence_studies import CHOOSE, folds_of, read_study
+from scbert.data.splits import stratified_split
 from scbert.trained_model.loaded_model import LoadedModel
 from scbert.training.cell_batches import CellDataset, DataCollatorForCells
 from scbert.training.cell_order import LengthGroupedSampler
 from scbert.training.finetune_arguments import FINETUNE
-from scbert.training.finetune_data import FinetuneData
+from scbert.training.finetune_data import FinetuneData, load_data
 from scbert.training.initial_model import new_model
 from scbert.training.logistic_head import cross_folds, solve_head
 from scbert.training.settings import parse
 from scbert.training.solved_head import pooled_features
 
-TOP_GENES = 1000
+MAX_CELLS, FOLDS, VALIDATION, TOP_GENES = 1200, 3, 0.2, 1000
 LAYER = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "num_random_features": 64}
 LAYER |= {"intermediate_size": 128}
 PARTS, BATCH_SIZE, EPOCHS, PATIENCE, LAYER_RATE, HEAD_RATE = 3, 16, 8, 3, 3e-4, 3e-5
@@ -59,6 +65,20 @@ def recipe(layers: int) -> tuple:
     _, data, model, training = parse(FINETUNE, given | {"test_key": "split", "top_genes": TOP_GENES})
     fields = {**model.model, "cell_vector_size": 0, "num_hidden_layers": layers, **(LAYER if layers else {})}
     return data, model.tokenizer, fields, training.seed
+
+
+def load_folds(folder: Path, study: str) -> Iterator[FinetuneData]:
+    """The cells of every fold: those to learn, in training and validation, and the fold's own as the test."""
+    cells = read_study(folder, *next(entry for entry in CHOOSE if entry[0] == study))
+    kept = np.random.default_rng(0).permutation(len(cells.labels))[:MAX_CELLS]
+    adata, labels = cells_of(cells.matrix[kept], cells.labels[kept]), cells.labels[kept]
+    folds = folds_of(labels, FOLDS, 0)
+    for fold in range(FOLDS):
+        split, learnt = np.full(len(labels), "test", dtype=object), folds != fold
+        split[learnt] = stratified_split(labels[learnt], 0.0, VALIDATION)
+        adata.obs["split"] = split.astype(str)
+        data, tokenizer, _, seed = recipe(0)
+        yield load_data(data, tokenizer, seed, reference=adata)
 
 
 @torch.no_grad()
@@ -170,3 +190,19 @@ def train_epoch(model, heads, optimizer, data: FinetuneData, order: np.ndarray) 
         optimizer.step()
         total += loss.item() * len(cells)
     return total / len(order)
+
+
+def measure(way: Way, data: FinetuneData) -> dict:
+    """Loss and prediction of every test cell, and how the model came about."""
+    began, loaded, report = time.process_time(), build(way, data), {}
+    if way.trained:
+        report = train_layers(loaded, data, way)
+    learnt, test = [data.splits[name] for name in ("train", "validation")], data.splits["test"]
+    targets = np.concatenate([part.targets for part in learnt])
+    head = solve(
+        pooled_features(loaded, sp.vstack([part.bins for part in learnt])), targets, len(data.classes)
+    )
+    losses, predicted = losses_of(pooled_features(loaded, test.bins), *head, test.targets)
+    found = {"losses": losses, "true": test.targets, "predicted": predicted}
+    report |= {name: values.tolist() for name, values in found.items()}
+    return {**report, "learnt": len(targets), "seconds": time.process_time() - began}

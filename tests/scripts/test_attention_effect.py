@@ -8,8 +8,8 @@ import torch
 
 import attention_effect
 import attention_layer
-from attention_effect import measure, rows_of, write_page
-from attention_layer import WAYS, Heads, build, gain, recipe, solve, train_layers
+from attention_effect import rows_of, write_page
+from attention_layer import WAYS, Heads, build, gain, measure, recipe, solve, train_layers
 from scbert.training.finetune_data import load_data
 from scbert.training.solved_head import pooled_features, solve_classifier
 
@@ -89,17 +89,21 @@ def test_the_rule_wants_more_than_a_standard_error():
 
 def test_the_page_is_written_of_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(attention_effect, "STUDIES", ("one",))
-    for way, loss in (("reference", 0.4), ("crossed", 0.3), ("random", 0.5)):
+    for way, loss in (("reference", 0.4), ("correction", 0.39), ("crossed", 0.3), ("random", 0.5)):
         (tmp_path / way).mkdir()
         # of the random layer one fold is missing
         for fold in range(2 if way == "random" else 3):
             result = {"losses": [loss, loss + 0.1], "true": [0, 1], "predicted": [0, 1], "seconds": 2.0}
             if way == "crossed":
                 result |= {"chosen": 3, "epochs": [], "validation": gain(np.ones(2), np.zeros(2))}
+            if way == "correction":
+                result |= {"chosen": 0, "epochs": [], "validation": gain(np.ones(2), np.ones(2))}
             (tmp_path / way / f"one.{fold}.json").write_text(json.dumps(result))
     rows = rows_of(tmp_path)
-    assert [row["way"] for row in rows] == ["reference", "crossed"]
-    assert rows[1]["gain"]["mean"] == pytest.approx(0.1) and rows[1]["cells"] == 6
+    assert [row["way"] for row in rows] == ["reference", "correction", "crossed"]
+    # no training was kept: this is the reference, and not a rounding error better
+    assert rows[1]["gain"] == {"mean": 0, "error": 0, "keep": False}
+    assert rows[2]["gain"]["mean"] == pytest.approx(0.1) and rows[2]["cells"] == 6
     write_page(tmp_path, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "| one | 6 | one layer from zero, crossed | 0.3500 | 1.000 | 1.000 | +0.1000" in text
