@@ -97,12 +97,12 @@ class ScBertNovelty(nn.Module):
         """Cell vectors ``[batch, size]`` of what the pooling gives; their unit is the scatter within a type."""
         # in full precision: a distance is a small difference of large numbers
         with torch.autocast(pooled.device.type, enabled=False):
-            return nn.functional.linear(pooled.float(), self.projection, self.offset)
+            return nn.functional.linear(pooled.float(), self.projection.float(), self.offset.float())
 
     def forward(self, vectors, logits) -> torch.Tensor:
         """Log odds ``[batch]`` that a cell is of none of the types."""
-        squared = (vectors.unsqueeze(1) - self.centers).square().sum(dim=-1) + 1e-9
-        intercept, by_energy, by_distance = self.coefficients
+        squared = (vectors.unsqueeze(1) - self.centers.float()).square().sum(dim=-1) + 1e-9
+        intercept, by_energy, by_distance = self.coefficients.float()
         energy, distance = (
             -logits.float().logsumexp(dim=-1),
             (squared[:, :-1].amin(dim=1) / squared[:, -1]).log(),

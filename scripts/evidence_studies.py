@@ -8,7 +8,8 @@ import anndata
 import numpy as np
 import scipy.sparse as sp
 
-MAX_CELLS, MAX_FEW_SHOT_TESTS, SHOTS, DRAWS = 4000, 2000, (1, 2, 5, 10), 5
+MAX_CELLS, MAX_FEW_SHOT_TESTS, MAX_NOVELTY_CELLS = 4000, 2000, 1000
+SHOTS, DRAWS = (1, 2, 5, 10), 5
 NO_LABEL = ("unassigned", "nan", "Unknown")
 
 
@@ -205,6 +206,22 @@ def few_shot(study: Study) -> Iterator[Task]:
             )
 
 
+def left_out_types(study: Study) -> Iterator[Task]:
+    """Up to eight types of 8 cells or more, each in turn unknown; a fifth of the others' cells is asked for, too."""
+    cells = np.arange(len(study.labels))
+    if len(cells) > MAX_NOVELTY_CELLS:
+        cells = np.random.default_rng(2).permutation(cells)[:MAX_NOVELTY_CELLS]
+    matrix, labels = study.matrix[cells], study.labels[cells]
+    names, counts = np.unique(labels, return_counts=True)
+    if len(names) < 4:
+        return
+    held = folds_of(labels, 5, 3) == 0
+    for name in names[counts >= 8][:8]:
+        train, novel = ~held & (labels != name), labels == name
+        test = novel | (held & np.isin(labels, labels[train]))
+        yield Task(f"{study.name}|novel|{name}", matrix[train], labels[train], matrix[test], labels[test])
+
+
 def cross_cohort(folder: Path, half: str) -> Iterator[Task]:
     """From one cohort to another, on the genes of the first."""
     for name, first, first_names, second, second_names in CROSS[half]:
@@ -233,7 +250,12 @@ def on_genes(matrix: sp.csr_matrix, genes: np.ndarray, wanted: np.ndarray) -> sp
     return sp.hstack([matrix.tocsc(), none], format="csc")[:, columns].tocsr()
 
 
-PROTOCOLS = {"cv5": cross_validation, "group": left_out_groups, "few": few_shot}
+PROTOCOLS = {
+    "cv5": cross_validation,
+    "group": left_out_groups,
+    "few": few_shot,
+    "novel": left_out_types,
+}
 
 
 def tasks(folder: Path, half: str, protocols: list[str]) -> Iterator[Task]:

@@ -94,13 +94,6 @@ def test_threshold(adata, model_dir):
         annotate(adata, model_dir, threshold=1.5)
 
 
-def test_temperature_divides_the_logits(adata, make_model):
-    plain = probabilities(annotate(adata, make_model(), progress=False)).astype(np.float64)
-    softened = probabilities(annotate(adata, make_model("soft", classifier_temperature=2.0), progress=False))
-    expected = np.sqrt(plain) / np.sqrt(plain).sum(1, keepdims=True)
-    np.testing.assert_allclose(softened, expected, atol=1e-5)
-
-
 def test_gene_order_extra_genes_and_duplicates(adata, model_dir):
     expected = probabilities(annotate(adata, model_dir, progress=False))
     order = np.random.default_rng(0).permutation(adata.n_vars)

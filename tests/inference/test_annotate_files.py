@@ -87,7 +87,7 @@ def test_zarr_and_10x(adata, model_dir, tmp_path, expected):
 
 def test_annotating_again_replaces_the_columns(adata, query, model_dir, make_model, tmp_path, caplog):
     first, second = tmp_path / "first.h5ad", tmp_path / "second.h5ad"
-    annotate_file(query, make_model("soft", classifier_temperature=5.0), first, progress=False)
+    annotate_file(query, make_model("other", seed=5), first, progress=False)
     annotate_file(first, model_dir, second, progress=False)
     assert "earlier annotation were replaced" in caplog.text
     direct = tmp_path / "direct.h5ad"

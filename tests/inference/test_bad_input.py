@@ -61,7 +61,7 @@ def written(adata, tmp_path, name="bad.h5ad"):
 
 
 def test_missing_file(refused, tmp_path):
-    refused(tmp_path / "absent.h5ad", "no such file")
+    refused(tmp_path / "absent.h5ad", "there is no file")
 
 
 def test_truncated_file(refused, query, tmp_path):

@@ -15,7 +15,7 @@ pytest.importorskip("scanpy")
 
 
 def test_the_demo_writes_what_it_says(tmp_path, capsys):
-    summary = run_demo(tmp_path / "demo", epochs=1)
+    summary = run_demo(tmp_path / "demo")
     folder = tmp_path / "demo"
     annotated = anndata.read_h5ad(folder / "annotated.h5ad")
     assert annotated.n_obs == summary["cells"] == (demo_cells().obs["split"] == "test").sum()

@@ -149,7 +149,7 @@ def test_outputs_that_cannot_be(command, reference, tmp_path):
     assert code == 1
     assert "holds other files" in one_paragraph(err)
     assert (folder / "thesis.tex").is_file()
-    for output, words in ((reference, "the reference itself"), (tmp_path / "no" / "model", "does not exist")):
+    for output, words in ((reference, "is a file or a link"), (tmp_path / "no" / "model", "does not exist")):
         code, _, err = command("--overwrite", output=output)
         assert code == 1
         assert words in one_paragraph(err)

@@ -82,7 +82,7 @@ def test_importing_vectors(run, files):
         (["gene2vec", "--import", "genes.txt", "--output", "v.txt"], "genes.txt"),
         (["gene2vec", "absent", "--output", "v.txt"], "No such file"),
         (["pretrain", "cells", "--output", "model", "--recipe", "absent"], "no recipe 'absent'"),
-        (["pretrain", "cells", "--output", "cells"], "corpus itself"),
+        (["pretrain", "cells", "--output", "cells"], "already exists"),
         (["pretrain", "cells", "--output", "model", "--min-genes", "301"], "min-genes"),
         (["pretrain", "cells", "--output", "model", "--base", "cells"], "no config.json"),
         (["convert", "genes.txt", "--genes", "genes.txt", "--output", "model"], "truncated"),
