@@ -25,17 +25,16 @@ from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from .principal_axes import Axes, axes_of_cells
+from .principal_axes import MANY_CELLS, Axes, axes_of_cells
 
 POWERS = (0.0, 0.5, 1.0)
 # penalties, in hundredths of the cells' mean squared norm; the one for cells too few to choose by
 PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 DEFAULT_PENALTY = 3.0
 # genes that a scaled fit sees, and axes of them: beyond these, scales are so small that they only cost time
+# (half as many where there are many cells)
 SCALED_GENES = 4000
 SCALED_RANK = 256
-# of more cells than these, half of the genes: they choose better, and cost more
-MANY_CELLS = 4000
 # the intercept is penalised as the weight of a feature of this size (in root mean squared norms, times the root of the
 # cells a class): of few cells, free intercepts learn which cells happen to be small
 INTERCEPT_SIZE = 0.1

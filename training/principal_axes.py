@@ -11,6 +11,8 @@ from sklearn.utils.extmath import randomized_svd
 # up to so many cells every axis is kept, and ridge regression is exactly that on the genes; beyond, the largest
 FULL_RANK = 1000
 RANK = 400
+# of more than these, fewer: a fit's time grows with both
+MANY_CELLS, RANK_OF_MANY = 4000, 256
 # beyond so many cells, axes come from the covariance of the most variable genes and not from the cells' inner products
 MAX_CELLS_BY_CELLS = 10_000
 COVARIANCE_GENES = 8000
@@ -101,7 +103,7 @@ def axes_by_products(
     """As `axes_of_cells`, by the inner products of all cells, [cells, cells]."""
     inner = products[np.ix_(learnt, learnt)]
     means = inner.mean(axis=0)
-    values, vectors = _largest_eigenpairs(inner - means - means[:, None] + means.mean(), rank)
+    values, vectors = _largest_eigenpairs(inner - means - means[:, None] + means.mean(), rank, len(inner))
     basis, rows = vectors / np.sqrt(values), features[learnt]
     outer = products[:, learnt]
     centered = outer - outer.mean(axis=1, keepdims=True) - means + means.mean()
@@ -121,7 +123,7 @@ def _axes_by_genes(features: sp.csr_matrix, learnt: np.ndarray, rank: int | None
     variance = np.asarray(rows.multiply(rows).mean(axis=0)).ravel() - center**2
     kept = np.sort(np.argsort(-variance, kind="stable")[:COVARIANCE_GENES])
     scatter = inner_products(rows[:, kept].T.tocsr()) - rows.shape[0] * np.outer(center[kept], center[kept])
-    _, vectors = _largest_eigenpairs(scatter.astype(np.float32), rank)
+    _, vectors = _largest_eigenpairs(scatter.astype(np.float32), rank, rows.shape[0])
 
     def to_genes(coefficients):
         weights = np.zeros((len(coefficients), features.shape[1]))
@@ -154,11 +156,13 @@ def inner_products(rows: sp.csr_matrix, width: int = 2048) -> np.ndarray:
     return total
 
 
-def _largest_eigenpairs(symmetric: np.ndarray, rank: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _largest_eigenpairs(
+    symmetric: np.ndarray, rank: int | None, n_cells: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues and vectors of a positive semidefinite matrix, the largest first."""
-    rank = (
-        len(symmetric) if rank is None and len(symmetric) <= FULL_RANK else min(rank or RANK, len(symmetric))
-    )
+    if rank is None:
+        rank = RANK_OF_MANY if n_cells > MANY_CELLS else RANK if n_cells > FULL_RANK else n_cells
+    rank = min(rank, len(symmetric))
     if rank * DIRECT_SHARE >= len(symmetric):
         # of a good part of all pairs, the direct way is the cheaper one
         values, vectors = eigh(symmetric, subset_by_index=[len(symmetric) - rank, len(symmetric) - 1])
