@@ -161,16 +161,16 @@ def _folded(text: str) -> str:
 
 
 def _spelt_out(text: str) -> str:
-    """A label as the ontology might put it: short forms in full, "+" as "positive", "cell" where no word says so."""
-    text = re.sub(r"\bcd([48])\+? t\b", r"cd\1 positive alpha beta t cell", _folded(text))
+    """A label as the ontology might put it: short forms in full, "+" as "positive", without the word "cell"."""
+    text = re.sub(r"\bcd([48])\+? t\b", r"cd\1 positive alpha beta t", _folded(text))
     words = text.replace("+", " positive ").replace("/", " ").split()
-    text = " ".join(SHORT_FORMS.get(word, SHORT_FORMS.get(word.removesuffix("s"), word)) for word in words)
-    return text if re.search("cell|cyte|phage|blast|phil|platelet", text) else f"{text} cell"
+    words = [SHORT_FORMS.get(word, SHORT_FORMS.get(word.removesuffix("s"), word)) for word in words]
+    return re.sub(r"\bcell\b", "", " ".join(words)).strip()
 
 
 def _most_alike(labels: list[str], ontology: CellOntology) -> list[str | None]:
     """The term with the name or synonym most like each label, by the cosine of weighted character n-grams."""
-    words = [(term_id, name) for term_id, name in ontology.names.items()]
+    words = [(term_id, name) for term_id, name in ontology.names.items() if term_id != ROOT]
     words += [(term_id, word) for term_id, several in ontology.synonyms.items() for word in several]
     if not labels or not words:
         return [None] * len(labels)

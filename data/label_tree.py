@@ -114,8 +114,8 @@ def tree_from_ontology(
     The tree of the Cell Ontology's terms above some labels, and the terms of its types.
 
     The ontology is no tree: a dendritic cell is a leukocyte and an antigen-presenting cell. Terms above at least two
-    labels are taken in turn, well-known types before others and narrow before wide ones, where they fit those taken:
-    around them, within them, or apart from them. The root, "cell", says nothing and is left out.
+    labels are taken in turn where they stand above those taken, below them or apart: those of labels first, then
+    well-known types, wide ones first, then others, narrow ones first. The root, "cell", says nothing and is left out.
 
     Parameters
     ----------
@@ -138,22 +138,30 @@ def tree_from_ontology(
         for above in (ontology.ancestors[term_id] | {term_id}) - {ROOT}:
             below.setdefault(above, set()).add(label)
     widths = Counter(above for ancestors in ontology.ancestors.values() for above in ancestors)
-    # of terms above the same labels the narrowest
     order = sorted(
         (term_id for term_id in below if len(below[term_id]) > 1),
         key=lambda term_id: (
             term_id not in terms.values(),
             term_id not in ontology.lineages,
+            -len(below[term_id]) if term_id in ontology.lineages else 0,
+            # of terms above the same labels the narrowest
             widths[term_id],
             term_id,
         ),
     )
     kept: dict[str, set[str]] = {}
     for term_id in order:
-        held = below[term_id]
-        if all(held < taken or held > taken or not held & taken for taken in kept.values()):
-            kept[term_id] = held
+        if all(_fits(term_id, other, below, ontology) for other in kept):
+            kept[term_id] = below[term_id]
     return _named_tree(terms, kept, ontology, labels)
+
+
+def _fits(term_id: str, other: str, below: dict[str, set[str]], ontology: CellOntology) -> bool:
+    """Whether two terms stand apart, or one above the other in the ontology and by their labels."""
+    one, two = below[term_id], below[other]
+    if one < two:
+        return other in ontology.ancestors[term_id]
+    return term_id in ontology.ancestors[other] if one > two else not one & two
 
 
 def _named_tree(

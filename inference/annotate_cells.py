@@ -98,12 +98,12 @@ def annotate(
         model, threshold, gene overlap, versions). A cell that expresses no gene of the model is "unassigned" with
         confidence 0.
 
-        A model taught terms adds ``obs["scbert_cell_type_ontology_term_id"]`` (``"unknown"`` without one, as CELLxGENE's
-        schema wants it). One taught wider types adds ``obs["scbert_cell_type_backoff"]``, the deepest type whose summed
-        probability reaches the threshold, and its ``obs["scbert_cell_type_backoff_ontology_term_id"]``. With `coverage`
-        there is ``obs["scbert_prediction_set"]``: labels joined by "|", ``""`` where none is likely enough. With a vote
-        also ``obs["scbert_majority_vote"]``, ``obs["scbert_majority_share"]`` (of the winner in the group) and
-        ``obs["scbert_majority_confidence"]`` (mean probability of the winner), and a row
+        A model taught terms adds ``obs["scbert_cell_type_ontology_term_id"]`` (``"unknown"`` without one, as
+        CELLxGENE's schema wants it). One taught wider types adds ``obs["scbert_cell_type_backoff"]``, the deepest type
+        whose summed probability reaches the threshold, and its ``obs["scbert_cell_type_backoff_ontology_term_id"]``.
+        With `coverage` there is ``obs["scbert_prediction_set"]``: labels joined by "|", ``""`` where none is likely
+        enough. With a vote also ``obs["scbert_majority_vote"]``, ``obs["scbert_majority_share"]`` (of the winner in
+        the group) and ``obs["scbert_majority_confidence"]`` (mean probability of the winner), and a row
         for each group in ``uns["scbert"]["majority_vote"]``.
 
     Raises

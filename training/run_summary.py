@@ -77,8 +77,8 @@ def calibrated(
     validation: LabelledCells,
 ) -> TunedModel:
     """
-    A trained model with its temperature in the weights of the output layer, in its config the threshold of "unassigned" and the
-    quantiles of prediction sets.
+    A trained model with its temperature in the weights of the output layer; in its config, the threshold of
+    "unassigned" and the quantiles of prediction sets.
 
     Parameters
     ----------
