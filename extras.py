@@ -19,6 +19,7 @@ EXTRAS = {
     "torchmetrics": "evaluate",
     "bioframe": "multiomics",
     "mudata": "multiomics",
+    "cellxgene_ontology_guide": "ontology",
     "pooch": "genes",
     "gradio": "app",
     "mcp": "app",

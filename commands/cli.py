@@ -15,8 +15,8 @@ import typer
 
 from .. import __version__
 from ..data.check_paths import ANNOTATION_FORMATS, check_cells_path, check_output_folder, check_output_path
+from . import labels, share
 from . import options as opt
-from . import share
 from .console import existing, guarded, run, show_messages, silence_libraries
 from .options import (
     BatchSize,
@@ -111,15 +111,11 @@ def finetune(
         Path | None,
         typer.Option(metavar="FILE", help="Gene panel without a base (expressed genes if left out)."),
     ] = None,
-    test: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Labelled cells to test on, in a file of their own.")
-    ] = None,
-    test_key: Annotated[
-        str | None,
-        typer.Option(
-            "--split-key", help="Column of obs that says 'train', 'validation' or 'test' for each cell."
-        ),
-    ] = None,
+    test: opt.TestFile = None,
+    test_key: opt.SplitKey = None,
+    ontology: opt.Ontology = None,
+    label_tree: opt.LabelTree = None,
+    coarse_key: opt.CoarseKey = None,
     class_balance: Annotated[
         ClassBalance | None, typer.Option(help="How class imbalance is handled.", show_default=False)
     ] = None,
@@ -144,7 +140,7 @@ def finetune(
 ) -> None:
     """Teach a model the cell types of a labelled reference."""
     given = locals()
-    for path in (reference, base, genes, test):
+    for path in (reference, base, genes, test, ontology, label_tree):
         path and existing(path)
     check_output_folder(output, overwrite)
     from ..training.run_finetune import finetune as job
@@ -158,6 +154,7 @@ def annotate(
     output: opt.AnnotationFile,
     model: opt.Annotator = None,
     threshold: Threshold = None,
+    coverage: opt.Coverage = None,
     majority_vote: MajorityVote = None,
     report: Report = None,
     layer: Layer = None,
@@ -391,6 +388,7 @@ app.command()(share.push)
 app.command()(share.app)
 app.command()(evaluate)
 app.command()(explain)
+app.command("map-labels")(labels.map_labels)
 
 
 def main(arguments: list[str] | None = None) -> int:

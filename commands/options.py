@@ -72,6 +72,15 @@ Threshold = Annotated[
         show_default="the model's, chosen on its validation cells, or 0.5",
     ),
 ]
+Coverage = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Also write sets of types that hold the true one in this share of cells: 0.8, 0.9, 0.95 or 0.99.",
+        show_default=False,
+    ),
+]
 Layer = Annotated[str | None, typer.Option(help="Layer that holds the values (X without it).")]
 Input = Annotated[InputKind, typer.Option("--values", help="What the values are; auto fails if ambiguous.")]
 RecipeInput = Annotated[
@@ -129,6 +138,26 @@ Streaming = Annotated[
     typer.Option(
         "--streaming", help="Read neighbouring cells together, in bounded memory.", show_default=False
     ),
+]
+
+# of `finetune`
+SplitKey = Annotated[
+    str | None,
+    typer.Option(
+        "--split-key", help="Column of obs that says 'train', 'validation' or 'test' for each cell."
+    ),
+]
+Ontology = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.csv", help="Cell Ontology terms of the labels, of map-labels."),
+]
+LabelTree = Annotated[
+    Path | None, typer.Option(metavar="FILE.csv", help="Wider types to back off to: label, parent.")
+]
+CoarseKey = Annotated[str | None, typer.Option(help="Column of obs with wider types to back off to.")]
+TestFile = Annotated[
+    Path | None,
+    typer.Option("--test", metavar="FILE", help="Labelled cells to test on, in a file of their own."),
 ]
 
 # of `build-corpus`

@@ -24,7 +24,7 @@ from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel, load_model
 from ..trained_model.prediction import log_batch_size, predict_probabilities
 from .annotate_processes import main, sharded_prediction
-from .assignment import assign
+from .assignment import assign, prediction_sets, set_sizes, set_words, wider_answers
 from .expression_pca import expression_pca
 from .parts import NewRows, add_parts, rows_for, rows_in_memory, write_parts
 from .query import BinnedQuery, opened, overlap_numbers, progress_bar
@@ -40,6 +40,7 @@ def annotate(
     model: str | Path | LoadedModel | None = None,
     threshold: float | None = None,
     *,
+    coverage: float | None = None,
     majority_vote: str | None = None,
     layer: str | None = None,
     input: str = "auto",
@@ -64,6 +65,9 @@ def annotate(
     threshold
         Cells whose largest probability is below it are "unassigned". Default: what fine-tuning chose on its
         validation cells and stored in the config; 0.5 where it had nothing to choose it on.
+    coverage
+        Also give every cell a set of types that holds the true one in this share of cells, such as 0.9: of cells like
+        the reference's, known types only. The model keeps the shares it can do.
     majority_vote
         Column of `obs` whose groups get one label each; ``"leiden"`` for fine Leiden clusters of the expression (of
         ``obsm["X_pca"]`` if there is one, else of principal components of highly variable genes). Clusters that do not
@@ -92,8 +96,14 @@ def annotate(
         A copy, every cell in its place, with ``obs["scbert_cell_type"]``, ``obs["scbert_confidence"]``,
         ``obsm["scbert_probabilities"]`` (float32 [cells, labels]) and ``uns["scbert"]`` (`labels` in column order,
         model, threshold, gene overlap, versions). A cell that expresses no gene of the model is "unassigned" with
-        confidence 0. With a vote also ``obs["scbert_majority_vote"]``, ``obs["scbert_majority_share"]`` (of the
-        winner in the group) and ``obs["scbert_majority_confidence"]`` (mean probability of the winner), and a row
+        confidence 0.
+
+        A model taught terms adds ``obs["scbert_cell_type_ontology_term_id"]`` (``"unknown"`` without one, as
+        CELLxGENE's schema wants it). One taught wider types adds ``obs["scbert_cell_type_backoff"]``, the deepest type
+        whose summed probability reaches the threshold, and its ``obs["scbert_cell_type_backoff_ontology_term_id"]``.
+        With `coverage` there is ``obs["scbert_prediction_set"]``: labels joined by "|", ``""`` where none is likely
+        enough. With a vote also ``obs["scbert_majority_vote"]``, ``obs["scbert_majority_share"]`` (of the winner in
+        the group) and ``obs["scbert_majority_confidence"]`` (mean probability of the winner), and a row
         for each group in ``uns["scbert"]["majority_vote"]``.
 
     Raises
@@ -112,10 +122,10 @@ def annotate(
     _check_threshold(threshold)
     adata = read_cells(cells, layer=layer, check=False)
     check_vote(adata, majority_vote)
-    loaded = _load_annotator(model, device, dtype)
+    loaded = _load_annotator(model, device, dtype, coverage)
     query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table)
     predict_all = partial(_predict_all, batch_size=batch_size, progress=progress, new_rows=rows_in_memory)
-    parts, _ = _annotation(adata, query, loaded, threshold, majority_vote, predict_all)
+    parts, _ = _annotation(adata, query, loaded, threshold, coverage, majority_vote, predict_all)
     annotated = adata.to_memory() if adata.isbacked else adata.copy() if adata is cells else adata
     add_parts(annotated, parts)
     return annotated
@@ -127,6 +137,7 @@ def annotate_file(
     output: str | Path,
     *,
     threshold: float | None = None,
+    coverage: float | None = None,
     majority_vote: str | None = None,
     layer: str | None = None,
     input: str = "auto",
@@ -192,7 +203,7 @@ def annotate_file(
         )
     with opened(query, layer) as adata:
         check_vote(adata, majority_vote)
-        loaded = _load_annotator(model, device, dtype)
+        loaded = _load_annotator(model, device, dtype, coverage)
         log_batch_size(loaded, batch_size)
         binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
         predict_all = partial(
@@ -200,7 +211,7 @@ def annotate_file(
             progress=progress,
             new_rows=rows_for(adata, output),
         )
-        parts, summary = _annotation(adata, binned, loaded, threshold, majority_vote, predict_all)
+        parts, summary = _annotation(adata, binned, loaded, threshold, coverage, majority_vote, predict_all)
         if report is not None:
             # before the output: writing closes the query
             places = cell_coordinates(adata, layer, input)
@@ -211,7 +222,9 @@ def annotate_file(
     return {"output": str(output), **summary, "seconds": time.monotonic() - started}
 
 
-def _load_annotator(model: Any, device: str | None, dtype: str | None) -> LoadedModel:
+def _load_annotator(
+    model: Any, device: str | None, dtype: str | None, coverage: float | None = None
+) -> LoadedModel:
     loaded = load_model(model_or_shipped(model), "annotation", device, dtype)
     # a loaded model passes through as it is
     if not isinstance(loaded.model, ScBertForCellClassification):
@@ -219,6 +232,8 @@ def _load_annotator(model: Any, device: str | None, dtype: str | None) -> Loaded
             f"The model {loaded.name} has no cell types yet: it cannot annotate. Teach it some first, with "
             f"scbert.finetune(reference, label_key, base={loaded.name!r}), or `scbert finetune`."
         )
+    if coverage is not None:
+        loaded.quantiles(coverage)
     return loaded
 
 
@@ -232,6 +247,7 @@ def _annotation(
     query: BinnedQuery,
     loaded: LoadedModel,
     threshold: float | None,
+    coverage: float | None,
     vote_key: str | None,
     predict_all: Callable,
 ) -> tuple[dict[str, dict], dict[str, Any]]:
@@ -240,6 +256,7 @@ def _annotation(
     probabilities, names = predict_all(query, loaded), loaded.labels
     labels, confidence = assign(probabilities, names, threshold)
     obs = {"scbert_cell_type": labels, "scbert_confidence": confidence}
+    obs |= wider_answers(probabilities, names, threshold, labels, loaded.model.config)
     uns = {
         "labels": np.array(names, dtype=object),
         "model": loaded.name,
@@ -248,6 +265,11 @@ def _annotation(
         "versions": versions(),
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }
+    sizes = None
+    if coverage is not None:
+        sets, sizes = prediction_sets(probabilities, names, loaded.quantiles(coverage))
+        obs["scbert_prediction_set"] = sets
+        uns |= {"coverage": float(coverage), "prediction_set_sizes": sizes}
     notes = _notes(adata, query, obs) + doubts(query.alignment, labels, names)
     if vote_key is not None:
         groups = adata.obs[vote_key] if vote_key in adata.obs else _leiden(adata, query)
@@ -260,6 +282,9 @@ def _annotation(
             notes += vote_notes(vote)
     parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
     summary = _summary(labels, confidence, loaded, query, notes)
+    if sizes is not None:
+        summary["prediction_sets"] = set_sizes(coverage, sizes)
+        logger.info(set_words(summary["prediction_sets"]))
     counts = ", ".join(f"{label} {count:,}" for label, count in summary["cells_per_label"].items())
     logger.info(f"Cells per type: {counts}.")
     for note in notes:

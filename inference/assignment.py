@@ -1,12 +1,17 @@
-"""From probabilities to labels: the likeliest, or "unassigned"."""
+"""From probabilities to labels: the likeliest or "unassigned", a wider type, a set of labels."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ..data.cell_ontology import UNKNOWN_TERM
 from ..data.disk_matrix import DiskMatrix, row_blocks
+from ..data.label_tree import ancestors_of
 from ..data.labels import UNASSIGNED
+from ..evaluation.conformal import in_set
 
 
 def assign(
@@ -48,3 +53,152 @@ def assign(
         codes[block][(largest < threshold) | (largest == 0)] = order.index(UNASSIGNED)
         confidence[block] = largest
     return pd.Categorical.from_codes(codes, order).remove_unused_categories(), confidence
+
+
+def back_off(
+    probabilities: np.ndarray | DiskMatrix, names: list[str], threshold: float, parents: dict[str, str]
+) -> pd.Categorical:
+    """
+    The label of every cell, or where it is unsure the deepest type above whose labels together are likely enough.
+
+    Parameters
+    ----------
+    probabilities
+        [cells, labels]; all zero for a cell without expression.
+    names
+        Labels in the order of the columns.
+    threshold
+        What a label, or the sum of the labels below a type, has to reach.
+    parents
+        The tree, child -> parent. A label may itself be above others.
+
+    Returns
+    -------
+    pandas.Categorical
+        [cells]; "unassigned" where not even the topmost types are likely enough.
+
+    Examples
+    --------
+    >>> unsure = np.array([[0.1, 0.4, 0.5], [0.4, 0.3, 0.3], [0.9, 0.1, 0.0]])
+    >>> back_off(unsure, ["B", "CD4", "CD8"], 0.8, {"CD4": "T", "CD8": "T"}).tolist()
+    ['T', 'unassigned', 'B']
+    """
+    paths = [[name, *ancestors_of(name, parents)] for name in names]
+    nodes = list(dict.fromkeys([*names, *(node for path in paths for node in path)]))
+    order = [*nodes, UNASSIGNED]
+    below = np.array([[node in path for node in nodes] for path in paths], dtype=np.float32)
+    depths = np.array([len(ancestors_of(node, parents)) for node in nodes])
+    of_label = np.array([nodes.index(name) for name in names])
+    codes = np.empty(len(probabilities), dtype=np.int32)
+    for block in row_blocks(len(probabilities)):
+        values = probabilities[block]
+        sums = values @ below
+        # the deepest, and of equally deep ones the likeliest
+        rank = np.where((sums >= threshold) & (sums > 0), depths + sums / 2, -1)
+        found = np.where(rank.max(axis=1) >= 0, rank.argmax(axis=1), len(nodes))
+        largest = values.max(axis=1)
+        sure = (largest >= threshold) & (largest > 0)
+        codes[block] = np.where(sure, of_label[values.argmax(axis=1)], found)
+    return pd.Categorical.from_codes(codes, order).remove_unused_categories()
+
+
+def ontology_terms(labels: pd.Categorical, term_ids: dict[str, str]) -> pd.Categorical:
+    """
+    Terms of the Cell Ontology by cell; "unknown" without one, as CELLxGENE's schema wants it.
+
+    Examples
+    --------
+    >>> ontology_terms(pd.Categorical(["B", "unassigned"]), {"B": "CL:0000236"}).tolist()
+    ['CL:0000236', 'unknown']
+    """
+    # two labels may have one term
+    codes, terms = pd.factorize(
+        np.array([term_ids.get(name, UNKNOWN_TERM) for name in labels.categories], object)
+    )
+    return pd.Categorical.from_codes(codes[labels.codes], terms)
+
+
+def prediction_sets(
+    probabilities: np.ndarray | DiskMatrix, names: list[str], quantiles: list[float]
+) -> tuple[pd.Categorical, np.ndarray]:
+    """
+    The labels that a cell may have, at the coverage that the quantiles are of.
+
+    Parameters
+    ----------
+    probabilities
+        [cells, labels]; all zero for a cell without expression.
+    names
+        Labels in the order of the columns.
+    quantiles
+        [labels], of `scbert.evaluation.conformal.conformal_quantiles`.
+
+    Returns
+    -------
+    sets
+        [cells]; labels in the model's order, joined by "|", "" for an empty set.
+    sizes
+        Number of cells by size of their set, [labels + 1].
+
+    Examples
+    --------
+    >>> sets, sizes = prediction_sets(np.array([[0.6, 0.4], [0.95, 0.05]]), ["CD4", "CD8"], [0.5, 0.7])
+    >>> sets.tolist(), sizes.tolist()
+    (['CD4|CD8', 'CD4'], [0, 1, 1])
+    """
+    code_of: dict[str, int] = {}
+    codes, sizes = np.empty(len(probabilities), dtype=np.int32), np.zeros(len(names) + 1, dtype=int)
+    for block in row_blocks(len(probabilities)):
+        members = in_set(probabilities[block], quantiles)
+        sizes += np.bincount(members.sum(axis=1), minlength=len(names) + 1)
+        distinct, which = np.unique(members, axis=0, return_inverse=True)
+        texts = ["|".join(name for name, is_in in zip(names, row, strict=True) if is_in) for row in distinct]
+        places = np.array([code_of.setdefault(text, len(code_of)) for text in texts], dtype=np.int32)
+        codes[block] = places[which.ravel()]
+    return pd.Categorical.from_codes(codes, list(code_of)), sizes
+
+
+def set_sizes(coverage: float, sizes: np.ndarray) -> dict[str, Any]:
+    """
+    Sizes of prediction sets for a summary.
+
+    Examples
+    --------
+    >>> set_sizes(0.9, np.array([0, 3, 1]))
+    {'coverage': 0.9, 'mean_size': 1.25, 'cells_per_size': {'1': 3, '2': 1}}
+    """
+    mean = float(sizes @ np.arange(len(sizes)) / sizes.sum())
+    return {
+        "coverage": float(coverage),
+        "mean_size": mean,
+        "cells_per_size": {str(size): int(count) for size, count in enumerate(sizes) if count},
+    }
+
+
+def set_words(sets: dict[str, Any]) -> str:
+    """The same in words."""
+    counts = sets["cells_per_size"]
+    several = sum(count for size, count in counts.items() if int(size) > 1)
+    return (
+        f"Prediction sets at coverage {sets['coverage']:g}: {sets['mean_size']:.2f} types in the mean; "
+        f"{counts.get('1', 0):,} cells with one, {several:,} with several, {counts.get('0', 0):,} with none."
+    )
+
+
+def wider_answers(
+    probabilities: np.ndarray | DiskMatrix,
+    names: list[str],
+    threshold: float,
+    labels: pd.Categorical,
+    config: Any,
+) -> dict[str, pd.Categorical]:
+    """Columns of obs that a model has which knows terms of the Cell Ontology, or types above its own."""
+    columns, terms = {}, config.label_ontology_ids
+    if terms:
+        columns["scbert_cell_type_ontology_term_id"] = ontology_terms(labels, terms)
+    if config.label_parents:
+        wider = back_off(probabilities, names, threshold, config.label_parents)
+        columns["scbert_cell_type_backoff"] = wider
+        if terms:
+            columns["scbert_cell_type_backoff_ontology_term_id"] = ontology_terms(wider, terms)
+    return columns

@@ -67,6 +67,8 @@ def write_annotation_report(
         if "scbert_majority_vote" in obs:
             panels["majority vote"] = np.asarray(obs["scbert_majority_vote"]).astype(str)[chosen]
         pictures[f"Cells by predicted type: {source}."] = plot_embedding(xy, panels)
+    if "prediction_sets" in summary:
+        tables.append(_set_sizes(summary["prediction_sets"]))
     facts = {
         "model": summary["model"],
         "cells": f"{summary['cells']:,}",
@@ -130,6 +132,15 @@ def types_table(labels: np.ndarray, confidence: np.ndarray) -> TextTable:
         )
     columns = ["cell type", "cells", "share", "mean confidence", "median"]
     return TextTable(f"{len(labels):,} cells", columns, rows)
+
+
+def _set_sizes(sets: dict[str, Any]) -> TextTable:
+    """Cells by the size of their prediction set."""
+    counts = sets["cells_per_size"]
+    cells = sum(counts.values())
+    rows = [[size, f"{count:,}", f"{count / cells:.1%}"] for size, count in counts.items()]
+    title = f"Prediction sets at coverage {sets['coverage']:g}: {sets['mean_size']:.2f} types in the mean"
+    return TextTable(title, ["types in the set", "cells", "share"], rows)
 
 
 def _groups(vote: dict[str, Any]) -> TextTable:

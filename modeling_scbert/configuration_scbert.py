@@ -53,6 +53,12 @@ class ScBertConfig(PreTrainedConfig):
     unassigned_threshold
         Confidence below which annotation calls a cell "unassigned" unless told otherwise; chosen on held-out
         cells. None: 0.5, scBERT's rule.
+    label_ontology_ids
+        Terms of the Cell Ontology by label, and by the names of the types above the labels.
+    label_parents
+        A tree of types above the labels, child -> parent, in which annotation backs off.
+    conformal_quantiles
+        By coverage, the largest score (one less the probability) of each label within a prediction set.
     pooling
         ``"conv"`` reduces each token to one number and keeps genes apart (scBERT); ``"mean"`` averages tokens.
     sparse_prediction
@@ -109,6 +115,9 @@ class ScBertConfig(PreTrainedConfig):
     classifier_dropout: float | int = 0.0
     cell_vector_size: int = 0
     unassigned_threshold: float | int | None = None
+    label_ontology_ids: dict | None = None
+    label_parents: dict | None = None
+    conformal_quantiles: dict | None = None
     pooling: Literal["conv", "mean"] = "conv"
     sparse_prediction: bool = False
     pad_token_id: int | None = 0

@@ -64,6 +64,29 @@ class LoadedModel:
         chosen = self.model.config.unassigned_threshold
         return 0.5 if chosen is None else float(chosen)
 
+    def quantiles(self, coverage: float) -> list[float]:
+        """
+        Largest score of each label within a prediction set of a coverage, [labels].
+
+        Raises
+        ------
+        InputError
+            If the model has none of this coverage.
+        """
+        known = {
+            float(name): values for name, values in (self.model.config.conformal_quantiles or {}).items()
+        }
+        if not known:
+            raise InputError(
+                f"The model {self.name} cannot make prediction sets: an earlier version made it, or the held-out "
+                "cells were too few. Fine-tune it again, or leave coverage (--coverage) out."
+            )
+        if coverage not in known:
+            raise InputError(
+                f"The coverage is {coverage:g}; the model {self.name} can do {', '.join(f'{c:g}' for c in known)}."
+            )
+        return known[coverage]
+
 
 def load_model(
     model: str | Path | LoadedModel,

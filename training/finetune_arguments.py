@@ -37,7 +37,19 @@ class FinetuneDataArguments(RunDataArguments):
             "help": "Without a base or a panel file: only the N most variable genes of the cells learnt (0: all)."
         },
     )
-
+    ontology: str | None = field(
+        default=None,
+        metadata={
+            "help": "Table of the labels' Cell Ontology terms, of map-labels: .csv with label, term_id."
+        },
+    )
+    label_tree: str | None = field(
+        default=None,
+        metadata={"help": "Table of the types above the labels, to back off to: .csv with label, parent."},
+    )
+    coarse_key: str | None = field(
+        default=None, metadata={"help": "Column of obs with coarser types, to back off to."}
+    )
     min_genes: int = field(
         default=0,
         metadata={
@@ -49,6 +61,10 @@ class FinetuneDataArguments(RunDataArguments):
         self.require("reference", "label_key")
         if self.test and self.test_key:
             raise InputError("Test cells come from a file (test) or by a column (test_key), not from both.")
+        if self.label_tree and self.coarse_key:
+            raise InputError(
+                "Types to back off to come from a table (label_tree) or a column (coarse_key), not both."
+            )
         for name in ("test_fraction", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must be from 0 to below 1; found {getattr(self, name)}.")

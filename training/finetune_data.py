@@ -10,6 +10,8 @@ import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
 
+from ..data.cell_ontology import read_cell_ontology, read_terms
+from ..data.label_tree import tree_from_column, tree_from_ontology, tree_from_table
 from ..data.labels import choose_classes, find_labels
 from ..data.modalities import feature_modalities
 from ..data.read import read_cells
@@ -75,6 +77,10 @@ class FinetuneData:
         What the values are: ``"counts"`` or ``"log1p"``.
     report
         What was left out and why, and how the genes matched.
+    term_ids
+        Cell Ontology terms of the classes, and of the types above them; None without a table of terms.
+    parents
+        The tree of types above the classes, child -> parent; None without one.
     """
 
     tokenizer: ScBertTokenizer
@@ -83,6 +89,8 @@ class FinetuneData:
     sources: dict[str, AnnData]
     input_kind: str
     report: dict[str, Any] = field(default_factory=dict)
+    term_ids: dict[str, str] | None = None
+    parents: dict[str, str] | None = None
 
     def fingerprint(self) -> int:
         """A checksum of cells, labels and splits: a resumed run must have the same."""
@@ -133,6 +141,7 @@ def load_data(
     trainable = labels if given is None else np.where(given != "test", labels, None)
     classes, report = choose_classes(trainable, data.label_key)
     report["unlabelled"] = int(sum(label is None for label in labels))
+    term_ids, parents = _terms_and_tree(data, reference, labels, classes)
     targets = _targets(labels, classes)
     assigned = _assign_splits(targets, given, data, seed, validate)
     if isinstance(tokenizer, dict):
@@ -155,7 +164,29 @@ def load_data(
         splits["test"] = _test_cells(sources["test"], data, tokenizer, classes, report)
     report["cells"] = {name: len(splits[name]) for name in SPLITS}
     kind = tokenizer.resolve_input(select_matrix(reference, data.layer)[0], data.input)[0]
-    return FinetuneData(tokenizer, classes, splits, sources, kind, report)
+    return FinetuneData(tokenizer, classes, splits, sources, kind, report, term_ids, parents)
+
+
+def _terms_and_tree(
+    data: FinetuneDataArguments, reference: AnnData, labels: np.ndarray, classes: list[str]
+) -> tuple[dict[str, str] | None, dict[str, str] | None]:
+    """Terms of the classes, and the tree above them: of the table or column given, or else of the ontology."""
+    terms, parents = None, None
+    if data.ontology:
+        ontology = read_cell_ontology()
+        terms = read_terms(data.ontology, classes, ontology)
+        if not (data.label_tree or data.coarse_key):
+            parents, terms = tree_from_ontology(terms, ontology, classes)
+    if data.label_tree:
+        parents = tree_from_table(data.label_tree, classes)
+    if data.coarse_key:
+        if data.coarse_key not in reference.obs:
+            raise InputError(
+                f"There is no column {data.coarse_key!r} of coarser types in obs; it has: {', '.join(reference.obs)}."
+            )
+        coarse = find_labels(reference.obs, data.coarse_key, data.reference)
+        parents = tree_from_column(labels, coarse, classes, data.coarse_key)
+    return terms or None, parents or None
 
 
 def _check_training_cells(train: LabelledCells, classes: list[str]) -> None:

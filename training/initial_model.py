@@ -14,8 +14,14 @@ from ..trained_model.model_folder import check_model_folder, find_model, load_to
 
 # fields of the head, which is new: a recipe may set them over what the base says
 HEAD_FIELDS = ("classifier_hidden_sizes", "classifier_dropout", "pooling", "hidden_dropout_prob")
-# what was fitted to the held-out cells of a fine-tuned base holds for that base
-UNCALIBRATED = {"cell_vector_size": 0, "unassigned_threshold": None}
+# what a fine-tuned base says of its own types and held-out cells holds for that base
+UNCALIBRATED = {
+    "cell_vector_size": 0,
+    "unassigned_threshold": None,
+    "label_ontology_ids": None,
+    "label_parents": None,
+    "conformal_quantiles": None,
+}
 
 
 def base_tokenizer(base: str | Path, genes: str | None = None) -> ScBertTokenizer:

@@ -16,6 +16,7 @@ from anndata import AnnData
 from transformers import PreTrainedModel, TrainerState, set_seed
 
 from ..data.check_paths import check_output_folder
+from ..evaluation.conformal import conformal_quantiles
 from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel
 from ..trained_model.prediction import predict_cells
@@ -38,7 +39,15 @@ from .initial_model import (
     new_model,
 )
 from .run_folder import finish, run_folder
-from .run_summary import TunedModel, calibrated, draw_figures, score_baseline, score_splits, summarise
+from .run_summary import (
+    TunedModel,
+    calibrated,
+    draw_figures,
+    judged_cells,
+    score_baseline,
+    score_splits,
+    summarise,
+)
 from .run_words import log_summary
 from .settings import parse, parse_command_line
 from .solved_head import solve_classifier
@@ -96,6 +105,7 @@ def finetune(
     logger.info("Fine-tuning on %s in %s.", training.device, precision)
     data = load(data_arguments, model_arguments, training, **cells)
     model = build_model(model_arguments, data, training.seed)
+    model.config.update({"label_ontology_ids": data.term_ids, "label_parents": data.parents})
     return train_and_save(settings, data_arguments, training, data, model)
 
 
@@ -184,6 +194,10 @@ def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainin
     loaded, learnt = LoadedModel(model, data.tokenizer), data.splits["train"]
     shown = not arguments.disable_tqdm
     held_out = solve_classifier(loaded, learnt.bins, learnt.targets, arguments.seed, shown)
+    judged = judged_cells(learnt.targets)
+    model.config.conformal_quantiles = conformal_quantiles(
+        held_out.probabilities[judged], learnt.targets[judged]
+    )
     return TunedModel(
         model,
         TrainerState(),

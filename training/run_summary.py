@@ -19,6 +19,7 @@ from ..evaluation.calibration import (
     fit_temperature,
     softmax,
 )
+from ..evaluation.conformal import conformal_quantiles
 from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..extras import require, versions
 from ..tokenization import align_genes
@@ -76,7 +77,8 @@ def calibrated(
     validation: LabelledCells,
 ) -> TunedModel:
     """
-    A trained model with its temperature in the weights of the output layer, and a threshold of "unassigned".
+    A trained model with its temperature in the weights of the output layer; in its config, the threshold of
+    "unassigned" and the quantiles of prediction sets.
 
     Parameters
     ----------
@@ -85,12 +87,13 @@ def calibrated(
     logits_of
         Logits of some cells, [cells, classes], before the temperature.
     validation
-        The cells that temperature and threshold are chosen on.
+        The cells that temperature, threshold and quantiles are chosen on.
     """
     logits = logits_of(validation)
     temperature = temperature_of(logits, validation.targets)
     probabilities = softmax(logits, temperature)
     model.config.unassigned_threshold = threshold_of(probabilities, validation.targets)
+    model.config.conformal_quantiles = conformal_quantiles(probabilities, validation.targets)
 
     def divided() -> dict[str, torch.Tensor]:
         all_weights = weights()
