@@ -68,7 +68,7 @@ def embed(
     >>> import scanpy, scbert
     >>> adata = scanpy.datasets.pbmc68k_reduced().raw.to_adata()  # 765 genes: few for the model that ships
     >>> scbert.embed(adata, input="log1p", force=True, progress=False).obsm["X_scbert"].shape
-    (700, 64)
+    (700, 32)
     """
     adata = read_cells(cells, layer=layer, check=False)
     loaded = load_model(model_or_shipped(model), "embedding", device, dtype)
