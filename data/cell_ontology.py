@@ -6,6 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..extras import require
 from ..tokenization import InputError
 from .check_paths import check_output_path
 from .labels import find_labels
-from .read import read_cells
+from .read import opened_cells
 from .write_output import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -220,11 +221,12 @@ def map_labels(
     >>> map_labels("reference.h5ad", "cell_type", "labels.csv")["to_confirm"]  # doctest: +SKIP
     3
     """
-    inputs = () if isinstance(reference, AnnData) else (reference,)
+    in_memory = isinstance(reference, AnnData)
+    inputs = () if in_memory else (reference,)
     check_output_path(output, overwrite, inputs, suffix=".csv")
     ontology = read_cell_ontology()
-    cells = read_cells(reference, check=False)
-    labels = find_labels(cells.obs, label_key)
+    with nullcontext(reference) if in_memory else opened_cells(reference, check=False) as cells:
+        labels = find_labels(cells.obs, label_key)
     table = propose_terms(sorted({label for label in labels if label is not None}), ontology)
     with atomic_path(output, overwrite, inputs=inputs) as temporary:
         table.to_csv(temporary, index=False)

@@ -84,7 +84,7 @@ def tree_from_column(
 
     Examples
     --------
-    >>> fine, coarse = np.array(["CD4", "CD8", "B"]), np.array(["T", "T", "B"])
+    >>> fine, coarse = np.array([["CD4", "CD8", "B"], ["T", "T", "B"]], dtype=object)
     >>> tree_from_column(fine, coarse, ["B", "CD4", "CD8"], "lineage")
     {'CD4': 'T', 'CD8': 'T'}
     """
