@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from anndata import AnnData
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +22,6 @@ from ..extras import require
 from ..tokenization import InputError
 from ..training.run_finetune import finetune
 from .annotate_cells import annotate
-from .shipped import SHIPPED
 
 LABEL_KEY = "bulk_labels"
 SPLIT_SEED = 0
@@ -44,8 +42,7 @@ def run_demo(output: str | Path = "demo") -> dict[str, Any]:
     Returns
     -------
     dict
-        ``accuracy``, ``macro_f1`` on the held-out cells, the baseline's, ``shipped`` (what the shipped annotator makes
-        of them), ``seconds`` and the written files.
+        ``accuracy``, ``macro_f1`` on the held-out cells, the baseline's, ``seconds`` and the written files.
 
     Raises
     ------
@@ -74,7 +71,6 @@ def run_demo(output: str | Path = "demo") -> dict[str, Any]:
     atomic_write_h5ad(annotated, folder / "annotated.h5ad", overwrite=True)
     scores = _scores(annotated)
     draw(folder, cells, annotated, scores)
-    shipped = shipped_scores(held_out)
     summary = {
         "cells": held_out.n_obs,
         "accuracy": scores["accuracy"],
@@ -83,7 +79,6 @@ def run_demo(output: str | Path = "demo") -> dict[str, Any]:
         "baseline_macro_f1": run["baseline_test_macro_f1"],
         "unassigned": int((annotated.obs["scbert_cell_type"] == "unassigned").sum()),
         "threshold": float(annotated.uns["scbert"]["threshold"]),
-        "shipped": shipped,
         "seconds": time.perf_counter() - started,
         "output": str(folder),
     }
@@ -116,31 +111,6 @@ def _scores(annotated: AnnData) -> dict[str, Any]:
     return classification_metrics(annotated.obs[LABEL_KEY], predicted)
 
 
-def shipped_scores(cells: AnnData) -> dict[str, Any]:
-    """
-    What the annotator that ships makes of cells with 765 genes, which takes ``force``.
-
-    Returns
-    -------
-    dict
-        ``cells`` whose type it knows, under the names of its ``labels.csv``; the share of them it assigns, the share of
-        these that is right, and the share that is right if every cell gets its likeliest type.
-    """
-    names = pd.read_csv(SHIPPED / "labels.csv").set_index("from")["to"]
-    true = cells.obs[LABEL_KEY].astype(str).map(names)
-    cells, true = cells[true.notna().to_numpy()], true.dropna().to_numpy()
-    annotated = annotate(cells, input="log1p", force=True, progress=False)
-    labels = np.asarray(annotated.uns["scbert"]["labels"])
-    right = labels[annotated.obsm["scbert_probabilities"].argmax(axis=1)] == true
-    assigned = (annotated.obs["scbert_cell_type"] != "unassigned").to_numpy()
-    return {
-        "cells": len(true),
-        "assigned": float(assigned.mean()),
-        "right_of_assigned": float(right[assigned].mean()) if assigned.any() else None,
-        "right_without_threshold": float(right.mean()),
-    }
-
-
 def draw(folder: Path, cells: AnnData, annotated: AnnData, scores: dict[str, Any]) -> None:
     """Write umap.png and confusion.png."""
     names = np.asarray(annotated.uns["scbert"]["labels"])
@@ -166,15 +136,11 @@ def show(summary: dict[str, Any]) -> None:
     rows = {"scBERT, the default recipe": "", "logistic regression, same cells": "baseline_"}
     for name, prefix in rows.items():
         table.add_row(name, f"{summary[prefix + 'accuracy']:.3f}", f"{summary[prefix + 'macro_f1']:.3f}")
-    console, shipped = Console(stderr=True), summary["shipped"]
+    console = Console(stderr=True)
     console.print(table)
     console.print(
         f"{summary['unassigned']} of the cells have a confidence below {summary['threshold']:.2f} (chosen by leaving "
         "types out in turn) and are 'unassigned' in the file.\n"
-        f"The annotator that ships, {SHIPPED.name}, was taught other blood cells, by all their genes. It assigns "
-        f"{shipped['assigned']:.0%} of these {shipped['cells']} cells a type"
-        + (f", {shipped['right_of_assigned']:.0%} of them the right one" if shipped["assigned"] else "")
-        + f"; {shipped['right_without_threshold']:.0%} are right where every cell gets its likeliest type.\n"
         f"{summary['seconds']:.0f} s; see {summary['output']}/annotated.h5ad, umap.png and confusion.png.",
         soft_wrap=True,
     )
