@@ -120,46 +120,6 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, n_
     return float(error)
 
 
-def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """
-    Mean over cells of the squared distance between probabilities and the truth; 0 is best, 2 worst.
-
-    The original multi-class definition (Brier 1950): sum over classes, not halved for two. By scikit-learn.
-
-    Examples
-    --------
-    >>> round(brier_score(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0])), 3)
-    0.65
-    """
-    metrics = require("sklearn.metrics")
-    probabilities, labels = _checked(probabilities, labels)
-    classes = np.arange(probabilities.shape[1])
-    return float(metrics.brier_score_loss(labels, probabilities, labels=classes, scale_by_half=False))
-
-
-def calibration_metrics(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> dict[str, float]:
-    """
-    Calibration of logits under a temperature: ``ece``, ``brier``, ``nll``, and mean confidence and accuracy.
-
-    Call it once with temperature 1 and once with the fitted one, on cells that were not used to fit it.
-
-    Examples
-    --------
-    >>> calibration_metrics(np.array([[2.0, 0.0], [0.0, 2.0]]), np.array([0, 1]))["accuracy"]
-    1.0
-    """
-    logits, labels = _checked(logits, labels)
-    probabilities = softmax(logits, temperature)
-    return {
-        "temperature": float(temperature),
-        "ece": expected_calibration_error(probabilities, labels),
-        "brier": brier_score(probabilities, labels),
-        "nll": negative_log_likelihood(logits, labels, temperature),
-        "confidence": float(probabilities.max(axis=1).mean()),
-        "accuracy": float((probabilities.argmax(axis=1) == labels).mean()),
-    }
-
-
 @dataclass(frozen=True)
 class UnassignedThreshold:
     """

@@ -49,10 +49,22 @@ from .run_summary import (
     summarise,
 )
 from .run_words import log_summary
-from .settings import parse, parse_command_line
+from .settings import SHORT_NAMES, parse, parse_command_line
 from .solved_head import solve_classifier
 
 logger = logging.getLogger(__name__)
+
+# what a user may well give, and a solved head has no use for
+SETTINGS_OF_STEPS = {
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "learning_rate",
+    "class_balance",
+    "cache_frozen",
+    "validation_fraction",
+    "early_stopping_patience",
+}
 
 
 def finetune(
@@ -100,6 +112,8 @@ def finetune(
         FINETUNE, {"label_key": label_key, "output": output, **options}
     )
     check_output_folder(data_arguments.output, data_arguments.overwrite)
+    if training.solved_head:
+        _name_idle_settings(options)
     set_seed(training.seed)
     precision = "bfloat16" if training.bf16 else "float32"
     logger.info("Fine-tuning on %s in %s.", training.device, precision)
@@ -107,6 +121,18 @@ def finetune(
     model = build_model(model_arguments, data, training.seed)
     model.config.update({"label_ontology_ids": data.term_ids, "label_parents": data.parents})
     return train_and_save(settings, data_arguments, training, data, model)
+
+
+def _name_idle_settings(options: dict[str, Any]) -> None:
+    """Say which of the given settings are for training in steps, where a head is solved for instead."""
+    given = {SHORT_NAMES.get(name, name) for name, value in options.items() if value is not None}
+    idle = sorted(given & SETTINGS_OF_STEPS)
+    if idle:
+        logger.warning(
+            "Of no effect, since this recipe solves for the head and takes no steps: %s. Recipes that train in steps: "
+            "scbert, scmbert, screformer.",
+            ", ".join(idle),
+        )
 
 
 def name_of(cells: AnnData | str | Path | None) -> str | None:

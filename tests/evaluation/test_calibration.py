@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 
 from scbert.evaluation.calibration import (
-    brier_score,
-    calibration_metrics,
     choose_threshold,
     expected_calibration_error,
     fit_temperature,
@@ -30,27 +28,24 @@ def test_a_known_temperature_is_found_again():
     labels = (softmax(honest).cumsum(axis=1) < rng.random((20_000, 1))).sum(axis=1)
     temperature = fit_temperature(honest * 3, labels)
     assert temperature == pytest.approx(3, rel=0.05)
-    before, after = (
-        calibration_metrics(honest * 3, labels),
-        calibration_metrics(honest * 3, labels, temperature),
-    )
-    assert after["ece"] < 0.02 < before["ece"]
-    assert after["nll"] < before["nll"] and after["brier"] < before["brier"]
-    assert after["accuracy"] == before["accuracy"]
+    before, after = (softmax(honest * 3, divisor) for divisor in (1.0, temperature))
+    assert expected_calibration_error(after, labels) < 0.02 < expected_calibration_error(before, labels)
+    loss = [negative_log_likelihood(honest * 3, labels, divisor) for divisor in (1.0, temperature)]
+    assert loss[1] < loss[0]
+
+
+def test_a_prior_keeps_a_few_sure_cells_from_certainty():
+    logits, labels = np.array([[4.0, 0.0]] * 5), np.zeros(5, dtype=int)
+    alone, with_prior = fit_temperature(logits, labels), fit_temperature(logits, labels, prior=3.0)
+    assert alone < 0.1 < with_prior < 1
 
 
 def test_calibration_errors_by_hand():
     # one cell per bin: gaps 0.1, 0.8, 0.4, 0.3.
     assert expected_calibration_error(FOUR, FOUR_LABELS, n_bins=10) == pytest.approx(0.4)
-    # squared distances 2 * (0.1, 0.8, 0.4, 0.3)^2.
-    assert brier_score(FOUR, FOUR_LABELS) == pytest.approx(2 * (0.01 + 0.64 + 0.16 + 0.09) / 4)
     assert negative_log_likelihood(np.log(FOUR), FOUR_LABELS) == pytest.approx(
         -np.log([0.9, 0.2, 0.6, 0.7]).mean()
     )
-
-
-def test_brier_score_of_three_classes_with_one_absent():
-    assert brier_score(np.array([[0.5, 0.3, 0.2]]), np.array([0])) == pytest.approx(0.25 + 0.09 + 0.04)
 
 
 def test_softmax_of_large_logits():

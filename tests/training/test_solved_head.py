@@ -150,6 +150,12 @@ def test_equal_seeds_give_equal_weights(solved, tmp_path):
         torch.testing.assert_close(first[name], again[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_settings_of_steps_are_said_to_have_no_effect(blobs, tmp_path, caplog):
+    finetune(blobs, "cell_type", tmp_path / "model", epochs=3, seed=1, use_cpu=True, disable_tqdm=True)
+    assert "no effect" in caplog.text and "num_train_epochs" in caplog.text
+    assert "seed" not in caplog.text
+
+
 def test_a_solved_head_reads_the_genes_itself(reference, tmp_path):
     with pytest.raises(InputError, match="classifier_hidden_sizes"):
         finetune(reference, "cell_type", tmp_path / "m", model={"classifier_hidden_sizes": [8]})
