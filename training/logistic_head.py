@@ -44,6 +44,11 @@ LOG_TEMPERATURE_MEAN, LOG_TEMPERATURE_BY_POWER, LOG_TEMPERATURE_BY_PENALTY = -1.
 LOG_TEMPERATURE_SD, LOG_PENALTY_SD = 0.6, 3.0
 # weight of equal shares, in cells
 SHARES_PRIOR = 3.0
+# where the label is chosen and not the confidence, cells are weighed by this power of one over the cells of their
+# class: its share of a reference says little of its share of a query, and rare types are looked for as much as others
+RARENESS = 0.75
+# of the number of a class's cells that is taken back from its bias: the prior's deviation
+LOG_COUNT_SD = 0.5
 # of a class that a fold has no cell of
 LOWEST_LOGIT = -20.0
 
@@ -124,11 +129,11 @@ def solve_head(
     for fold in np.unique(folds):
         held = folds == fold
         mixture = choose_mixture(out_of_fold, targets, ~held, powers)
-        logits[held] = mixture.apply([member[:, held] for member in out_of_fold])
+        logits[held] = mixture.logits([member[:, held] for member in out_of_fold])
     mixture = choose_mixture(out_of_fold, targets, np.ones(len(targets), dtype=bool), powers)
     return SolvedHead(
-        mixture.apply([member.weights for member in members]).astype(np.float32),
-        mixture.apply([member.bias for member in members]).astype(np.float32),
+        mixture.weights([member.weights for member in members]).astype(np.float32),
+        mixture.logits([member.bias for member in members]).astype(np.float32),
         logits,
         dict(zip(powers, mixture.shares.tolist())),
         {power: PENALTIES[place] for power, place in zip(powers, mixture.places)},
@@ -275,27 +280,35 @@ def ridge_path(
 
 @dataclass
 class Mixture:
-    """Which penalty each member takes, its share in the average of logits, and the temperatures."""
+    """Which penalty each member takes, its share in the average of logits, the temperatures, and a shift [classes]."""
 
     places: list[int]
     temperatures: np.ndarray
     shares: np.ndarray
+    shift: np.ndarray
     temperature: float
 
-    def apply(self, members: Sequence[np.ndarray]) -> np.ndarray:
+    def weights(self, members: Sequence[np.ndarray]) -> np.ndarray:
         """The average of what the members have for each penalty, ``[penalties, ...]`` each."""
         factors = self.shares / self.temperatures / self.temperature
         return sum(factor * member[place] for factor, member, place in zip(factors, members, self.places))
+
+    def logits(self, members: Sequence[np.ndarray]) -> np.ndarray:
+        """As `weights`, of logits or biases, ``[penalties, ..., classes]`` each, which the shift is for."""
+        return self.weights(members) + self.shift / self.temperature
 
 
 def choose_mixture(
     members: Sequence[np.ndarray], targets: np.ndarray, among: np.ndarray, powers: Sequence[float] = POWERS
 ) -> Mixture:
     """
-    Penalties, shares and temperatures by the likelihood of cells that were not learnt from, and a prior.
+    Penalties, shares, shift and temperatures by the likelihood of cells that were not learnt from, and a prior.
 
-    Cells of small classes count less: a fold without one of two cells says little of the fit with both. Where nothing
-    speaks, the penalty is `DEFAULT_PENALTY`, the shares are equal, and the temperature is the prior's.
+    What decides the label is chosen by cells that weigh the more the rarer their class is (`RARENESS`), with a shift
+    of every class by a multiple of the logarithm of its number of cells (logit adjustment, Menon et al. 2021); the
+    temperature, by all cells alike. Cells of small classes count less in both: a fold without one of two cells says
+    little of the fit with both. Where nothing speaks, the penalty is `DEFAULT_PENALTY`, the shares are equal, nothing
+    is shifted, and the temperature is the prior's.
 
     Parameters
     ----------
@@ -308,18 +321,31 @@ def choose_mixture(
     powers
         Of the members.
     """
-    counts = np.bincount(targets)[targets]
-    weights = (counts - 1) / (counts + 9)
-    cells = np.flatnonzero(among & (weights > 0))
-    targets, weights = targets[cells], weights[cells]
+    counts = np.bincount(targets, minlength=members[0].shape[-1])
+    alike = (counts[targets] - 1) / (counts[targets] + 9)
+    cells = np.flatnonzero(among & (alike > 0))
+    targets, alike = targets[cells], alike[cells]
+    by_rareness = alike * counts[targets] ** -RARENESS
+    by_rareness *= alike.sum() / max(by_rareness.sum(), 1e-9)
     chosen = []
     for power, logits in zip(powers, members):
-        fits = [_fit_temperature(logits[i][cells], targets, weights, i, power) for i in range(len(PENALTIES))]
+        fits = [
+            _fit_temperature(logits[i][cells], targets, by_rareness, i, power) for i in range(len(PENALTIES))
+        ]
         chosen.append(min(fits))
     places = [place for _, place, _ in chosen]
     temperatures = np.array([temperature for *_, temperature in chosen])
     scaled = [member[place][cells] / t for member, place, t in zip(members, places, temperatures)]
-    return Mixture(places, temperatures, *_fit_shares(scaled, targets, weights))
+    shares = _fit_shares(scaled, targets, by_rareness)
+    mixed = sum(share * logits for share, logits in zip(shares, scaled))
+    log_counts = np.log(np.maximum(counts, 1) / counts[counts > 0].mean())
+    shift = -log_counts * _fit_number(
+        lambda x: _cross_entropy(mixed - x * log_counts, targets, by_rareness), LOG_COUNT_SD
+    )
+    log_temperature = _fit_number(
+        lambda x: _cross_entropy((mixed + shift) / np.exp(x), targets, alike), LOG_TEMPERATURE_SD
+    )
+    return Mixture(places, temperatures, shares, shift, float(np.exp(log_temperature)))
 
 
 def _fit_temperature(logits, targets, weights, place, power) -> tuple[float, int, float]:
@@ -335,8 +361,8 @@ def _fit_temperature(logits, targets, weights, place, power) -> tuple[float, int
     return float(found.fun + (penalty / LOG_PENALTY_SD) ** 2 / 2), place, float(np.exp(found.x))
 
 
-def _fit_shares(scaled, targets, weights) -> tuple[np.ndarray, float]:
-    """Shares of the members, and the temperature of their average."""
+def _fit_shares(scaled, targets, weights) -> np.ndarray:
+    """Shares of the members in their average, whatever its temperature."""
 
     def loss(x):
         logs, log_temperature = log_softmax(x[:-1]), x[-1]
@@ -345,7 +371,12 @@ def _fit_shares(scaled, targets, weights) -> tuple[np.ndarray, float]:
         return _cross_entropy(mixed, targets, weights) + priors
 
     found = minimize(loss, np.zeros(len(scaled) + 1), method="L-BFGS-B").x
-    return np.exp(log_softmax(found[:-1])), float(np.exp(found[-1]))
+    return np.exp(log_softmax(found[:-1]))
+
+
+def _fit_number(loss, sd) -> float:
+    """What makes a loss least, with a normal prior around 0."""
+    return float(minimize_scalar(lambda x: loss(x) + (x / sd) ** 2 / 2, bounds=(-3, 3), method="bounded").x)
 
 
 def _cross_entropy(logits, targets, weights) -> float:

@@ -117,3 +117,19 @@ def test_without_evidence_the_prior_decides():
     assert mixture.places == [3, 3, 3]
     np.testing.assert_allclose(mixture.shares, 1 / 3, atol=1e-4)
     assert mixture.temperatures.min() > 0.1 and mixture.temperatures.max() < 2
+    np.testing.assert_allclose(mixture.shift, 0)
+
+
+def test_rare_classes_are_not_shut_out_by_their_bias():
+    """A bias against a class of few cells is taken back; classes of as many cells are not shifted."""
+    rng = np.random.default_rng(0)
+    targets = np.repeat([0, 1], [190, 10])
+    logits = 2 * np.eye(2)[targets] + rng.normal(scale=0.5, size=(200, 2)) + [3.0, 0.0]
+    members = [np.repeat(logits[None], 7, axis=0)]
+    everyone = np.ones(200, dtype=bool)
+    found = choose_mixture(members, targets, everyone, (0.0,))
+    assert found.shift[1] > found.shift[0]
+    before, after = logits.argmax(axis=1), found.logits(members).argmax(axis=1)
+    assert (before == targets)[190:].mean() < 0.5 < (after == targets)[190:].mean()
+    balanced = choose_mixture([members[0][:, :20]], np.arange(20) % 2, everyone[:20], (0.0,))
+    np.testing.assert_allclose(balanced.shift, 0)
