@@ -42,6 +42,7 @@ PATTERNS = (
     "model*.safetensors",
     "model.safetensors.index.json",
     "gene_panel.txt",
+    "gene_levels.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -140,7 +140,9 @@ def scbert(task: Task) -> Answer:
     )
     model = run_finetune.build_model(model_arguments, data, training.seed)
     tuned = run_finetune.train(model, data, training)
-    bins = data.tokenizer.bin_cells(cells_of(task.test), input="counts")
+    asked = cells_of(task.test)
+    asked = asked if task.measured is None else asked[:, task.measured]
+    bins = data.tokenizer.bin_cells(asked, input="counts")
     nowhere = np.zeros(bins.shape[0], dtype=np.int64)
     probabilities = tuned.probabilities_of(LabelledCells(bins, nowhere, nowhere))
     threshold = model.config.unassigned_threshold

@@ -26,13 +26,14 @@ class Study:
 
 @dataclass
 class Task:
-    """Cells to learn from and cells to be asked for."""
+    """Cells to learn from and cells to be asked for; where genes are not measured in the latter, which are, by mask."""
 
     name: str
     matrix: sp.csr_matrix
     labels: np.ndarray
     test: sp.csr_matrix
     true: np.ndarray
+    measured: np.ndarray | None = None
 
 
 def quarters_of_donors(obs) -> np.ndarray:
@@ -239,6 +240,7 @@ def cross_cohort(folder: Path, half: str) -> Iterator[Task]:
             labels[kept],
             on_genes(others[asked], other_genes, genes),
             true[asked],
+            np.isin(genes, other_genes),
         )
 
 

@@ -109,7 +109,7 @@ class GeneAlignment:
     n_duplicates : int
         Columns added to another column of the same gene.
     n_absent : int
-        Genes of the panel not found; their expression is 0.
+        Genes of the panel not found; their expression is 0, unless the tokenizer has levels for them.
     n_unused : int
         Columns of the file not in the panel.
     """
@@ -135,6 +135,11 @@ class GeneAlignment:
     def overlap(self):
         """Share of the panel found, 0 to 1."""
         return self.n_matched / self.panel_size
+
+    @property
+    def absent(self):
+        """Panel indices of the genes not found, ascending."""
+        return np.setdiff1d(np.arange(self.panel_size), self.target)
 
     def apply(self, csr):
         """Columns of `csr` brought into panel order; duplicates summed, absent genes zero.

@@ -22,6 +22,7 @@ from .expression_scbert import (
     normalize_expression,
 )
 from .genes_scbert import MINIMUM_OVERLAP, align_genes, check_gene_panel, read_panel_rows, write_gene_panel
+from .levels_scbert import check_gene_levels, fill_absent, measured_share, read_gene_levels, write_gene_levels
 from .sequences_scbert import encode_every_gene, encode_expressed, subsample
 
 BINNINGS = {"floor", "quantile"}
@@ -58,6 +59,10 @@ class ScBertTokenizer(PreTrainedTokenizer):
         subset of its genes, the same one each time.
     feature_modalities : sequence of int [genes], optional
         Modality of each feature. The size factor is taken within a modality.
+    gene_levels : sequence of float [genes], optional
+        Mean bin of each gene in the cells a model learnt from; saved as ``gene_levels.txt``. Cells of a file that
+        lacks a gene are given it, rounded, in the place of 0, and `target_sum` is cut by the share of the counts
+        that such genes had: what was not measured is no sign of its absence.
     seed : int
         Seed of the random subsets.
 
@@ -69,7 +74,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
     array([[3, 0, 1, 0]])
     """
 
-    vocab_files_names = {"gene_panel_file": "gene_panel.txt"}
+    vocab_files_names = {"gene_panel_file": "gene_panel.txt", "gene_levels_file": "gene_levels.txt"}
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(
@@ -84,6 +89,8 @@ class ScBertTokenizer(PreTrainedTokenizer):
         keep_zeros=True,
         max_length=None,
         feature_modalities=None,
+        gene_levels=None,
+        gene_levels_file=None,
         seed=0,
         **kwargs,
     ):
@@ -106,6 +113,9 @@ class ScBertTokenizer(PreTrainedTokenizer):
         self.feature_modalities = (
             None if feature_modalities is None else np.asarray(feature_modalities, dtype=np.int64)
         )
+        if gene_levels is None and gene_levels_file is not None:
+            gene_levels = read_gene_levels(gene_levels_file)
+        self.gene_levels = gene_levels
         self._bin_tokens = {f"[BIN_{i}]": i for i in range(n_bins + 1)} | {"[MASK]": n_bins + 1}
         self._bin_names = list(self._bin_tokens)
         kwargs.setdefault("pad_token", "[BIN_0]")
@@ -117,6 +127,19 @@ class ScBertTokenizer(PreTrainedTokenizer):
     def _input_names(self):
         names = ["input_ids"] if self.keep_zeros else ["input_ids", "attention_mask", "gene_ids"]
         return names if self.feature_modalities is None else [*names, "modality_ids"]
+
+    @property
+    def gene_levels(self):
+        """Mean bin of each gene in the cells a model learnt from, float64 [genes], or None."""
+        return self._gene_levels
+
+    @gene_levels.setter
+    def gene_levels(self, levels):
+        if levels is not None:
+            if self.binning != "floor" or self.feature_modalities is not None:
+                raise InputError("gene_levels need binning='floor' and features of one modality.")
+            levels = check_gene_levels(levels, len(self.gene_panel), self.n_bins)
+        self._gene_levels = levels
 
     # the vocabulary of a text tokenizer: a token per expression id
 
@@ -143,11 +166,16 @@ class ScBertTokenizer(PreTrainedTokenizer):
         return token_ids_0 if token_ids_1 is None else token_ids_0 + token_ids_1
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
-        """Write the gene panel beside the tokenizer's configuration."""
+        """Write the gene panel, and the levels if there are any, beside the tokenizer's configuration."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
-        path = os.path.join(save_directory, prefix + self.vocab_files_names["gene_panel_file"])
-        write_gene_panel(path, self.gene_panel, self.feature_modalities)
-        return (path,)
+        panel, levels = (
+            os.path.join(save_directory, prefix + name) for name in self.vocab_files_names.values()
+        )
+        write_gene_panel(panel, self.gene_panel, self.feature_modalities)
+        if self.gene_levels is None:
+            return (panel,)
+        write_gene_levels(levels, self.gene_levels)
+        return (panel, levels)
 
     # cells to batches
 
@@ -313,7 +341,13 @@ class ScBertTokenizer(PreTrainedTokenizer):
         values = self._log_values(chunk, alignment, kind, covers_all_genes)
         if self.binning == "quantile":
             return bin_quantile(values, self.n_bins)
-        return bin_floor(values, self.n_bins, self.bin_width)
+        bins = bin_floor(values, self.n_bins, self.bin_width)
+        if self._may_fill(alignment):
+            return fill_absent(bins, alignment.absent, self.gene_levels)
+        return bins
+
+    def _may_fill(self, alignment):
+        return self.gene_levels is not None and alignment.n_absent > 0
 
     def _log_values(self, chunk, alignment, kind, covers_all_genes):
         """Rows on the model's log scale, aligned to the panel."""
@@ -324,7 +358,10 @@ class ScBertTokenizer(PreTrainedTokenizer):
         # float64 keeps bins from counts exact at their edges, float32 admits the rounding of log1p
         counts, dtype = (chunk, np.float64) if kind == "counts" else (expm1(chunk), np.float32)
         aligned = alignment.apply(counts)
-        return normalize_expression(aligned, self.target_sum, self.log_base, self.feature_modalities, dtype)
+        target_sum = self.target_sum
+        if self._may_fill(alignment):
+            target_sum *= measured_share(self.gene_levels, alignment.absent, self.log_base, self.bin_width)
+        return normalize_expression(aligned, target_sum, self.log_base, self.feature_modalities, dtype)
 
     # bins to batches
 

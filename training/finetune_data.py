@@ -109,6 +109,7 @@ def load_data(
     reference: AnnData | None = None,
     test: AnnData | None = None,
     validate: bool = True,
+    learn_levels: bool = False,
 ) -> FinetuneData:
     """
     Read the reference, choose classes and splits, and bin the cells.
@@ -125,6 +126,8 @@ def load_data(
         The cells, where they are no files. They are left as they are.
     validate
         Whether some cells are kept for validation; if not, those that a column says are for it are learnt from.
+    learn_levels
+        Whether the tokenizer is given the genes' levels in the training cells, for files that lack some of them.
 
     Raises
     ------
@@ -159,6 +162,8 @@ def load_data(
         cells = np.flatnonzero(assigned == name)
         splits[name] = LabelledCells(bins[cells], targets[cells], cells)
     _check_training_cells(splits["train"], classes)
+    if learn_levels and tokenizer.feature_modalities is None:
+        tokenizer.gene_levels = np.asarray(splits["train"].bins.mean(axis=0)).ravel()
     if data.test:
         sources["test"] = read_cells(data.test if test is None else test, layer=data.layer)
         splits["test"] = _test_cells(sources["test"], data, tokenizer, classes, report)

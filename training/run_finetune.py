@@ -150,7 +150,8 @@ def load(
 ) -> FinetuneData:
     """Read, choose, split and bin the cells, with the base's tokenizer where there is a base."""
     tokenizer = base_tokenizer(model.base, data.genes) if model.base else model.tokenizer
-    return load_data(data, tokenizer, training.seed, validate=not training.solved_head, **cells)
+    solved = training.solved_head
+    return load_data(data, tokenizer, training.seed, validate=not solved, learn_levels=solved, **cells)
 
 
 def build_model(arguments: FinetuneModelArguments, data: FinetuneData, seed: int) -> PreTrainedModel:

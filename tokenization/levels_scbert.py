@@ -1,0 +1,89 @@
+"""Genes that a file lacks: what was not measured is no sign that it is not there.
+
+A tokenizer may know the level of every gene, its mean bin in the cells that a model learnt from. Where a gene of the
+panel is not in a file, cells are given its level in the place of 0, and the size factor leaves the room that the counts
+of such genes would have taken.
+"""
+
+import numpy as np
+import scipy.sparse as sp
+
+from .errors_scbert import InputError
+from .genes_scbert import open_text
+
+
+def read_gene_levels(path):
+    """Read a level for every gene of a panel: one number per line."""
+    try:
+        with open_text(path) as handle:
+            return [float(line) for line in handle]
+    except ValueError as error:
+        raise InputError(f"{path} must hold one number per line: {error}.") from error
+
+
+def write_gene_levels(path, levels):
+    """Write the level of every gene, one per line."""
+    with open(path, "w", encoding="utf-8", newline="\n") as handle:
+        handle.writelines(f"{level:.3g}\n" for level in levels)
+
+
+def check_gene_levels(levels, panel_size, n_bins):
+    """Levels as float64 [genes], refused if they are not one bin for every gene."""
+    levels = np.asarray(levels, dtype=np.float64)
+    if levels.shape != (panel_size,) or not ((levels >= 0) & (levels <= n_bins)).all():
+        raise InputError(
+            f"gene_levels must hold a number from 0 to {n_bins} for each of the panel's {panel_size} genes."
+        )
+    return levels
+
+
+def measured_share(levels, absent, log_base, bin_width):
+    """Share of a cell's counts that genes other than the absent ones have.
+
+    Parameters
+    ----------
+    levels : numpy.ndarray, float64 [genes]
+    absent : numpy.ndarray, int
+        Panel indices.
+    log_base, bin_width : float
+        Of the bins.
+
+    Examples
+    --------
+    >>> float(measured_share(np.array([1.0, 2.0, 0.0]), np.array([0]), 2.0, 1.0))
+    0.75
+    """
+    counts = log_base ** (levels * bin_width) - 1
+    missing = counts[absent].sum()
+    # where all that the model knows is missing nothing can be said
+    return 1 - missing / counts.sum() if missing < counts.sum() else 1.0
+
+
+def fill_absent(bins, absent, levels):
+    """Every cell's bins of the absent genes, which are 0, become their levels, rounded; empty cells stay empty.
+
+    Parameters
+    ----------
+    bins : scipy.sparse.csr_matrix [cells, panel]
+    absent : numpy.ndarray, int
+        Panel indices, ascending.
+    levels : numpy.ndarray, float64 [genes]
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix [cells, panel]
+
+    Examples
+    --------
+    >>> bins = sp.csr_matrix(np.array([[3, 0, 0], [1, 0, 0], [0, 0, 0]], dtype=np.int8))
+    >>> fill_absent(bins, np.array([1, 2]), np.array([0.2, 1.8, 0.3])).toarray()
+    array([[3, 2, 0],
+           [1, 2, 0],
+           [0, 0, 0]], dtype=int8)
+    """
+    values = np.rint(levels[absent]).astype(bins.dtype)
+    absent, values = absent[values > 0], values[values > 0]
+    expressed = np.diff(bins.indptr) > 0
+    n_cells, starts = expressed.sum(), np.append(0, np.cumsum(expressed)) * len(absent)
+    filled = sp.csr_matrix((np.tile(values, n_cells), np.tile(absent, n_cells), starts), shape=bins.shape)
+    return bins + filled
