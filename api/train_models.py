@@ -32,8 +32,9 @@ def finetune(
     output
         The model folder to write. Left out, the model lives as long as the object (`CellModel.save` keeps it).
     **options
-        ``base`` (a pretrained model), ``test`` (cells to test on), ``recipe``, ``epochs``, ``batch_size``, ``layer``,
-        ``input``, ``seed``, ``device``, ``resume``, ``overwrite`` and every other setting of
+        ``base`` (a pretrained model), ``test`` (cells to test on), ``unlabelled`` (cells without labels, such as those
+        to annotate, to learn from as well: an AnnData, a file, or a list of them), ``recipe``, ``epochs``,
+        ``batch_size``, ``layer``, ``input``, ``seed``, ``device``, ``resume``, ``overwrite`` and every other setting of
         `scbert.training.run_finetune.finetune`.
 
     Returns

@@ -113,6 +113,7 @@ def finetune(
     ] = None,
     test: opt.TestFile = None,
     test_key: opt.SplitKey = None,
+    unlabelled: opt.Unlabelled = None,
     ontology: opt.Ontology = None,
     label_tree: opt.LabelTree = None,
     coarse_key: opt.CoarseKey = None,
@@ -140,7 +141,7 @@ def finetune(
 ) -> None:
     """Teach a model the cell types of a labelled reference."""
     given = locals()
-    for path in (reference, base, genes, test, ontology, label_tree):
+    for path in (reference, base, genes, test, ontology, label_tree, *(unlabelled or ())):
         path and existing(path)
     check_output_folder(output, overwrite)
     from ..training.run_finetune import finetune as job

@@ -155,6 +155,14 @@ LabelTree = Annotated[
     Path | None, typer.Option(metavar="FILE.csv", help="Wider types to back off to: label, parent.")
 ]
 CoarseKey = Annotated[str | None, typer.Option(help="Column of obs with wider types to back off to.")]
+Unlabelled = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--unlabelled",
+        metavar="FILE",
+        help="Cells without labels to learn from as well, such as those to annotate; repeatable.",
+    ),
+]
 TestFile = Annotated[
     Path | None,
     typer.Option("--test", metavar="FILE", help="Labelled cells to test on, in a file of their own."),

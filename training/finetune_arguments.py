@@ -31,6 +31,10 @@ class FinetuneDataArguments(RunDataArguments):
     validation_fraction: float = field(
         default=0.1, metadata={"help": "Share of the labelled cells that choose the best epoch."}
     )
+    unlabelled: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files of cells without labels, such as those to annotate, to learn from as well."},
+    )
     top_genes: int | None = field(
         default=None,
         metadata={

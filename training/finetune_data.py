@@ -2,6 +2,7 @@
 
 import logging
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ class FinetuneData:
         Cell Ontology terms of the classes, and of the types above them; None without a table of terms.
     parents
         The tree of types above the classes, child -> parent; None without one.
+    unlabelled
+        Expression bins of cells without labels, [others, panel], sparse; None without such cells.
     """
 
     tokenizer: ScBertTokenizer
@@ -91,6 +94,7 @@ class FinetuneData:
     report: dict[str, Any] = field(default_factory=dict)
     term_ids: dict[str, str] | None = None
     parents: dict[str, str] | None = None
+    unlabelled: sp.csr_matrix | None = None
 
     def fingerprint(self) -> int:
         """A checksum of cells, labels and splits: a resumed run must have the same."""
@@ -99,6 +103,8 @@ class FinetuneData:
             part = self.splits[name]
             for array in (part.bins.indptr, part.bins.indices, part.bins.data, part.targets, part.cells):
                 checksum = zlib.crc32(np.ascontiguousarray(array).tobytes(), checksum)
+        if self.unlabelled is not None:
+            checksum = zlib.crc32(np.ascontiguousarray(self.unlabelled.data).tobytes(), checksum)
         return checksum
 
 
@@ -108,6 +114,7 @@ def load_data(
     seed: int,
     reference: AnnData | None = None,
     test: AnnData | None = None,
+    unlabelled: Sequence[AnnData | str | Path] = (),
     validate: bool = True,
     learn_levels: bool = False,
 ) -> FinetuneData:
@@ -124,6 +131,8 @@ def load_data(
         Decides the splits.
     reference, test
         The cells, where they are no files. They are left as they are.
+    unlabelled
+        Cells without labels, or their files.
     validate
         Whether some cells are kept for validation; if not, those that a column says are for it are learnt from.
     learn_levels
@@ -147,10 +156,11 @@ def load_data(
     term_ids, parents = _terms_and_tree(data, reference, labels, classes)
     targets = _targets(labels, classes)
     assigned = _assign_splits(targets, given, data, seed, validate)
+    others = [read_cells(cells, layer=data.layer) for cells in unlabelled]
     if isinstance(tokenizer, dict):
         # genes are not chosen with a look at the test cells
         learnt = np.isin(assigned, ["train", "validation"]) if data.top_genes else targets >= 0
-        tokenizer = _tokenizer_of(tokenizer, reference, learnt, data)
+        tokenizer = _tokenizer_of(tokenizer, reference, learnt, data, others)
     report["genes"] = _gene_report(tokenizer, reference, data)
     _drop_low_gene_cells(assigned, targets, reference, tokenizer, data, report)
     splits, sources = {}, dict.fromkeys(SPLITS, reference)
@@ -163,13 +173,26 @@ def load_data(
         splits[name] = LabelledCells(bins[cells], targets[cells], cells)
     _check_training_cells(splits["train"], classes)
     if learn_levels and tokenizer.feature_modalities is None:
-        tokenizer.gene_levels = np.asarray(splits["train"].bins.mean(axis=0)).ravel()
+        levels = np.asarray(splits["train"].bins.mean(axis=0)).ravel()
+        # a mean of highest bins may be rounded up
+        tokenizer.gene_levels = np.minimum(levels, tokenizer.n_bins)
     if data.test:
         sources["test"] = read_cells(data.test if test is None else test, layer=data.layer)
         splits["test"] = _test_cells(sources["test"], data, tokenizer, classes, report)
+    bins_of_others = [_unlabelled_bins(cells, data, tokenizer) for cells in others]
     report["cells"] = {name: len(splits[name]) for name in SPLITS}
     kind = tokenizer.resolve_input(select_matrix(reference, data.layer)[0], data.input)[0]
-    return FinetuneData(tokenizer, classes, splits, sources, kind, report, term_ids, parents)
+    stacked = sp.vstack(bins_of_others, format="csr") if others else None
+    return FinetuneData(tokenizer, classes, splits, sources, kind, report, term_ids, parents, stacked)
+
+
+def _unlabelled_bins(
+    cells: AnnData, data: FinetuneDataArguments, tokenizer: ScBertTokenizer
+) -> sp.csr_matrix:
+    """Bins of the cells that express something; whatever labels they have are not looked at."""
+    tokenizer.align(cells, layer=data.layer).check()
+    bins = tokenizer.bin_cells(cells, input=data.input, layer=data.layer)
+    return bins[np.diff(bins.indptr) > 0]
 
 
 def _terms_and_tree(
@@ -233,14 +256,22 @@ def _given_splits(reference: AnnData, test_key: str | None) -> np.ndarray | None
 
 
 def _tokenizer_of(
-    options: dict[str, Any], reference: AnnData, labelled: np.ndarray, data: FinetuneDataArguments
+    options: dict[str, Any],
+    reference: AnnData,
+    labelled: np.ndarray,
+    data: FinetuneDataArguments,
+    others: Sequence[AnnData] = (),
 ) -> ScBertTokenizer:
-    """A tokenizer over the panel file, or over the genes these cells express (or the most variable of them)."""
+    """A tokenizer over the panel file, or the genes that these or other cells express (or the most variable)."""
     if data.genes:
         return new_tokenizer(options, read_gene_panel(data.genes))
     matrix, source = select_matrix(reference, data.layer)
     names = gene_names_of(source.var, source.var_names)
-    expressed = np.asarray((as_csr(matrix[np.flatnonzero(labelled)]) != 0).sum(axis=0)).ravel() > 0
+    expressed = _expressed(matrix[np.flatnonzero(labelled)])
+    for cells in others:
+        of_cells, var = select_matrix(cells, data.layer)
+        theirs = np.array(gene_names_of(var.var, var.var_names))[_expressed(of_cells)]
+        expressed |= np.isin(names, theirs)
     panel = list(dict.fromkeys(name for name, seen in zip(names, expressed, strict=True) if seen))
     if data.top_genes:
         panel = most_variable_genes(reference[labelled], data.top_genes, data.layer, data.input)
@@ -251,6 +282,11 @@ def _tokenizer_of(
         of_feature = dict(zip(names, modalities.tolist(), strict=True))
         modalities = [of_feature[name] for name in panel]
     return new_tokenizer(options, panel, modalities, reference.uns.get("genome_build"))
+
+
+def _expressed(matrix: Any) -> np.ndarray:
+    """Genes that a cell expresses, bool [genes]."""
+    return np.asarray((as_csr(matrix) != 0).sum(axis=0)).ravel() > 0
 
 
 def most_variable_genes(cells: AnnData, n_genes: int, layer: str | None, input: str) -> list[str]:

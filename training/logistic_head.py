@@ -122,23 +122,50 @@ def solve_head(
     >>> head.weights.shape, bool((head.logits.argmax(axis=1) == targets).mean() > 0.8)
     ((3, 20), True)
     """
+    members = fit_members(features, targets, n_classes, folds, axes, powers, on_fit)
+    return average(members, targets, folds, powers)
+
+
+def fit_members(
+    features: sp.csr_matrix,
+    targets: np.ndarray,
+    n_classes: int,
+    folds: np.ndarray,
+    axes: Axes | None = None,
+    powers: Sequence[float] = POWERS,
+    on_fit: Callable[[], Any] | None = None,
+) -> list["Member"]:
+    """The regressions that `solve_head` averages, one for each power; parameters are its own."""
     axes = axes_of_cells(features) if axes is None else axes
-    members = [_cross_fit(features, targets, n_classes, folds, power, axes, on_fit) for power in powers]
-    out_of_fold = [member.logits for member in members]
-    logits = np.full((len(targets), n_classes), LOWEST_LOGIT)
-    for fold in np.unique(folds):
-        held = folds == fold
-        mixture = choose_mixture(out_of_fold, targets, ~held, powers)
-        logits[held] = mixture.logits([member[:, held] for member in out_of_fold])
-    mixture = choose_mixture(out_of_fold, targets, np.ones(len(targets), dtype=bool), powers)
+    return [cross_fit(features, targets, n_classes, folds, power, axes, on_fit) for power in powers]
+
+
+def average(
+    members: Sequence["Member"], targets: np.ndarray, folds: np.ndarray, powers: Sequence[float] = POWERS
+) -> SolvedHead:
+    """One head of several regressions, each with the share that it is worth out of fold."""
+    logits, mixture = average_logits([member.logits for member in members], targets, folds, powers)
+    weights, bias = mixture.head(members)
     return SolvedHead(
-        mixture.weights([member.weights for member in members]).astype(np.float32),
-        mixture.logits([member.bias for member in members]).astype(np.float32),
+        weights.astype(np.float32),
+        bias.astype(np.float32),
         logits,
         dict(zip(powers, mixture.shares.tolist())),
         {power: PENALTIES[place] for power, place in zip(powers, mixture.places)},
         mixture.temperature,
     )
+
+
+def average_logits(
+    members: Sequence[np.ndarray], targets: np.ndarray, folds: np.ndarray, powers: Sequence[float]
+) -> tuple[np.ndarray, "Mixture"]:
+    """Averaged logits of every cell [cells, classes], chosen without its fold, and what all cells choose."""
+    logits = np.full(members[0].shape[1:], LOWEST_LOGIT)
+    for fold in np.unique(folds):
+        held = folds == fold
+        mixture = choose_mixture(members, targets, ~held, powers)
+        logits[held] = mixture.logits([member[:, held] for member in members])
+    return logits, choose_mixture(members, targets, np.ones(len(targets), dtype=bool), powers)
 
 
 def cross_folds(targets: np.ndarray, n_folds: int = 5, seed: int = 0) -> np.ndarray:
@@ -164,15 +191,33 @@ def n_fits(folds: np.ndarray, powers: Sequence[float] = POWERS) -> int:
 
 
 @dataclass
-class _Member:
-    """Logits [penalties, cells, classes] of cells not learnt from; weights and bias of a fit on all cells."""
+class Member:
+    """Logits [penalties, cells, classes] of cells not learnt from; axes and path of a fit on all that have labels."""
 
     logits: np.ndarray
-    weights: np.ndarray
-    bias: np.ndarray
+    axes: Axes
+    path: list[tuple[np.ndarray, np.ndarray]]
+
+    def head(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Weights [classes, genes] and bias [classes] with one of the penalties."""
+        return self.axes.gene_weights(*self.path[place])
 
 
-def _cross_fit(features, targets, n_classes, folds, power, axes, on_fit) -> _Member:
+def cross_fit(
+    features: sp.csr_matrix,
+    targets: np.ndarray,
+    n_classes: int,
+    folds: np.ndarray,
+    power: float,
+    axes: Axes,
+    on_fit: Callable[[], Any] | None = None,
+) -> Member:
+    """
+    A regression for every penalty, on all folds but one in turn and on all.
+
+    Cells of fold -1 have no label: nothing is learnt from them, and their logits are those of the fit on all others.
+    """
+
     def fit(learnt):
         # axes of plain ridge regression know no labels: one set serves all folds
         space = axes if power == 0 else scaled_axes(features, targets, learnt, power)
@@ -181,16 +226,17 @@ def _cross_fit(features, targets, n_classes, folds, power, axes, on_fit) -> _Mem
             on_fit()
         return space, path
 
-    masks = [folds != fold for fold in np.unique(folds)] + [np.ones(len(targets), dtype=bool)]
+    labelled = folds >= 0
+    held = [folds == fold for fold in np.unique(folds[labelled])] + [~labelled]
     with threadpool_limits(1):
-        fitted = Parallel(n_jobs=os.cpu_count(), prefer="threads")(delayed(fit)(mask) for mask in masks)
-    logits = np.full((len(PENALTIES), len(targets), n_classes), LOWEST_LOGIT)
-    for mask, (space, path) in zip(masks[:-1], fitted):
+        fitted = Parallel(n_jobs=os.cpu_count(), prefer="threads")(
+            delayed(fit)(labelled & ~mask) for mask in held
+        )
+    logits = np.full((len(PENALTIES), len(folds), n_classes), LOWEST_LOGIT)
+    for mask, (space, path) in zip(held, fitted):
         for place, (coefficients, bias) in enumerate(path):
-            logits[place, ~mask] = space.coordinates[~mask] @ coefficients.T + bias
-    space, path = fitted[-1]
-    weights, bias = zip(*(space.gene_weights(*fit) for fit in path))
-    return _Member(logits, np.stack(weights), np.stack(bias))
+            logits[place, mask] = space.coordinates[mask] @ coefficients.T + bias
+    return Member(logits, *fitted[-1])
 
 
 def scaled_axes(features: sp.csr_matrix, targets: np.ndarray, learnt: np.ndarray, power: float) -> Axes:
@@ -288,14 +334,23 @@ class Mixture:
     shift: np.ndarray
     temperature: float
 
-    def weights(self, members: Sequence[np.ndarray]) -> np.ndarray:
-        """The average of what the members have for each penalty, ``[penalties, ...]`` each."""
-        factors = self.shares / self.temperatures / self.temperature
-        return sum(factor * member[place] for factor, member, place in zip(factors, members, self.places))
+    @property
+    def factors(self) -> np.ndarray:
+        """What each member's logits are multiplied by."""
+        return self.shares / self.temperatures / self.temperature
 
     def logits(self, members: Sequence[np.ndarray]) -> np.ndarray:
-        """As `weights`, of logits or biases, ``[penalties, ..., classes]`` each, which the shift is for."""
-        return self.weights(members) + self.shift / self.temperature
+        """The average of the members' logits, [penalties, cells, classes] each."""
+        parts = (factor * member[place] for factor, member, place in zip(self.factors, members, self.places))
+        return sum(parts) + self.shift / self.temperature
+
+    def head(self, members: Sequence[Member]) -> tuple[np.ndarray, np.ndarray]:
+        """Weights [classes, genes] and bias [classes] whose logits are the average of the members'."""
+        heads = [member.head(place) for member, place in zip(members, self.places)]
+        weights, bias = (
+            sum(factor * part for factor, part in zip(self.factors, parts)) for parts in zip(*heads)
+        )
+        return weights, bias + self.shift / self.temperature
 
 
 def choose_mixture(

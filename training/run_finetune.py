@@ -85,7 +85,8 @@ def finetune(
     output
         The model folder to write. It is built in ``OUTPUT.partial`` and appears when complete.
     **options
-        ``base`` (model folder or Hub name), ``test`` (AnnData or file of cells to test on), ``recipe`` (name or file),
+        ``base`` (model folder or Hub name), ``test`` (AnnData or file of cells to test on), ``unlabelled`` (AnnData or
+        files of cells without labels, such as those to annotate, to learn from as well), ``recipe`` (name or file),
         ``epochs``, ``batch_size``, ``seed``, ``device`` and ``dtype`` (see `device_settings`), ``resume``,
         ``overwrite``, and every field of `FinetuneDataArguments`, `FinetuneModelArguments` and
         `FinetuneTrainingArguments` (so all of `transformers.TrainingArguments`). They go over the recipe's.
@@ -106,14 +107,24 @@ def finetune(
     >>> summary = finetune("reference.h5ad", "cell_type", "model")  # doctest: +SKIP
     >>> summary["cross_validation_macro_f1"]  # doctest: +SKIP
     """
-    cells = {"reference": reference, "test": options.get("test")}
-    options |= {name: name_of(given) for name, given in cells.items()}
+    cells = {
+        "reference": reference,
+        "test": options.get("test"),
+        "unlabelled": as_list(options.get("unlabelled")),
+    }
+    options |= {name: name_of(given) for name, given in cells.items() if name != "unlabelled"}
+    options["unlabelled"] = [name_of(given) for given in cells["unlabelled"]] or None
     settings, data_arguments, model_arguments, training = parse(
         FINETUNE, {"label_key": label_key, "output": output, **options}
     )
     check_output_folder(data_arguments.output, data_arguments.overwrite)
     if training.solved_head:
         _name_idle_settings(options)
+    elif data_arguments.unlabelled:
+        raise InputError(
+            "Cells without labels are learnt from by recipes that solve for the head, as the default one; leave them "
+            "(unlabelled) out, or pretrain on them first."
+        )
     set_seed(training.seed)
     precision = "bfloat16" if training.bf16 else "float32"
     logger.info("Fine-tuning on %s in %s.", training.device, precision)
@@ -135,6 +146,13 @@ def _name_idle_settings(options: dict[str, Any]) -> None:
         )
 
 
+def as_list(cells: Any) -> list[Any]:
+    """Several AnnData or files, where one or none may be given."""
+    if cells is None:
+        return []
+    return list(cells) if isinstance(cells, (list, tuple)) else [cells]
+
+
 def name_of(cells: AnnData | str | Path | None) -> str | None:
     """What stands for cells in the settings."""
     if isinstance(cells, AnnData):
@@ -146,7 +164,7 @@ def load(
     data: FinetuneDataArguments,
     model: FinetuneModelArguments,
     training: FinetuneTrainingArguments,
-    **cells: AnnData | str | Path | None,
+    **cells: Any,
 ) -> FinetuneData:
     """Read, choose, split and bin the cells, with the base's tokenizer where there is a base."""
     tokenizer = base_tokenizer(model.base, data.genes) if model.base else model.tokenizer
@@ -220,7 +238,7 @@ def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainin
     """Give the model a head that is solved for; nothing else is trained."""
     loaded, learnt = LoadedModel(model, data.tokenizer), data.splits["train"]
     shown = not arguments.disable_tqdm
-    held_out = solve_classifier(loaded, learnt.bins, learnt.targets, arguments.seed, shown)
+    held_out = solve_classifier(loaded, learnt.bins, learnt.targets, arguments.seed, shown, data.unlabelled)
     judged = judged_cells(learnt.targets)
     model.config.conformal_quantiles = conformal_quantiles(
         held_out.probabilities[judged], learnt.targets[judged]

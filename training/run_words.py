@@ -20,6 +20,9 @@ ESTIMATE_WORDS = {
 def log_summary(summary: dict[str, Any], output: str | Path) -> None:
     """Log what was learnt, how good it is beside logistic regression, and what to do next."""
     logger.info(_learnt(summary))
+    taught = (summary["solved_head"] or {}).get("unlabelled")
+    if taught is not None:
+        logger.info(_unlabelled(taught))
     estimate = summary["estimate"]
     if estimate is None:
         logger.warning("Every type has a single cell: how good the model is cannot be said.")
@@ -44,6 +47,23 @@ def _learnt(summary: dict[str, Any]) -> str:
         f"Learnt {len(summary['classes'])} types from {n_cells:,} cells and {report['genes']['panel']:,} genes in "
         f"{seconds:.0f} s" + (f" (left out: {more})." if more else ".")
     )
+
+
+def _unlabelled(taught: dict[str, Any]) -> str:
+    others = f"{taught['cells']:,} cells without labels"
+    if not taught["kept"]:
+        return f"What {others} taught was left out: held-out labelled cells were better off without it."
+    text = f"Learnt from {others} as well"
+    if taught["gain"] is None:
+        text += "; with one cell a type, whether that helps cannot be measured here"
+    else:
+        text += f" (log-likelihood of held-out labelled cells {taught['gain']:+.3f} ± {taught['error']:.3f})"
+    if taught["neighbours"] == "own":
+        text += (
+            f". The two kinds of cells can be told apart (AUC {taught['told_apart']:.2f}: another protocol or other "
+            "types), so each was averaged with its own kind only: look at the result with care"
+        )
+    return f"{text}."
 
 
 def _scores(summary: dict[str, Any], estimate: str) -> str:

@@ -13,7 +13,15 @@ from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel
 from ..trained_model.prediction import predict
 from .logistic_head import SolvedHead, cross_folds, n_fits, solve_head
-from .novelty_head import all_centers, choose_threshold, facts_of_held_out, fit_novelty, simulate, whitened
+from .novelty_head import (
+    MAX_LEFT_OUT,
+    all_centers,
+    choose_threshold,
+    facts_of_held_out,
+    fit_novelty,
+    simulate,
+    whitened,
+)
 from .principal_axes import Axes, axes_and_products
 
 
@@ -38,7 +46,12 @@ class HeldOut:
 
 
 def solve_classifier(
-    loaded: LoadedModel, bins: sp.csr_matrix, targets: np.ndarray, seed: int = 0, show_progress: bool = False
+    loaded: LoadedModel,
+    bins: sp.csr_matrix,
+    targets: np.ndarray,
+    seed: int = 0,
+    show_progress: bool = False,
+    unlabelled: sp.csr_matrix | None = None,
 ) -> HeldOut:
     """
     Solve for everything above the encoder: output layer (with its temperature), cell vectors, novelty, threshold.
@@ -55,6 +68,8 @@ def solve_classifier(
         Of the folds.
     show_progress
         Whether to draw a bar, in a terminal.
+    unlabelled
+        Bins of cells without labels to learn from as well, [others, panel].
 
     Raises
     ------
@@ -68,12 +83,23 @@ def solve_classifier(
         )
     features = pooled_features(loaded, bins)
     folds = cross_folds(targets, seed=seed)
-    total = n_fits(folds) + (min(20, config.num_labels) if config.cell_vector_size else 0)
+    total = n_fits(folds) + (min(MAX_LEFT_OUT, config.num_labels) if config.cell_vector_size else 0)
+    if unlabelled is not None:
+        # read by those who need it only
+        from . import unlabelled_cells as teacher
+
+        total += teacher.n_fits(folds)
     bar = tqdm(total=total, desc="Solving", unit="fit", disable=None if show_progress else True)
     with bar:
         axes, products = axes_and_products(features)
-        head = solve_head(features, targets, config.num_labels, folds, axes, on_fit=bar.update)
-        probabilities, report = softmax(head.logits, axis=1), _report(head)
+        given = {"n_classes": config.num_labels, "folds": folds, "axes": axes, "on_fit": bar.update}
+        if unlabelled is None:
+            head, learnt = solve_head(features, targets, **given), {}
+        else:
+            others = pooled_features(loaded, unlabelled)
+            head, found = teacher.learn_from_all(features, targets, others, **given)
+            learnt = {"unlabelled": found}
+        probabilities, report = softmax(head.logits, axis=1), _report(head) | learnt
         if config.cell_vector_size:
             simulated = simulate(features, targets, folds, products, config.cell_vector_size, bar.update)
     layer = loaded.model.classifier.out_proj

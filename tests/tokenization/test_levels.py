@@ -1,10 +1,14 @@
 """Genes that a file lacks, where the tokenizer knows the levels of all: sizes, files, and what they change."""
 
+import anndata
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
 from scbert.tokenization import InputError, ScBertTokenizer
+from scbert.training.finetune_arguments import FINETUNE
+from scbert.training.run_finetune import load
+from scbert.training.settings import parse
 
 GENES = [f"GENE{i}" for i in range(6)]
 LEVELS = [0.2, 1.4, 3.0, 0.0, 2.6, 1.0]
@@ -84,3 +88,15 @@ def test_a_file_of_levels_that_is_none(tokenizer, tmp_path):
     (tmp_path / "gene_levels.txt").write_text("one\n")
     with pytest.raises(InputError, match=r"gene_levels\.txt must hold one number per line"):
         ScBertTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("n_cells", range(2, 12))
+def test_levels_of_a_gene_that_is_always_in_the_highest_bin(n_cells):
+    """The mean of equal bins is not always that bin to the last digit."""
+    cells = anndata.AnnData(np.full((n_cells, 1), 500.0, dtype=np.float32))
+    cells.var_names = ["CD3E"]
+    cells.obs["cell_type"] = (["A", "B"] * n_cells)[:n_cells]
+    given = {"reference": "cells", "label_key": "cell_type", "output": "nowhere", "device": "cpu"}
+    _, data, model, training = parse(FINETUNE, given | {"input": "counts"})
+    tokenizer = load(data, model, training, reference=cells).tokenizer
+    assert tokenizer.gene_levels.tolist() == [18.0]

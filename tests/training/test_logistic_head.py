@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from scbert.training.logistic_head import (
     LOWEST_LOGIT,
     POWERS,
-    _cross_fit,
     choose_mixture,
+    cross_fit,
     cross_folds,
     gene_scales,
     ridge_path,
@@ -96,7 +96,7 @@ def test_held_out_logits_have_seen_nothing_of_their_cell(cells):
     axes, same_fold = axes_of_cells(features), folds == folds[7]
     for power in POWERS:
         first, second = (
-            _cross_fit(features, t, 3, folds, power, axes, None).logits for t in (targets, changed)
+            cross_fit(features, t, 3, folds, power, axes, None).logits for t in (targets, changed)
         )
         np.testing.assert_array_equal(first[:, same_fold], second[:, same_fold])
         assert np.abs(first - second).max() > 1e-3

@@ -1,0 +1,281 @@
+"""
+What cells without labels teach: a head for them as well, where a few labelled cells would leave too much open.
+
+Several ways to use the cells that are asked for are known, and none is safe alone. Here they are members of an average
+of regressions, as in `logistic_head`, each with the share that it is worth on labelled cells it did not learn from:
+
+- expression averaged over a cell's neighbours, labelled or not, and what tells the types apart in it;
+- few principal axes of all cells;
+- the genes as they are, which needs no other cells.
+
+The averaged probabilities are then handed on: a regression on the genes learns the labelled cells and those of the
+others that the average is sure of (self-training, with the average as the teacher). So the model stays what it is
+without them, one weight for a gene and type, and answers for a cell no matter which others it comes with.
+
+Where the two kinds of cells can be told apart (another protocol, cells and nuclei), neighbours are looked for among
+cells of the same kind only. Where held-out labelled cells were better off without all this, it is left.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import cross_val_predict
+from sklearn.neighbors import NearestNeighbors
+
+from .logistic_head import (
+    PENALTIES,
+    POWERS,
+    Member,
+    SolvedHead,
+    average,
+    average_logits,
+    cross_fit,
+    fit_members,
+    ridge_path,
+    scaled_axes,
+)
+from .principal_axes import Axes, axes_of_cells
+
+# of the averaged members: powers of the gene scales of smoothed cells, numbers of axes, power of cells as they are
+SMOOTHED_POWERS, AXES, GENES_POWER = (0.5, 1.0), (20, 10), 0.5
+MEMBER_NAMES = ("smoothed 0.5", "smoothed 1.0", "20 axes", "10 axes", "genes 0.5")
+# axes that neighbours are looked for in, neighbours of a cell, and genes that are averaged over them
+NEIGHBOUR_AXES, NEIGHBOURS, SMOOTHED_GENES = 50, 15, 3000
+# area under the curve from which two kinds of cells count as different, and cells of each that are looked at
+TOLD_APART, COMPARED_CELLS = 0.95, 2000
+# cells that are handed on, and the penalty and power of the regression that learns them
+SURE, HANDED_ON_PENALTY, HANDED_ON_POWER = 0.5, 30.0, 0.5
+# a larger query is drawn from: more cells of it teach little more
+MAX_CELLS = 10_000
+
+
+def n_fits(folds: np.ndarray) -> int:
+    """How many fits `learn_from_all` makes beyond those of `logistic_head.solve_head`."""
+    return (len(SMOOTHED_POWERS) + len(AXES)) * (len(np.unique(folds)) + 1)
+
+
+def learn_from_all(
+    features: sp.csr_matrix,
+    targets: np.ndarray,
+    unlabelled: sp.csr_matrix,
+    n_classes: int,
+    folds: np.ndarray,
+    axes: Axes | None = None,
+    on_fit: Callable[[], Any] | None = None,
+) -> tuple[SolvedHead, dict[str, Any]]:
+    """
+    As `logistic_head.solve_head`, with cells that have no label.
+
+    Parameters
+    ----------
+    features, targets, n_classes, folds, axes, on_fit
+        Of `solve_head`.
+    unlabelled
+        Features of the other cells, [others, genes]; of more than `MAX_CELLS`, as many are drawn.
+
+    Returns
+    -------
+    head : SolvedHead
+        Its logits are of the average, by fits that knew the label of the cell in no way.
+    report : dict
+        ``cells``; ``told_apart``, the area under the curve of telling the two kinds apart; ``neighbours``, "all" or
+        "own"; ``gain`` of log-likelihood per held-out cell, with its standard ``error`` (None where there is no cell
+        to tell by); ``kept``.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> types = np.arange(300) % 3
+    >>> cells = sp.csr_matrix(rng.poisson(1 + 2 * np.eye(3)[types] @ np.eye(3, 20)).astype(np.float32))
+    >>> head, report = learn_from_all(cells[:9], types[:9], cells[9:], 3, np.arange(9) // 3)
+    >>> found = (cells[9:] @ head.weights.T + head.bias).argmax(axis=1)
+    >>> bool((found == types[9:]).mean() > 0.6), report["neighbours"]
+    (True, 'all')
+    """
+    if unlabelled.shape[0] > MAX_CELLS:
+        drawn = np.random.default_rng(0).permutation(unlabelled.shape[0])[:MAX_CELLS]
+        unlabelled = unlabelled[np.sort(drawn)]
+    alone = fit_members(features, targets, n_classes, folds, axes, on_fit=on_fit)
+    without = average(alone, targets, folds)
+    cells, n_labelled = sp.vstack([features, unlabelled]).tocsr(), len(targets)
+    joint = axes_of_cells(cells, rank=NEIGHBOUR_AXES)
+    told_apart = two_sample_auc(joint.coordinates[:, : AXES[0]], n_labelled)
+    own = told_apart > TOLD_APART
+    most = max(0, min(NEIGHBOURS, n_labelled // (2 * n_classes)))
+    smooth = neighbour_means(cells, joint.coordinates, n_labelled if own else None, most)
+    all_targets, all_folds = (np.append(a, np.full(unlabelled.shape[0], -1)) for a in (targets, folds))
+    members = [
+        cross_fit(smooth, all_targets, n_classes, all_folds, power, joint, on_fit).logits
+        for power in SMOOTHED_POWERS
+    ]
+    for rank in AXES:
+        few = Axes(joint.coordinates[:, :rank], joint.center, joint.to_genes)
+        members.append(cross_fit(cells, all_targets, n_classes, all_folds, 0.0, few, on_fit).logits)
+    members.append(_logits_of_all(alone[POWERS.index(GENES_POWER)], unlabelled))
+    powers = (*SMOOTHED_POWERS, *(0.0 for _ in AXES), GENES_POWER)
+    logits, mixture = average_logits([member[:, :n_labelled] for member in members], targets, folds, powers)
+    gain, error = likelihood_gain(without.logits, logits, targets)
+    kept = gain is None or gain > -error
+    report = {
+        "cells": unlabelled.shape[0],
+        "told_apart": told_apart,
+        "neighbours": "own" if own else "all",
+        "gain": gain,
+        "error": error,
+        "kept": kept,
+    }
+    if not kept:
+        return without, report
+    probabilities = softmax(mixture.logits([member[:, n_labelled:] for member in members]), axis=1)
+    weights, bias = handed_on(features, targets, unlabelled, probabilities, n_classes)
+    shares = {name: float(share) for name, share in zip(MEMBER_NAMES, mixture.shares)}
+    penalties = {name: PENALTIES[place] for name, place in zip(MEMBER_NAMES, mixture.places)}
+    return SolvedHead(weights, bias, logits, shares, penalties, mixture.temperature), report
+
+
+def _logits_of_all(member: Member, unlabelled: sp.csr_matrix) -> np.ndarray:
+    """A member's logits of the labelled cells, and behind them those of others, [penalties, all cells, classes]."""
+    heads = [member.head(place) for place in range(len(PENALTIES))]
+    others = np.stack([unlabelled @ weights.T + bias for weights, bias in heads])
+    return np.concatenate([member.logits, others], axis=1)
+
+
+def two_sample_auc(coordinates: np.ndarray, n_first: int) -> float:
+    """
+    How well a linear classifier tells the first cells from the others, cross-validated: 0.5 not at all, 1 always.
+
+    Parameters
+    ----------
+    coordinates
+        Of all cells along few axes, [cells, axes].
+    n_first
+        Number of cells of the first kind.
+
+    Examples
+    --------
+    >>> cells = np.random.default_rng(0).normal(size=(400, 3))
+    >>> two_sample_auc(cells, 200) < 0.65, two_sample_auc(cells + 9 * (np.arange(400)[:, None] < 200), 200) > 0.99
+    (True, True)
+    """
+    rng = np.random.default_rng(0)
+    kinds = [np.arange(n_first), np.arange(n_first, len(coordinates))]
+    cells = np.concatenate([rng.permutation(kind)[:COMPARED_CELLS] for kind in kinds])
+    first = cells < n_first
+    n_folds = min(4, first.sum(), (~first).sum())
+    if n_folds < 2:
+        return 0.5
+    model = LogisticRegression(class_weight="balanced", max_iter=300)
+    scale = coordinates.std(axis=0).max() or 1.0
+    scores = cross_val_predict(
+        model, coordinates[cells] / scale, first, cv=n_folds, method="decision_function"
+    )
+    return float(roc_auc_score(first, scores))
+
+
+def neighbour_means(
+    cells: sp.csr_matrix, coordinates: np.ndarray, n_first: int | None = None, n_neighbours: int = NEIGHBOURS
+) -> sp.csr_matrix:
+    """
+    Each cell's mean with its neighbours, of the most variable genes; the others are 0.
+
+    Parameters
+    ----------
+    cells
+        [cells, genes].
+    coordinates
+        To look for neighbours in, [cells, axes].
+    n_first
+        Given, the first so many cells and the others are neighbours among themselves only.
+    n_neighbours
+        Of the first cells then, who may be few; of all others and otherwise `NEIGHBOURS`.
+
+    Examples
+    --------
+    >>> cells = sp.csr_matrix(np.array([[0.0], [2.0], [9.0], [11.0]]))
+    >>> means = neighbour_means(cells, cells.toarray(), n_first=2, n_neighbours=1)
+    >>> means.toarray().ravel().tolist()
+    [1.0, 1.0, 10.0, 10.0]
+    """
+    means = np.asarray(cells.mean(axis=0)).ravel()
+    variance = np.asarray(cells.multiply(cells).mean(axis=0)).ravel() - means**2
+    kept = np.sort(np.argsort(-variance, kind="stable")[:SMOOTHED_GENES])
+    if n_first is None:
+        graph = _neighbour_graph(coordinates, NEIGHBOURS)
+    else:
+        parts = (coordinates[:n_first], n_neighbours), (coordinates[n_first:], NEIGHBOURS)
+        graph = sp.block_diag([_neighbour_graph(*part) for part in parts])
+    graph = sp.diags(1 / np.asarray(graph.sum(axis=1)).ravel()) @ graph
+    smooth = graph.tocsr() @ cells[:, kept].toarray()
+    narrow = sp.csr_matrix(smooth.astype(np.float32))
+    return sp.csr_matrix((narrow.data, kept[narrow.indices], narrow.indptr), shape=cells.shape)
+
+
+def _neighbour_graph(coordinates, n_neighbours) -> sp.csr_matrix:
+    """Ones for a cell's neighbours and itself."""
+    n_neighbours = min(n_neighbours, len(coordinates) - 1)
+    itself = sp.eye(len(coordinates), format="csr")
+    if n_neighbours < 1:
+        return itself
+    return NearestNeighbors(n_neighbors=n_neighbours).fit(coordinates).kneighbors_graph() + itself
+
+
+def likelihood_gain(
+    before: np.ndarray, after: np.ndarray, targets: np.ndarray
+) -> tuple[float | None, float | None]:
+    """Mean gain in log-likelihood of the cells whose type has others, and its standard error; None of one or none."""
+    judged = np.flatnonzero(np.bincount(targets)[targets] > 1)
+    if len(judged) < 2:
+        return None, None
+    gains = [
+        log_softmax(logits[judged], axis=1)[np.arange(len(judged)), targets[judged]]
+        for logits in (before, after)
+    ]
+    difference = gains[1] - gains[0]
+    return float(difference.mean()), float(difference.std(ddof=1) / len(judged) ** 0.5)
+
+
+def handed_on(
+    features: sp.csr_matrix,
+    targets: np.ndarray,
+    unlabelled: sp.csr_matrix,
+    probabilities: np.ndarray,
+    n_classes: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    A head on the genes that learns the labelled cells, and of the others those that the probabilities are sure of.
+
+    Its temperature is the one that comes closest to the probabilities.
+
+    Parameters
+    ----------
+    features, targets
+        Labelled cells [cells, genes] and their classes.
+    unlabelled, probabilities
+        The others [others, genes], and what is said of them, [others, classes].
+    n_classes
+        Number of classes.
+
+    Returns
+    -------
+    weights, bias
+        float32 [classes, genes] and [classes].
+    """
+    sure = probabilities.max(axis=1) > SURE
+    cells = sp.vstack([features, unlabelled[sure]]).tocsr()
+    labels = np.append(targets, probabilities[sure].argmax(axis=1))
+    axes = scaled_axes(cells, labels, np.ones(len(labels), dtype=bool), HANDED_ON_POWER)
+    (fit,) = ridge_path(axes.coordinates, labels, n_classes, (HANDED_ON_PENALTY,))
+    weights, bias = axes.gene_weights(*fit)
+    logits = unlabelled @ weights.T + bias
+
+    def loss(log_temperature):
+        return -(probabilities * log_softmax(logits / np.exp(log_temperature), axis=1)).sum()
+
+    temperature = np.exp(minimize_scalar(loss, bounds=(-4, 4), method="bounded").x)
+    return (weights / temperature).astype(np.float32), (bias / temperature).astype(np.float32)
