@@ -7,6 +7,7 @@ stdout with ``--json``. Errors, signals and exit codes are handled in console.py
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ from .. import __version__
 from ..data.check_paths import ANNOTATION_FORMATS, check_cells_path, check_output_folder, check_output_path
 from . import labels, share
 from . import options as opt
-from .console import existing, guarded, run, show_messages, silence_libraries
+from .console import existing, few_collections, guarded, run, show_messages, silence_libraries
 from .options import (
     BatchSize,
     CacheFrozen,
@@ -395,4 +396,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     silence_libraries()
     show_messages()
-    return guarded(lambda: app(args=arguments, prog_name="scbert"))
+    # with arguments, another program calls: how it collects garbage is its own
+    with few_collections() if arguments is None else nullcontext():
+        return guarded(lambda: app(args=arguments, prog_name="scbert"))
