@@ -7,7 +7,6 @@ stdout with ``--json``. Errors, signals and exit codes are handled in console.py
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -396,6 +395,5 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     silence_libraries()
     show_messages()
-    # with arguments, another program calls: how it collects garbage is its own
-    with few_collections() if arguments is None else nullcontext():
+    with few_collections(own_process=arguments is None):
         return guarded(lambda: app(args=arguments, prog_name="scbert"))

@@ -63,13 +63,16 @@ def silence_libraries() -> None:
 
 
 @contextlib.contextmanager
-def few_collections() -> Iterator[None]:
+def few_collections(own_process: bool) -> Iterator[None]:
     """
-    A process that looks for garbage neither while libraries are imported nor when it ends.
+    Let a process of our own look for garbage neither while libraries are imported nor when it ends.
 
     torch and transformers leave none, and looking through their objects takes a third of a short command's time.
     `run` begins to look before a job starts.
     """
+    if not own_process:
+        yield
+        return
     gc.disable()
     try:
         yield

@@ -18,16 +18,25 @@ from ..data.check_paths import ANNOTATION_FORMATS, check_output_path
 from ..data.labels import UNASSIGNED
 from ..data.read import read_cells
 from ..data.read_backed import BackedCells
-from ..extras import versions
 from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel, load_model
+from ..trained_model.model_folder import versions
 from ..trained_model.prediction import log_batch_size, predict_probabilities
 from .annotate_processes import main, sharded_prediction
 from .assignment import assign, prediction_sets, set_sizes, set_words, wider_answers
 from .expression_pca import expression_pca
-from .parts import NewRows, add_parts, rows_for, rows_in_memory, write_parts
-from .query import BinnedQuery, opened, overlap_numbers, progress_bar
+from .query import (
+    BinnedQuery,
+    NewRows,
+    add_parts,
+    opened,
+    overlap_numbers,
+    progress_bar,
+    rows_for,
+    rows_in_memory,
+    write_parts,
+)
 from .report import cell_coordinates, write_annotation_report
 from .shipped import doubts, model_or_shipped
 from .voting import Vote, check_vote, leiden_groups, majority_vote, vote_notes
@@ -121,7 +130,8 @@ def annotate(
     """
     _check_threshold(threshold)
     adata = read_cells(cells, layer=layer, check=False)
-    check_vote(adata, majority_vote)
+    if majority_vote is not None:
+        check_vote(adata, majority_vote)
     loaded = _load_annotator(model, device, dtype, coverage)
     query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table)
     predict_all = partial(_predict_all, batch_size=batch_size, progress=progress, new_rows=rows_in_memory)
@@ -202,7 +212,8 @@ def annotate_file(
             query, model, output, processes, resume, device=device, dtype=dtype, **settings
         )
     with opened(query, layer) as adata:
-        check_vote(adata, majority_vote)
+        if majority_vote is not None:
+            check_vote(adata, majority_vote)
         loaded = _load_annotator(model, device, dtype, coverage)
         log_batch_size(loaded, batch_size)
         binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)

@@ -10,11 +10,19 @@ from anndata import AnnData
 
 from ..data.check_paths import check_output_path
 from ..data.read import read_cells
-from ..extras import versions
 from ..trained_model.loaded_model import LoadedModel, load_model
+from ..trained_model.model_folder import versions
 from ..trained_model.prediction import log_batch_size, predict_cells
-from .parts import add_parts, rows_for, rows_in_memory, write_parts
-from .query import BinnedQuery, opened, overlap_numbers, progress_bar
+from .query import (
+    BinnedQuery,
+    add_parts,
+    opened,
+    overlap_numbers,
+    progress_bar,
+    rows_for,
+    rows_in_memory,
+    write_parts,
+)
 from .shipped import model_or_shipped
 
 KEY = "X_scbert"

@@ -15,9 +15,8 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 
 from ..data.check_paths import check_output_folder
-from ..extras import versions
 from ..tokenization import InputError
-from ..trained_model.model_folder import quiet_transformers
+from ..trained_model.model_folder import quiet_transformers, versions
 from .gene2vec import assign_gene_vectors, load_gene_vectors
 from .initial_model import base_tokenizer, load_masked_model, new_masked_model
 from .pretrain_arguments import (
