@@ -273,7 +273,7 @@ def pretrain(
     check_output_folder(output, overwrite)
     from ..training.run_pretrain import pretrain as job
 
-    run(job, **given)
+    run(job, listing=False, **given)
 
 
 @app.command()

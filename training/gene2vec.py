@@ -289,8 +289,9 @@ def assign_gene_vectors(model, panel, vectors: GeneVectors, seed: int = 0) -> Ge
         )
     if vectors.matrix.shape[1] != table.shape[1]:
         raise InputError(
-            f"The gene vectors have {vectors.matrix.shape[1]} numbers and the model's hidden size is "
-            f"{table.shape[1]}; train them with --size {table.shape[1]} or give the model that hidden size."
+            f"The gene vectors are {vectors.matrix.shape[1]} numbers long, and the model is {table.shape[1]} wide. Train "
+            f"vectors of its width (size={table.shape[1]}, or `scbert gene2vec --size {table.shape[1]}`), or a model of "
+            f'theirs: a recipe with {{"model": {{"hidden_size": {vectors.matrix.shape[1]}}}}}.'
         )
     row_of = {gene: row for row, gene in enumerate(vectors.genes)}
     rows = np.array([row_of.get(gene, -1) for gene in genes])

@@ -28,6 +28,7 @@ from .pretrain_arguments import (
 from .pretrain_data import PretrainData, load_data
 from .pretrain_trainer import MaskedExpressionTrainer, build_pretrainer
 from .run_folder import finish, run_folder
+from .run_words import log_pretraining
 from .settings import parse, parse_command_line
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,8 @@ def train_and_save(
         weights = trainer.accelerator.get_state_dict(trainer.model)
         if training.process_index == 0:
             finish(folder, training.output_dir, trainer.model, data.tokenizer, weights, summary)
+    if training.process_index == 0:
+        log_pretraining(summary, data_arguments.output)
     return summary
 
 

@@ -156,5 +156,5 @@ def test_trainer_pushes_code_and_tokenizer(tiny, model_folder, tmp_path, monkeyp
     )
     trainer = Trainer(model=model, args=arguments, processing_class=tokenizer)
     trainer.push_to_hub()
-    assert set(hub.files) >= NEEDED - {"README.md"}
+    assert set(hub.files) >= NEEDED - {"README.md", "metrics.json"}
     assert "AutoModelForSequenceClassification" in json.loads(hub.files["config.json"])["auto_map"]
