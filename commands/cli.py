@@ -30,7 +30,6 @@ from .options import (
     Json,
     Layer,
     MajorityVote,
-    Model,
     OutputFile,
     OutputFolder,
     Overwrite,
@@ -87,7 +86,7 @@ def demo(
     given = locals()
     from ..inference.demo import run_demo
 
-    run(run_demo, **given)
+    run(run_demo, listing=False, **given)
 
 
 @app.command()
@@ -177,14 +176,14 @@ def annotate(
     from ..inference.annotate_cells import annotate_file
 
     # None is an answer here: the shipped annotator
-    run(partial(annotate_file, model=given.pop("model")), **given)
+    run(partial(annotate_file, model=given.pop("model")), listing=False, **given)
 
 
 @app.command()
 def embed(
     query: Query,
-    model: Model,
     output: OutputFile,
+    model: opt.Annotator = None,
     layer: Layer = None,
     input: Input = InputKind.auto,
     batch_size: BatchSize = None,
@@ -202,7 +201,7 @@ def embed(
     check_output_path(output, overwrite, inputs=(query,), suffix=".h5ad")
     from ..inference.embed_cells import embed_file
 
-    run(embed_file, **given)
+    run(partial(embed_file, model=given.pop("model")), listing=False, **given)
 
 
 @app.command()

@@ -50,7 +50,7 @@ def find_labels(obs: pd.DataFrame, label_key: str, source: str = "the reference"
     if label_key not in obs:
         raise InputError(
             f"There is no column {label_key!r} in obs of {source}; it has: {_listed(obs.columns)}. "
-            f"Name the column of cell types with --label-key."
+            f"Name the column of cell types (label_key, --label-key)."
         )
     column = obs[label_key]
     _refuse_measurements(column, label_key)
@@ -83,7 +83,7 @@ def _refuse_measurements(column: pd.Series, label_key: str) -> None:
         raise InputError(
             f"The column {label_key!r} holds numbers, {values.nunique()} different ones in {len(values)} "
             f"cells ({values.min():g} to {values.max():g}): these are measurements, not cell types. Name a "
-            f"column of classes with --label-key."
+            f"column of classes (label_key, --label-key)."
         )
 
 

@@ -230,7 +230,12 @@ def annotate_file(
         write_parts(query, adata, parts, output, overwrite)
     if shards is not None:
         shards.finish()
-    return {"output": str(output), **summary, "seconds": time.monotonic() - started}
+    seconds = time.monotonic() - started
+    logger.info(
+        f"Written to {output}: {summary['cells']:,} cells in {seconds:.1f} s, {summary['unassigned']:,} of them "
+        f"unassigned; mean confidence {summary['mean_confidence']:.2f}."
+    )
+    return {"output": str(output), **summary, "seconds": seconds}
 
 
 def _load_annotator(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from .query import (
     write_parts,
 )
 from .shipped import model_or_shipped
+
+logger = logging.getLogger(__name__)
 
 KEY = "X_scbert"
 
@@ -88,7 +91,7 @@ def embed(
 
 def embed_file(
     query: str | Path,
-    model: str | Path | LoadedModel,
+    model: str | Path | LoadedModel | None,
     output: str | Path,
     *,
     layer: str | None = None,
@@ -115,7 +118,7 @@ def embed_file(
     if genes_report is not None:
         check_output_path(genes_report, overwrite, inputs=(query, output, gene_table))
     with opened(query, layer) as adata:
-        loaded = load_model(model, "embedding", device, dtype)
+        loaded = load_model(model_or_shipped(model), "embedding", device, dtype)
         log_batch_size(loaded, batch_size)
         parts, summary = _embedding(
             adata,
@@ -130,7 +133,12 @@ def embed_file(
             rows_for(adata, output),
         )
         write_parts(query, adata, parts, output, overwrite)
-    return {"output": str(output), **summary, "seconds": time.monotonic() - started}
+    seconds = time.monotonic() - started
+    logger.info(
+        f'Written to {output}: obsm["{KEY}"], {summary["cells"]:,} cells with {summary["hidden_size"]} numbers each, '
+        f"in {seconds:.1f} s."
+    )
+    return {"output": str(output), **summary, "seconds": seconds}
 
 
 def _embedding(

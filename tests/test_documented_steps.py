@@ -185,7 +185,9 @@ def test_a_model_grown_by_peaks(tmp_path, monkeypatch, adata):
     """The snippet of the page on several modalities, on a base of expressed genes."""
     monkeypatch.chdir(tmp_path)
     adata.write_h5ad("cells.h5ad")
-    assert run("scbert pretrain cells.h5ad --recipe scmbert --output rna_base --max-steps 1 --batch-size 2") == 0
+    assert (
+        run("scbert pretrain cells.h5ad --recipe scmbert --output rna_base --max-steps 1 --batch-size 2") == 0
+    )
     (snippet,) = blocks("docs/howto_multiomic.md", "python")
     exec(compile(snippet, "snippet", "exec"), {})
     grown = ScBertForMaskedExpression.from_pretrained("grown")

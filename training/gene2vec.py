@@ -287,11 +287,12 @@ def assign_gene_vectors(model, panel, vectors: GeneVectors, seed: int = 0) -> Ge
             f"The panel has {len(genes):,} genes and the model's gene table {table.shape[0]:,} rows; "
             "a table has one row more than its panel."
         )
-    if vectors.matrix.shape[1] != table.shape[1]:
+    found, needed = vectors.matrix.shape[1], table.shape[1]
+    if found != needed:
         raise InputError(
-            f"The gene vectors are {vectors.matrix.shape[1]} numbers long, and the model is {table.shape[1]} wide. Train "
-            f"vectors of its width (size={table.shape[1]}, or `scbert gene2vec --size {table.shape[1]}`), or a model of "
-            f'theirs: a recipe with {{"model": {{"hidden_size": {vectors.matrix.shape[1]}}}}}.'
+            f"The gene vectors are {found} numbers long, and the model is {needed} wide. Train vectors of its width "
+            f"(size={needed}, or `scbert gene2vec --size {needed}`), or a model of theirs: a recipe with "
+            f'{{"model": {{"hidden_size": {found}}}}}.'
         )
     row_of = {gene: row for row, gene in enumerate(vectors.genes)}
     rows = np.array([row_of.get(gene, -1) for gene in genes])
