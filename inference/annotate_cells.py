@@ -295,7 +295,7 @@ def _annotation(
             notes.append(_no_vote(vote))
         else:
             _add_vote(obs, uns, vote, vote_key, own_groups)
-            notes += vote_notes(vote)
+            notes += [_changed(labels, vote, own_groups), *vote_notes(vote)]
     parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
     summary = _summary(labels, confidence, loaded, query, notes)
     if sizes is not None:
@@ -333,6 +333,13 @@ def _add_vote(obs: dict, uns: dict, vote: Vote, key: str, own_groups: bool) -> N
     # arrays and no data frame: a group or label may have a name that is no HDF5 key
     columns = {name: vote.table[name].to_numpy() for name in vote.table}
     uns["majority_vote"] = {"key": key, "ties": len(vote.ties), "mixed": len(vote.mixed), **columns}
+
+
+def _changed(labels: pd.Categorical, vote: Vote, own_groups: bool) -> str:
+    n_changed = int((labels.astype(object) != vote.labels.astype(object)).sum())
+    told = f"The majority vote gave {n_changed:,} of {len(labels):,} cells another type than their own."
+    doubt = " Leiden clusters made fewer cells right wherever it was measured: trust scbert_cell_type first."
+    return told + doubt if own_groups else told
 
 
 def _no_vote(vote: Vote) -> str:
