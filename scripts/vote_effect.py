@@ -1,5 +1,5 @@
 """
-Does a majority vote by Leiden clusters help? Half of each file is learnt from, the other half annotated with and without.
+Whether a majority vote by Leiden clusters helps: half of each file is learnt from, the other half annotated.
 
     python scripts/vote_effect.py pbmc.h5ad:cell_type tumour.h5ad:cell_type_major
 """

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import h5py
@@ -192,3 +193,43 @@ def test_a_model_grown_by_peaks(tmp_path, monkeypatch, adata):
     exec(compile(snippet, "snippet", "exec"), {})
     grown = ScBertForMaskedExpression.from_pretrained("grown")
     assert grown.config.max_position_embeddings == 303 and grown.config.num_modalities == 2
+
+
+class FolderOfRepositories:
+    """The part of HfApi that pushing asks for; a repository is a folder of this machine."""
+
+    def create_repo(self, repo_id, **options):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def repo_info(self, repo_id, **options):
+        return SimpleNamespace(private=True)
+
+    def create_commit(self, repo_id, operations, **options):
+        for operation in operations:
+            path = Path("hub", repo_id, operation.path_in_repo)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with operation.as_file() as file:
+                path.write_bytes(file.read())
+        return SimpleNamespace(repo_url=f"https://hub.invalid/{repo_id}")
+
+
+@pytest.mark.slow
+def test_commands_of_the_hub_page(cells_folder, monkeypatch):
+    """Pushed and used by name, without the network; the page's pipelines need it, or are run as examples."""
+    monkeypatch.setattr("scbert.model_cards.push.HfApi", FolderOfRepositories)
+    download = "scbert.trained_model.model_folder.snapshot_download"
+    monkeypatch.setattr(download, lambda repo_id, **options: f"hub/{repo_id}")
+    assert run(MADE_BY["my_model"]) == 0
+    for line in commands("docs/howto_hub.md"):
+        assert run(line) == 0, line
+    assert "scbert_cell_type" in anndata.read_h5ad("annotated.h5ad").obs
+
+
+@pytest.mark.slow
+def test_settings_of_the_encoders_page(cells_folder):
+    """They are a recipe. The study that the page ends with takes hours; tests/scripts runs it on tiny models."""
+    (settings,) = blocks("docs/howto_encoders.md", "json")
+    Path("lsh.json").write_text(settings)
+    line = "scbert pretrain reference.h5ad --recipe lsh.json --output pretrained --max-steps 1 --batch-size 2"
+    assert run(line) == 0
+    assert ScBertForMaskedExpression.from_pretrained("pretrained").config.reversible
