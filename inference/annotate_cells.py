@@ -29,7 +29,7 @@ from .expression_pca import expression_pca
 from .query import (
     BinnedQuery,
     NewRows,
-    add_parts,
+    copy_with_parts,
     opened,
     overlap_numbers,
     progress_bar,
@@ -136,9 +136,7 @@ def annotate(
     query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table)
     predict_all = partial(_predict_all, batch_size=batch_size, progress=progress, new_rows=rows_in_memory)
     parts, _ = _annotation(adata, query, loaded, threshold, coverage, majority_vote, predict_all)
-    annotated = adata.to_memory() if adata.isbacked else adata.copy() if adata is cells else adata
-    add_parts(annotated, parts)
-    return annotated
+    return copy_with_parts(adata, parts, own=adata is not cells)
 
 
 def annotate_file(

@@ -16,7 +16,7 @@ from ..trained_model.model_folder import versions
 from ..trained_model.prediction import log_batch_size, predict_cells
 from .query import (
     BinnedQuery,
-    add_parts,
+    copy_with_parts,
     opened,
     overlap_numbers,
     progress_bar,
@@ -84,9 +84,7 @@ def embed(
     adata = read_cells(cells, layer=layer, check=False)
     loaded = load_model(model_or_shipped(model), "embedding", device, dtype)
     parts, _ = _embedding(adata, loaded, layer, input, batch_size, force, progress, gene_table)
-    embedded = adata.to_memory() if adata.isbacked else adata.copy() if adata is cells else adata
-    add_parts(embedded, parts)
-    return embedded
+    return copy_with_parts(adata, parts, own=adata is not cells)
 
 
 def embed_file(

@@ -216,6 +216,13 @@ def rows_for(adata: AnnData | BackedCells, output: str | Path) -> NewRows:
     return partial(DiskMatrix, output=output) if adata.isbacked else rows_in_memory
 
 
+def copy_with_parts(adata: AnnData, parts: dict[str, dict], own: bool) -> AnnData:
+    """An AnnData in memory with `parts` added: the cells themselves if they are our own, else a copy."""
+    copied = adata.to_memory() if adata.isbacked else adata if own else adata.copy()
+    add_parts(copied, parts)
+    return copied
+
+
 def add_parts(adata: AnnData, parts: dict[str, dict]) -> None:
     """Put ``{"obs": ..., "obsm": ..., "uns": ...}`` into an AnnData."""
     for slot, elements in parts.items():
