@@ -1,11 +1,9 @@
-"""Libraries: which extra of setup.cfg brings an optional one, how it is installed, and the versions of the others."""
+"""Optional libraries: which extra of setup.cfg brings one, and how it is installed."""
 
 import importlib
 from types import ModuleType
 
 DISTRIBUTION = "scbert-transformers"
-# the packages that decide a result
-DECISIVE = (DISTRIBUTION, "torch", "transformers", "accelerate", "anndata", "numpy", "scipy")
 # importable library -> the extra that brings it
 EXTRAS = {
     "scanpy": "scanpy",
@@ -107,18 +105,4 @@ def _requirements(extra: str | None) -> list[str]:
             found += [name for inner in sorted(requirement.extras) for name in _requirements(inner)]
         else:
             found.append(f"{requirement.name}{requirement.specifier}")
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in DECISIVE:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found

@@ -17,7 +17,7 @@ from .. import __version__
 from ..data.check_paths import ANNOTATION_FORMATS, check_cells_path, check_output_folder, check_output_path
 from . import labels, share
 from . import options as opt
-from .console import existing, guarded, run, show_messages, silence_libraries
+from .console import existing, few_collections, guarded, run, show_messages, silence_libraries
 from .options import (
     BatchSize,
     CacheFrozen,
@@ -30,7 +30,6 @@ from .options import (
     Json,
     Layer,
     MajorityVote,
-    Model,
     OutputFile,
     OutputFolder,
     Overwrite,
@@ -87,7 +86,7 @@ def demo(
     given = locals()
     from ..inference.demo import run_demo
 
-    run(run_demo, **given)
+    run(run_demo, listing=False, **given)
 
 
 @app.command()
@@ -178,14 +177,14 @@ def annotate(
     from ..inference.annotate_cells import annotate_file
 
     # None is an answer here: the shipped annotator
-    run(partial(annotate_file, model=given.pop("model")), **given)
+    run(partial(annotate_file, model=given.pop("model")), listing=False, **given)
 
 
 @app.command()
 def embed(
     query: Query,
-    model: Model,
     output: OutputFile,
+    model: opt.Annotator = None,
     layer: Layer = None,
     input: Input = InputKind.auto,
     batch_size: BatchSize = None,
@@ -203,7 +202,7 @@ def embed(
     check_output_path(output, overwrite, inputs=(query,), suffix=".h5ad")
     from ..inference.embed_cells import embed_file
 
-    run(embed_file, **given)
+    run(partial(embed_file, model=given.pop("model")), listing=False, **given)
 
 
 @app.command()
@@ -274,7 +273,7 @@ def pretrain(
     check_output_folder(output, overwrite)
     from ..training.run_pretrain import pretrain as job
 
-    run(job, **given)
+    run(job, listing=False, **given)
 
 
 @app.command()
@@ -396,4 +395,5 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     silence_libraries()
     show_messages()
-    return guarded(lambda: app(args=arguments, prog_name="scbert"))
+    with few_collections(own_process=arguments is None):
+        return guarded(lambda: app(args=arguments, prog_name="scbert"))

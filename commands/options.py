@@ -61,7 +61,11 @@ Report = Annotated[
     Path | None, typer.Option(metavar="FILE.html", help="Write one HTML file with tables and pictures.")
 ]
 MajorityVote = Annotated[
-    str | None, typer.Option(metavar="KEY|leiden", help="Give each group of this obs column one label.")
+    str | None,
+    typer.Option(
+        metavar="KEY|leiden",
+        help="Also give each group of this obs column one label (leiden: of clusters, which rarely helps).",
+    ),
 ]
 Threshold = Annotated[
     float | None,

@@ -20,6 +20,7 @@ from ..inference.upload import (
     Limits,
     annotate_upload,
     drawn_cells,
+    knows_sample,
     loaded_model,
     matrices_of,
     places_of,
@@ -141,9 +142,10 @@ class Page:
         with gr.Row():
             with gr.Column():
                 self.upload = gr.File(label="Cells", file_types=[".h5ad", ".h5"], type="filepath", height=170)
-                self.sample = gr.Button("Try a sample: 700 blood cells", size="sm")
-            with gr.Column():
                 names = list(self.offered)
+                known = knows_sample(self.offered[names[0]], self.folder)
+                self.sample = gr.Button("Try a sample: 700 blood cells", size="sm", visible=known)
+            with gr.Column():
                 self.model = gr.Dropdown(names, label="Model", allow_custom_value=any_model)
                 self.knows = gr.Markdown(known_types(self.offered[names[0]]))
                 with gr.Row():
@@ -176,7 +178,8 @@ class Page:
         private = {"api_visibility": "private"}
         shown = [self.status, self.results, self.picture]
         facts = [self.table, self.h5ad, self.csv]
-        self.model.change(self._tell_known, self.model, self.knows, show_progress="hidden", **private)
+        told = [self.knows, self.sample]
+        self.model.change(self._tell_known, self.model, told, show_progress="hidden", **private)
         self.upload.change(self._offer_matrices, self.upload, self.matrix, show_progress="hidden", **private)
         self.sample.click(self._take_sample, None, [self.upload, self.values], **private)
         self.button.click(
@@ -212,11 +215,12 @@ class Page:
             )
         self.table.select(self._explain, self.annotated, [self.status, self.genes], **private)
 
-    def _tell_known(self, model: str) -> str:
+    def _tell_known(self, model: str) -> tuple[str, Any]:
+        model = self.offered.get(model, model)
         try:
-            return known_types(self.offered.get(model, model))
+            return known_types(model), gr.update(visible=knows_sample(model, self.folder))
         except Exception as error:
-            return kind_message(error)
+            return kind_message(error), gr.update(visible=False)
 
     def _offer_matrices(self, upload: str | None) -> Any:
         names = [OWN_MATRIX]
@@ -255,9 +259,7 @@ class Page:
 
     def _annotated(self, upload: str, model: str, values: str, matrix: str) -> AnnotatedUpload:
         layer = None if matrix == OWN_MATRIX else matrix
-        # the sample has few genes, which is said in the result
-        sample = Path(upload).name == write_sample(self.folder).name
-        return annotate_upload(upload, model, self.folder, self.limits, values, layer, force=sample)
+        return annotate_upload(upload, model, self.folder, self.limits, values, layer)
 
     def _facts(self, annotated: AnnotatedUpload) -> tuple:
         table = annotated.table

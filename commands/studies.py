@@ -131,4 +131,4 @@ def explain(
         path and existing(path)
     from ..interpretation.explain_files import explain_file as job
 
-    run(job, **given)
+    run(job, listing=False, **given)

@@ -2,28 +2,11 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from .write_output import failed_write
-
-# rows taken together where all are passed over
-BLOCK = 1 << 14
-
-
-def row_blocks(n_rows: int) -> Iterator[slice]:
-    """
-    Slices that cover `n_rows` rows in order.
-
-    Examples
-    --------
-    >>> list(row_blocks(20_000))
-    [slice(0, 16384, None), slice(16384, 20000, None)]
-    """
-    for start in range(0, n_rows, BLOCK):
-        yield slice(start, min(start + BLOCK, n_rows))
 
 
 class DiskMatrix:

@@ -1,7 +1,7 @@
-"""Cell-type labels as they stand in files: missing values, reserved words, small classes."""
+"""Cell-type labels as they stand in files: missing values, reserved words, small classes, and what to say of them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ def find_labels(obs: pd.DataFrame, label_key: str, source: str = "the reference"
     if label_key not in obs:
         raise InputError(
             f"There is no column {label_key!r} in obs of {source}; it has: {_listed(obs.columns)}. "
-            f"Name the column of cell types with --label-key."
+            f"Name the column of cell types (label_key, --label-key)."
         )
     column = obs[label_key]
     _refuse_measurements(column, label_key)
@@ -83,7 +83,7 @@ def _refuse_measurements(column: pd.Series, label_key: str) -> None:
         raise InputError(
             f"The column {label_key!r} holds numbers, {values.nunique()} different ones in {len(values)} "
             f"cells ({values.min():g} to {values.max():g}): these are measurements, not cell types. Name a "
-            f"column of classes with --label-key."
+            f"column of classes (label_key, --label-key)."
         )
 
 
@@ -133,3 +133,74 @@ def _listed(names: Any, limit: int = 10) -> str:
     names = [str(name) for name in names]
     shown = ", ".join(name if len(name) <= 40 else name[:39] + "…" for name in names[:limit])
     return (shown or "nothing") + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def label_notes(column: pd.Series, labels: np.ndarray) -> list[str]:
+    """
+    Sentences on cells whose labels are not learnt from.
+
+    Parameters
+    ----------
+    column
+        The column of obs as it stands in the file, [cells].
+    labels
+        The same as `find_labels` reads it: None where a cell has no label, [cells].
+
+    Returns
+    -------
+    list of str
+        Nothing, or a sentence for each kind of cell left out.
+
+    Examples
+    --------
+    >>> column = pd.Series(["B", None, "unassigned", "Mast"], name="type")
+    >>> for note in label_notes(column, np.array(["B", None, None, "Mast"], dtype=object)):
+    ...     print(note)
+    1 of 4 cells have no label in 'type' (missing or empty): left out.
+    1 of 4 cells are called 'unassigned' in 'type', the word for cells without a type: they are left out.
+    """
+    gone = np.array([label is None for label in labels], dtype=bool)
+    reserved = gone & (column.astype(str).str.strip().str.lower() == UNASSIGNED).to_numpy()
+    n_missing, n_reserved, n_cells = int((gone & ~reserved).sum()), int(reserved.sum()), len(labels)
+    notes = []
+    if n_missing:
+        notes.append(
+            f"{n_missing:,} of {n_cells:,} cells have no label in {column.name!r} (missing or empty): left out."
+        )
+    if n_reserved:
+        notes.append(
+            f"{n_reserved:,} of {n_cells:,} cells are called {UNASSIGNED!r} in {column.name!r}, the word for cells "
+            "without a type: they are left out."
+        )
+    return notes
+
+
+def cell_notes(gene_names: Iterable[str], expressed_genes: np.ndarray) -> list[str]:
+    """
+    Sentences on genes named twice, and on cells that express nothing.
+
+    Parameters
+    ----------
+    gene_names
+        Of the columns.
+    expressed_genes
+        How many genes every cell expresses, [cells].
+
+    Examples
+    --------
+    >>> for note in cell_notes(["CD3E", "CD3E", "LYZ"], np.array([2, 0])):
+    ...     print(note)
+    1 gene name occurs more than once (CD3E): the values of its columns are summed.
+    1 of 2 cells express no gene at all.
+    """
+    twice = [name for name, count in Counter(gene_names).items() if count > 1]
+    notes = []
+    if twice:
+        shown = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
+        what = "1 gene name occurs" if len(twice) == 1 else f"{len(twice):,} gene names occur"
+        whose = "its" if len(twice) == 1 else "their"
+        notes.append(f"{what} more than once ({shown}): the values of {whose} columns are summed.")
+    n_empty = int((np.asarray(expressed_genes) == 0).sum())
+    if n_empty:
+        notes.append(f"{n_empty:,} of {len(expressed_genes):,} cells express no gene at all.")
+    return notes

@@ -14,11 +14,13 @@ from ..tokenization.cells_scbert import check_shape, other_sources
 from ..tokenization.expression_scbert import check_values
 from .check_paths import check_cells_path, is_zarr
 from .modalities import read_mudata
-from .read_10x import is_10x_h5, read_10x_folder, read_10x_h5
+from .read_10x import read_10x_folder, read_10x_h5
 
 CHUNK_SIZE = 4096
 # values of a CSC file looked at together while its rows are gathered
 COLUMN_BLOCK = 4_000_000
+# rows taken together where all are passed over
+ROW_BLOCK = 1 << 14
 
 
 def read_cells(path, layer=None, backed=False, check=True, every_feature=False):
@@ -88,11 +90,20 @@ def _read_any(path, backed, every_feature):
     if path.suffix == ".h5mu":
         return read_mudata(path)
     with h5py.File(path, "r") as file:
-        if is_10x_h5(file):
+        if _is_10x_h5(file):
             return read_10x_h5(path, every_feature)
         if isinstance(file.get("X"), h5py.Dataset):
             check_shape(file["X"])
     return anndata.read_h5ad(path, backed="r" if backed else None)
+
+
+def _is_10x_h5(file):
+    """Whether an open HDF5 file is one of Cell Ranger's."""
+    if "obs" in file or "var" in file:
+        return False
+    return "matrix" in file or any(
+        isinstance(group, h5py.Group) and "barcodes" in group for group in file.values()
+    )
 
 
 @contextlib.contextmanager
@@ -144,6 +155,19 @@ def matrix_rows(cells, layer=None):
     if getattr(matrix, "format", None) == "csc":
         matrix = matrix.tocsr() if sp.issparse(matrix) else CscRows(matrix)
     return matrix, gene_names_of(source.var, source.var_names)
+
+
+def row_blocks(n_rows):
+    """
+    Slices that cover `n_rows` rows in order.
+
+    Examples
+    --------
+    >>> list(row_blocks(20_000))
+    [slice(0, 16384, None), slice(16384, 20000, None)]
+    """
+    for start in range(0, n_rows, ROW_BLOCK):
+        yield slice(start, min(start + ROW_BLOCK, n_rows))
 
 
 class CscRows:

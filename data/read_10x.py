@@ -75,15 +75,6 @@ def _read_table(path):
         return [row for row in csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
 
 
-def is_10x_h5(file):
-    """Whether an open HDF5 file is one of Cell Ranger's."""
-    if "obs" in file or "var" in file:
-        return False
-    return "matrix" in file or any(
-        isinstance(group, h5py.Group) and "barcodes" in group for group in file.values()
-    )
-
-
 def read_10x_h5(path, every_feature=False):
     """Read a Cell Ranger .h5 file, of version 3 and later or of version 2 (one genome).
 

@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from .disk_matrix import DiskMatrix, row_blocks
+from .disk_matrix import DiskMatrix
+from .read import row_blocks
 from .write_output import atomic_path
 
 # of data frames, as anndata writes them since 0.8

@@ -18,16 +18,25 @@ from ..data.check_paths import ANNOTATION_FORMATS, check_output_path
 from ..data.labels import UNASSIGNED
 from ..data.read import read_cells
 from ..data.read_backed import BackedCells
-from ..extras import versions
 from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel, load_model
+from ..trained_model.model_folder import versions
 from ..trained_model.prediction import log_batch_size, predict_probabilities
 from .annotate_processes import main, sharded_prediction
 from .assignment import assign, prediction_sets, set_sizes, set_words, wider_answers
 from .expression_pca import expression_pca
-from .parts import NewRows, add_parts, rows_for, rows_in_memory, write_parts
-from .query import BinnedQuery, opened, overlap_numbers, progress_bar
+from .query import (
+    BinnedQuery,
+    NewRows,
+    copy_with_parts,
+    opened,
+    overlap_numbers,
+    progress_bar,
+    rows_for,
+    rows_in_memory,
+    write_parts,
+)
 from .report import cell_coordinates, write_annotation_report
 from .shipped import doubts, model_or_shipped
 from .voting import Vote, check_vote, leiden_groups, majority_vote, vote_notes
@@ -121,14 +130,13 @@ def annotate(
     """
     _check_threshold(threshold)
     adata = read_cells(cells, layer=layer, check=False)
-    check_vote(adata, majority_vote)
+    if majority_vote is not None:
+        check_vote(adata, majority_vote)
     loaded = _load_annotator(model, device, dtype, coverage)
     query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table)
     predict_all = partial(_predict_all, batch_size=batch_size, progress=progress, new_rows=rows_in_memory)
     parts, _ = _annotation(adata, query, loaded, threshold, coverage, majority_vote, predict_all)
-    annotated = adata.to_memory() if adata.isbacked else adata.copy() if adata is cells else adata
-    add_parts(annotated, parts)
-    return annotated
+    return copy_with_parts(adata, parts, own=adata is not cells)
 
 
 def annotate_file(
@@ -202,7 +210,8 @@ def annotate_file(
             query, model, output, processes, resume, device=device, dtype=dtype, **settings
         )
     with opened(query, layer) as adata:
-        check_vote(adata, majority_vote)
+        if majority_vote is not None:
+            check_vote(adata, majority_vote)
         loaded = _load_annotator(model, device, dtype, coverage)
         log_batch_size(loaded, batch_size)
         binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
@@ -219,7 +228,12 @@ def annotate_file(
         write_parts(query, adata, parts, output, overwrite)
     if shards is not None:
         shards.finish()
-    return {"output": str(output), **summary, "seconds": time.monotonic() - started}
+    seconds = time.monotonic() - started
+    logger.info(
+        f"Written to {output}: {summary['cells']:,} cells in {seconds:.1f} s, {summary['unassigned']:,} of them "
+        f"unassigned; mean confidence {summary['mean_confidence']:.2f}."
+    )
+    return {"output": str(output), **summary, "seconds": seconds}
 
 
 def _load_annotator(
@@ -279,7 +293,7 @@ def _annotation(
             notes.append(_no_vote(vote))
         else:
             _add_vote(obs, uns, vote, vote_key, own_groups)
-            notes += vote_notes(vote)
+            notes += [_changed(labels, vote, own_groups), *vote_notes(vote)]
     parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
     summary = _summary(labels, confidence, loaded, query, notes)
     if sizes is not None:
@@ -317,6 +331,13 @@ def _add_vote(obs: dict, uns: dict, vote: Vote, key: str, own_groups: bool) -> N
     # arrays and no data frame: a group or label may have a name that is no HDF5 key
     columns = {name: vote.table[name].to_numpy() for name in vote.table}
     uns["majority_vote"] = {"key": key, "ties": len(vote.ties), "mixed": len(vote.mixed), **columns}
+
+
+def _changed(labels: pd.Categorical, vote: Vote, own_groups: bool) -> str:
+    n_changed = int((labels.astype(object) != vote.labels.astype(object)).sum())
+    told = f"The majority vote gave {n_changed:,} of {len(labels):,} cells another type than their own."
+    doubt = " Leiden clusters made fewer cells right wherever it was measured: trust scbert_cell_type first."
+    return told + doubt if own_groups else told
 
 
 def _no_vote(vote: Vote) -> str:

@@ -32,9 +32,7 @@ from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
 from ..trained_model.loaded_model import LoadedModel, load_model
 from ..trained_model.prediction import predict_probabilities
-from .gene_report import name_genes
-from .parts import NewRows
-from .query import CHUNK_SIZE, BinnedQuery, opened, progress_bar
+from .query import CHUNK_SIZE, BinnedQuery, NewRows, name_genes, opened, progress_bar
 
 logger = logging.getLogger(__name__)
 

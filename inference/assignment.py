@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 
 from ..data.cell_ontology import UNKNOWN_TERM
-from ..data.disk_matrix import DiskMatrix, row_blocks
+from ..data.disk_matrix import DiskMatrix
 from ..data.label_tree import ancestors_of
 from ..data.labels import UNASSIGNED
-from ..evaluation.conformal import in_set
+from ..data.read import row_blocks
+from ..evaluation.calibration import in_set
 
 
 def assign(
@@ -131,7 +132,7 @@ def prediction_sets(
     names
         Labels in the order of the columns.
     quantiles
-        [labels], of `scbert.evaluation.conformal.conformal_quantiles`.
+        [labels], of `scbert.evaluation.calibration.conformal_quantiles`.
 
     Returns
     -------

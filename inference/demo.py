@@ -89,7 +89,9 @@ def run_demo(output: str | Path = "demo") -> dict[str, Any]:
 def _folder(output: str | Path) -> Path:
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; the demo needs a folder. Give another name with --output.")
+        raise InputError(
+            f"{folder} is a file; the demo needs a folder. Give another name (output, --output)."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

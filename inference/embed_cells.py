@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,22 @@ from anndata import AnnData
 
 from ..data.check_paths import check_output_path
 from ..data.read import read_cells
-from ..extras import versions
 from ..trained_model.loaded_model import LoadedModel, load_model
+from ..trained_model.model_folder import versions
 from ..trained_model.prediction import log_batch_size, predict_cells
-from .parts import add_parts, rows_for, rows_in_memory, write_parts
-from .query import BinnedQuery, opened, overlap_numbers, progress_bar
+from .query import (
+    BinnedQuery,
+    copy_with_parts,
+    opened,
+    overlap_numbers,
+    progress_bar,
+    rows_for,
+    rows_in_memory,
+    write_parts,
+)
 from .shipped import model_or_shipped
+
+logger = logging.getLogger(__name__)
 
 KEY = "X_scbert"
 
@@ -73,14 +84,12 @@ def embed(
     adata = read_cells(cells, layer=layer, check=False)
     loaded = load_model(model_or_shipped(model), "embedding", device, dtype)
     parts, _ = _embedding(adata, loaded, layer, input, batch_size, force, progress, gene_table)
-    embedded = adata.to_memory() if adata.isbacked else adata.copy() if adata is cells else adata
-    add_parts(embedded, parts)
-    return embedded
+    return copy_with_parts(adata, parts, own=adata is not cells)
 
 
 def embed_file(
     query: str | Path,
-    model: str | Path | LoadedModel,
+    model: str | Path | LoadedModel | None,
     output: str | Path,
     *,
     layer: str | None = None,
@@ -107,7 +116,7 @@ def embed_file(
     if genes_report is not None:
         check_output_path(genes_report, overwrite, inputs=(query, output, gene_table))
     with opened(query, layer) as adata:
-        loaded = load_model(model, "embedding", device, dtype)
+        loaded = load_model(model_or_shipped(model), "embedding", device, dtype)
         log_batch_size(loaded, batch_size)
         parts, summary = _embedding(
             adata,
@@ -122,7 +131,12 @@ def embed_file(
             rows_for(adata, output),
         )
         write_parts(query, adata, parts, output, overwrite)
-    return {"output": str(output), **summary, "seconds": time.monotonic() - started}
+    seconds = time.monotonic() - started
+    logger.info(
+        f'Written to {output}: obsm["{KEY}"], {summary["cells"]:,} cells with {summary["hidden_size"]} numbers each, '
+        f"in {seconds:.1f} s."
+    )
+    return {"output": str(output), **summary, "seconds": seconds}
 
 
 def _embedding(

@@ -1,29 +1,42 @@
-"""Cells to be annotated or embedded: opened, compared with the model's genes, binned in chunks."""
+"""
+Cells to be annotated or embedded: opened, compared with the model's genes, binned in chunks.
+
+What a command adds to them, ``{"obs": ..., "obsm": ..., "uns": ...}``, is kept where they are and written with them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 from tqdm import tqdm
 
+from ..data.disk_matrix import DiskMatrix
 from ..data.read import matrix_rows
 from ..data.read_backed import BackedCells, open_cells
-from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes
+from ..data.read_gene_table import load_gene_table, shipped_gene_table
+from ..data.write_h5ad import atomic_copy_h5ad, atomic_write_h5ad
+from ..data.write_output import atomic_path
+from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes, map_genes
 from ..tokenization.cells_scbert import raw_hint
-from .gene_report import name_genes
+from ..tokenization.genes_scbert import looks_like_ensembl
 
 logger = logging.getLogger(__name__)
 
 # bins kept between the checking pass and the model's; above it the file is read twice instead
 KEPT_BYTES = 32 << 20
 CHUNK_SIZE = 4096
+
+# makes a matrix of float32 zeros of a shape
+NewRows = Callable[[tuple[int, int]], np.ndarray | DiskMatrix]
 
 
 @contextlib.contextmanager
@@ -120,6 +133,53 @@ class BinnedQuery:
         return sp.vstack([bins for _, bins in self.chunks()], format="csr")
 
 
+def name_genes(
+    gene_names: Sequence[str],
+    gene_panel: Sequence[str],
+    gene_table: str | Path | None = None,
+    report: str | Path | None = None,
+) -> list[str]:
+    """
+    Names of the query's genes in the model's words.
+
+    Parameters
+    ----------
+    gene_names
+        Of the query's columns.
+    gene_panel
+        Of the model.
+    gene_table
+        Table of other names (HGNC complete set or NCBI gene_info), ``"hgnc"`` to download it once. Without it names are
+        matched exactly; only a file that names all its genes by Ensembl ids is mapped by the table that ships.
+    report
+        CSV file to write: every gene matched, renamed, ambiguous, unused or absent.
+
+    Returns
+    -------
+    list of str
+        One name per column.
+    """
+    table, source = None, "the gene table"
+    if gene_table is not None:
+        table = load_gene_table(gene_table)
+    elif looks_like_ensembl(gene_names) and not looks_like_ensembl(gene_panel):
+        table, source = shipped_gene_table(), "the table of Ensembl ids that ships"
+    if table is None and report is None:
+        return list(gene_names)
+    mapping = map_genes(gene_names, gene_panel, table)
+    if report is not None:
+        # consent to replace it was asked for before any work was done
+        with atomic_path(report, overwrite=True) as temporary:
+            mapping.write(temporary)
+    if table is not None:
+        counts = mapping.counts
+        logger.info(
+            f"By {source} {counts.get('renamed', 0):,} gene(s) were renamed; {counts.get('ambiguous', 0):,} "
+            f"ambiguous one(s) were left out."
+        )
+    return mapping.names
+
+
 def overlap_report(alignment: GeneAlignment) -> str:
     """One line on how the genes of the query match the model's panel."""
     extra = f"; {alignment.n_duplicates} repeated column(s) were summed" if alignment.n_duplicates else ""
@@ -144,3 +204,43 @@ def overlap_numbers(alignment: GeneAlignment) -> dict[str, Any]:
 def progress_bar(total: int, title: str, shown: bool = True) -> tqdm:
     """A bar of cells on stderr, where that is a terminal."""
     return tqdm(total=total, desc=title, unit=" cells", disable=None if shown else True, smoothing=0.05)
+
+
+def rows_in_memory(shape: tuple[int, int]) -> np.ndarray:
+    """A float32 matrix of zeros."""
+    return np.zeros(shape, dtype=np.float32)
+
+
+def rows_for(adata: AnnData | BackedCells, output: str | Path) -> NewRows:
+    """Where the results of all cells are kept until they are written: on disk, if that is where the cells are."""
+    return partial(DiskMatrix, output=output) if adata.isbacked else rows_in_memory
+
+
+def copy_with_parts(adata: AnnData, parts: dict[str, dict], own: bool) -> AnnData:
+    """An AnnData in memory with `parts` added: the cells themselves if they are our own, else a copy."""
+    copied = adata.to_memory() if adata.isbacked else adata if own else adata.copy()
+    add_parts(copied, parts)
+    return copied
+
+
+def add_parts(adata: AnnData, parts: dict[str, dict]) -> None:
+    """Put ``{"obs": ..., "obsm": ..., "uns": ...}`` into an AnnData."""
+    for slot, elements in parts.items():
+        target = getattr(adata, slot)
+        for name, value in elements.items():
+            target[name] = value
+
+
+def write_parts(query, adata: AnnData, parts: dict[str, dict], output, overwrite: bool) -> None:
+    """Write the query with `parts` added, or a .csv of the columns of `obs` alone; complete or not at all."""
+    if Path(output).suffix.lower() == ".csv":
+        with atomic_path(output, overwrite, inputs=(query,)) as temporary:
+            pd.DataFrame(parts["obs"], index=adata.obs_names).to_csv(temporary, index_label="cell")
+        return
+    if adata.isbacked:
+        # the handle must not stand open on a file that is copied
+        adata.file.close()
+        atomic_copy_h5ad(query, output, **parts, overwrite=overwrite)
+        return
+    add_parts(adata, parts)
+    atomic_write_h5ad(adata, output, overwrite=overwrite, inputs=(query,))

@@ -19,7 +19,7 @@ from ..data.write_output import atomic_path
 from ..evaluation.baselines import log_normalize
 from ..evaluation.tables import TextTable
 from ..extras import require
-from ..tokenization import InputError
+from ..tokenization import InputError, align_genes
 from ..trained_model.loaded_model import LoadedModel, load_model
 from .annotate_cells import annotate_file
 from .assignment import assign
@@ -85,7 +85,6 @@ def annotate_upload(
     limits: Limits | None = None,
     values: str = "auto",
     layer: str | None = None,
-    force: bool = False,
 ) -> AnnotatedUpload:
     """
     Annotate an uploaded file.
@@ -104,8 +103,6 @@ def annotate_upload(
         What the values are: ``"auto"``, ``"counts"`` or ``"log1p"``.
     layer
         Layer that holds them, or ``"raw"``; X by default.
-    force
-        Go on where few of the model's genes are found.
 
     Raises
     ------
@@ -120,7 +117,7 @@ def annotate_upload(
     upload = Path(upload)
     _check_size(upload, limits or Limits())
     path = Path(tempfile.mkdtemp(prefix="results-", dir=folder)) / f"{upload.stem}_annotated.h5ad"
-    summary = annotate_file(upload, loaded_model(str(model)), path, input=values, layer=layer, force=force)
+    summary = annotate_file(upload, loaded_model(str(model)), path, input=values, layer=layer)
     cells = anndata.read_h5ad(path, backed="r")
     try:
         about = cells.uns["scbert"]
@@ -241,6 +238,12 @@ def write_sample(folder: str | Path) -> Path:
         with atomic_path(path) as temporary:
             sample.write_h5ad(temporary)
     return path
+
+
+def knows_sample(model: str, folder: str | Path) -> bool:
+    """Whether the sample holds enough of a model's genes; of one that learnt from thousands, it does not."""
+    with opened(write_sample(folder)) as cells:
+        return align_genes(list(cells.var_names), loaded_model(model).tokenizer.gene_panel).overlap >= 0.3
 
 
 def _check_size(upload: Path, limits: Limits) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ..data.disk_matrix import DiskMatrix, row_blocks
+from ..data.disk_matrix import DiskMatrix
 from ..data.labels import UNASSIGNED
+from ..data.read import row_blocks
 from ..tokenization import InputError
 
 logger = logging.getLogger(__name__)
@@ -160,9 +161,9 @@ def vote_notes(vote: Vote) -> list[str]:
     return notes
 
 
-def check_vote(adata: AnnData, key: str | None) -> None:
+def check_vote(adata: AnnData, key: str) -> None:
     """Refuse a grouping that cannot be had, before any computing."""
-    if key is None or key in adata.obs:
+    if key in adata.obs:
         return
     if key != LEIDEN:
         raise InputError(

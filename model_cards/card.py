@@ -287,28 +287,3 @@ def _number(value: Any) -> str:
 def _cell(text: Any) -> str:
     """Text that breaks no table and hides no markup."""
     return str(text).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;").replace("`", "'")
-
-
-def use_card(trainer, licence: str = "apache-2.0"):
-    """
-    Let ``trainer.push_to_hub()`` send our card in place of transformers' draft.
-
-    Parameters
-    ----------
-    trainer
-        A `transformers.Trainer` whose model is one of ours.
-
-    Returns
-    -------
-    The trainer.
-    """
-
-    def create_model_card(*args: Any, model_name: str | None = None, **kwargs: Any) -> None:
-        if trainer.is_world_process_zero():
-            name = trainer.hub_model_id or model_name or Path(trainer.args.output_dir).name
-            build_card(trainer.args.output_dir, name, licence).save(
-                Path(trainer.args.output_dir) / "README.md"
-            )
-
-    trainer.create_model_card = create_model_card
-    return trainer

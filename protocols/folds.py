@@ -257,8 +257,11 @@ def read_folds(folder: str | Path, cells: anndata.AnnData, folds: Sequence[Fold]
 def groups_of(cells: anndata.AnnData, group_key: str | None) -> np.ndarray:
     """The group (dataset, donor, batch) of every cell, [cells] str; an `InputError` where there are not two."""
     if not group_key or group_key not in cells.obs:
-        have = ", ".join(map(str, cells.obs.columns))
-        raise InputError(f"--group-key must name the column of the groups (or batches); obs has: {have}.")
+        have = ", ".join(str(name) for name in cells.obs.columns if name != LABEL) or "none"
+        raise InputError(
+            f"The column of the groups, such as donor or dataset, must be named (group_key=, or --group-key); obs has: "
+            f"{have}."
+        )
     groups = cells.obs[group_key].astype(object).astype(str).to_numpy()
     if len(np.unique(groups)) < 2:
         raise InputError(f"The column {group_key!r} has one group only; two are needed.")

@@ -19,8 +19,8 @@ from ..data.check_paths import check_output_folder, check_output_path
 from ..data.write_output import partial_folder
 from ..evaluation.baselines import BASELINES, available_baselines
 from ..evaluation.tables import TextTable
-from ..extras import versions
 from ..tokenization import InputError, read_gene_panel
+from ..trained_model.model_folder import versions
 from .cells import LABEL, load_benchmark_cells
 from .comparison import score_tables, summarise_folds, warnings_of, warnings_of_modalities
 from .folds import PROTOCOLS, SHOTS, TEST, Fold, ProtocolOptions, read_folds, write_folds

@@ -23,7 +23,6 @@ from scbert.data.splits import stratified_split
 from scbert.data.write_output import partial_folder
 from scbert.evaluation.baselines import log_normalize
 from scbert.evaluation.tables import TextTable
-from scbert.extras import versions
 from scbert.protocols.cells import LABEL, MODALITY, input_of
 from scbert.protocols.comparison import TIE
 from scbert.protocols.folds import TEST, VALIDATION_SHARE, Fold
@@ -31,7 +30,7 @@ from scbert.protocols.methods import Method, Outputs, baseline, scbert
 from scbert.protocols.run import RESULTS, named_baselines
 from scbert.protocols.scores import finite, fold_scores
 from scbert.tokenization import InputError
-from scbert.trained_model.model_folder import save_model
+from scbert.trained_model.model_folder import save_model, versions
 from scbert.training import run_pretrain
 from scbert.training.finetune_arguments import FINETUNE
 from scbert.training.pretrain_arguments import PRETRAIN

@@ -1,5 +1,7 @@
 """Commands that the documentation names exist, with their options; its links lead somewhere."""
 
+import dataclasses
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from scbert import ScBertConfig
 from scbert.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,3 +67,17 @@ def test_links_within_the_docs_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w-]+", "-", heading.lower()).strip("-") for heading in headings}, (
                 anchor
             )
+
+
+def configuration_table():
+    fields = {field.name: field for field in dataclasses.fields(ScBertConfig)}
+    rows = ["| field | type | default |", "|---|---|---|"]
+    for name, kind in inspect.get_annotations(ScBertConfig).items():
+        kind = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
+        rows.append(f"| `{name}` | `{kind.replace('|', 'or')}` | `{fields[name].default!r}` |")
+    return "\n".join(rows)
+
+
+def test_types_and_defaults_of_the_configuration_are_told():
+    # where this fails, the page takes the table that the message shows
+    assert configuration_table() in (ROOT / "docs" / "api.md").read_text(), configuration_table()

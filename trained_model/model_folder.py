@@ -1,4 +1,4 @@
-"""Folders of models and their names on the Hub: checked, read strictly and quietly, written."""
+"""Folders of models and their names on the Hub: checked, read strictly and quietly, written; versions of libraries."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..extras import DISTRIBUTION
 from ..modeling_scbert import ScBertConfig
 from ..tokenization import InputError, ScBertTokenizer
 
@@ -25,6 +26,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 TOKENIZER_FILES = ("tokenizer_config.json", "gene_panel.txt")
+# the packages that decide a result
+DECISIVE = (DISTRIBUTION, "torch", "transformers", "accelerate", "anndata", "numpy", "scipy")
 COPY_AGAIN = "Copy the whole folder again, or repeat the command that made it."
 
 
@@ -208,6 +211,20 @@ def save_model(
     for path in folder.glob("*.safetensors"):
         # safetensors writes for the owner alone; who may read the other files may read these
         path.chmod((folder / "config.json").stat().st_mode)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in DECISIVE:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -287,10 +287,12 @@ def assign_gene_vectors(model, panel, vectors: GeneVectors, seed: int = 0) -> Ge
             f"The panel has {len(genes):,} genes and the model's gene table {table.shape[0]:,} rows; "
             "a table has one row more than its panel."
         )
-    if vectors.matrix.shape[1] != table.shape[1]:
+    found, needed = vectors.matrix.shape[1], table.shape[1]
+    if found != needed:
         raise InputError(
-            f"The gene vectors have {vectors.matrix.shape[1]} numbers and the model's hidden size is "
-            f"{table.shape[1]}; train them with --size {table.shape[1]} or give the model that hidden size."
+            f"The gene vectors are {found} numbers long, and the model is {needed} wide. Train vectors of its width "
+            f"(size={needed}, or `scbert gene2vec --size {needed}`), or a model of theirs: a recipe with "
+            f'{{"model": {{"hidden_size": {found}}}}}.'
         )
     row_of = {gene: row for row, gene in enumerate(vectors.genes)}
     rows = np.array([row_of.get(gene, -1) for gene in genes])

@@ -16,7 +16,7 @@ from anndata import AnnData
 from transformers import PreTrainedModel, TrainerState, set_seed
 
 from ..data.check_paths import check_output_folder
-from ..evaluation.conformal import conformal_quantiles
+from ..evaluation.calibration import conformal_quantiles
 from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel
 from ..trained_model.prediction import predict_cells

@@ -15,9 +15,8 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 
 from ..data.check_paths import check_output_folder
-from ..extras import versions
 from ..tokenization import InputError
-from ..trained_model.model_folder import quiet_transformers
+from ..trained_model.model_folder import quiet_transformers, versions
 from .gene2vec import assign_gene_vectors, load_gene_vectors
 from .initial_model import base_tokenizer, load_masked_model, new_masked_model
 from .pretrain_arguments import (
@@ -29,6 +28,7 @@ from .pretrain_arguments import (
 from .pretrain_data import PretrainData, load_data
 from .pretrain_trainer import MaskedExpressionTrainer, build_pretrainer
 from .run_folder import finish, run_folder
+from .run_words import log_pretraining
 from .settings import parse, parse_command_line
 
 logger = logging.getLogger(__name__)
@@ -127,6 +127,8 @@ def train_and_save(
         weights = trainer.accelerator.get_state_dict(trainer.model)
         if training.process_index == 0:
             finish(folder, training.output_dir, trainer.model, data.tokenizer, weights, summary)
+    if training.process_index == 0:
+        log_pretraining(summary, data_arguments.output)
     return summary
 
 

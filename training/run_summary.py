@@ -15,14 +15,14 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from ..evaluation.baselines import log_normalize
 from ..evaluation.calibration import (
     choose_threshold,
+    conformal_quantiles,
     expected_calibration_error,
     fit_temperature,
     softmax,
 )
-from ..evaluation.conformal import conformal_quantiles
 from ..evaluation.metrics import classification_metrics, plot_confusion
-from ..extras import require, versions
 from ..tokenization import align_genes
+from ..trained_model.model_folder import versions
 from .finetune_data import FinetuneData, LabelledCells
 from .logistic_head import cross_folds, solve_head
 from .solved_head import HeldOut
@@ -359,7 +359,9 @@ def plot_learning_curve(history: list[dict[str, float]], path: Path) -> None:
     path
         Picture to write.
     """
-    figure = require("matplotlib.figure").Figure(figsize=(8, 3.2), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
     losses, scores = figure.subplots(1, 2)
     lines = {
         losses: (("train_loss", "training", "#4477aa"), ("validation_loss", "validation", "#cc6677")),

@@ -1,4 +1,4 @@
-"""What a fine-tuning run found, in words: a few lines for the terminal, warnings where they matter."""
+"""What a run found, in words: a few lines for the terminal, warnings where they matter."""
 
 import logging
 from pathlib import Path
@@ -101,3 +101,25 @@ def warnings(summary: dict[str, Any], estimate: str) -> list[str]:
         names = ", ".join(f"{name} ({n})" for name, n in list(small.items())[:10])
         found.append(f"Types of one or two cells, of which little is learnt and nothing measured: {names}.")
     return found
+
+
+def log_pretraining(summary: dict[str, Any], output: str | Path) -> None:
+    """Log what was learnt without labels, how good it is beside knowing averages alone, and what to do next."""
+    training = summary["training"]
+    logger.info(
+        f"Learnt from {summary['cells']['train']:,} cells and {summary['genes']:,} genes in {summary['seconds']:.0f} s "
+        f"({training['steps']:,} steps, {training['epochs']:.3g} passes over the cells)."
+    )
+    found, of_gene, of_cell = (
+        summary[f"{whose}masked_accuracy"] for whose in ("", "baseline_", "cell_baseline_")
+    )
+    logger.info(
+        f"Of {summary['masked_tokens']:,} hidden values, in cells that were not learnt from, {found:.1%} were guessed "
+        f"right; always saying a gene's commonest value is right for {of_gene:.1%}, a cell's for {of_cell:.1%}."
+    )
+    if found <= max(of_gene, of_cell) + LEAD:
+        logger.warning(
+            "The model guesses no better than that: it has learnt averages at most. Let it learn for longer (epochs, "
+            "--epochs), or from more cells."
+        )
+    logger.info("Next: scbert finetune REF.h5ad --label-key KEY --base %s --output my_model", output)

@@ -6,7 +6,7 @@ import anndata
 import numpy as np
 import pytest
 
-from scbert.data import disk_matrix
+from scbert.data import read
 from scbert.data.disk_matrix import DiskMatrix
 from scbert.data.write_h5ad import atomic_copy_h5ad
 
@@ -28,7 +28,7 @@ def test_rows_are_what_was_set(tmp_path):
 
 @pytest.mark.parametrize("version", ["0.2.0", "0.1.0"])
 def test_copied_block_by_block_into_a_file_of_any_age(tmp_path, adata, monkeypatch, version):
-    monkeypatch.setattr(disk_matrix, "BLOCK", 50)
+    monkeypatch.setattr(read, "ROW_BLOCK", 50)
     adata.obsm["p"] = np.ones((120, 9))
     adata.write_h5ad(tmp_path / "in.h5ad")
     if version == "0.1.0":
@@ -38,18 +38,18 @@ def test_copied_block_by_block_into_a_file_of_any_age(tmp_path, adata, monkeypat
     rows[:] = values = np.random.default_rng(0).random((120, 3), dtype=np.float32)
     columns = {"new": np.arange(120.0), "cell_type": np.array(["x", "y"] * 60, dtype=object)}
     atomic_copy_h5ad(tmp_path / "in.h5ad", tmp_path / "out.h5ad", obs=columns, obsm={"p": rows})
-    read = anndata.read_h5ad(tmp_path / "out.h5ad")
-    np.testing.assert_array_equal(read.obsm["p"], values)
-    assert list(read.obs) == [*adata.obs, "new"] and list(read.obs_names) == list(adata.obs_names)
-    assert list(read.obs["cell_type"][:2]) == ["x", "y"]
-    np.testing.assert_array_equal(read.obs["new"], columns["new"])
+    found = anndata.read_h5ad(tmp_path / "out.h5ad")
+    np.testing.assert_array_equal(found.obsm["p"], values)
+    assert list(found.obs) == [*adata.obs, "new"] and list(found.obs_names) == list(adata.obs_names)
+    assert list(found.obs["cell_type"][:2]) == ["x", "y"]
+    np.testing.assert_array_equal(found.obs["new"], columns["new"])
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     # 128 MB on disk, a tenth of that in memory
     rows = DiskMatrix((1 << 20, 32), tmp_path / "out.h5ad")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for block in disk_matrix.row_blocks(len(rows)):
+    for block in read.row_blocks(len(rows)):
         rows[block] = rows[block] + 1
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert rows[-5:].sum() == 5 * 32

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from scbert.evaluation.conformal import MIN_CLASS_CELLS, conformal_quantiles, in_set
+from scbert.evaluation.calibration import MIN_CLASS_CELLS, conformal_quantiles, in_set
 
 
 def simulated(n_cells, seed, shares=(0.5, 0.3, 0.2), too_sure=1.0):

@@ -14,18 +14,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scbert import ScBertConfig, ScBertForCellClassification, ScBertTokenizer
 from scbert.commands import app
 from scbert.commands.cli import main
+from scbert.inference.shipped import SHIPPED
 from scbert.inference.upload import (
     Limits,
     annotate_upload,
     drawn_cells,
+    knows_sample,
     matrices_of,
     places_of,
     reassigned,
     write_report,
+    write_sample,
 )
 from scbert.tokenization import InputError
+from scbert.trained_model.model_folder import save_model
 
 gradio = pytest.importorskip("gradio")
 page = pytest.importorskip("scbert.commands.page")
@@ -48,6 +53,20 @@ def test_an_upload_comes_back_with_table_and_files(annotated):
     labels = pd.read_csv(annotated.csv, index_col="cell")
     assert list(labels["scbert_cell_type"]) == list(written.obs["scbert_cell_type"])
     assert "120 cells annotated" in page.result_message(annotated)
+
+
+def test_the_sample_is_offered_for_models_that_know_its_genes(tmp_path):
+    pytest.importorskip("scanpy")
+    assert not knows_sample(str(SHIPPED), tmp_path)
+    genes = anndata.read_h5ad(write_sample(tmp_path)).var_names
+    model, tokenizer = (
+        tmp_path / "model",
+        ScBertTokenizer(gene_panel=[*genes, *(f"X{i}" for i in range(400))]),
+    )
+    sizes = {"hidden_size": 8, "num_hidden_layers": 0, "num_attention_heads": 1, "head_dim": 4}
+    config = ScBertConfig(max_position_embeddings=len(tokenizer.gene_panel) + 1, num_labels=2, **sizes)
+    save_model(ScBertForCellClassification(config), tokenizer, model)
+    assert knows_sample(str(model), tmp_path)
 
 
 def test_another_threshold_moves_what_is_unassigned(annotated):

@@ -184,7 +184,11 @@ def test_assignment_by_symbol(model_class, frozen):
 
 @pytest.mark.parametrize(
     "panel, size, problem",
-    [(["A", "B"], 4, "2 genes"), (["A", "B", "C"], 3, "hidden size"), (["x", "y", "z"], 4, "No gene")],
+    [
+        (["A", "B"], 4, "2 genes"),
+        (["A", "B", "C"], 3, "3 numbers long, and the model is 4 wide"),
+        (["x", "y", "z"], 4, "No gene"),
+    ],
 )
 def test_wrong_vectors_are_refused(panel, size, problem):
     config = ScBertConfig(
