@@ -153,6 +153,7 @@ def annotate(
     query: Query,
     output: opt.AnnotationFile,
     model: opt.Annotator = None,
+    tissue: opt.ShippedFor = None,
     threshold: Threshold = None,
     coverage: opt.Coverage = None,
     majority_vote: MajorityVote = None,
@@ -178,6 +179,14 @@ def annotate(
 
     # None is an answer here: the shipped annotator
     run(partial(annotate_file, model=given.pop("model")), **given)
+
+
+@app.command()
+def models(json: Json = False) -> None:
+    """List the annotators that ship, and what they know."""
+    from ..inference.shipped import list_shipped as job
+
+    run(job, listing=False, json=json)
 
 
 @app.command()
