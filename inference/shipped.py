@@ -86,8 +86,8 @@ def introduction(folder: Path) -> str:
     others = [tissue for tissue, other in SHIPPED.items() if other != folder]
     return (
         f"No --model was given: {folder.name} is used, which ships with scbert. It knows {about['tissue']} and these "
-        f"{len(about['types'])} types: {', '.join(about['types'])}. It leaves cells it is not sure of unassigned; cells of "
-        f"another tissue or type should be, and often are not. For other cells: --tissue {' or '.join(others)}."
+        f"{len(about['types'])} types: {', '.join(about['types'])}. It leaves cells it is not sure of unassigned; cells "
+        f"of another tissue or type should be, and often are not. For other cells: --tissue {' or '.join(others)}."
     )
 
 
@@ -98,8 +98,8 @@ def list_shipped() -> dict[str, Any]:
     Returns
     -------
     dict
-        By name: what tissue, types and terms they know, the studies they learnt from, and their accuracy on studies left
-        out of learning beside logistic regression taught the same cells.
+        By name: what tissue, types and terms they know, the studies they learnt from, and their accuracy on studies
+        left out of learning beside logistic regression taught the same cells.
 
     Examples
     --------
@@ -160,7 +160,7 @@ def doubts(alignment: GeneAlignment, labels: pd.Categorical | np.ndarray, names:
     elif unassigned + other > MOST_CELLS:
         found.append(
             f"{other:.0%} of the cells are {NO_TYPE!r} and {unassigned:.0%} unassigned: the model knows blood, and "
-            "this looks like another tissue, so do not trust the other cells' types either. Try the annotator of tissue "
-            "that ships (tissue='tissue'), or fine-tune a model on a reference of that tissue."
+            "this looks like another tissue, so do not trust the other cells' types either. Try the annotator of "
+            "tissue that ships (tissue='tissue'), or fine-tune a model on a reference of that tissue."
         )
     return found

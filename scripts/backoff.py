@@ -3,8 +3,8 @@ How many of the cells that `scbert annotate` leaves unassigned get a right wider
 
     python scripts/backoff.py CELLS                     # the table of docs/results_family.md
 
-Five folds of sets with fine and coarse labels, at most 1,500 cells each, annotated by default models of the other folds.
-The threshold is the least at which 95% of the cells assigned a fine type have the right one; the cells that it leaves
+Five folds of sets with fine and coarse labels, at most 1,500 cells each, annotated by default models of the other
+folds. The threshold is the least at which 95% of the cells assigned a fine type have the right one; the cells that it leaves
 unassigned are the ones in question. Their wider types must be right for 95% too: where they are not, they get a
 threshold of their own.
 """
@@ -64,15 +64,15 @@ def out_of_fold(study: Study) -> tuple[np.ndarray, np.ndarray, list[str]]:
 def measured(probabilities: np.ndarray, true: np.ndarray, names: list[str], tree: dict[str, str]) -> dict:
     """What back-off gives the cells that a threshold of `PRECISION` leaves unassigned."""
     right = np.array(names)[probabilities.argmax(axis=1)] == true
-    threshold = next(
-        value for value in GRID if right[probabilities.max(axis=1) >= value].mean() >= PRECISION
-    )
+    threshold = next(value for value in GRID if right[probabilities.max(axis=1) >= value].mean() >= PRECISION)
     unassigned = np.asarray(assign(probabilities, names, threshold)[0]) == "unassigned"
     above = {name: set(ancestors_of(name, tree)) for name in names}
-    for wider_threshold in GRID[GRID >= threshold]:
+    for wider_threshold in GRID[threshold <= GRID]:
         wider = np.asarray(back_off(probabilities[unassigned], names, wider_threshold, tree))
         answered = ~np.isin(wider, ["unassigned", *names])
-        correct = np.array([name in above[label] for name, label in zip(wider, true[unassigned], strict=True)])
+        correct = np.array(
+            [name in above[label] for name, label in zip(wider, true[unassigned], strict=True)]
+        )
         if not answered.any() or correct[answered].mean() >= PRECISION:
             break
     return {
@@ -92,7 +92,9 @@ def main() -> int:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     evidence_studies.MAX_CELLS = MAX_CELLS
-    print("| set | cells | thresholds | unassigned | of these given a wider type | of these right | right of unassigned |")
+    print(
+        "| set | cells | thresholds | unassigned | of these given a wider type | of these right | right of unassigned |"
+    )
     print("|---|---:|---:|---:|---:|---:|---:|")
     for file, label_key, coarse in SETS:
         study = read_study(options.cells, file, label_key, None)

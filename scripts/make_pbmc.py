@@ -210,8 +210,8 @@ def about(cross: dict[str, Any]) -> dict[str, Any]:
         "tissue": "human blood (PBMC of healthy donors, 10x 3' chemistry)",
         "summary": (
             "It names the cells of human blood, and says of others that they are none. Of a cohort that it learnt "
-            f"nothing from it names {means['scbert']:.1%} right (mean of two), logistic regression taught the same cells "
-            f"{means.drop('scbert').max():.1%}."
+            f"nothing from it names {means['scbert']:.1%} right (mean of two), logistic regression taught the same "
+            f"cells {means.drop('scbert').max():.1%}."
         ),
         "trained_on": [f"{name}: {origin}" for name, (origin, _) in {**COHORTS, **BACKGROUND}.items()],
         "left_out": scores,

@@ -4,8 +4,8 @@ How often `scbert annotate --coverage 0.9` holds the true type, and how large it
     python scripts/prediction_sets.py CELLS                     # the table of docs/howto_annotate.md
     python scripts/prediction_sets.py CELLS --half report
 
-Studies of the half that settings may be chosen on, or of the other (evidence_studies.py), at most 1,500 cells each: five
-folds, and one batch, donor group or condition left out at a time, each annotated by a default model of the others.
+Studies of the half that settings may be chosen on, or of the other (evidence_studies.py), at most 1,500 cells each:
+five folds, and one batch, donor group or condition left out at a time, each annotated by a default model of the others.
 """
 
 import argparse
@@ -66,7 +66,9 @@ def main() -> int:
         folds = (
             () if file in LEFT_OUT else [sets_of(task, options.coverage) for task in cross_validation(study)]
         )
-        rows = [(study.name, tuple(np.concatenate(part) for part in zip(*folds, strict=True)))] if folds else []
+        rows = (
+            [(study.name, tuple(np.concatenate(part) for part in zip(*folds, strict=True)))] if folds else []
+        )
         # names of tasks end with the group
         rows += [
             (f"{study.name}, without {task.name.rpartition('|')[2]}", sets_of(task, options.coverage))
