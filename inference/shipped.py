@@ -86,8 +86,8 @@ def introduction(folder: Path) -> str:
     others = [tissue for tissue, other in SHIPPED.items() if other != folder]
     return (
         f"No --model was given: {folder.name} is used, which ships with scbert. It knows {about['tissue']} and these "
-        f"{len(about['types'])} types: {', '.join(about['types'])}. It leaves cells it is not sure of unassigned; cells "
-        f"of another tissue or type should be, and often are not. For other cells: --tissue {' or '.join(others)}."
+        f"{len(about['types'])} types: {', '.join(about['types'])}. It leaves cells it is not sure of unassigned; "
+        f"cells of another tissue or type should be, and often are not. For others: --tissue {' or '.join(others)}."
     )
 
 

@@ -1,12 +1,12 @@
 """
 How many of the cells that `scbert annotate` leaves unassigned get a right wider type instead.
 
-    python scripts/backoff.py CELLS                     # the table of docs/results_family.md
+    python scripts/backoff.py CELLS                     # the table of docs/howto_annotate.md
 
 Five folds of sets with fine and coarse labels, at most 1,500 cells each, annotated by default models of the other
-folds. The threshold is the least at which 95% of the cells assigned a fine type have the right one; the cells that it leaves
-unassigned are the ones in question. Their wider types must be right for 95% too: where they are not, they get a
-threshold of their own.
+folds. The threshold is the least at which 95% of the cells assigned a fine type have the right one; the cells that it
+leaves unassigned are the ones in question. Their wider types must be right for 95% too: where they are not, they get
+a threshold of their own.
 """
 
 import argparse

@@ -154,8 +154,8 @@ def left_out_section(rows: list[dict[str, Any]]) -> str:
         "",
         "- Types that one study alone has (neuron, neural progenitor, plasma cell, mast cell, platelet, hematopoietic "
         "progenitor) cannot be tested in the upper table; the lower one tests all of these but neural progenitors.",
-        "- The clusters of tissue_aj064_800 came with shuffled names (all cells of its \"mono\" express TPSAB1, all of its "
-        "\"mito\" VWF); `labels.csv` has the ones that their genes say, and leaves out \"epi\", which is fibroblasts and "
+        "- The clusters of tissue_aj064_800 came with shuffled names (all cells of its `mono` express TPSAB1, all of "
+        "its `mito` VWF); `labels.csv` has the ones that their genes say, and leaves out `epi`, which is fibroblasts and "
         "mural cells.",
         f"- Labels of {', '.join(by_markers())} are ours: Leiden clusters named by the marker genes of `markers.csv`, "
         "clusters without a clear winner left out. These studies flatter themselves as tests; as lessons they are the "
@@ -199,8 +199,8 @@ def about(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "tissue": KNOWS,
         "summary": (
             f"It names the broad types of cells of human tissue, across {len(LEARNT)} studies of blood, breast and "
-            f"skin, lymphoma, lung cancer lines, fetal cortex and glioma. Of a study left out {ours:.1%} of the cells are "
-            f"named right (mean of {len(wide)} studies), by logistic regression taught the same cells {plain:.1%}."
+            f"skin, lymphoma, lung cancer lines, fetal cortex and glioma. Of a study left out {ours:.1%} of the cells "
+            f"are named right (mean of {len(wide)} studies), by logistic regression taught the same cells {plain:.1%}."
         ),
         "trained_on": [f"{name}: {origin}" for name, (origin, _) in LEARNT.items()],
         "left_out": {

@@ -8,7 +8,7 @@ import pytest
 import backoff
 import tissue_cells
 from annotator_parts import named_cells, named_genes
-from make_tissue import LEARNT, TESTED
+from make_tissue import LEARNT, REGRESSIONS, TESTED, scores
 from tissue_cells import TABLES, capped, joined, panel_of, types_by_markers
 
 
@@ -83,6 +83,18 @@ def test_the_tables_of_tissue_agree():
     assert set(labels["file"]) == set(LEARNT) | set(TESTED)
     assert not labels.duplicated(["file", "from"]).any()
     assert (labels.groupby("file")["column"].nunique() == 1).all()
+
+
+def test_a_study_is_asked_for_the_types_that_the_others_have(adata):
+    adata.obs["label"] = adata.obs["cell_type"].astype(str)
+    reference, other = adata[:90].copy(), adata[90:].copy()
+    reference = reference[(reference.obs["label"] != "monocyte").to_numpy()].copy()
+    strange = other[(other.obs["label"] == "monocyte").to_numpy()].copy()
+    [row] = scores(reference, {"other": other, "strange": strange})
+    assert row["study"] == "other" and row["types"] == ["B cell", "T cell"] and row["genes"] == 1
+    assert row["cells"] == 30 - strange.n_obs
+    for model in ("scbert", *REGRESSIONS):
+        assert row[model]["accuracy"] == row[model]["macro_f1"] == 1
 
 
 @pytest.mark.parametrize("right_below", [0.5, 0.2])
