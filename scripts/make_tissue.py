@@ -155,8 +155,8 @@ def left_out_section(rows: list[dict[str, Any]]) -> str:
         "- Types that one study alone has (neuron, neural progenitor, plasma cell, mast cell, platelet, hematopoietic "
         "progenitor) cannot be tested in the upper table; the lower one tests all of these but neural progenitors.",
         "- The clusters of tissue_aj064_800 came with shuffled names (all cells of its `mono` express TPSAB1, all of "
-        "its `mito` VWF); `labels.csv` has the ones that their genes say, and leaves out `epi`, which is fibroblasts and "
-        "mural cells.",
+        "its `mito` VWF); `labels.csv` has the ones that their genes say, and leaves out `epi`, which is fibroblasts "
+        "and mural cells.",
         f"- Labels of {', '.join(by_markers())} are ours: Leiden clusters named by the marker genes of `markers.csv`, "
         "clusters without a clear winner left out. These studies flatter themselves as tests; as lessons they are the "
         "only second source of stromal types. The other labels are the studies' own.",
