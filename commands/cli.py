@@ -182,14 +182,6 @@ def annotate(
 
 
 @app.command()
-def models(json: Json = False) -> None:
-    """List the annotators that ship, and what they know."""
-    from ..inference.shipped import list_shipped as job
-
-    run(job, listing=False, json=json)
-
-
-@app.command()
 def embed(
     query: Query,
     model: Model,
@@ -395,6 +387,7 @@ def combine_modalities(
 
 app.command()(share.push)
 app.command()(share.app)
+app.command()(share.models)
 app.command()(evaluate)
 app.command()(explain)
 app.command("map-labels")(labels.map_labels)
