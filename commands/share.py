@@ -1,4 +1,4 @@
-"""The verbs that show a model to others (a page in the browser, the Hub), and the list of those that ship; see cli.py."""
+"""The verbs that show a model to others (a page in the browser, the Hub), and those that ship; see cli.py."""
 
 from __future__ import annotations
 
