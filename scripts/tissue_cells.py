@@ -23,8 +23,9 @@ BY_MARKERS = "by markers"
 LEAST_EXPRESSION, LEAST_RATIO = 0.6, 2.0
 # of a type in a study: what a study has more of says little about other studies
 MOST_CELLS = 200
-# a gene of the panel is expressed by so many cells in each of so many studies
-PANEL_RULE = {"min_cells": 5, "min_studies": 4}
+# a gene of the panel is expressed by so many cells in each of so many studies; with four of them markers of types that
+# few studies have would be missing (VWF, COL3A1, TPSAB1)
+PANEL_RULE = {"min_cells": 5, "min_studies": 2}
 
 
 def read_study(data: Path, study: str) -> anndata.AnnData:
