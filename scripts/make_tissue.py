@@ -3,8 +3,8 @@ Make ``scbert-mini-tissue``, the annotator of human tissue: many studies, each l
 
     python scripts/make_tissue.py DATA --work DIR --output model_cards/scbert-mini-tissue
 
-DATA holds the files of LEARNT and TESTED. What stands in DIR already is not made again. Ten fits of the recipe and of two
-regressions: half an hour on one core.
+DATA holds the files of LEARNT and TESTED. What stands in DIR already is not made again. Ten fits of the recipe
+and of two regressions: half an hour on one core.
 """
 
 import argparse
