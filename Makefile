@@ -39,6 +39,7 @@ mini: $(INSTALLED)
 	$(VENV)/bin/python scripts/pretraining_effect.py model_cards/scbert-mini $(DATA)/zheng_facs_pbmc.h5ad \
 		--label-key cell_type_coarse --work build/mini
 	$(VENV)/bin/python scripts/make_pbmc.py $(DATA) --work build/pbmc
+	$(VENV)/bin/python scripts/make_tissue.py $(DATA) --work build/tissue
 
 # the documentation reads the package from source, and needs a folder of its name whatever the clone is called
 docs: $(DOCS_INSTALLED)

@@ -153,6 +153,7 @@ def annotate(
     query: Query,
     output: opt.AnnotationFile,
     model: opt.Annotator = None,
+    tissue: opt.ShippedFor = None,
     threshold: Threshold = None,
     coverage: opt.Coverage = None,
     majority_vote: MajorityVote = None,
@@ -386,6 +387,7 @@ def combine_modalities(
 
 app.command()(share.push)
 app.command()(share.app)
+app.command()(share.models)
 app.command()(evaluate)
 app.command()(explain)
 app.command("map-labels")(labels.map_labels)

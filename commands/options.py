@@ -26,6 +26,11 @@ class DtypeName(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Tissue(StrEnum):
+    blood = "blood"
+    tissue = "tissue"
+
+
 class ClassBalance(StrEnum):
     none = "none"
     weights = "weights"
@@ -46,6 +51,10 @@ Annotator = Annotated[
         help="Fine-tuned model folder.",
         show_default="the shipped annotator of human blood cells",
     ),
+]
+ShippedFor = Annotated[
+    Tissue | None,
+    typer.Option("--tissue", help="Without --model: the shipped annotator of it.", show_default=False),
 ]
 OutputFile = Annotated[Path, typer.Option(metavar="FILE", help="The .h5ad to write.", show_default=False)]
 AnnotationFile = Annotated[

@@ -1,4 +1,4 @@
-"""The verbs that show a model to others: a page in the browser, the Hugging Face Hub; registered by cli.py."""
+"""The verbs that show a model to others (a page in the browser, the Hub), and those that ship; see cli.py."""
 
 from __future__ import annotations
 
@@ -60,3 +60,10 @@ def push(
     from ..model_cards.push import push as job
 
     run(job, **given)
+
+
+def models(json: Json = False) -> None:
+    """List the annotators that ship, and what they know."""
+    from ..inference.shipped import list_shipped as job
+
+    run(job, listing=False, json=json)

@@ -49,6 +49,7 @@ def annotate(
     model: str | Path | LoadedModel | None = None,
     threshold: float | None = None,
     *,
+    tissue: str | None = None,
     coverage: float | None = None,
     majority_vote: str | None = None,
     layer: str | None = None,
@@ -69,11 +70,13 @@ def annotate(
         An AnnData with gene symbols in `var_names`, which is left as it is, or a file: .h5ad, .zarr, 10x .h5 or
         folder. Labels are not needed.
     model
-        Fine-tuned model folder, the ``user/name`` of one on the Hub, or a loaded model; the annotator that ships with
-        the package (human blood) if left out.
+        Fine-tuned model folder, the ``user/name`` of one on the Hub, or a loaded model.
     threshold
         Cells whose largest probability is below it are "unassigned". Default: what fine-tuning chose on its
         validation cells and stored in the config; 0.5 where it had nothing to choose it on.
+    tissue
+        Without a model, an annotator that ships (`scbert models`): ``"blood"``, also taken and introduced without it,
+        or ``"tissue"``, broad types of human tissue.
     coverage
         Also give every cell a set of types that holds the true one in this share of cells, such as 0.9: of cells like
         the reference's, known types only. The model keeps the shares it can do.
@@ -125,14 +128,14 @@ def annotate(
     >>> import scanpy, scbert
     >>> adata = scanpy.datasets.pbmc68k_reduced().raw.to_adata()  # 765 genes: few for the annotator that ships
     >>> annotated = scbert.annotate(adata, input="log1p", force=True, progress=False)
-    >>> list(annotated.obs.columns[-2:])
+    >>> [name for name in annotated.obs if name.startswith("scbert")][:2]
     ['scbert_cell_type', 'scbert_confidence']
     """
     _check_threshold(threshold)
     adata = read_cells(cells, layer=layer, check=False)
     if majority_vote is not None:
         check_vote(adata, majority_vote)
-    loaded = _load_annotator(model, device, dtype, coverage)
+    loaded = _load_annotator(model_or_shipped(model, tissue), device, dtype, coverage)
     query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table)
     predict_all = partial(_predict_all, batch_size=batch_size, progress=progress, new_rows=rows_in_memory)
     parts, _ = _annotation(adata, query, loaded, threshold, coverage, majority_vote, predict_all)
@@ -144,6 +147,7 @@ def annotate_file(
     model: str | Path | LoadedModel | None,
     output: str | Path,
     *,
+    tissue: str | None = None,
     threshold: float | None = None,
     coverage: float | None = None,
     majority_vote: str | None = None,
@@ -203,7 +207,7 @@ def annotate_file(
     for written, others in ((genes_report, (output, gene_table)), (report, (output,))):
         if written is not None:
             check_output_path(written, overwrite, inputs=(query, *others))
-    model, shards = model_or_shipped(model), None
+    model, shards = model_or_shipped(model, tissue), None
     if processes is not None or resume:
         settings = {"layer": layer, "input": input, "gene_table": gene_table, "batch_size": batch_size}
         shards = sharded_prediction(
@@ -239,7 +243,7 @@ def annotate_file(
 def _load_annotator(
     model: Any, device: str | None, dtype: str | None, coverage: float | None = None
 ) -> LoadedModel:
-    loaded = load_model(model_or_shipped(model), "annotation", device, dtype)
+    loaded = load_model(model, "annotation", device, dtype)
     # a loaded model passes through as it is
     if not isinstance(loaded.model, ScBertForCellClassification):
         raise InputError(

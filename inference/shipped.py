@@ -1,4 +1,4 @@
-"""The annotator that ships with the package, for whoever names no model."""
+"""The annotators that ship with the package, for whoever names no model of their own."""
 
 import json
 import logging
@@ -13,50 +13,114 @@ from ..tokenization import GeneAlignment, InputError
 
 logger = logging.getLogger(__name__)
 
-SHIPPED = Path(__file__).parents[1] / "model_cards" / "scbert-mini-pbmc"
+CARDS = Path(__file__).parents[1] / "model_cards"
+# by the tissue that is asked for; the first is taken where none is
+SHIPPED = {"blood": CARDS / "scbert-mini-pbmc", "tissue": CARDS / "scbert-mini-tissue"}
 ABOUT = "annotator.json"
 # of the genes a model knows; below 30% a query is refused
 FEW_GENES = 0.6
 MOST_CELLS = 0.5
-# the shipped annotator's type for cells of other tissues
+# the type of the annotator of blood for cells of other tissues
 NO_TYPE = "not a blood cell"
 
 
-def model_or_shipped(model: Any) -> Any:
+def model_or_shipped(model: Any, tissue: str | None = None) -> Any:
     """
-    The model that was named, or the folder of the shipped annotator, which is then introduced.
+    The model that was named, or the folder of a shipped annotator, which is introduced if nobody asked for it.
+
+    Parameters
+    ----------
+    model
+        A folder, a name of the Hub, a loaded model, or the name of an annotator that ships.
+    tissue
+        ``"blood"`` or ``"tissue"``, in place of a model.
 
     Raises
     ------
     InputError
-        If none was named and this installation carries none.
+        If both were given, the tissue is unknown, or this installation lacks the annotator.
 
     Examples
     --------
     >>> model_or_shipped("my_model")
     'my_model'
+    >>> model_or_shipped("scbert-mini-tissue") == model_or_shipped(None, "tissue")
+    True
     """
+    named = {folder.name: folder for folder in SHIPPED.values()}
+    if model is not None and tissue is not None:
+        raise InputError(f"A model and the tissue {tissue!r} were given: one of them says which model it is.")
+    if tissue not in (None, *SHIPPED):
+        raise InputError(f"No annotator ships for the tissue {tissue!r}; there are: {', '.join(SHIPPED)}.")
     if model is not None:
-        return model
-    if not (SHIPPED / "config.json").is_file():
+        # a folder of that name is the user's own
+        ships = isinstance(model, str | Path) and str(model) in named and not Path(model).exists()
+        return named[str(model)] if ships else model
+    folder = SHIPPED[tissue or next(iter(SHIPPED))]
+    if not (folder / "config.json").is_file():
         raise InputError(
-            "No model was named, and this installation lacks the annotator that ships with scbert "
-            f"({SHIPPED}). Name one with --model DIR, or install the package again."
+            f"No model was named, and this installation lacks the annotator that ships with scbert ({folder}). "
+            "Name one with --model DIR, or install the package again."
         )
-    logger.warning(introduction(SHIPPED))
-    return SHIPPED
+    if tissue is None:
+        logger.warning(introduction(folder))
+    return folder
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What a shipped annotator knows, from its config and its ``annotator.json``."""
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = config["id2label"]
+    return {
+        "name": folder.name,
+        **about,
+        "types": [names[key] for key in sorted(names, key=int)],
+        "ontology_term_ids": config.get("label_ontology_ids") or {},
+    }
 
 
 def introduction(folder: Path) -> str:
-    """One paragraph on what an annotator knows, from its config and its ``annotator.json``."""
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
-    labels = ", ".join(names[key] for key in sorted(names, key=int))
+    """One paragraph on what an annotator knows."""
+    about = read_about(folder)
+    others = [tissue for tissue, other in SHIPPED.items() if other != folder]
     return (
         f"No --model was given: {folder.name} is used, which ships with scbert. It knows {about['tissue']} and these "
-        f"{len(names)} types: {labels}. It leaves cells it is not sure of unassigned; cells of another tissue or type "
-        f"should be, and often are not."
+        f"{len(about['types'])} types: {', '.join(about['types'])}. It leaves cells it is not sure of unassigned; "
+        f"cells of another tissue or type should be, and often are not. For others: --tissue {' or '.join(others)}."
     )
+
+
+def list_shipped() -> dict[str, Any]:
+    """
+    The annotators that ship, told in words.
+
+    Returns
+    -------
+    dict
+        By name: what tissue, types and terms they know, the studies they learnt from, and their accuracy on studies
+        left out of learning beside logistic regression taught the same cells.
+
+    Examples
+    --------
+    >>> list(list_shipped())
+    ['scbert-mini-pbmc', 'scbert-mini-tissue']
+    """
+    found = {}
+    for tissue, folder in SHIPPED.items():
+        about = read_about(folder)
+        scores = [
+            f"    {study}: {row['scbert']:.3f} ({max(row[name] for name in row if name != 'scbert'):.3f})"
+            for study, row in about["left_out"].items()
+        ]
+        logger.info(
+            "%s (--tissue %s): %s\n  types: %s\n  learnt from %d studies\n  accuracy on studies left out (and of the "
+            "better logistic regression):\n%s",
+            *(folder.name, tissue, about["tissue"], ", ".join(about["types"]), len(about["trained_on"])),
+            "\n".join(scores),
+        )
+        found[folder.name] = about
+    return found
 
 
 def doubts(alignment: GeneAlignment, labels: pd.Categorical | np.ndarray, names: list[str]) -> list[str]:
@@ -96,7 +160,7 @@ def doubts(alignment: GeneAlignment, labels: pd.Categorical | np.ndarray, names:
     elif unassigned + other > MOST_CELLS:
         found.append(
             f"{other:.0%} of the cells are {NO_TYPE!r} and {unassigned:.0%} unassigned: the model knows blood, and "
-            "this looks like another tissue, so do not trust the other cells' types either. Fine-tune a model on a "
-            "reference of that tissue."
+            "this looks like another tissue, so do not trust the other cells' types either. Try the annotator of "
+            "tissue that ships (tissue='tissue'), or fine-tune a model on a reference of that tissue."
         )
     return found

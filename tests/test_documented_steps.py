@@ -87,7 +87,7 @@ def cells_folder(tmp_path, monkeypatch, new_cells):
     os.mkdir("cells")
     for number in range(2):
         new_cells(80, seed=2 + number).write_h5ad(f"cells/{number}.h5ad")
-    genes = (SHIPPED / "gene_panel.txt").read_text().split()
+    genes = (SHIPPED["blood"] / "gene_panel.txt").read_text().split()
     counts = sp.random(40, len(genes), 0.05, "csr", np.float32, np.random.default_rng(0))
     counts.data = np.ceil(counts.data * 5)
     anndata.AnnData(counts, var=pd.DataFrame(index=genes)).write_h5ad("my_cells.h5ad")

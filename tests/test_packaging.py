@@ -105,6 +105,8 @@ def test_every_data_file_is_declared():
         "model_cards/scbert-mini-pbmc/gene_panel.txt",
         "model_cards/scbert-mini-pbmc/labels.csv",
         "model_cards/scbert-mini-pbmc/SHA256SUMS",
+        "model_cards/scbert-mini-tissue/model.safetensors",
+        "model_cards/scbert-mini-tissue/terms.csv",
     } <= wanted
     assert wanted <= found
 

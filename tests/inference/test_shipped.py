@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -12,16 +13,17 @@ import pytest
 from scbert.commands.cli import main
 from scbert.data.read_gene_table import ENSEMBL_IDS
 from scbert.inference import annotate, shipped
-from scbert.inference.shipped import SHIPPED, doubts, introduction, model_or_shipped
+from scbert.inference.shipped import SHIPPED, doubts, introduction, list_shipped, model_or_shipped
 from scbert.tokenization import InputError, align_genes, read_gene_panel
 
-LABELS = list(json.loads((SHIPPED / "config.json").read_text())["id2label"].values())
+BLOOD, TISSUE = SHIPPED["blood"], SHIPPED["tissue"]
+LABELS = list(json.loads((BLOOD / "config.json").read_text())["id2label"].values())
 
 
 @pytest.fixture
 def blood():
     """Cells that express the genes of T cells or of B cells, and a background."""
-    panel = read_gene_panel(SHIPPED / "gene_panel.txt")
+    panel = read_gene_panel(BLOOD / "gene_panel.txt")
     counts = np.random.default_rng(0).poisson(0.08, (12, len(panel))).astype(np.float32)
     # what every cell is full of
     counts[:, [gene.startswith(("RPL", "RPS")) for gene in panel]] += 12
@@ -64,7 +66,7 @@ def test_doubts_are_rare():
 def test_another_tissue_is_suspected():
     alignment = align_genes(["A"], ["A"])
     (said,) = doubts(alignment, np.array(["not a blood cell", "unassigned", "T"]), ["T", "not a blood cell"])
-    assert "looks like another tissue" in said and said.startswith("33%")
+    assert "looks like another tissue" in said and said.startswith("33%") and "tissue='tissue'" in said
 
 
 def test_ensembl_ids_are_mapped_by_the_table_that_ships(blood, caplog):
@@ -80,11 +82,60 @@ def test_ensembl_ids_are_mapped_by_the_table_that_ships(blood, caplog):
 
 
 def test_an_installation_without_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(shipped, "SHIPPED", tmp_path)
+    monkeypatch.setattr(shipped, "SHIPPED", {"blood": tmp_path})
     assert model_or_shipped("mine") == "mine"
     with pytest.raises(InputError, match="--model DIR"):
         model_or_shipped(None)
 
 
 def test_the_introduction_names_the_tissue():
-    assert "blood" in introduction(SHIPPED)
+    assert "blood" in introduction(BLOOD) and "--tissue tissue" in introduction(BLOOD)
+
+
+def test_a_tissue_picks_its_annotator_and_only_a_choice_by_itself_is_introduced(caplog):
+    assert model_or_shipped(None, "tissue") == TISSUE and model_or_shipped(None, "blood") == BLOOD
+    assert not caplog.text
+    assert model_or_shipped(None) == BLOOD
+    assert "No --model was given" in caplog.text
+
+
+def test_a_shipped_annotator_has_a_name_unless_a_folder_has_it(tmp_path, monkeypatch):
+    assert model_or_shipped("scbert-mini-tissue") == model_or_shipped(Path("scbert-mini-tissue")) == TISSUE
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scbert-mini-tissue").mkdir()
+    assert model_or_shipped("scbert-mini-tissue") == "scbert-mini-tissue"
+
+
+def test_a_model_and_a_tissue_contradict_and_unknown_tissues_are_refused():
+    with pytest.raises(InputError, match="one of them"):
+        model_or_shipped("mine", "blood")
+    with pytest.raises(InputError, match="there are: blood, tissue"):
+        model_or_shipped(None, "liver")
+
+
+def test_cells_of_tissue_by_the_command(tmp_path):
+    panel = read_gene_panel(TISSUE / "gene_panel.txt")
+    counts = np.random.default_rng(0).poisson(0.08, (8, len(panel))).astype(np.float32)
+    counts[:, [gene.startswith(("RPL", "RPS")) for gene in panel]] += 12
+    stromal = "COL1A1 COL1A2 COL3A1 COL6A1 COL6A2 COL6A3 DCN LUM FBLN1 PCOLCE MMP2 C1S C1R".split()
+    counts[:, np.isin(panel, stromal)] = 15
+    cells = anndata.AnnData(counts, var=pd.DataFrame(index=panel))
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    arguments = ["--tissue", "tissue", "--threshold", "0", "--output", str(tmp_path / "out.h5ad")]
+    assert main(["annotate", str(tmp_path / "cells.h5ad"), *arguments]) == 0
+    found = anndata.read_h5ad(tmp_path / "out.h5ad").obs
+    assert set(found["scbert_cell_type"]) == {"fibroblast"}
+    assert set(found["scbert_cell_type_ontology_term_id"]) == {"CL:0000057"}
+    assert main(["annotate", str(tmp_path / "cells.h5ad"), "--model", "mine", *arguments]) == 1
+
+
+def test_what_ships_is_listed_with_its_scores(capsys):
+    assert main(["models", "--json"]) == 0
+    captured = capsys.readouterr()
+    listed = json.loads(captured.out)
+    assert listed == json.loads(json.dumps(list_shipped()))
+    assert list(listed) == ["scbert-mini-pbmc", "scbert-mini-tissue"]
+    for name, about in listed.items():
+        assert name in captured.err and about["tissue"] in captured.err
+        assert len(about["types"]) >= 9 and about["trained_on"] and about["left_out"]
+        assert all({"scbert", "logistic_l1", "logistic_l2"} == set(row) for row in about["left_out"].values())

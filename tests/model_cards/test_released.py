@@ -13,12 +13,14 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 import make_mini
 import make_pbmc
+import make_tissue
 import pretraining_effect
 import scbert
+from annotator_parts import NAMELESS
 from scbert.model_cards.card import build_card
 
 CARDS = Path(scbert.__file__).parent / "model_cards"
-MINI, PBMC = CARDS / "scbert-mini", CARDS / "scbert-mini-pbmc"
+MINI, PBMC, TISSUE = (CARDS / name for name in ("scbert-mini", "scbert-mini-pbmc", "scbert-mini-tissue"))
 MEGABYTE = 2**20
 
 
@@ -31,7 +33,7 @@ def some_cells(tokenizer, n=6):
     return sp.csr_matrix(rng.poisson(0.1, (n, len(tokenizer.gene_panel))).astype(np.float32))
 
 
-@pytest.mark.parametrize("folder", [MINI, PBMC], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [MINI, PBMC, TISSUE], ids=lambda folder: folder.name)
 def test_a_released_folder_is_small_and_as_it_was_made(folder):
     assert (folder / "model.safetensors").stat().st_size <= 12 * MEGABYTE
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 14 * MEGABYTE
@@ -41,7 +43,7 @@ def test_a_released_folder_is_small_and_as_it_was_made(folder):
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected, name
 
 
-@pytest.mark.parametrize("folder", [MINI, PBMC], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [MINI, PBMC, TISSUE], ids=lambda folder: folder.name)
 def test_a_card_is_what_the_records_make_it(folder):
     written = (folder / "README.md").read_text(encoding="utf-8")
     assert written == str(build_card(folder, folder.name))
@@ -63,6 +65,21 @@ def test_the_tables_of_the_annotator_are_its_records():
     assert (PBMC / "card_2_cross_cohort.md").read_text() == make_pbmc.cross_cohort_section(cross)
     assert (PBMC / "card_3_strangers.md").read_text() == make_pbmc.stranger_section(others)
     assert len({row["fold"] for row in cross["rows"]}) == 2
+
+
+def test_the_tables_of_the_annotator_of_tissue_are_its_records():
+    rows = record(TISSUE, "left_out")
+    assert (TISSUE / "card_2_left_out.md").read_text() == make_tissue.left_out_section(rows)
+    assert record(TISSUE, "annotator") == json.loads(json.dumps(make_tissue.about(rows)))
+    assert {row["study"] for row in rows} >= set(make_tissue.TESTED)
+
+
+@pytest.mark.parametrize("folder", [PBMC, TISSUE], ids=lambda folder: folder.name)
+def test_an_annotator_that_ships_is_small_and_its_card_begins_with_what_it_is(folder):
+    assert (folder / "model.safetensors").stat().st_size <= 4 * MEGABYTE
+    summary = record(folder, "annotator")["summary"]
+    assert f"# {folder.name}\n\n{summary}\n" in (folder / "README.md").read_text(encoding="utf-8")
+    assert not [gene for gene in AutoTokenizer.from_pretrained(folder).gene_panel if NAMELESS.search(gene)]
 
 
 def test_no_cell_of_an_evaluation_was_pretrained_on():
