@@ -20,7 +20,6 @@ from . import options as opt
 from .console import existing, few_collections, guarded, run, show_messages, silence_libraries
 from .options import (
     BatchSize,
-    CacheFrozen,
     ClassBalance,
     Force,
     GenesReport,
@@ -129,7 +128,7 @@ def finetune(
         int | None, typer.Option(min=0, help="Expressed genes a training cell needs.", show_default=False)
     ] = None,
     cache_frozen: Annotated[
-        CacheFrozen | None, typer.Option(help="Where the frozen layers' outputs are kept between epochs.")
+        opt.CacheFrozen | None, typer.Option(help="Where the frozen layers' outputs are kept between epochs.")
     ] = None,
     seed: Seed = None,
     device: opt.TrainingDevice = None,

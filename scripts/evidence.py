@@ -122,6 +122,8 @@ def cells_of(matrix: sp.csr_matrix, labels: np.ndarray | None = None) -> anndata
 
 def scbert(task: Task) -> Answer:
     """The default recipe, as ``scbert finetune`` runs it, without the baseline that it measures beside itself."""
+    from transformers import set_seed
+
     from scbert.training import run_finetune
     from scbert.training.finetune_arguments import FINETUNE
     from scbert.training.finetune_data import LabelledCells
@@ -135,6 +137,7 @@ def scbert(task: Task) -> Answer:
         "device": "cpu",
     }
     _, data_arguments, model_arguments, training = parse(FINETUNE, {**given, "disable_tqdm": True})
+    set_seed(training.seed)
     data = run_finetune.load(
         data_arguments, model_arguments, training, reference=cells_of(task.matrix, task.labels)
     )

@@ -26,7 +26,13 @@ from scbert.tokenization import ScBertTokenizer
 from scbert.trained_model.model_folder import load_tokenizer, save_model
 from scbert.training.initial_model import load_masked_model
 
-CHECKED = ("config.json", "gene_panel.txt", "model.safetensors", "tokenizer_config.json")
+CHECKED = (
+    "config.json",
+    "gene_levels.txt",
+    "gene_panel.txt",
+    "model.safetensors",
+    "tokenizer_config.json",
+)
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "model_cards"
 SOURCES = CARDS / "scbert-mini" / "sources.csv"
@@ -156,7 +162,8 @@ def save_small(model: PreTrainedModel, tokenizer: ScBertTokenizer, output: Path)
     save_model(model.bfloat16(), tokenizer, output)
     for code in output.glob("*.py"):
         code.unlink()
-    sums = [f"{hashlib.sha256((output / name).read_bytes()).hexdigest()}  {name}" for name in CHECKED]
+    checked = [name for name in CHECKED if (output / name).exists()]
+    sums = [f"{hashlib.sha256((output / name).read_bytes()).hexdigest()}  {name}" for name in checked]
     (output / "SHA256SUMS").write_text("\n".join(sums) + "\n")
 
 

@@ -148,8 +148,8 @@ def left_out_section(rows: list[dict[str, Any]]) -> str:
         "",
         *score_table(wide),
         "",
-        "Studies of few genes, by models of all studies above; genes that are not measured count as unexpressed, which "
-        "is a weakness of every row here:",
+        "Studies of few genes, by models of all studies above; genes that are not measured are taken at their usual "
+        "level (by the regressions, at 0):",
         "",
         *score_table(narrow),
         "",

@@ -28,6 +28,7 @@ import scipy.sparse as sp
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.semi_supervised import SelfTrainingClassifier
+from transformers import set_seed
 
 from evidence import GRID, cells_of, inner_scores, log_cp10k
 from evidence_studies import HALVES, Study, Task, cross_cohort, folds_of, read_study
@@ -141,6 +142,7 @@ def scbert_answer(task: Task, unlabelled: bool) -> tuple[np.ndarray, dict]:
     """Labels by the default recipe, as ``scbert finetune`` runs it, and what it says of the unlabelled cells."""
     given = {"reference": "cells", "label_key": "label", "output": "nowhere", "input": "counts"}
     _, data, model, training = parse(FINETUNE, given | {"device": "cpu", "disable_tqdm": True})
+    set_seed(training.seed)
     query = cells_of(task.test)
     found = run_finetune.load(
         data,

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 from .errors_scbert import InputError
 
+BINNINGS = {"floor", "quantile"}
 INPUT_KINDS = ("auto", "counts", "log1p")
 
 # row sums of expm1 within this share of their median count as "near constant"
@@ -362,3 +363,24 @@ def keep_values(csr, kept):
 def expm1(csr, dtype=np.float64):
     """Natural log1p values back on a linear scale."""
     return with_data(csr, np.expm1(csr.data, dtype=dtype))
+
+
+def check_options(options, gene_panel, modalities):
+    """Refuse options of a tokenizer that cannot be."""
+    problems = []
+    if options["binning"] not in BINNINGS:
+        problems.append(f"binning must be one of {sorted(BINNINGS)}, found {options['binning']!r}")
+    if not 1 <= options["n_bins"] <= 30_000:
+        problems.append(f"n_bins must be from 1 to 30,000, found {options['n_bins']}")
+    for name, low in (("target_sum", 0), ("bin_width", 0), ("log_base", 1)):
+        if not options[name] > low:
+            problems.append(f"{name} must be above {low}, found {options[name]}")
+    if options["max_length"] is not None:
+        if options["keep_zeros"] and options["max_length"] < len(gene_panel) + 1:
+            problems.append("max_length cuts cells only with keep_zeros=False; leave it out")
+        if options["max_length"] < 2:
+            problems.append("max_length must be at least 2: one gene and the trailing token")
+    if modalities is not None and (len(modalities) != len(gene_panel) or min(modalities) < 0):
+        problems.append("feature_modalities must hold one id from 0 on for every gene of the panel")
+    if problems:
+        raise InputError("ScBertTokenizer: " + "; ".join(problems) + ".")

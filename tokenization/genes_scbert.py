@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -136,7 +137,7 @@ class GeneAlignment:
         """Share of the panel found, 0 to 1."""
         return self.n_matched / self.panel_size
 
-    @property
+    @cached_property
     def absent(self):
         """Panel indices of the genes not found, ascending."""
         return np.setdiff1d(np.arange(self.panel_size), self.target)

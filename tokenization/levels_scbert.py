@@ -13,7 +13,9 @@ from .genes_scbert import open_text
 
 
 def read_gene_levels(path):
-    """Read a level for every gene of a panel: one number per line."""
+    """Read a level for every gene of a panel, one number per line; None of None."""
+    if path is None:
+        return None
     try:
         with open_text(path) as handle:
             return [float(line) for line in handle]
@@ -27,12 +29,14 @@ def write_gene_levels(path, levels):
         handle.writelines(f"{level:.3g}\n" for level in levels)
 
 
-def check_gene_levels(levels, panel_size, n_bins):
-    """Levels as float64 [genes], refused if they are not one bin for every gene."""
-    levels = np.asarray(levels, dtype=np.float64)
-    if levels.shape != (panel_size,) or not ((levels >= 0) & (levels <= n_bins)).all():
+def check_gene_levels(levels, tokenizer):
+    """Levels as float64 [genes], refused if they are not a bin for every gene, or the bins of another kind."""
+    if tokenizer.binning != "floor" or tokenizer.feature_modalities is not None:
+        raise InputError("gene_levels need binning='floor' and features of one modality.")
+    levels, n_genes = np.asarray(levels, dtype=np.float64), len(tokenizer.gene_panel)
+    if levels.shape != (n_genes,) or not ((levels >= 0) & (levels <= tokenizer.n_bins)).all():
         raise InputError(
-            f"gene_levels must hold a number from 0 to {n_bins} for each of the panel's {panel_size} genes."
+            f"gene_levels must hold a number from 0 to {tokenizer.n_bins} for each of the panel's {n_genes} genes."
         )
     return levels
 
@@ -81,6 +85,8 @@ def fill_absent(bins, absent, levels):
            [1, 2, 0],
            [0, 0, 0]], dtype=int8)
     """
+    if not len(absent):
+        return bins
     values = np.rint(levels[absent]).astype(bins.dtype)
     absent, values = absent[values > 0], values[values > 0]
     expressed = np.diff(bins.indptr) > 0

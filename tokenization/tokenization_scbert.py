@@ -14,6 +14,7 @@ from .expression_scbert import (
     bin_floor,
     bin_quantile,
     change_log_base,
+    check_options,
     check_values,
     detect_input_kind,
     expm1,
@@ -25,7 +26,6 @@ from .genes_scbert import MINIMUM_OVERLAP, align_genes, check_gene_panel, read_p
 from .levels_scbert import check_gene_levels, fill_absent, measured_share, read_gene_levels, write_gene_levels
 from .sequences_scbert import encode_every_gene, encode_expressed, subsample
 
-BINNINGS = {"floor", "quantile"}
 # cells read together
 CHUNK_SIZE = 2048
 # cells binned together: their float64 work space stays in the processor's cache
@@ -106,16 +106,14 @@ class ScBertTokenizer(PreTrainedTokenizer):
             "bin_width": bin_width, "keep_zeros": keep_zeros, "max_length": max_length, "seed": seed,
         }  # fmt: skip
         check_gene_panel(gene_panel)
-        _check_options(options, gene_panel, feature_modalities)
+        check_options(options, gene_panel, feature_modalities)
         for name, value in options.items():
             setattr(self, name, value)
         self.gene_panel = list(gene_panel)
         self.feature_modalities = (
             None if feature_modalities is None else np.asarray(feature_modalities, dtype=np.int64)
         )
-        if gene_levels is None and gene_levels_file is not None:
-            gene_levels = read_gene_levels(gene_levels_file)
-        self.gene_levels = gene_levels
+        self.gene_levels = read_gene_levels(gene_levels_file) if gene_levels is None else gene_levels
         self._bin_tokens = {f"[BIN_{i}]": i for i in range(n_bins + 1)} | {"[MASK]": n_bins + 1}
         self._bin_names = list(self._bin_tokens)
         kwargs.setdefault("pad_token", "[BIN_0]")
@@ -135,11 +133,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
 
     @gene_levels.setter
     def gene_levels(self, levels):
-        if levels is not None:
-            if self.binning != "floor" or self.feature_modalities is not None:
-                raise InputError("gene_levels need binning='floor' and features of one modality.")
-            levels = check_gene_levels(levels, len(self.gene_panel), self.n_bins)
-        self._gene_levels = levels
+        self._gene_levels = None if levels is None else check_gene_levels(levels, self)
 
     # the vocabulary of a text tokenizer: a token per expression id
 
@@ -168,14 +162,12 @@ class ScBertTokenizer(PreTrainedTokenizer):
     def save_vocabulary(self, save_directory, filename_prefix=None):
         """Write the gene panel, and the levels if there are any, beside the tokenizer's configuration."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
-        panel, levels = (
-            os.path.join(save_directory, prefix + name) for name in self.vocab_files_names.values()
-        )
-        write_gene_panel(panel, self.gene_panel, self.feature_modalities)
+        paths = [os.path.join(save_directory, prefix + name) for name in self.vocab_files_names.values()]
+        write_gene_panel(paths[0], self.gene_panel, self.feature_modalities)
         if self.gene_levels is None:
-            return (panel,)
-        write_gene_levels(levels, self.gene_levels)
-        return (panel, levels)
+            return (paths[0],)
+        write_gene_levels(paths[1], self.gene_levels)
+        return tuple(paths)
 
     # cells to batches
 
@@ -342,12 +334,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
         if self.binning == "quantile":
             return bin_quantile(values, self.n_bins)
         bins = bin_floor(values, self.n_bins, self.bin_width)
-        if self._may_fill(alignment):
-            return fill_absent(bins, alignment.absent, self.gene_levels)
-        return bins
-
-    def _may_fill(self, alignment):
-        return self.gene_levels is not None and alignment.n_absent > 0
+        return bins if self.gene_levels is None else fill_absent(bins, alignment.absent, self.gene_levels)
 
     def _log_values(self, chunk, alignment, kind, covers_all_genes):
         """Rows on the model's log scale, aligned to the panel."""
@@ -359,7 +346,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
         counts, dtype = (chunk, np.float64) if kind == "counts" else (expm1(chunk), np.float32)
         aligned = alignment.apply(counts)
         target_sum = self.target_sum
-        if self._may_fill(alignment):
+        if self.gene_levels is not None:
             target_sum *= measured_share(self.gene_levels, alignment.absent, self.log_base, self.bin_width)
         return normalize_expression(aligned, target_sum, self.log_base, self.feature_modalities, dtype)
 
@@ -407,26 +394,6 @@ class ScBertTokenizer(PreTrainedTokenizer):
                 pads, ids = [value] * missing, list(padded[name])
                 padded[name] = ids + pads if side == "right" else pads + ids
         return padded
-
-
-def _check_options(options, gene_panel, modalities):
-    problems = []
-    if options["binning"] not in BINNINGS:
-        problems.append(f"binning must be one of {sorted(BINNINGS)}, found {options['binning']!r}")
-    if not 1 <= options["n_bins"] <= 30_000:
-        problems.append(f"n_bins must be from 1 to 30,000, found {options['n_bins']}")
-    for name, low in (("target_sum", 0), ("bin_width", 0), ("log_base", 1)):
-        if not options[name] > low:
-            problems.append(f"{name} must be above {low}, found {options[name]}")
-    if options["max_length"] is not None:
-        if options["keep_zeros"] and options["max_length"] < len(gene_panel) + 1:
-            problems.append("max_length cuts cells only with keep_zeros=False; leave it out")
-        if options["max_length"] < 2:
-            problems.append("max_length must be at least 2: one gene and the trailing token")
-    if modalities is not None and (len(modalities) != len(gene_panel) or min(modalities) < 0):
-        problems.append("feature_modalities must hold one id from 0 on for every gene of the panel")
-    if problems:
-        raise InputError("ScBertTokenizer: " + "; ".join(problems) + ".")
 
 
 # a saved tokenizer carries this code, so that it loads where the package is not installed

@@ -22,7 +22,8 @@ from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from .logistic_head import DEFAULT_PENALTY, ridge_path
+from .averaging import DEFAULT_PENALTY
+from .logistic_head import ridge_path
 from .principal_axes import Axes, axes_by_products, inner_products
 
 # simulations that are enough, cells each sees at most, cells that a type needs to be left out

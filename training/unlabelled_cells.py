@@ -28,13 +28,12 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
+from .averaging import PENALTIES, average_logits
 from .logistic_head import (
-    PENALTIES,
     POWERS,
     Member,
     SolvedHead,
     average,
-    average_logits,
     cross_fit,
     fit_members,
     ridge_path,

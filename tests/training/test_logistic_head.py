@@ -6,10 +6,9 @@ import scipy.sparse as sp
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
+from scbert.training.averaging import LOWEST_LOGIT, choose_mixture
 from scbert.training.logistic_head import (
-    LOWEST_LOGIT,
     POWERS,
-    choose_mixture,
     cross_fit,
     cross_folds,
     gene_scales,
@@ -113,7 +112,7 @@ def test_without_evidence_the_prior_decides():
     """One cell a class: no penalty is better than another, and no certainty is asked for."""
     targets = np.arange(4)
     members = [np.random.default_rng(0).normal(size=(7, 4, 4)) for _ in range(3)]
-    mixture = choose_mixture(members, targets, np.ones(4, dtype=bool))
+    mixture = choose_mixture(members, targets, np.ones(4, dtype=bool), POWERS)
     assert mixture.places == [3, 3, 3]
     np.testing.assert_allclose(mixture.shares, 1 / 3, atol=1e-4)
     assert mixture.temperatures.min() > 0.1 and mixture.temperatures.max() < 2

@@ -1,0 +1,157 @@
+"""
+What each of several regressions is worth, by cells that it did not learn from, and the average of their logits.
+
+Penalties, shares and a shift of every class are chosen by likelihood, in which cells of rare classes weigh more; then
+one temperature, by all cells alike, makes the average as sure as it may be (stacking, Wolpert 1992).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import log_softmax
+
+# penalties, in hundredths of the cells' mean squared norm; the one for cells too few to choose by
+PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+DEFAULT_PENALTY = 3.0
+# priors, from few labelled cells of other sets: of the log temperature, whose mean falls as the log penalty grows and
+# rises with the power, and of the log penalty
+LOG_TEMPERATURE_MEAN, LOG_TEMPERATURE_BY_POWER, LOG_TEMPERATURE_BY_PENALTY = -1.3, 0.45, -0.2
+LOG_TEMPERATURE_SD, LOG_PENALTY_SD = 0.6, 3.0
+# weight of equal shares, in cells
+SHARES_PRIOR = 3.0
+# where the label is chosen and not the confidence, cells are weighed by this power of one over the cells of their
+# class: its share of a reference says little of its share of a query, and rare types are looked for as much as others
+RARENESS = 0.75
+# of the number of a class's cells that is taken back from its bias: the prior's deviation
+LOG_COUNT_SD = 0.5
+# of a class that a fold has no cell of
+LOWEST_LOGIT = -20.0
+
+
+@dataclass
+class Mixture:
+    """Which penalty each member takes, its share in the average of logits, the temperatures, and a shift [classes]."""
+
+    places: list[int]
+    temperatures: np.ndarray
+    shares: np.ndarray
+    shift: np.ndarray
+    temperature: float
+
+    @property
+    def factors(self) -> np.ndarray:
+        """What each member's logits are multiplied by."""
+        return self.shares / self.temperatures / self.temperature
+
+    def logits(self, members: Sequence[np.ndarray]) -> np.ndarray:
+        """The average of the members' logits, [penalties, cells, classes] each."""
+        parts = (factor * member[place] for factor, member, place in zip(self.factors, members, self.places))
+        return sum(parts) + self.shift / self.temperature
+
+    def head(self, members: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Weights [classes, genes] and bias [classes] whose logits are the average of the members'."""
+        heads = [member.head(place) for member, place in zip(members, self.places)]
+        weights, bias = (
+            sum(factor * part for factor, part in zip(self.factors, parts)) for parts in zip(*heads)
+        )
+        return weights, bias + self.shift / self.temperature
+
+
+def average_logits(
+    members: Sequence[np.ndarray], targets: np.ndarray, folds: np.ndarray, powers: Sequence[float]
+) -> tuple[np.ndarray, Mixture]:
+    """Averaged logits of every cell [cells, classes], chosen without its fold, and what all cells choose."""
+    logits = np.full(members[0].shape[1:], LOWEST_LOGIT)
+    for fold in np.unique(folds):
+        held = folds == fold
+        mixture = choose_mixture(members, targets, ~held, powers)
+        logits[held] = mixture.logits([member[:, held] for member in members])
+    return logits, choose_mixture(members, targets, np.ones(len(targets), dtype=bool), powers)
+
+
+def choose_mixture(
+    members: Sequence[np.ndarray], targets: np.ndarray, among: np.ndarray, powers: Sequence[float]
+) -> Mixture:
+    """
+    Penalties, shares, shift and temperatures by the likelihood of cells that were not learnt from, and a prior.
+
+    What decides the label is chosen by cells that weigh the more the rarer their class is (`RARENESS`), with a shift
+    of every class by a multiple of the logarithm of its number of cells (logit adjustment, Menon et al. 2021); the
+    temperature, by all cells alike. Cells of small classes count less in both: a fold without one of two cells says
+    little of the fit with both. Where nothing speaks, the penalty is `DEFAULT_PENALTY`, the shares are equal, nothing
+    is shifted, and the temperature is the prior's.
+
+    Parameters
+    ----------
+    members
+        Cross-fitted logits [penalties, cells, classes] of each.
+    targets
+        Classes of the cells, [cells].
+    among
+        Cells to choose by, bool [cells].
+    powers
+        Of the members.
+    """
+    counts = np.bincount(targets, minlength=members[0].shape[-1])
+    alike = (counts[targets] - 1) / (counts[targets] + 9)
+    cells = np.flatnonzero(among & (alike > 0))
+    targets, alike = targets[cells], alike[cells]
+    by_rareness = alike * counts[targets] ** -RARENESS
+    by_rareness *= alike.sum() / max(by_rareness.sum(), 1e-9)
+    chosen = []
+    for power, logits in zip(powers, members):
+        fits = [
+            _fit_temperature(logits[i][cells], targets, by_rareness, i, power) for i in range(len(PENALTIES))
+        ]
+        chosen.append(min(fits))
+    places = [place for _, place, _ in chosen]
+    temperatures = np.array([temperature for *_, temperature in chosen])
+    scaled = [member[place][cells] / t for member, place, t in zip(members, places, temperatures)]
+    shares = _fit_shares(scaled, targets, by_rareness)
+    mixed = sum(share * logits for share, logits in zip(shares, scaled))
+    log_counts = np.log(np.maximum(counts, 1) / counts[counts > 0].mean())
+    shift = -log_counts * _fit_number(
+        lambda x: _cross_entropy(mixed - x * log_counts, targets, by_rareness), LOG_COUNT_SD
+    )
+    log_temperature = _fit_number(
+        lambda x: _cross_entropy((mixed + shift) / np.exp(x), targets, alike), LOG_TEMPERATURE_SD
+    )
+    return Mixture(places, temperatures, shares, shift, float(np.exp(log_temperature)))
+
+
+def _fit_temperature(logits, targets, weights, place, power) -> tuple[float, int, float]:
+    """Loss (with priors), place and temperature of one penalty."""
+    penalty = np.log(PENALTIES[place] / DEFAULT_PENALTY)
+    expected = LOG_TEMPERATURE_MEAN + LOG_TEMPERATURE_BY_POWER * power + LOG_TEMPERATURE_BY_PENALTY * penalty
+
+    def loss(log_temperature):
+        prior = ((log_temperature - expected) / LOG_TEMPERATURE_SD) ** 2 / 2
+        return _cross_entropy(logits / np.exp(log_temperature), targets, weights) + prior
+
+    found = minimize_scalar(loss, bounds=(expected - 4, expected + 4), method="bounded")
+    return float(found.fun + (penalty / LOG_PENALTY_SD) ** 2 / 2), place, float(np.exp(found.x))
+
+
+def _fit_shares(scaled, targets, weights) -> np.ndarray:
+    """Shares of the members in their average, whatever its temperature."""
+
+    def loss(x):
+        logs, log_temperature = log_softmax(x[:-1]), x[-1]
+        mixed = sum(share * logits for share, logits in zip(np.exp(logs), scaled)) / np.exp(log_temperature)
+        priors = -SHARES_PRIOR * logs.mean() + (log_temperature / LOG_TEMPERATURE_SD) ** 2 / 2
+        return _cross_entropy(mixed, targets, weights) + priors
+
+    found = minimize(loss, np.zeros(len(scaled) + 1), method="L-BFGS-B").x
+    return np.exp(log_softmax(found[:-1]))
+
+
+def _fit_number(loss, sd) -> float:
+    """What makes a loss least, with a normal prior around 0."""
+    return float(minimize_scalar(lambda x: loss(x) + (x / sd) ** 2 / 2, bounds=(-3, 3), method="bounded").x)
+
+
+def _cross_entropy(logits, targets, weights) -> float:
+    return float(-(weights * log_softmax(logits, axis=1)[np.arange(len(targets)), targets]).sum())
