@@ -24,7 +24,7 @@ from ..trained_model.loaded_model import LoadedModel, load_model
 from ..trained_model.model_folder import versions
 from ..trained_model.prediction import log_batch_size, predict_probabilities
 from .annotate_processes import main, sharded_prediction
-from .assignment import assign, prediction_sets, set_sizes, set_words, wider_answers
+from .assignment import assign, prediction_sets, set_sizes, set_words, shift_notes, wider_answers
 from .expression_pca import expression_pca
 from .query import (
     BinnedQuery,
@@ -289,6 +289,7 @@ def _annotation(
         obs["scbert_prediction_set"] = sets
         uns |= {"coverage": float(coverage), "prediction_set_sizes": sizes}
     notes = _notes(adata, query, obs) + doubts(query.alignment, labels, names)
+    notes += [] if coverage is None else shift_notes(probabilities)
     if vote_key is not None:
         groups = adata.obs[vote_key] if vote_key in adata.obs else _leiden(adata, query)
         vote = majority_vote(labels, groups, probabilities, names)

@@ -15,7 +15,7 @@ from scbert.data import cell_ontology
 from scbert.data.cell_ontology import CellOntology
 from scbert.data.label_tree import ancestors_of
 from scbert.inference import annotate, annotate_file
-from scbert.inference.assignment import assign, back_off, ontology_terms, prediction_sets
+from scbert.inference.assignment import assign, back_off, ontology_terms, prediction_sets, shift_notes
 from scbert.tokenization import InputError
 from scbert.training import finetune_data
 
@@ -236,3 +236,12 @@ def test_the_fields_travel_as_json(taught):
     config = json.loads((taught.folder / "config.json").read_text())
     for name in ("label_ontology_ids", "label_parents", "conformal_quantiles"):
         assert config[name] == getattr(taught.model.config, name)
+
+
+def test_cells_that_differ_are_said_to_have_no_promise():
+    """More probability of no known type than held-out cells have; empty cells do not count."""
+    alike, odd = np.full((50, 2), 0.49), np.full((50, 2), 0.4)
+    empty = np.zeros((500, 2))
+    assert shift_notes(np.concatenate([alike, empty])) == [] and shift_notes(empty) == []
+    (note,) = shift_notes(np.concatenate([odd, empty]))
+    assert "mean probability of no known type 0.20" in note
