@@ -57,7 +57,7 @@ def test_an_upload_comes_back_with_table_and_files(annotated):
 
 def test_the_sample_is_offered_for_models_that_know_its_genes(tmp_path):
     pytest.importorskip("scanpy")
-    assert not knows_sample(str(SHIPPED), tmp_path)
+    assert not knows_sample(str(SHIPPED["blood"]), tmp_path)
     genes = anndata.read_h5ad(write_sample(tmp_path)).var_names
     model, tokenizer = (
         tmp_path / "model",
