@@ -2,7 +2,8 @@
 
 A tokenizer may know the level of every gene, its mean bin in the cells that a model learnt from. Where a gene of the
 panel is not in a file, cells are given its level in the place of 0, and the size factor leaves the room that the counts
-of such genes would have taken.
+of such genes would have taken. Where less than half of the genes are there, levels count less: they are those of the
+cells learnt from, and a cell of another kind must not be made like them by what was not measured.
 """
 
 import numpy as np
@@ -41,8 +42,13 @@ def check_gene_levels(levels, tokenizer):
     return levels
 
 
+def trust(absent, n_genes):
+    """What levels count: 1 down to half of the genes, then twice the share of genes that are there."""
+    return min(1.0, 2 * (1 - len(absent) / n_genes))
+
+
 def measured_share(levels, absent, log_base, bin_width):
-    """Share of a cell's counts that genes other than the absent ones have.
+    """Share of a cell's counts that genes other than the absent ones have, as far as levels are trusted.
 
     Parameters
     ----------
@@ -54,17 +60,19 @@ def measured_share(levels, absent, log_base, bin_width):
 
     Examples
     --------
-    >>> float(measured_share(np.array([1.0, 2.0, 0.0]), np.array([0]), 2.0, 1.0))
+    >>> round(float(measured_share(np.array([1.0, 2.0, 0.0]), np.array([0]), 2.0, 1.0)), 2)
     0.75
     """
     counts = log_base ** (levels * bin_width) - 1
     missing = counts[absent].sum()
     # where all that the model knows is missing nothing can be said
-    return 1 - missing / counts.sum() if missing < counts.sum() else 1.0
+    return (1 - missing / counts.sum()) ** trust(absent, len(levels)) if missing < counts.sum() else 1.0
 
 
 def fill_absent(bins, absent, levels):
     """Every cell's bins of the absent genes, which are 0, become their levels, rounded; empty cells stay empty.
+
+    Levels are lower where they are trusted less.
 
     Parameters
     ----------
@@ -79,15 +87,15 @@ def fill_absent(bins, absent, levels):
 
     Examples
     --------
-    >>> bins = sp.csr_matrix(np.array([[3, 0, 0], [1, 0, 0], [0, 0, 0]], dtype=np.int8))
-    >>> fill_absent(bins, np.array([1, 2]), np.array([0.2, 1.8, 0.3])).toarray()
-    array([[3, 2, 0],
-           [1, 2, 0],
-           [0, 0, 0]], dtype=int8)
+    >>> bins = sp.csr_matrix(np.array([[3, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=np.int8))
+    >>> fill_absent(bins, np.array([1, 2]), np.array([0.2, 1.8, 0.3, 1.0])).toarray()
+    array([[3, 2, 0, 1],
+           [1, 2, 0, 0],
+           [0, 0, 0, 0]], dtype=int8)
     """
     if not len(absent):
         return bins
-    values = np.rint(levels[absent]).astype(bins.dtype)
+    values = np.rint(levels[absent] * trust(absent, len(levels))).astype(bins.dtype)
     absent, values = absent[values > 0], values[values > 0]
     expressed = np.diff(bins.indptr) > 0
     n_cells, starts = expressed.sum(), np.append(0, np.cumsum(expressed)) * len(absent)

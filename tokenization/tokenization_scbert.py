@@ -62,7 +62,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
     gene_levels : sequence of float [genes], optional
         Mean bin of each gene in the cells a model learnt from; saved as ``gene_levels.txt``. Cells of a file that
         lacks a gene are given it, rounded, in the place of 0, and `target_sum` is cut by the share of the counts
-        that such genes had: what was not measured is no sign of its absence.
+        that such genes had; less so where most genes are lacking (`levels_scbert`).
     seed : int
         Seed of the random subsets.
 

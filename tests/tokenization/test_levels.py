@@ -46,6 +46,18 @@ def test_absent_genes_have_their_level_and_leave_room_for_their_counts(tokenizer
     assert found.dtype == np.int8 and found.has_sorted_indices
 
 
+def test_levels_count_less_where_most_genes_are_absent(tokenizer):
+    """Two genes of six: two thirds of a level, and of the logarithm of the share."""
+    counts = np.random.default_rng(0).poisson(3, (20, 2)) + 1
+    of_level = 2.0 ** np.array(LEVELS) - 1
+    share = of_level[[0, 1]].sum() / of_level.sum()
+    expected = (
+        plain(tokenizer, target_sum=1e4 * share ** (2 / 3)).bin_cells(counts, gene_names=GENES[:2]).toarray()
+    )
+    expected[:, 2], expected[:, 4], expected[:, 5] = 2, 2, 1
+    np.testing.assert_array_equal(tokenizer.bin_cells(counts, gene_names=GENES[:2]).toarray(), expected)
+
+
 def test_logs_of_a_part_of_the_genes_keep_their_size(tokenizer):
     """Where the other genes were there when the logs were made, only levels come in."""
     counts = np.random.default_rng(0).poisson(30, (50, 6)).astype(float)
