@@ -185,7 +185,7 @@ def overlap_report(alignment: GeneAlignment) -> str:
     extra = f"; {alignment.n_duplicates} repeated column(s) were summed" if alignment.n_duplicates else ""
     return (
         f"{alignment.n_matched:,} of the model's {alignment.panel_size:,} genes found ({alignment.overlap:.1%}), "
-        f"{alignment.n_absent:,} taken as 0, {alignment.n_unused:,} of the query's not used{extra}."
+        f"{alignment.n_absent:,} absent, {alignment.n_unused:,} of the query's not used{extra}."
     )
 
 

@@ -106,7 +106,7 @@ def plot_overlap(overlap: dict[str, Any]) -> Any:
     figure = require("matplotlib.figure").Figure(figsize=(5.2, 1.9), layout="constrained")
     axes = figure.subplots()
     axes.barh(["model"], [overlap["matched"]], color="#44aa99", label="in both")
-    axes.barh(["model"], [overlap["absent"]], left=[overlap["matched"]], color="#dddddd", label="taken as 0")
+    axes.barh(["model"], [overlap["absent"]], left=[overlap["matched"]], color="#dddddd", label="absent")
     axes.barh(["query"], [overlap["matched"]], color="#44aa99")
     axes.barh(["query"], [overlap["unused"]], left=[overlap["matched"]], color="#88ccee", label="not used")
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
