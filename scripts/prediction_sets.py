@@ -24,7 +24,6 @@ MAX_CELLS = 1500
 # too few cells for folds, or hardly a second type in a fold
 LEFT_OUT = (
     "fetal_cortex_camp",
-    "pancreas_beta_ductal_3batches",
     "oligodendroglioma_smartseq2",
     "ipsc_cardiac_timecourse",
     "marrow_blood_triana_250",
