@@ -26,7 +26,7 @@ class Study:
 
 @dataclass
 class Task:
-    """Cells to learn from and cells to be asked for; where genes are not measured in the latter, which are, by mask."""
+    """Cells to learn from, cells to be asked for, and their genes; by mask, those that are measured in the latter."""
 
     name: str
     matrix: sp.csr_matrix
@@ -34,6 +34,7 @@ class Task:
     test: sp.csr_matrix
     true: np.ndarray
     measured: np.ndarray | None = None
+    genes: np.ndarray | None = None
 
 
 def quarters_of_donors(obs) -> np.ndarray:
@@ -162,7 +163,8 @@ def cross_validation(study: Study) -> Iterator[Task]:
     for fold in range(5):
         train = folds != fold
         test = ~train & np.isin(labels, labels[train])
-        yield Task(f"{study.name}|cv5|{fold}", matrix[train], labels[train], matrix[test], labels[test])
+        name = f"{study.name}|cv5|{fold}"
+        yield Task(name, matrix[train], labels[train], matrix[test], labels[test], genes=study.genes)
 
 
 def left_out_groups(study: Study) -> Iterator[Task]:
@@ -184,6 +186,7 @@ def left_out_groups(study: Study) -> Iterator[Task]:
             study.labels[cells],
             study.matrix[test],
             study.labels[test],
+            genes=study.genes,
         )
 
 
@@ -204,6 +207,7 @@ def few_shot(study: Study) -> Iterator[Task]:
                 study.labels[train],
                 study.matrix[test],
                 study.labels[test],
+                genes=study.genes,
             )
 
 
@@ -220,7 +224,8 @@ def left_out_types(study: Study) -> Iterator[Task]:
     for name in names[counts >= 8][:8]:
         train, novel = ~held & (labels != name), labels == name
         test = novel | (held & np.isin(labels, labels[train]))
-        yield Task(f"{study.name}|novel|{name}", matrix[train], labels[train], matrix[test], labels[test])
+        known = (matrix[train], labels[train])
+        yield Task(f"{study.name}|novel|{name}", *known, matrix[test], labels[test], genes=study.genes)
 
 
 def cross_cohort(folder: Path, half: str) -> Iterator[Task]:
@@ -241,6 +246,7 @@ def cross_cohort(folder: Path, half: str) -> Iterator[Task]:
             on_genes(others[asked], other_genes, genes),
             true[asked],
             np.isin(genes, other_genes),
+            genes,
         )
 
 

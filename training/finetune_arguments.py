@@ -125,6 +125,13 @@ class FinetuneTrainingArguments(RunTrainingArguments):
             "all labelled cells; nothing else is trained."
         },
     )
+    cell_axes: str = field(
+        default="",
+        metadata={
+            "help": "Pretrained model whose gene vectors are axes of cells that a solved head may go by: scbert-mini, "
+            "which ships, a folder or a name on the Hub; empty: none."
+        },
+    )
     cache_frozen: str = field(
         default="auto", metadata={"help": "Where frozen layers' outputs are kept: auto, memory, disk or off."}
     )

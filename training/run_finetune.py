@@ -21,6 +21,7 @@ from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel
 from ..trained_model.prediction import predict_cells
 from .cell_batches import CellDataset
+from .cell_axes import pretrained_vectors
 from .finetune_arguments import (
     FINETUNE,
     FinetuneDataArguments,
@@ -238,7 +239,12 @@ def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainin
     """Give the model a head that is solved for; nothing else is trained."""
     loaded, learnt = LoadedModel(model, data.tokenizer), data.splits["train"]
     shown = not arguments.disable_tqdm
-    held_out = solve_classifier(loaded, learnt.bins, learnt.targets, arguments.seed, shown, data.unlabelled)
+    vectors = None
+    if arguments.cell_axes:
+        vectors = pretrained_vectors(arguments.cell_axes, data.tokenizer.gene_panel)
+    held_out = solve_classifier(
+        loaded, learnt.bins, learnt.targets, arguments.seed, shown, data.unlabelled, vectors
+    )
     judged = judged_cells(learnt.targets)
     model.config.conformal_quantiles = conformal_quantiles(
         held_out.probabilities[judged], learnt.targets[judged]

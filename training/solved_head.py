@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel
 from ..trained_model.prediction import predict
+from .cell_axes import axes_along
 from .logistic_head import SolvedHead, cross_folds, n_fits, solve_head
 from .novelty_head import (
     MAX_LEFT_OUT,
@@ -52,6 +53,7 @@ def solve_classifier(
     seed: int = 0,
     show_progress: bool = False,
     unlabelled: sp.csr_matrix | None = None,
+    gene_vectors: np.ndarray | None = None,
 ) -> HeldOut:
     """
     Solve for everything above the encoder: output layer (with its temperature), cell vectors, novelty, threshold.
@@ -70,6 +72,9 @@ def solve_classifier(
         Whether to draw a bar, in a terminal.
     unlabelled
         Bins of cells without labels to learn from as well, [others, panel].
+    gene_vectors
+        Of the panel, [panel, axes], by pretraining; see `cell_axes.pretrained_vectors`. One of the regressions then
+        goes along these axes, and not along the principal ones of the cells.
 
     Raises
     ------
@@ -92,7 +97,8 @@ def solve_classifier(
     bar = tqdm(total=total, desc="Solving", unit="fit", disable=None if show_progress else True)
     with bar:
         axes, products = axes_and_products(features)
-        given = {"n_classes": config.num_labels, "folds": folds, "axes": axes, "on_fit": bar.update}
+        along = axes if gene_vectors is None else axes_along(features, gene_vectors)
+        given = {"n_classes": config.num_labels, "folds": folds, "axes": along, "on_fit": bar.update}
         if unlabelled is None:
             head, learnt = solve_head(features, targets, **given), {}
         else:
