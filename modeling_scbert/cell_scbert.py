@@ -58,7 +58,9 @@ class ScBertCell(nn.Module):
         """
         if is_packed(attention_mask):
             if gene_ids is None:
-                raise ValueError("Packed cells need gene_ids: a token's place in the row does not tell its gene.")
+                raise ValueError(
+                    "Packed cells need gene_ids: a token's place in the row does not tell its gene."
+                )
             ones, bounds = torch.ones_like(gene_ids), attention_mask
             given = (hidden_states, input_ids, ones, gene_ids)
             hidden_states, input_ids, attention_mask, gene_ids = (

@@ -60,7 +60,9 @@ class ScBertClassificationHead(nn.Module):
         self, hidden_states, attention_mask=None, gene_ids=None, cells=None
     ) -> dict[str, torch.Tensor | None]:
         """
-        From last hidden states, or the encoder's vectors of ``cells [batch, hidden]`` where it makes them: logits ``[batch, labels]``, and where nothing is trained, ``probabilities [batch, labels]`` of all types (what
+        From last hidden states, or the encoder's vectors of ``cells [batch, hidden]`` where it makes them.
+
+        Logits ``[batch, labels]``, and where nothing is trained, ``probabilities [batch, labels]`` of all types (what
         they lack to 1 is the probability of a type that is not among them) and ``cell_vectors [batch, size]``.
         """
         pooled = cells if cells is not None else self.pool(*unpacked(hidden_states, attention_mask, gene_ids))

@@ -223,7 +223,7 @@ class ScBertModel(ScBertPreTrainedModel):
 
 class ScBertForMaskedExpression(ScBertPreTrainedModel):
     """
-    Masked expression modelling: predict the bins of masked genes and, where asked for, every token's modality and the cell.
+    Masked expression modelling: predict the bins of masked genes, and where asked for, modalities and the whole cell.
 
     Examples
     --------
@@ -268,8 +268,8 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
     ) -> ScBertMaskedExpressionOutput:
         """
         Encode and decode; arguments as in `ScBertModel`, and ``labels [batch, length]`` with -100 where no loss is
-        taken. The modality of every token, masked or not, is predicted if ``modality_ids`` are given; the whole cell, if
-        there are ``cell_targets [cells, genes]``, as in `whole_cell_loss`, and labels.
+        taken. The modality of every token, masked or not, is predicted if ``modality_ids`` are given; the whole cell,
+        if there are ``cell_targets [cells, genes]``, as in `whole_cell_loss`, and labels.
 
         Returns
         -------

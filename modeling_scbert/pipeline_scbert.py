@@ -60,8 +60,8 @@ def mean_of_expressed(
 
 def cell_embedding(outputs, **inputs) -> torch.Tensor:
     """
-    One vector per cell, float32 ``[batch, hidden]``, from what the encoder returns for ``inputs``: its own vector of the
-    cell where it makes one (``pooling="cell"``), else `mean_of_expressed`.
+    One vector per cell, float32 ``[batch, hidden]``, from what the encoder returns for ``inputs``: its own vector of
+    the cell where it makes one (``pooling="cell"``), else `mean_of_expressed`.
     """
     cells = outputs.get("pooler_output")
     return mean_of_expressed(outputs.last_hidden_state, **inputs) if cells is None else cells.float()

@@ -205,7 +205,9 @@ def test_panels_grow(batch):
     model = moved(make(ScBertForMaskedExpression, cell_loss_weight=1.0))
     bias = model.cell_decoder.bias.clone()
     model.resize_gene_embeddings(GENES + 4)
-    assert model.cell_decoder.bias.shape == (GENES + 4,) and torch.equal(model.cell_decoder.bias[:GENES], bias)
+    assert model.cell_decoder.bias.shape == (GENES + 4,) and torch.equal(
+        model.cell_decoder.bias[:GENES], bias
+    )
     labels = torch.where(batch["input_ids"] == MASK, 1, -100)
     batch["gene_ids"][batch["gene_ids"] == GENES] = GENES + 4
     model(**batch, labels=labels, cell_targets=torch.ones(3, GENES + 4)).cell_loss.backward()
