@@ -45,10 +45,12 @@ def embed(
     gene_table: str | Path | None = None,
 ) -> AnnData:
     """
-    Give every cell a vector: the mean of its last hidden states over expressed genes and the trailing token.
+    Give every cell a vector: the model's cell token where it has one (``pooling="cell"``), else the mean of the last
+    hidden states over expressed genes and the trailing token.
 
     Unexpressed genes are left out of the mean: there are ten times more of them, and they would drown a cell in
-    what all cells share. A cell without any expressed gene gets the trailing token's vector.
+    what all cells share. A cell without any expressed gene gets the trailing token's vector. A cell token sums the
+    vectors of the genes, each by its expression, and corrects the sum by attention (see `ScBertCell`).
 
     A fine-tuned model that makes cell vectors gives those: what it keeps of a cell to tell its types apart. To explore
     cells without a model's opinion, take the principal components of the expression: they keep types apart that a
@@ -159,7 +161,7 @@ def _embedding(
             found = predict_cells(loaded, bins, ("embeddings",), batch_size, bar.update)
             vectors[start : start + bins.shape[0]] = found["embeddings"]
     overlap = overlap_numbers(query.alignment)
-    about = {"model": loaded.name, "pooling": "mean over expressed genes and the trailing token"}
+    about = {"model": loaded.name, "pooling": loaded.embedding_kind}
     about |= {
         "gene_overlap": overlap,
         "versions": versions(),

@@ -60,7 +60,13 @@ class ScBertConfig(PreTrainedConfig):
     conformal_quantiles
         By coverage, the largest score (one less the probability) of each label within a prediction set.
     pooling
-        ``"conv"`` reduces each token to one number and keeps genes apart (scBERT); ``"mean"`` averages tokens.
+        ``"conv"`` reduces each token to one number and keeps genes apart (scBERT); ``"mean"`` averages tokens;
+        ``"cell"`` sums the genes' vectors by their expression, starts as linear axes of expression, and is also the
+        encoder's ``pooler_output`` and its embedding of a cell; see `ScBertCell`. Needs ``ordinal_expression``; the
+        residual branches of the layers then start at zero.
+    cell_loss_weight
+        Above 0, pretraining also predicts the expression of the whole cell from its vector, weighted by this. Needs
+        ``pooling="cell"``; see `whole_cell_loss`.
     sparse_prediction
         With labels, decode the labelled positions only: logits are ``[n_labelled, vocab_size]``.
     seed
@@ -81,6 +87,7 @@ class ScBertConfig(PreTrainedConfig):
         "probabilities",
         "cell_vectors",
         "masked_expression_loss",
+        "cell_loss",
         "modality_loss",
         "modality_logits",
     ]
@@ -118,7 +125,8 @@ class ScBertConfig(PreTrainedConfig):
     label_ontology_ids: dict | None = None
     label_parents: dict | None = None
     conformal_quantiles: dict | None = None
-    pooling: Literal["conv", "mean"] = "conv"
+    pooling: Literal["conv", "mean", "cell"] = "conv"
+    cell_loss_weight: float | int = 0.0
     sparse_prediction: bool = False
     pad_token_id: int | None = 0
     mask_token_id: int | None = 6
@@ -172,6 +180,12 @@ class ScBertConfig(PreTrainedConfig):
             raise ValueError(f"kernel_epsilon is {self.kernel_epsilon}; it cannot be negative.")
         if self.cell_vector_size < 0:
             raise ValueError(f"cell_vector_size is {self.cell_vector_size}; it cannot be negative.")
+        if self.cell_loss_weight < 0:
+            raise ValueError(f"cell_loss_weight is {self.cell_loss_weight}; it cannot be negative.")
+        if self.cell_loss_weight and self.pooling != "cell":
+            raise ValueError('cell_loss_weight needs pooling="cell": the cell is predicted from that vector.')
+        if self.pooling == "cell" and not self.ordinal_expression:
+            raise ValueError('pooling="cell" reads bins off their arc: set ordinal_expression=True as well.')
         if self.unassigned_threshold is not None and not 0 <= self.unassigned_threshold <= 1:
             raise ValueError(
                 f"unassigned_threshold is {self.unassigned_threshold}; it must lie between 0 and 1."

@@ -8,6 +8,13 @@ from .configuration_scbert import ScBertConfig
 from .packing_scbert import unpacked
 
 
+def share_of_batches(loss: torch.Tensor, labels: torch.Tensor | None, kwargs: dict) -> torch.Tensor:
+    """A mean over a batch as a share of that over all accumulated batches, as the loss of masked expression is."""
+    if labels is None or kwargs.get("num_items_in_batch") is None:
+        return loss
+    return loss * (labels != -100).sum() / kwargs["num_items_in_batch"]
+
+
 class ScBertClassificationHead(nn.Module):
     """Tokens to class logits: pool to one vector per cell, then a small perceptron."""
 
@@ -25,7 +32,10 @@ class ScBertClassificationHead(nn.Module):
         self.novelty = ScBertNovelty(pooled_size, config) if config.cell_vector_size else None
 
     def pool(self, hidden_states, attention_mask=None, gene_ids=None) -> torch.Tensor:
-        """``[batch, length, hidden]`` to ``[batch, max_position_embeddings]`` (conv) or ``[batch, hidden]`` (mean)."""
+        """
+        ``[batch, length, hidden]`` to ``[batch, max_position_embeddings]`` (conv) or ``[batch, hidden]`` (mean); with
+        ``pooling="cell"`` the encoder has done it.
+        """
         if self.config.pooling == "mean":
             if attention_mask is None:
                 return hidden_states.mean(dim=1)
@@ -46,12 +56,17 @@ class ScBertClassificationHead(nn.Module):
             )
         return values
 
-    def forward(self, hidden_states, attention_mask=None, gene_ids=None) -> dict[str, torch.Tensor | None]:
+    def forward(
+        self, hidden_states, attention_mask=None, gene_ids=None, cells=None
+    ) -> dict[str, torch.Tensor | None]:
         """
+        From last hidden states, or the encoder's vectors of ``cells [batch, hidden]`` where it makes them.
+
         Logits ``[batch, labels]``, and where nothing is trained, ``probabilities [batch, labels]`` of all types (what
         they lack to 1 is the probability of a type that is not among them) and ``cell_vectors [batch, size]``.
         """
-        pooled = states = self.pool(*unpacked(hidden_states, attention_mask, gene_ids))
+        pooled = cells if cells is not None else self.pool(*unpacked(hidden_states, attention_mask, gene_ids))
+        states = pooled
         for dense in self.dense:
             states = self.dropout(nn.functional.relu(dense(states)))
         logits, probabilities, vectors = self.out_proj(states), None, None

@@ -33,6 +33,9 @@ class ScBertLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        # then both residual branches say nothing at first, yet learn: the last map of each is zero
+        for last in (self.attention.o_proj, self.output):
+            last.starts_at_zero = config.pooling == "cell"
 
     def __call__(self, hidden_states, *args, **kwargs):
         if not self.gradient_checkpointing or torch.compiler.is_compiling():

@@ -2,7 +2,8 @@
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -10,10 +11,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_scbert import ScBertFavorAttention
+from .cell_scbert import ScBertCell, ScBertCellDecoder, whole_cell_loss
 from .configuration_scbert import ScBertConfig
 from .embeddings_scbert import ScBertEmbeddings
 from .favor_scbert import draw_projection
-from .heads_scbert import ScBertClassificationHead
+from .heads_scbert import ScBertClassificationHead, share_of_batches
 from .layers_scbert import ATTENTION_CLASSES, ScBertLayer, ScBertReversibleLayer
 from .outputs_scbert import ScBertCellClassificationOutput, ScBertMaskedExpressionOutput
 from .packing_scbert import is_packed
@@ -75,6 +77,8 @@ class ScBertPreTrainedModel(ResizeEmbeddingsMixin, PreTrainedModel):
         super()._init_weights(module)
         if hasattr(module, "start_weights"):
             module.start_weights()
+        if getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
 
 
 class ScBertModel(ScBertPreTrainedModel):
@@ -96,7 +100,7 @@ class ScBertModel(ScBertPreTrainedModel):
     """
 
     # any head's checkpoint is a checkpoint of the encoder
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^decoder\.", r"^modality_decoder\."]
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^(cell_|modality_)?decoder\."]
 
     def __init__(self, config: ScBertConfig):
         super().__init__(config)
@@ -104,13 +108,14 @@ class ScBertModel(ScBertPreTrainedModel):
         layer_class = ScBertReversibleLayer if config.reversible else ScBertLayer
         self.layers = nn.ModuleList([layer_class(config, index) for index in range(config.num_hidden_layers)])
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.cell = ScBertCell(config) if config.pooling == "cell" else None
         self.gradient_checkpointing = False
         # stands in for the embeddings and the first layers where training keeps what frozen ones put out: a callable
         # (input_ids, attention_mask, gene_ids, modality_ids) -> (hidden states, layers they have passed)
         self.prefix = None
-        # random features and the directions of a hash
         buffers = (name for layer in self.layers for name, _ in layer.attention.named_buffers())
-        self._keep_in_fp32_modules_strict = set(buffers)
+        # random features and the directions of a hash; what is taken off a large sum
+        self._keep_in_fp32_modules_strict = {*buffers, "cell.offset", "cell.scale"}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -168,7 +173,7 @@ class ScBertModel(ScBertPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutput | BaseModelOutputWithPooling:
         """
         Encode a batch of cells.
 
@@ -189,9 +194,10 @@ class ScBertModel(ScBertPreTrainedModel):
 
         Returns
         -------
-        BaseModelOutput
+        BaseModelOutput, or with ``pooling="cell"`` BaseModelOutputWithPooling
             ``last_hidden_state [batch, length or n, hidden]`` after the final norm; on request ``hidden_states`` (one
-            more than layers) and ``attentions`` (one ``[batch, heads, length, length]`` a layer).
+            more than layers) and ``attentions`` (one ``[batch, heads, length, length]`` a layer). With
+            ``pooling="cell"``, ``pooler_output [batch, hidden]``, unless ``positions`` leave tokens out.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -205,12 +211,19 @@ class ScBertModel(ScBertPreTrainedModel):
         hidden_states = self._encode(
             hidden_states, attention_mask, bool(output_attentions), kwargs, first_layer, positions
         )
-        return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
+        hidden_states = self.final_norm(hidden_states)
+        if self.cell is None:
+            return BaseModelOutput(last_hidden_state=hidden_states)
+        cells = None
+        if positions is None:
+            genes = self.embeddings.gene_embeddings.weight
+            cells = self.cell(hidden_states, genes, input_ids, attention_mask, gene_ids)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=cells)
 
 
 class ScBertForMaskedExpression(ScBertPreTrainedModel):
     """
-    Masked expression modelling: predict the bins of masked genes and, with several modalities, every token's modality.
+    Masked expression modelling: predict the bins of masked genes, and where asked for, modalities and the whole cell.
 
     Examples
     --------
@@ -231,6 +244,8 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         if config.num_modalities > 1:
             self.modality_decoder = nn.Linear(config.hidden_size, config.num_modalities)
+        if config.cell_loss_weight:
+            self.cell_decoder = ScBertCellDecoder(config)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -248,11 +263,13 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
         modality_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        cell_targets: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ScBertMaskedExpressionOutput:
         """
         Encode and decode; arguments as in `ScBertModel`, and ``labels [batch, length]`` with -100 where no loss is
-        taken. The modality of every token, masked or not, is predicted if ``modality_ids`` are given.
+        taken. The modality of every token, masked or not, is predicted if ``modality_ids`` are given; the whole cell,
+        if there are ``cell_targets [cells, genes]``, as in `whole_cell_loss`, and labels.
 
         Returns
         -------
@@ -260,7 +277,8 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
             ``logits [batch, length, vocab_size]``, or ``[n_labelled, vocab_size]`` with labels and
             ``config.sparse_prediction``.
         """
-        positions = self._loss_positions(labels, modality_ids, kwargs)
+        whole = cell_targets is not None and labels is not None and self.config.cell_loss_weight > 0
+        positions = None if whole else self._loss_positions(labels, modality_ids, kwargs)
         outputs = self.scbert(
             input_ids,
             attention_mask=attention_mask,
@@ -277,9 +295,13 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
         parts = {}
         if self.config.num_modalities > 1 and modality_ids is not None:
             parts = self._decode_modality(hidden_states, modality_ids, attention_mask, labels, kwargs)
+        if whole:
+            cell_loss = whole_cell_loss(self.cell_decoder(outputs.pooler_output, self.scbert), cell_targets)
+            parts["cell_loss"] = share_of_batches(cell_loss, labels, kwargs)
         if loss is not None and parts:
             parts["masked_expression_loss"] = loss
-            loss = loss + self.config.modality_loss_weight * parts["modality_loss"]
+            loss = loss + self.config.modality_loss_weight * parts.get("modality_loss", 0.0)
+            loss = loss + self.config.cell_loss_weight * parts.get("cell_loss", 0.0)
         return ScBertMaskedExpressionOutput(
             loss=loss,
             logits=logits,
@@ -315,10 +337,7 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
         if attention_mask is not None and not is_packed(attention_mask):
             targets = targets.masked_fill(~attention_mask.bool(), -100)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        if labels is not None and kwargs.get("num_items_in_batch") is not None:
-            # the other loss is a share of one mean over all accumulated batches; so must this one be
-            loss = loss * (labels != -100).sum() / kwargs["num_items_in_batch"]
-        return {"modality_loss": loss, "modality_logits": logits}
+        return {"modality_loss": share_of_batches(loss, labels, kwargs), "modality_logits": logits}
 
 
 class ScBertForCellClassification(ScBertPreTrainedModel):
@@ -369,7 +388,8 @@ class ScBertForCellClassification(ScBertPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        found = self.classifier(outputs.last_hidden_state, attention_mask, gene_ids)
+        cells = outputs.get("pooler_output")
+        found = self.classifier(outputs.last_hidden_state, attention_mask, gene_ids, cells)
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -9,18 +9,21 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 @dataclass
 class ScBertMaskedExpressionOutput(MaskedLMOutput):
     """
-    Output of masked expression modelling; with several modalities, also of modality prediction.
+    Output of masked expression modelling; with several modalities, also of modality prediction, and with
+    ``cell_targets`` of whole-cell prediction.
 
     Parameters
     ----------
-    masked_expression_loss, modality_loss
-        The two parts of ``loss = masked_expression_loss + modality_loss_weight * modality_loss``; scalars.
+    masked_expression_loss, modality_loss, cell_loss
+        The parts of ``loss = masked_expression_loss + modality_loss_weight * modality_loss + cell_loss_weight *
+        cell_loss``; scalars.
     modality_logits
         ``[batch, length, num_modalities]``.
     """
 
     masked_expression_loss: torch.FloatTensor | None = None
     modality_loss: torch.FloatTensor | None = None
+    cell_loss: torch.FloatTensor | None = None
     modality_logits: torch.FloatTensor | None = None
 
 

@@ -58,6 +58,15 @@ def mean_of_expressed(
     return torch.einsum("bl,blh->bh", weights, hidden.float()) / weights.sum(dim=1, keepdim=True)
 
 
+def cell_embedding(outputs, **inputs) -> torch.Tensor:
+    """
+    One vector per cell, float32 ``[batch, hidden]``, from what the encoder returns for ``inputs``: its own vector of
+    the cell where it makes one (``pooling="cell"``), else `mean_of_expressed`.
+    """
+    cells = outputs.get("pooler_output")
+    return mean_of_expressed(outputs.last_hidden_state, **inputs) if cells is None else cells.float()
+
+
 class CellPipeline(Pipeline):
     """
     What both pipelines share: cells of any kind in, one result per cell out, in order.
@@ -167,7 +176,7 @@ class CellTypeAnnotationPipeline(CellPipeline):
 class CellEmbeddingPipeline(CellPipeline):
     """
     Embeddings: per cell a float32 array, the cell vector of a classifier that has one, else [hidden_size] as in
-    `mean_of_expressed`.
+    `cell_embedding`.
 
     Examples
     --------
@@ -178,7 +187,7 @@ class CellEmbeddingPipeline(CellPipeline):
     def _forward(self, inputs):
         if self.model.config.cell_vector_size and hasattr(self.model, "classifier"):
             return {"embeddings": self.model(**inputs).cell_vectors}
-        return {"embeddings": mean_of_expressed(self.model.base_model(**inputs).last_hidden_state, **inputs)}
+        return {"embeddings": cell_embedding(self.model.base_model(**inputs), **inputs)}
 
     def postprocess(self, outputs):
         return outputs["embeddings"][0].numpy()

@@ -59,6 +59,11 @@ class ResizeEmbeddingsMixin:
                 # what a vector was fitted to knows nothing of new genes
                 unknown = torch.zeros(self.config.cell_vector_size, added)
                 classifier.novelty.projection = _insert(classifier.novelty.projection, unknown, dim=1)
+        decoder = getattr(self, "cell_decoder", None)
+        if decoder is not None:
+            # as common as genes are in the mean
+            values = torch.cat([decoder.bias, decoder.bias.mean().expand(added)])
+            decoder.bias = _like(decoder.bias, values)
         self.config.max_position_embeddings = num_genes + 1
 
     @torch.no_grad()

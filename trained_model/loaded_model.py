@@ -59,6 +59,15 @@ class LoadedModel:
         return getattr(getattr(self.model, "classifier", None), "novelty", None) is not None
 
     @property
+    def embedding_kind(self) -> str:
+        """What an embedding is, in words."""
+        if self.has_cell_vectors:
+            return "the classifier's cell vector"
+        if self.model.config.pooling == "cell":
+            return "cell token: the genes' vectors summed by expression, corrected by attention"
+        return "mean over expressed genes and the trailing token"
+
+    @property
     def threshold(self) -> float:
         """Confidence below which a cell is "unassigned": chosen on held-out cells, or 0.5."""
         chosen = self.model.config.unassigned_threshold

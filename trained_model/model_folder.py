@@ -130,7 +130,10 @@ def load_tokenizer(folder: str | Path) -> ScBertTokenizer:
 
 
 def load_weights(
-    model_class: type[PreTrainedModel], folder: str | Path, new: str | None = None, **fields: Any
+    model_class: type[PreTrainedModel],
+    folder: str | Path,
+    new: str | tuple[str, ...] = (),
+    **fields: Any,
 ) -> PreTrainedModel:
     """
     A model of a folder on the CPU in float32, every weight present, of the right shape and finite.
@@ -172,9 +175,11 @@ def load_weights(
     return network
 
 
-def _check_weights(folder: str | Path, network: PreTrainedModel, report: Any, new: str | None) -> None:
+def _check_weights(
+    folder: str | Path, network: PreTrainedModel, report: Any, new: str | tuple[str, ...]
+) -> None:
     def expected(name: str) -> bool:
-        return new is None or not name.startswith(new)
+        return not name.startswith(new)
 
     missing = sorted(filter(expected, report["missing_keys"]))
     if missing:

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from ..modeling_scbert.pipeline_scbert import mean_of_expressed
+from ..modeling_scbert.pipeline_scbert import cell_embedding
 from ..modeling_scbert.workload_scbert import expect_work
 from .loaded_model import LoadedModel
 
@@ -42,7 +42,7 @@ def predict(
         Expression bins [cells, panel], of ``tokenizer.bin_cells``.
     outputs
         Any of ``"logits"`` and ``"probabilities"`` (of a classifier), ``"embeddings"`` (a classifier's cell vectors,
-        or see `mean_of_expressed`) and ``"pooled"`` (what a classifier's output layer reads).
+        or see `cell_embedding`) and ``"pooled"`` (what a classifier's output layer reads).
     batch_size
         Cells per step; chosen by the size of the model and the memory if left out.
 
@@ -198,21 +198,21 @@ def _forward(loaded: LoadedModel, encoded: dict[str, np.ndarray], outputs: Colle
     with autocast, _watched(network, outputs) as found:
         found |= network(**inputs)
     if "embeddings" in outputs:
-        hidden = found["embeddings"]
+        encoded = found["embeddings"]
         found["embeddings"] = found.get("cell_vectors")
         if found["embeddings"] is None:
-            found["embeddings"] = mean_of_expressed(hidden, **inputs)
+            found["embeddings"] = cell_embedding(encoded, **inputs)
     return {name: found[name].float().cpu().numpy() for name in outputs}
 
 
 @contextlib.contextmanager
 def _watched(network: torch.nn.Module, outputs: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """What passes by within the model's forward: the last hidden states, what the output layer reads."""
+    """What passes by within the model's forward: what the encoder returns, what the output layer reads."""
     found, hooks = {}, []
     if "embeddings" in outputs:
         hooks.append(
             network.base_model.register_forward_hook(
-                lambda module, args, output: found.update(embeddings=output.last_hidden_state)
+                lambda module, args, output: found.update(embeddings=output)
             )
         )
     if "pooled" in outputs:

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from ..modeling_scbert.packing_scbert import pack
 from ..tokenization import ScBertTokenizer
+from .cell_targets import CellTargets, bin_values, thin_cells
 
 
 class CellDataset(Dataset):
@@ -27,6 +28,8 @@ class CellDataset(Dataset):
         Class ids, [cells].
     rows
         Cells to take, in this order; all of them if left out.
+    files
+        Number of the file that every cell comes from, [cells].
 
     Examples
     --------
@@ -37,8 +40,14 @@ class CellDataset(Dataset):
     ([[3, 0, 0], [0, 2, 1]], [0, 1], [3, 0])
     """
 
-    def __init__(self, bins: Any, labels: Sequence[int] | None = None, rows: Sequence[int] | None = None):
-        self.bins = bins
+    def __init__(
+        self,
+        bins: Any,
+        labels: Sequence[int] | None = None,
+        rows: Sequence[int] | None = None,
+        files: np.ndarray | None = None,
+    ):
+        self.bins, self.files = bins, files
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.rows = np.arange(bins.shape[0]) if rows is None else np.asarray(rows, dtype=np.int64)
         if self.labels is not None and len(self.labels) != bins.shape[0]:
@@ -52,7 +61,8 @@ class CellDataset(Dataset):
         indices = np.asarray(indices, dtype=np.int64)
         rows = self.rows[indices % len(self)]
         batch = {"bins": self.bins[rows], "indices": indices}
-        return batch if self.labels is None else batch | {"labels": self.labels[rows]}
+        more = {"labels": self.labels, "files": self.files}
+        return batch | {name: values[rows] for name, values in more.items() if values is not None}
 
 
 class DataCollatorForCells:
@@ -100,6 +110,10 @@ class DataCollatorForMaskedExpression:
     packing
         Put the cells of a batch one after another in one row, without padding (see `packing_scbert.pack`); the
         masks are those of the padded batch. Nothing changes where every cell has every gene.
+    targets
+        Gives ``cell_targets`` of the cells as they were before anything was hidden; none if left out.
+    thinning
+        Largest share of a cell's counts that is taken away before, see `thin_cells`.
 
     Examples
     --------
@@ -118,15 +132,22 @@ class DataCollatorForMaskedExpression:
         replace_probability: float = 0.9,
         seed: int = 0,
         packing: bool = False,
+        targets: CellTargets | None = None,
+        thinning: float = 0.0,
     ):
         self.tokenizer = tokenizer
+        self.targets, self.thinning = targets, thinning
         self.packing = packing
         self.mlm_probability = mlm_probability
         self.replace_probability = replace_probability
         self.seed = seed
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        arrays = self.tokenizer.encode_bins(batch["bins"])
+        bins = batch["bins"]
+        if self.thinning:
+            own = [np.random.default_rng((self.seed, int(index), 1)) for index in batch["indices"]]
+            bins = thin_cells(bins, bin_values(self.tokenizer), self.thinning, own)
+        arrays = self.tokenizer.encode_bins(bins)
         arrays["input_ids"], arrays["labels"] = mask_expression(
             arrays["input_ids"],
             self.tokenizer.mask_token_id,
@@ -137,6 +158,8 @@ class DataCollatorForMaskedExpression:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.packing:
             tensors = pack(tensors)
+        if self.targets is not None:
+            tensors["cell_targets"] = torch.from_numpy(self.targets(batch["bins"], batch["files"]))
         # so that a batch that goes wrong can be named
         return tensors | {"indices": torch.from_numpy(batch["indices"])}
 

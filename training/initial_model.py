@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -100,7 +101,7 @@ def load_masked_model(base: str | Path) -> PreTrainedModel:
     """A model of any head to go on pretraining; without the head of masked expression it gets a new one."""
     folder = find_model(base)
     check_model_folder(folder)
-    return load_weights(ScBertForMaskedExpression, folder, new="decoder.", **UNCALIBRATED)
+    return load_weights(ScBertForMaskedExpression, folder, new=("decoder.", "cell_decoder."), **UNCALIBRATED)
 
 
 def label_names(labels: list[str]) -> dict[str, dict]:
@@ -161,6 +162,54 @@ def start_head(model: PreTrainedModel) -> None:
 def new_masked_model(fields: dict[str, Any], tokenizer: ScBertTokenizer, seed: int) -> PreTrainedModel:
     """Like `new_model`, with the head of masked expression modelling."""
     return ScBertForMaskedExpression(new_config(fields, tokenizer, seed))
+
+
+@torch.no_grad()
+def start_cell(model: PreTrainedModel, vectors: np.ndarray, center: np.ndarray) -> None:
+    """
+    Let the cell token begin as linear axes of expression: ``bins @ vectors - center``, turned into the hidden space.
+
+    The vectors become the gene table, as its trailing row zeros, in directions across the arc of ordinal expression,
+    and with zero means, so that reading the bins stays exact; all are scaled alike, so that the longest is as long as
+    a bin's embedding. No layer changes the cell token until it has learnt to.
+
+    Parameters
+    ----------
+    model
+        Of any head, with ``pooling="cell"``; changed in place.
+    vectors
+        Of the genes of the panel, [genes, axes]; zeros for genes that are on no axis.
+    center
+        Taken off every cell, [axes].
+
+    Raises
+    ------
+    InputError
+        If the model has no cell token, or is not wide enough.
+    """
+    encoder, config = model.base_model, model.config
+    if config.pooling != "cell":
+        raise InputError(f'Axes of cells are for models of pooling "cell"; this one has "{config.pooling}".')
+    n_axes = vectors.shape[1]
+    if n_axes > config.hidden_size - 3:
+        raise InputError(
+            f"{n_axes} axes need a hidden_size of {n_axes + 3} or more; the model's is {config.hidden_size}."
+        )
+    basis = across_the_arc(config)[:, :n_axes]
+    vectors, center = (torch.as_tensor(x, dtype=torch.float64) for x in (vectors, center))
+    factor = arc_radius(config) / vectors.norm(dim=1).max().clamp(min=1e-12)
+    rows = torch.nn.functional.pad(vectors @ basis.T * factor, (0, 0, 0, 1))
+    encoder.embeddings.gene_embeddings.weight.copy_(rows)
+    encoder.cell.scale.copy_(1 / factor)
+    encoder.cell.offset.copy_(basis @ center)
+
+
+def across_the_arc(config: ScBertConfig) -> torch.Tensor:
+    """An orthonormal basis, float64 [hidden, hidden - 3], across the plane of ordinal expression and of zero means."""
+    kept = torch.cat([torch.ones(1, config.hidden_size), expression_plane(config)]).double()
+    generator = torch.Generator().manual_seed(config.seed + 2)
+    more = torch.randn(config.hidden_size - 3, config.hidden_size, generator=generator)
+    return torch.linalg.qr(torch.cat([kept, more.double()]).T)[0][:, 3:]
 
 
 def new_config(fields: dict[str, Any], tokenizer: ScBertTokenizer, seed: int, **more: Any) -> ScBertConfig:

@@ -1,8 +1,10 @@
 """Scores of masked expression modelling, beside a baseline that knows each gene's habits and no cell."""
 
+import numpy as np
 import torch
 
 from ..evaluation.per_gene_mode import PerGeneModeBaseline
+from ..modeling_scbert.cell_scbert import whole_cell_loss
 
 
 class MaskedScores:
@@ -18,14 +20,18 @@ class MaskedScores:
         Predicts from the gene alone, on the same tokens.
     vocab_size
         Number of expression ids.
+    mean_cell
+        Log expression of every gene, [genes]: what whole cells are compared with, where they are predicted.
     """
 
-    # rows of `totals`: tokens, loss, baseline's loss, and tokens and loss of modality prediction;
+    # rows of `totals`: tokens, loss, baseline's loss; tokens and loss of modality prediction; cells, loss and the mean
+    # cell's loss of whole-cell prediction;
     # of `by_bin`: hidden tokens, hits, the gene's mode's hits, the cell's mode's hits
-    def __init__(self, baseline: PerGeneModeBaseline, vocab_size: int):
+    def __init__(self, baseline: PerGeneModeBaseline, vocab_size: int, mean_cell: np.ndarray | None = None):
+        self.mean_cell = mean_cell
         self.mode = torch.from_numpy(baseline.mode)
         self.log_shares = torch.from_numpy(baseline.log_shares)
-        self.totals = torch.zeros(5, dtype=torch.float64)
+        self.totals = torch.zeros(8, dtype=torch.float64)
         self.by_bin = torch.zeros(4, vocab_size, dtype=torch.float64)
 
     def add(
@@ -34,6 +40,7 @@ class MaskedScores:
         batch: dict[str, torch.Tensor],
         mask_token_id: int,
         modality_loss: torch.Tensor | None = None,
+        cell_loss: torch.Tensor | None = None,
     ) -> None:
         """
         Add a batch.
@@ -48,6 +55,8 @@ class MaskedScores:
             Tells which tokens were hidden.
         modality_loss
             Mean over the batch's tokens, where modalities are predicted as well.
+        cell_loss
+            Mean over the batch's cells, where they are predicted as well from ``cell_targets`` [batch, genes].
         """
         batch = {name: value.cpu() for name, value in batch.items()}
         logits = logits.detach().float().cpu()
@@ -63,7 +72,13 @@ class MaskedScores:
         if modality_loss is not None:
             tokens = int(batch.get("attention_mask", torch.ones_like(batch["labels"])).sum())
             modality = [tokens, tokens * modality_loss.item()]
-        self.totals += torch.tensor([len(truth), loss.item(), known, *modality], dtype=torch.float64)
+        whole = [0, 0.0, 0.0]
+        if cell_loss is not None:
+            targets = batch["cell_targets"]
+            known_cell = whole_cell_loss(torch.from_numpy(self.mean_cell).expand(targets.shape), targets)
+            n_cells = int((targets > 0).any(dim=1).sum())
+            whole = [n_cells, n_cells * cell_loss.item(), n_cells * known_cell.item()]
+        self.totals += torch.tensor([len(truth), loss.item(), known, *modality, *whole], dtype=torch.float64)
         of_cell = commonest_in_sight(batch["input_ids"], mask_token_id)[asked.nonzero()[:, 0]]
         right = (logits.argmax(-1) == truth, self.mode[genes] == truth, of_cell == truth)
         for row, weight in enumerate((torch.ones_like(truth), *right)):
@@ -81,9 +96,9 @@ class MaskedScores:
             ``loss``, ``baseline_loss``, ``masked_accuracy``, ``baseline_masked_accuracy`` (the gene's commonest
             bin), ``cell_baseline_masked_accuracy`` (the cell's), their means over bins (``..._bin_mean``), and
             ``masked_accuracy_bin_3`` and the like for bins that were asked for; and ``modality_loss`` where
-            modalities are predicted.
+            modalities are predicted; ``cell_loss`` and ``baseline_cell_loss`` (of the mean cell) where cells are.
         """
-        tokens, loss, baseline_loss, modality_tokens, modality_loss = self.totals.tolist()
+        tokens, loss, baseline_loss, modality_tokens, modality_loss, *whole = self.totals.tolist()
         found = {
             "loss": loss / max(1.0, tokens),
             "baseline_loss": baseline_loss / max(1.0, tokens),
@@ -91,6 +106,8 @@ class MaskedScores:
         }
         if modality_tokens:
             found["modality_loss"] = modality_loss / modality_tokens
+        if whole[0]:
+            found |= {"cell_loss": whole[1] / whole[0], "baseline_cell_loss": whole[2] / whole[0]}
         asked = self.by_bin[0] > 0
         names = ("masked_accuracy", "baseline_masked_accuracy", "cell_baseline_masked_accuracy")
         for name, hits in zip(names, self.by_bin[1:]):

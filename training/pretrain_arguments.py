@@ -33,6 +33,12 @@ class PretrainDataArguments(RunDataArguments):
     replace_probability: float = field(
         default=0.9, metadata={"help": "Probability that a gene asked for is hidden."}
     )
+    thinning: float = field(
+        default=0.0,
+        metadata={
+            "help": "Largest share of a training cell's counts taken away at random, anew at every visit."
+        },
+    )
     streaming: bool = field(
         default=False,
         metadata={"help": "Read neighbouring cells together, in bounded memory: for files too large for it."},
@@ -58,6 +64,8 @@ class PretrainDataArguments(RunDataArguments):
             raise InputError(
                 "mlm_probability and replace_probability must be probabilities, the first above 0."
             )
+        if not 0 <= self.thinning < 1:
+            raise InputError(f"thinning must be 0 or more and below 1; found {self.thinning}.")
 
 
 @dataclass
@@ -74,6 +82,22 @@ class PretrainModelArguments(RunModelArguments):
             "0.2, drowns expression embeddings that start at 0.02."
         },
     )
+    cell_axes: int = field(
+        default=0,
+        metadata={
+            "help": "Number of linear axes of cells, found in the corpus without labels, that the gene table and with "
+            'it the cell token start from (0: none). For a new model of pooling "cell".'
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.cell_axes < 0:
+            raise InputError(f"cell_axes must be 0 or more; found {self.cell_axes}.")
+        if self.cell_axes and (self.base or self.gene_vectors):
+            raise InputError(
+                "The gene table has one start: axes of cells (cell_axes), gene vectors, or a base. Leave two out."
+            )
 
 
 @dataclass

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import scipy.sparse as sp
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..data.corpus_manifest import is_corpus, read_manifest
+from ..data.corpus_manifest import is_corpus, read_manifest, shards_of_source
 from ..data.corpus_stream import BinnedCells, CellFile, open_corpus
 from ..data.modalities import feature_modalities
 from ..data.multiomics import common_build
@@ -25,6 +26,7 @@ from ..evaluation.per_gene_mode import count_bins
 from ..tokenization import InputError, ScBertTokenizer, align_genes
 from ..tokenization.genes_scbert import MINIMUM_OVERLAP
 from .cell_batches import CellDataset
+from .cell_targets import bin_values, mean_cell
 from .initial_model import new_tokenizer
 from .pretrain_arguments import PretrainDataArguments
 from .run_gene2vec import corpus_files
@@ -49,6 +51,8 @@ class PretrainData:
         Cells.
     bin_counts
         How often each bin stands at each gene in the training cells, [genes, vocabulary] int64.
+    measured
+        Which genes each file measures, bool [files, genes]: those that any of its cells expresses.
     report
         Cells and files taken and left out.
     """
@@ -57,7 +61,22 @@ class PretrainData:
     train: CellDataset
     validation: CellDataset
     bin_counts: np.ndarray
+    measured: np.ndarray
     report: dict[str, Any]
+
+    def mean_cell(self) -> np.ndarray:
+        """`mean_cell` of the training cells, [genes]."""
+        files = self.train.files[self.train.rows]
+        n_cells = np.bincount(files, minlength=len(self.measured))
+        return mean_cell(self.bin_counts, bin_values(self.tokenizer), self.measured, n_cells)
+
+    def cells_by_file(self, most: int = 5000) -> Iterator[sp.csr_matrix]:
+        """Bins of the training cells of each file, [cells, genes]; of more than `most`, as many at random."""
+        files = self.train.files[self.train.rows]
+        for file in np.unique(files):
+            rows = self.train.rows[files == file]
+            rows = np.sort(np.random.default_rng(0).permutation(rows)[:most])
+            yield self.train.bins[rows]
 
     def fingerprint(self) -> int:
         """A checksum of panel, splits and training bins: a resumed run must have the same."""
@@ -89,11 +108,13 @@ def load_data(
     InputError
         If the corpus is damaged, no file of it can be used, or too few cells are left.
     """
-    cells, tokenizer, report = (_open_corpus if is_corpus(data.corpus) else _open_files)(data, tokenizer)
+    cells, tokenizer, report, files = (_open_corpus if is_corpus(data.corpus) else _open_files)(
+        data, tokenizer
+    )
     minimum = data.least_genes(len(tokenizer.gene_panel))
     # the first process writes the cache for the others
     with PartialState().local_main_process_first():
-        lengths, counts = _measured(cells, tokenizer, data.corpus)
+        lengths, counts, measured = _measured(cells, tokenizer, data.corpus, files)
     # a cell with nothing to ask for teaches nothing
     usable = np.flatnonzero(lengths >= max(1, minimum))
     n_validation = max(1, round(data.validation_fraction * len(usable)))
@@ -104,15 +125,16 @@ def load_data(
         )
     order = np.random.default_rng(seed).permutation(len(usable))
     train, validation = (usable[np.sort(part)] for part in (order[n_validation:], order[:n_validation]))
-    counts = counts - _bin_counts(cells, tokenizer, np.setdiff1d(np.arange(cells.shape[0]), train))[1]
+    others = np.setdiff1d(np.arange(cells.shape[0]), train)
+    counts = counts - _bin_counts(cells, tokenizer, others, files)[1]
     report["cells"] = {"train": len(train), "validation": len(validation)}
     report |= {"low_gene_cells": cells.shape[0] - len(usable), "min_genes": minimum}
-    train, validation = CellDataset(cells, rows=train), CellDataset(cells, rows=validation)
-    return PretrainData(tokenizer, train, validation, counts, report)
+    train, validation = (CellDataset(cells, rows=part, files=files) for part in (train, validation))
+    return PretrainData(tokenizer, train, validation, counts, measured, report)
 
 
 def _open_corpus(data: PretrainDataArguments, tokenizer: ScBertTokenizer | dict[str, Any]):
-    """Cells of a corpus of ``scbert build``, the tokenizer and a report."""
+    """Cells of a corpus of ``scbert build``, the tokenizer, a report, and the number of every cell's file."""
     manifest = read_manifest(data.corpus)
     if data.layer or data.input != "auto":
         raise InputError(
@@ -130,11 +152,13 @@ def _open_corpus(data: PretrainDataArguments, tokenizer: ScBertTokenizer | dict[
     report = {"corpus": str(data.corpus), "genes_found": overlap.n_matched, "files": {}}
     for source in manifest["sources"]:
         report["files"][Path(source["path"]).name] = {"cells": source["kept"]}
-    return BinnedCells(open_corpus(data.corpus, tokenizer), tokenizer), tokenizer, report
+    parts = [shards_of_source(source) for source in manifest["sources"]]
+    files = np.repeat(np.arange(len(parts)), [sum(shard["cells"] for shard in part) for part in parts])
+    return BinnedCells(open_corpus(data.corpus, tokenizer), tokenizer), tokenizer, report, files
 
 
 def _open_files(data: PretrainDataArguments, tokenizer: ScBertTokenizer | dict[str, Any]):
-    """Cells of one or several files, the tokenizer and a report; files that cannot be used are named and left out."""
+    """Like `_open_corpus` of one or several files; those that cannot be used are named and left out."""
     files = corpus_files(data.corpus)
     # a panel of all the files' genes is wider than each of them
     overlap = 0.0 if isinstance(tokenizer, dict) and not data.genes else MINIMUM_OVERLAP
@@ -157,7 +181,9 @@ def _open_files(data: PretrainDataArguments, tokenizer: ScBertTokenizer | dict[s
     if not parts:
         raise InputError(f"No file of {data.corpus} can be used; all were left out, as named above.")
     cells = BinnedCells(parts, tokenizer) if data.streaming else sp.vstack(parts, format="csr")
-    return cells, tokenizer, report
+    sizes = [part.n_cells if data.streaming else part.shape[0] for part in parts]
+    files = np.repeat(np.arange(len(parts)), sizes)
+    return cells, tokenizer, report, files
 
 
 def _open_file(path: Path, data: PretrainDataArguments, tokenizer: ScBertTokenizer, overlap: float):
@@ -203,37 +229,45 @@ def _tokenizer_of(
     return new_tokenizer(options, panel, modalities, genome_build)
 
 
-def _measured(cells: Any, tokenizer: ScBertTokenizer, corpus: str) -> tuple[np.ndarray, np.ndarray]:
+def _measured(
+    cells: Any, tokenizer: ScBertTokenizer, corpus: str, files: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """`_bin_counts` of all cells, from the cache of a corpus where it is known."""
     everything = np.arange(cells.shape[0])
     if not is_corpus(corpus):
-        return _bin_counts(cells, tokenizer, everything, shown=True)
+        return _bin_counts(cells, tokenizer, everything, files, shown=True)
     options = {name: value for name, value in tokenizer.init_kwargs.items() if name != "gene_panel_file"}
     # the manifest holds the checksums of all shards
-    facts = [(Path(corpus) / "corpus.json").read_text(), sorted(map(str, options.items()))]
+    facts = ["by file", (Path(corpus) / "corpus.json").read_text(), sorted(map(str, options.items()))]
     key = hashlib.sha256(json.dumps([*facts, tokenizer.gene_panel]).encode()).hexdigest()[:16]
     path = Path(corpus) / CACHE / f"bins-{key}.npz"
     if path.exists():
         with np.load(path) as stored:
-            return stored["lengths"], stored["counts"]
-    lengths, counts = _bin_counts(cells, tokenizer, everything, shown=True)
+            return stored["lengths"], stored["counts"], stored["measured"]
+    lengths, counts, measured = _bin_counts(cells, tokenizer, everything, files, shown=True)
     if os.access(corpus, os.W_OK):
         path.parent.mkdir(exist_ok=True)
         with atomic_file(path) as handle:
-            np.savez_compressed(handle, lengths=lengths, counts=counts)
-    return lengths, counts
+            np.savez_compressed(handle, lengths=lengths, counts=counts, measured=measured)
+    return lengths, counts, measured
 
 
 def _bin_counts(
-    cells: Any, tokenizer: ScBertTokenizer, rows: np.ndarray, shown: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Expressed genes of the cells at `rows` [rows], and how often each bin stands at each gene [genes, vocabulary]."""
+    cells: Any, tokenizer: ScBertTokenizer, rows: np.ndarray, files: np.ndarray, shown: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Of the cells at `rows`: expressed genes of each [rows], how often each bin stands at each gene [genes, vocabulary],
+    and which genes are expressed in each of the `files` [files, genes].
+    """
     lengths = np.zeros(len(rows), dtype=np.int64)
     counts = np.zeros((len(tokenizer.gene_panel), tokenizer.vocab_size), dtype=np.int64)
+    measured = np.zeros((files[-1] + 1, len(counts)), dtype=bool)
     with tqdm(total=len(rows), desc="counting bins", unit=" cells", disable=None if shown else True) as bar:
         for start in range(0, len(rows), CELLS_AT_ONCE):
-            bins = cells[rows[start : start + CELLS_AT_ONCE]]
+            taken = rows[start : start + CELLS_AT_ONCE]
+            bins = cells[taken]
             lengths[start : start + bins.shape[0]] = np.diff(bins.indptr)
             counts += count_bins(bins, tokenizer.vocab_size)
+            measured[np.repeat(files[taken], np.diff(bins.indptr)), bins.indices] = True
             bar.update(bins.shape[0])
-    return lengths, counts
+    return lengths, counts, measured

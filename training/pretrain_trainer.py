@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +15,7 @@ from ..tokenization import InputError
 from .callbacks import RedrawFeaturesCallback
 from .cell_batches import DataCollatorForMaskedExpression
 from .cell_order import EpochSampler
+from .cell_targets import CellTargets
 from .masked_metrics import MaskedScores
 from .pretrain_arguments import PretrainDataArguments, PretrainTrainingArguments
 from .pretrain_data import PretrainData
@@ -32,19 +34,27 @@ class MaskedExpressionTrainer(CellTrainer):
     ----------
     baseline
         Stands beside every score.
+    mean_cell
+        Log expression of every gene, [genes], where whole cells are predicted: stands beside the scores of that.
     streaming
         Take cells in a `StreamOrder`; else each epoch in an order of its own, from anywhere.
     **options
         Of `transformers.Trainer`.
     """
 
-    def __init__(self, baseline: PerGeneModeBaseline, streaming: bool = False, **options: Any):
+    def __init__(
+        self,
+        baseline: PerGeneModeBaseline,
+        streaming: bool = False,
+        mean_cell: np.ndarray | None = None,
+        **options: Any,
+    ):
         args, n_cells = options["args"], len(options["train_dataset"])
         sampler = (
             _stream_order(args, n_cells) if streaming else EpochSampler(n_cells, args.data_seed or args.seed)
         )
         super().__init__(sampler, _describe, [RedrawFeaturesCallback(args.seed)], **options)
-        self.baseline = baseline
+        self.baseline, self.mean_cell = baseline, mean_cell
         self.streaming = streaming
 
     def get_train_dataloader(self) -> DataLoader:
@@ -66,7 +76,8 @@ class MaskedExpressionTrainer(CellTrainer):
         """transformers' own; scores are counted cell by cell, so batches are padded however training has them."""
         collator = self.data_collator
         self.data_collator = copy.copy(collator)
-        self.data_collator.packing = False
+        # and every cell is seen whole
+        self.data_collator.packing, self.data_collator.thinning = False, 0.0
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -107,11 +118,14 @@ class MaskedExpressionTrainer(CellTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss of a batch; its scores are added up, its logits let go."""
         inputs = self._prepare_inputs(inputs)
-        inputs["labels"] = inputs["labels"].masked_fill(self._filled_up(len(inputs["labels"])), -100)
+        filled_up = self._filled_up(len(inputs["labels"]))
+        for name in inputs.keys() & {"labels", "cell_targets"}:
+            inputs[name] = inputs[name].masked_fill(filled_up, -100)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         mask_token_id = self.model.config.mask_token_id
-        self.scores.add(outputs.logits, inputs, mask_token_id, outputs.get("modality_loss"))
+        parts = (outputs.get("modality_loss"), outputs.get("cell_loss"))
+        self.scores.add(outputs.logits, inputs, mask_token_id, *parts)
         return loss.detach(), None, None
 
     def _filled_up(self, batch_size: int) -> torch.Tensor:
@@ -123,7 +137,7 @@ class MaskedExpressionTrainer(CellTrainer):
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, **kwargs):
         """transformers' loop, with the scores of all processes among its metrics."""
-        self.scores = MaskedScores(self.baseline, self.model.config.vocab_size)
+        self.scores = MaskedScores(self.baseline, self.model.config.vocab_size, self.mean_cell)
         self.batches_seen, self.cells_to_score = 0, len(dataloader.dataset)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, **kwargs)
         for name in ("totals", "by_bin"):
@@ -169,9 +183,11 @@ def build_pretrainer(
     arguments
         Settings.
     """
+    whole = model.config.cell_loss_weight > 0
     return MaskedExpressionTrainer(
         PerGeneModeBaseline(data.bin_counts),
         data_arguments.streaming,
+        data.mean_cell() if whole else None,
         model=model,
         args=arguments,
         train_dataset=data.train,
@@ -183,5 +199,7 @@ def build_pretrainer(
             data_arguments.replace_probability,
             seed=arguments.data_seed or arguments.seed,
             packing=arguments.packing,
+            targets=CellTargets(data.tokenizer, data.measured) if whole else None,
+            thinning=data_arguments.thinning,
         ),
     )

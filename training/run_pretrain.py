@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, set_seed
 
 from ..data.check_paths import check_output_folder
 from ..tokenization import InputError
 from ..trained_model.model_folder import quiet_transformers, versions
 from .gene2vec import assign_gene_vectors, load_gene_vectors
-from .initial_model import base_tokenizer, load_masked_model, new_masked_model
+from .initial_model import base_tokenizer, load_masked_model, new_masked_model, start_cell
 from .pretrain_arguments import (
     PRETRAIN,
     PretrainDataArguments,
@@ -88,7 +89,7 @@ def load(
 def build_model(
     arguments: PretrainModelArguments, data: PretrainData, training: PretrainTrainingArguments
 ) -> PreTrainedModel:
-    """The base, or the recipe's size with random weights; with gene vectors where they are given."""
+    """The base, or the recipe's size with random weights; with gene vectors or axes of cells where asked for."""
     if arguments.base:
         model = load_masked_model(arguments.base)
     else:
@@ -104,6 +105,26 @@ def build_model(
         data.report["gene_vectors"] = {
             "assigned": report.assigned, "initialised": report.initialised, "unused": report.unused,
         }  # fmt: skip
+    if arguments.cell_axes:
+        # read by those who need it only
+        from .cell_axes import cell_axes
+
+        try:
+            axes = cell_axes(data.cells_by_file, arguments.cell_axes)
+        except ValueError as error:
+            raise InputError(f"{error} Leave cell_axes out, or add cells.") from error
+        start_cell(model, axes.vectors, axes.center)
+        n_genes = int(axes.vectors.any(axis=1).sum())
+        logger.info(
+            "The gene table starts from %d axes of cells, of %d genes.", axes.vectors.shape[1], n_genes
+        )
+        data.report["cell_axes"] = {"axes": axes.vectors.shape[1], "genes": n_genes}
+    decoder = getattr(model, "cell_decoder", None)
+    if decoder is not None and not decoder.bias.any():
+        decoder.bias.data.copy_(torch.from_numpy(data.mean_cell()))
+    if decoder is None and model.config.pooling == "cell":
+        # nothing asks for the cell: what is trained must be part of every step
+        model.scbert.cell.requires_grad_(False)
     return model
 
 

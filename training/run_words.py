@@ -117,6 +117,9 @@ def log_pretraining(summary: dict[str, Any], output: str | Path) -> None:
         f"Of {summary['masked_tokens']:,} hidden values, in cells that were not learnt from, {found:.1%} were guessed "
         f"right; always saying a gene's commonest value is right for {of_gene:.1%}, a cell's for {of_cell:.1%}."
     )
+    if "cell_loss" in summary:
+        gain = summary["baseline_cell_loss"] - summary["cell_loss"]
+        logger.info(f"From its vector a whole cell is told {gain:.3f} nats better than by the mean cell.")
     if found <= max(of_gene, of_cell) + LEAD:
         logger.warning(
             "The model guesses no better than that: it has learnt averages at most. Let it learn for longer (epochs, "
