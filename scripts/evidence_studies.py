@@ -130,6 +130,14 @@ CROSS = {
     ),
 }
 HALVES = {"choose": CHOOSE, "report": REPORT}
+# files of scbert-mini's corpus with cells of the second half; the last shares 67 of them
+IN_CORPUS = (
+    "breast_tnbc_wu_cid4465",
+    "oligodendroglioma_smartseq2",
+    "ipsc_cardiac_timecourse",
+    "embryo_yan_counts",
+    "pbmc_10x_v2_v3_5p",
+)
 
 
 def read_study(folder: Path, file: str, label_key: str, group) -> Study:

@@ -1,7 +1,8 @@
 """
-Make ``scbert-mini``: corpus, gene panel, gene2vec, pretraining, model folder and card.
+Make ``scbert-mini``: corpus, gene panel, pretraining, model folder and card.
 
     python scripts/make_mini.py DATA --work DIR --output model_cards/scbert-mini
+    python scripts/make_mini.py DATA --work DIR --leave-out FILE.h5ad   # DIR/pretrained alone, without that file
 
 DATA holds the files that scbert-mini/sources.csv names, and ``tables/scbert_gene_order_16906.txt.gz``. What stands in
 DIR already is not made again; pretraining that was interrupted goes on.
@@ -13,6 +14,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,6 @@ SOURCES = CARDS / "scbert-mini" / "sources.csv"
 PANEL = Path("tables") / "scbert_gene_order_16906.txt.gz"
 PANEL_RULE = {"min_cells": 10, "min_files": 4}
 PROBLEM = "its values are neither whole counts nor log1p"
-TOP_PAIRS = 150_000
-HIDDEN_SIZE = json.loads((ROOT / "training/recipes/pretrain/mini.json").read_text())["model"]["hidden_size"]
 
 
 def run(*arguments: Any) -> None:
@@ -56,37 +56,31 @@ def read_sources() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write_corpus_manifest(data: Path, path: Path) -> Path:
+def write_corpus_manifest(data: Path, path: Path, left_out: Sequence[str] = ()) -> Path:
     """The table that `scbert build` reads: the files of the corpus, by their place on this machine."""
     rows = [
         [data.resolve() / row["file"], row["file"].partition(".")[0]]
         for row in read_sources()
-        if row["use"] == "corpus"
+        if row["use"] == "corpus" and row["file"] not in left_out
     ]
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["path", "file_name"], *rows])
     return path
 
 
-def make(data: Path, work: Path) -> Path:
-    """Corpus, panel, gene vectors and the pretrained model in the work folder, each if it is not there yet."""
+def make(data: Path, work: Path, left_out: Sequence[str] = ()) -> Path:
+    """Corpus, panel and the pretrained model in the work folder, each if it is not there yet."""
     work.mkdir(parents=True, exist_ok=True)
-    corpus, panel, vectors, model = (
-        work / name for name in ("corpus", "panel.txt", "gene2vec.txt", "pretrained")
-    )
+    corpus, panel, model = (work / name for name in ("corpus", "panel.txt", "pretrained"))
     if not corpus.exists():
-        table = write_corpus_manifest(data, work / "sources.csv")
+        table = write_corpus_manifest(data, work / "sources.csv", left_out)
         run("build", table, "--output", corpus, "--column", "dataset", "--overwrite")
     if not panel.exists():
         corpus_panel(corpus, panel, within=data / PANEL, **PANEL_RULE)
-    if not vectors.exists():
-        options = ("--genes", panel, "--size", HIDDEN_SIZE, "--top-pairs", TOP_PAIRS)
-        run("gene2vec", corpus, *options, "--output", vectors)
     if not model.exists():
         partial = model.with_name("pretrained.partial")
         more = ["--resume"] if partial.exists() else []
-        options = ("--genes", panel, "--gene-vectors", vectors, "--recipe", "mini")
-        run("pretrain", corpus, *options, "--output", model, *more)
+        run("pretrain", corpus, "--genes", panel, "--recipe", "mini", "--output", model, *more)
     return model
 
 
@@ -192,9 +186,13 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=CARDS / "scbert-mini")
+    parser.add_argument(
+        "--leave-out", action="append", default=[], help="File to leave out; nothing is released."
+    )
     options = parser.parse_args()
-    make(options.data, options.work)
-    release(options.work, options.output)
+    make(options.data, options.work, options.leave_out)
+    if not options.leave_out:
+        release(options.work, options.output)
 
 
 if __name__ == "__main__":

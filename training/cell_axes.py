@@ -142,8 +142,8 @@ def pretrained_vectors(model: str | Path, panel: Sequence[str]) -> np.ndarray | 
     pretrained = load_masked_model(folder)
     if pretrained.config.pooling != "cell":
         raise InputError(
-            f'The gene vectors of {model} are no axes of cells: a model pretrained with pooling "cell" was needed, such '
-            "as scbert-mini."
+            f'The gene vectors of {model} are no axes of cells; a model pretrained with pooling "cell" was needed, '
+            "such as scbert-mini."
         )
     table = pretrained.scbert.embeddings.gene_embeddings.weight.detach().float().numpy()
     places = align_genes(list(panel), load_tokenizer(folder).gene_panel).target

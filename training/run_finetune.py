@@ -20,8 +20,8 @@ from ..evaluation.calibration import conformal_quantiles
 from ..tokenization import InputError
 from ..trained_model.loaded_model import LoadedModel
 from ..trained_model.prediction import predict_cells
-from .cell_batches import CellDataset
 from .cell_axes import pretrained_vectors
+from .cell_batches import CellDataset
 from .finetune_arguments import (
     FINETUNE,
     FinetuneDataArguments,
