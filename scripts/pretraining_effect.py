@@ -1,187 +1,154 @@
 """
-What pretraining does for fine-tuning: few-shot learning with and without it, beside logistic regression.
+What pretraining brings to the default recipe, by how many cells of a type are labelled.
 
-    python scripts/pretraining_effect.py model_cards/scbert-mini CELLS.h5ad --label-key KEY --work DIR
+    python scripts/pretraining_effect.py CELLS --work DIR [--half choose]
+    python scripts/pretraining_effect.py CELLS --work DIR --half report --cell-axes OTHER/pretrained
+    python scripts/pretraining_effect.py CELLS --work DIR --release model_cards/scbert-mini    # of what is there
 
-Runs ``scbert evaluate few-shot`` on five draws of 5, 20 and 100 cells a type (every other cell is the test) and writes
-fine_tuning.json and its part of the card into the model's folder.
+CELLS is the folder of the labelled .h5ad files; studies and halves are those of evidence.py, and so is the pretrained
+model that each half may be given: no cell of a study is in the corpus. The default recipe learns 1, 5, 10, 20 and 100
+cells a type (half of a type's cells at most) with the pretrained axes and without, and is asked for the same other cells
+(up to 60 a type); 10 draws. What was done is not done again.
 """
 
 import argparse
 import json
-from collections import Counter
+import os
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from scipy.stats import t as student_t
+from scipy.stats import ttest_1samp, wilcoxon
 
-from make_mini import run, write_card
-from scbert.data.labels import find_labels
-from scbert.data.read import read_cells
-from scbert.model_cards.card import public_metrics
-from scbert.modeling_scbert import ScBertForMaskedExpression
-from scbert.trained_model.model_folder import load_tokenizer, save_model
-from scbert.training.initial_model import load_masked_model
+from evidence import result_path, scbert, scores_of
+from evidence_studies import HALVES, Study, Task, read_study
+from make_mini import write_card
 
-LABEL = "label"
-SHOTS, DRAWS = (5, 20, 100), 5
-# all weights trained, in as many steps with as without pretraining
-RECIPE = Path(__file__).with_name("mini_classifier.json")
-PRETRAINED, UNTRAINED = "scbert-mini, pretrained", "the same from random weights"
-FASTER = "scbert-mini, pretrained, three times the learning rate"
-BASELINES = {"logistic_l1": "logistic regression, L1", "logistic_l2": "logistic regression, L2"}
-NAMES = (PRETRAINED, FASTER, UNTRAINED, *BASELINES.values())
+SHOTS, DRAWS, MOST_ASKED = (1, 5, 10, 20, 100), 10, 60
+WITH, WITHOUT = "pretrained", "not pretrained"
+TITLES = {"choose": "that the recipe's settings were chosen on", "report": "that chose nothing"}
 
 
-def balanced_part(cells: Path, label_key: str, path: Path) -> Path:
-    """As many cells of every type as the rarest has, in a file."""
-    adata = read_cells(cells)
-    labels = find_labels(adata.obs, label_key, str(cells))
-    adata, labels = adata[labels != None].copy(), labels[labels != None].astype(str)  # noqa: E711 (elementwise)
-    adata.obs[LABEL] = labels
-    size = min(Counter(labels).values())
-    rng = np.random.default_rng(0)
-    rows = [rng.choice(np.flatnonzero(labels == name), size, replace=False) for name in np.unique(labels)]
-    adata[np.sort(np.concatenate(rows))].write_h5ad(path, compression="gzip")
-    return path
+def draws(study: Study, shot: int) -> Iterator[Task]:
+    """So many cells a type to learn; the cells asked for are the same whatever their number."""
+    types = np.unique(study.labels)
+    types = [name for name in types if (study.labels == name).sum() > 1]
+    for draw in range(DRAWS):
+        rng = np.random.default_rng(900 + draw)
+        order = [rng.permutation(np.flatnonzero(study.labels == name)) for name in types]
+        learnt = np.concatenate([cells[: min(shot, len(cells) // 2)] for cells in order])
+        asked = np.concatenate([cells[len(cells) // 2 :][:MOST_ASKED] for cells in order])
+        parts = (study.matrix[learnt], study.labels[learnt], study.matrix[asked], study.labels[asked])
+        yield Task(f"{study.name}|shots{shot}|{draw}", *parts, genes=study.genes)
 
 
-def write_untrained(base: Path, folder: Path) -> None:
-    """The base with new weights everywhere."""
-    config, tokenizer = load_masked_model(base).config, load_tokenizer(base)
-    torch.manual_seed(0)
-    save_model(ScBertForMaskedExpression(config), tokenizer, folder)
+def run_all(folder: Path, work: Path, half: str, cell_axes: str | None) -> None:
+    """Whatever is not there yet, few cells first."""
+    warnings.filterwarnings("ignore")
+    studies = [read_study(folder, *study) for study in HALVES[half]]
+    for shot in SHOTS:
+        for task in (task for study in studies for task in draws(study, shot)):
+            for name, axes in ((WITH, cell_axes), (WITHOUT, "")):
+                path = result_path(work, name, task.name)
+                if path.exists():
+                    continue
+                found = scores_of(scbert(task, axes), task.true) | {"task": task.name, "half": half}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.with_suffix(".partial").write_text(json.dumps(found))
+                os.replace(path.with_suffix(".partial"), path)
+                print(name, task.name, f"{found['macro_f1']:.3f}", flush=True)
 
 
-def measure(base: Path, cells: Path, label_key: str, work: Path) -> dict[str, Any]:
-    """The few-shot protocol for the base, and for the same model with random weights beside the baselines."""
-    part = work / "balanced.h5ad"
-    if not part.exists():
-        balanced_part(cells, label_key, part)
-    untrained = work / "untrained"
-    if not untrained.exists():
-        write_untrained(base, untrained)
-    results = {}
-    for name, folder, slug, more, baselines in (
-        (UNTRAINED, untrained, "untrained", {}, ",".join(BASELINES)),
-        (PRETRAINED, base, base.name, {}, ""),
-        (FASTER, base, f"{base.name}-faster", {"learning_rate": 0.003}, ""),
-    ):
-        output = work / f"few_shot_{slug}"
-        if not output.exists():
-            settings = {"base": str(folder), "disable_tqdm": True, **more}
-            run(
-                "evaluate", "few-shot", part, "--label-key", LABEL, "--recipe", RECIPE,
-                "--settings", json.dumps(settings), "--baselines", baselines,
-                "--shots", ",".join(map(str, SHOTS)), "--folds", DRAWS, "--output", output,
-            )  # fmt: skip
-        results[name] = json.loads((output / "results.json").read_text())
-    rows = [
-        {**row, "model": BASELINES.get(row["model"], name)}
-        for name, result in results.items()
-        for row in result["rows"]
-    ]
-    return {**results[PRETRAINED], "rows": rows}
-
-
-def table(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Mean and standard deviation of the draws, by model and cells a type."""
+def record_of(work: Path) -> list[dict[str, Any]]:
+    """One row for each half, study and number of cells: macro-F1 of every draw that both did, with and without."""
+    found = defaultdict(lambda: {WITH: {}, WITHOUT: {}})
+    for name in (WITH, WITHOUT):
+        for path in (work / name).glob("*.json"):
+            result = json.loads(path.read_text())
+            study, shots, draw = result["task"].split("|")
+            key = (result["half"], study, int(shots.removeprefix("shots")))
+            found[key][name][int(draw)] = round(result["macro_f1"], 4)
     rows = []
-    for model in NAMES:
-        for shots in SHOTS:
-            setting = f"{shots} per type"
-            found = [row for row in result["rows"] if row["model"] == model and row["setting"] == setting]
-            scores = {metric: [row[metric] for row in found] for metric in ("accuracy", "macro_f1")}
-            numbers = {
-                f"{metric}_{kind}": float(getattr(np, kind)(values))
-                for metric, values in scores.items()
-                for kind in ("mean", "std")
-            }
-            rows.append({"model": model, "cells_per_type": shots, "draws": len(found), **numbers})
+    for (half, study, shots), scores in sorted(found.items()):
+        both = sorted(set(scores[WITH]) & set(scores[WITHOUT]))
+        if len(both) > 1:
+            values = {name: [scores[name][draw] for draw in both] for name in (WITH, WITHOUT)}
+            rows.append({"half": half, "study": study, "shots": shots, **values})
     return rows
 
 
-def effect(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Macro-F1 with less without pretraining, draw by draw: mean, and in how many draws it is above zero."""
-    found = {}
-    for shots in SHOTS:
-        rows = [row for row in result["rows"] if row["setting"] == f"{shots} per type"]
-        score = {(row["model"], row["fold"]): row["macro_f1"] for row in rows}
-        gains = [
-            score[PRETRAINED, fold] - score[UNTRAINED, fold] for model, fold in score if model == PRETRAINED
-        ]
-        found[str(shots)] = {"mean": float(np.mean(gains)), "draws_better": int(np.sum(np.array(gains) > 0))}
-    return found
-
-
-def section(record: dict[str, Any]) -> str:
-    """The figures as a part of the card."""
+def section(rows: list[dict[str, Any]]) -> str:
+    """A part of the card."""
     lines = [
-        "## What pretraining does for fine-tuning",
+        "## What pretraining brings to annotation",
         "",
-        f"{record['cells']} ({record['label_key']}), no cell of which was pretrained on: {record['draws']} draws of so "
-        f"many cells a type to learn from, the others to test on ({record['cells_in_all']} cells, evenly of all). "
-        "All weights were trained, in as many steps with as without pretraining (`scripts/mini_classifier.json`). "
-        "Mean ± standard deviation of the draws. "
-        "The recipe's learning rate was lowered from 0.003 to 0.001 after three "
-        "settings: in one of them the random weights diverged. Nothing else was chosen on these cells.",
+        "`scbert finetune` with so many labelled cells a type, with these axes of cells and without; no cell of the "
+        "studies is in the corpus (for the studies that chose nothing, the model was pretrained anew without them). "
+        "Macro-F1 of cells not learnt from, 10 draws; better and worse: studies in which the draws differ by a paired "
+        "t-test (p < 0.05); p: Wilcoxon's test over the studies "
+        "(`python scripts/pretraining_effect.py`).",
         "",
     ]
-    for metric, title in (("macro_f1", "macro-F1"), ("accuracy", "accuracy")):
+    for half in sorted({row["half"] for row in rows}, reverse=True):
+        of_half = [row for row in rows if row["half"] == half]
         lines += [
-            f"| {title} | " + " | ".join(f"{shots} a type" for shots in SHOTS) + " |",
-            "|---|" + "---:|" * len(SHOTS),
+            f"Studies {TITLES[half]}:",
+            "",
+            "| cells a type | studies | without | with | difference | better | worse | p |",
+            "|---:|---:|---:|---:|---:|---:|---:|---:|",
+            *(line(shot, [row for row in of_half if row["shots"] == shot]) for shot in _shots(of_half)),
+            "",
         ]
-        for name in NAMES:
-            own = [row for row in record["table"] if row["model"] == name]
-            cells = [f"{row[f'{metric}_mean']:.3f} ± {row[f'{metric}_std']:.3f}" for row in own]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
-    gains = [
-        f"{gain['mean']:+.3f} with {shots} cells a type (better in {gain['draws_better']} of {record['draws']} draws)"
-        for shots, gain in record["effect"].items()
-    ]
-    lines += [f"Pretraining, all else equal, changes macro-F1 by {', '.join(gains)}.", ""]
-    return "\n".join(
-        [*lines, f"Best at each budget: {', '.join(map(best_of, split_by_shots(record['table'])))}.", ""]
+    return "\n".join(lines)
+
+
+def _shots(rows: list[dict[str, Any]]) -> list[int]:
+    return sorted({row["shots"] for row in rows})
+
+
+def line(shots: int, rows: list[dict[str, Any]]) -> str:
+    """A row of the table: means over the studies, the difference with its 95% interval over them."""
+    pairs = np.array([[np.mean(row[name]) for name in (WITHOUT, WITH)] for row in rows])
+    gains = pairs[:, 1] - pairs[:, 0]
+    tests = [ttest_1samp(np.subtract(row[WITH], row[WITHOUT]), 0) for row in rows]
+    better, worse = (
+        sum(bool(test.pvalue < 0.05 and sign * test.statistic > 0) for test in tests) for sign in (1, -1)
+    )
+    half = student_t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains) ** 0.5
+    without, with_ = pairs.mean(axis=0)
+    return (
+        f"| {shots} | {len(rows)} | {without:.3f} | {with_:.3f} | {gains.mean():+.3f} ± {half:.3f} | {better} | {worse} | "
+        f"{wilcoxon(gains).pvalue:.3f} |"
     )
 
 
-def split_by_shots(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The rows of every budget."""
-    return [[row for row in rows if row["cells_per_type"] == shots] for shots in SHOTS]
-
-
-def best_of(rows: list[dict[str, Any]]) -> str:
-    """The model with the highest mean macro-F1 of a budget, and the budget."""
-    best = max(rows, key=lambda row: row["macro_f1_mean"])
-    return f"{best['model']} ({best['cells_per_type']} a type)"
-
-
-def main() -> None:
-    """Measure and write the record and the card."""
+def main() -> int:
+    """Entry of the command."""
     parser = argparse.ArgumentParser(
         prog="pretraining_effect", description=__doc__.strip().partition("\n")[0]
     )
-    parser.add_argument("base", type=Path)
     parser.add_argument("cells", type=Path)
-    parser.add_argument("--label-key", required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--half", choices=HALVES, default="choose")
+    parser.add_argument("--cell-axes", help="Pretrained model, in place of scbert-mini.")
+    parser.add_argument("--release", type=Path, help="Write the card of this folder, and run nothing.")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    result = measure(options.base, options.cells, options.label_key, options.work)
-    record = {
-        "cells": options.cells.stem, "label_key": options.label_key, "draws": DRAWS, "recipe": RECIPE.name,
-        "cells_in_all": result["cells"], "cells_per_type": result["cells_per_type"],
-        "table": table(result), "effect": effect(result),
-        "settings": result["settings"], "versions": result["versions"],
-    }  # fmt: skip
-    text = json.dumps(public_metrics(record), indent=1, ensure_ascii=False)
-    (options.base / "fine_tuning.json").write_text(text + "\n")
-    (options.base / "card_3_fine_tuning.md").write_text(section(record))
-    write_card(options.base)
+    if options.release:
+        rows = record_of(options.work)
+        (options.release / "fine_tuning.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (options.release / "card_3_fine_tuning.md").write_text(section(rows))
+        write_card(options.release)
+    elif options.half == "report" and options.cell_axes is None:
+        parser.error("cells of this half are in the corpus of scbert-mini: name another with --cell-axes")
+    else:
+        run_all(options.cells, options.work, options.half, options.cell_axes)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
