@@ -27,8 +27,8 @@ def bin_values(tokenizer: ScBertTokenizer) -> np.ndarray:
 
     Examples
     --------
-    >>> bin_values(ScBertTokenizer(gene_panel=["CD3E"], n_bins=2)).round(2).tolist()
-    [0.0, 1.83, 4.66]
+    >>> bin_values(ScBertTokenizer(gene_panel=["CD3E"], n_bins=2)).round(2)
+    array([0.  , 1.83, 4.66], dtype=float32)
     """
     if tokenizer.binning != "floor":
         raise InputError(
@@ -56,8 +56,8 @@ class CellTargets:
     --------
     >>> tokenizer = ScBertTokenizer(gene_panel=["CD3E", "MS4A1", "NKG7"])
     >>> targets = CellTargets(tokenizer, np.array([[True, True, False]]))
-    >>> targets(sp.csr_matrix(np.array([[2, 0, 0]], dtype=np.int8)), np.array([0])).round(2).tolist()
-    [[4.66, 0.0, -100.0]]
+    >>> targets(sp.csr_matrix(np.array([[2, 0, 0]], dtype=np.int8)), np.array([0])).astype(int)
+    array([[   4,    0, -100]])
     """
 
     def __init__(self, tokenizer: ScBertTokenizer, measured: np.ndarray):
@@ -131,7 +131,7 @@ def thin_cells(
     --------
     >>> cells = sp.csr_matrix(np.full((1, 1000), 1, dtype=np.int8))
     >>> thin_cells(cells, np.array([0.0, 1.0]), 0.5, [np.random.default_rng(0)]).nnz
-    694
+    711
     """
     kept = []
     for generator, start, stop in zip(generators, bins.indptr[:-1], bins.indptr[1:], strict=True):
