@@ -15,7 +15,7 @@ from torch import nn
 from .backends_scbert import Backend, from_package, select
 from .chunked_layer_scbert import chunked_supports, is_trained, run_chunked
 from .favor_engine_scbert import other_attention_asked
-from .packing_scbert import is_packed, per_cell
+from .packing_scbert import in_batches, is_packed
 from .workload_scbert import note_work, seconds_ahead, seconds_of_a_cell
 
 # queries of a batch up to this size are left to plain autograd: with little to compute, calls cost more than memory
@@ -68,7 +68,7 @@ def run_block(
     """A block's output by a backend, ``[batch, length, hidden]`` or the shape of ``queries``; cells may be packed."""
     run = BLOCKS[name].run
     if name != "plain" and is_packed(attention_mask):
-        return per_cell(lambda cell: run(layer, cell), hidden_states, attention_mask)
+        return in_batches(lambda *cells: run(layer, *cells), hidden_states, attention_mask)
     return run(layer, hidden_states, attention_mask, queries)
 
 
