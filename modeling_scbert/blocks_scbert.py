@@ -65,7 +65,26 @@ def run_block(
     attention_mask: torch.Tensor | None = None,
     queries: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A block's output by a backend, ``[batch, length, hidden]`` or the shape of ``queries``; cells may be packed."""
+    """
+    A block's output by a backend.
+
+    Parameters
+    ----------
+    name
+        Of a backend that supports the block.
+    layer
+        `ScBertLayer`.
+    hidden_states
+        ``[batch, length, hidden]``.
+    attention_mask
+        ``[batch, length]``, true where a position may be attended to; or the bounds of packed cells.
+    queries
+        ``[batch, n, hidden]``: rows of ``hidden_states`` at which alone the output is wanted; by default all.
+
+    Returns
+    -------
+    ``[batch, length, hidden]`` or ``[batch, n, hidden]``, a new tensor.
+    """
     run = BLOCKS[name].run
     if name != "plain" and is_packed(attention_mask):
         return in_batches(lambda *cells: run(layer, *cells), hidden_states, attention_mask)
