@@ -92,7 +92,7 @@ def run_block(
 
 
 def run_plain(layer, hidden_states, attention_mask=None, queries=None, output_attentions=False):
-    """One operation after another, each on all positions."""
+    """A block's output by one operation after another, each on all positions."""
     rows = hidden_states if queries is None else queries
     residual = rows + layer.attend(hidden_states, attention_mask, output_attentions, queries)
     return residual + layer.feed_forward(residual)
@@ -128,19 +128,11 @@ def _compiled_pays(layer, hidden_states):
     return None
 
 
-def _run_compiled(*given):
-    return from_package("compiled_layer_scbert").run_compiled(*given)
-
-
 def _cuda_supports(layer, hidden_states):
     package = from_package("cuda_layer_scbert")
     if package is None:
         return "the packages scbert and triton, which it needs, are not both installed"
     return other_attention_asked("triton") or package.cuda_supports(layer, hidden_states)
-
-
-def _run_cuda(*given):
-    return from_package("cuda_layer_scbert").run_cuda(*given)
 
 
 def _consider_onednn():
@@ -150,8 +142,12 @@ def _consider_onednn():
 
 
 BLOCKS = {
-    "cuda": Backend(_cuda_supports, _run_cuda),
-    "compiled": Backend(_compiled_supports, _run_compiled, _compiled_pays),
+    "cuda": Backend(_cuda_supports, lambda *given: from_package("cuda_layer_scbert").run_cuda(*given)),
+    "compiled": Backend(
+        _compiled_supports,
+        lambda *given: from_package("compiled_layer_scbert").run_compiled(*given),
+        _compiled_pays,
+    ),
     "chunked": Backend(_chunked_supports, run_chunked, _chunked_pays),
     "plain": Backend(lambda *_: None, run_plain),
 }

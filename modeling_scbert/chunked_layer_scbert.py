@@ -47,12 +47,7 @@ def chunked_supports(layer: nn.Module, hidden_states: torch.Tensor) -> str | Non
     return None
 
 
-def run_chunked(
-    layer: nn.Module,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    queries: torch.Tensor | None = None,
-) -> torch.Tensor:
+def run_chunked(layer, hidden_states, attention_mask=None, queries=None) -> torch.Tensor:
     """
     A block's output chunk by chunk, see `run_block` of blocks_scbert.py; differentiable in its input and weights.
 

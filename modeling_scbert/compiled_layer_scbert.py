@@ -258,12 +258,7 @@ def _is_plain_tensor(x: torch.Tensor | None) -> bool:
     return plain and x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def run_compiled(
-    layer: nn.Module,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    queries: torch.Tensor | None = None,
-) -> torch.Tensor:
+def run_compiled(layer, hidden_states, attention_mask=None, queries=None) -> torch.Tensor:
     """
     A block's output by the compiled operators, see `run_block` of blocks_scbert.py; differentiable in its input and
     weights.

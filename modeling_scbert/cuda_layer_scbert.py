@@ -101,12 +101,7 @@ def _difference_from_plain(layer: nn.Module, hidden_states: torch.Tensor, traine
         return torch.stack(errors).max().item()
 
 
-def run_cuda(
-    layer: nn.Module,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    queries: torch.Tensor | None = None,
-) -> torch.Tensor:
+def run_cuda(layer, hidden_states, attention_mask=None, queries=None) -> torch.Tensor:
     """A block's output by the kernels, see `run_block` of blocks_scbert.py; differentiable in its input and weights."""
     weights, config = dict(layer.named_parameters()), layer.attention.config
     settings = Settings(
