@@ -15,7 +15,7 @@ from torch import nn
 from .backends_scbert import Backend, from_package, select
 from .chunked_layer_scbert import chunked_supports, is_trained, run_chunked
 from .favor_engine_scbert import other_attention_asked
-from .packing_scbert import is_packed, per_cell
+from .packing_scbert import in_batches, is_packed
 from .workload_scbert import note_work, seconds_ahead, seconds_of_a_cell
 
 # queries of a batch up to this size are left to plain autograd: with little to compute, calls cost more than memory
@@ -65,15 +65,34 @@ def run_block(
     attention_mask: torch.Tensor | None = None,
     queries: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A block's output by a backend, ``[batch, length, hidden]`` or the shape of ``queries``; cells may be packed."""
+    """
+    A block's output by a backend.
+
+    Parameters
+    ----------
+    name
+        Of a backend that supports the block.
+    layer
+        `ScBertLayer`.
+    hidden_states
+        ``[batch, length, hidden]``.
+    attention_mask
+        ``[batch, length]``, true where a position may be attended to; or the bounds of packed cells.
+    queries
+        ``[batch, n, hidden]``: rows of ``hidden_states`` at which alone the output is wanted; by default all.
+
+    Returns
+    -------
+    ``[batch, length, hidden]`` or ``[batch, n, hidden]``, a new tensor.
+    """
     run = BLOCKS[name].run
     if name != "plain" and is_packed(attention_mask):
-        return per_cell(lambda cell: run(layer, cell), hidden_states, attention_mask)
+        return in_batches(lambda *cells: run(layer, *cells), hidden_states, attention_mask)
     return run(layer, hidden_states, attention_mask, queries)
 
 
 def run_plain(layer, hidden_states, attention_mask=None, queries=None, output_attentions=False):
-    """One operation after another, each on all positions."""
+    """A block's output by one operation after another, each on all positions."""
     rows = hidden_states if queries is None else queries
     residual = rows + layer.attend(hidden_states, attention_mask, output_attentions, queries)
     return residual + layer.feed_forward(residual)
@@ -109,19 +128,11 @@ def _compiled_pays(layer, hidden_states):
     return None
 
 
-def _run_compiled(*given):
-    return from_package("compiled_layer_scbert").run_compiled(*given)
-
-
 def _cuda_supports(layer, hidden_states):
     package = from_package("cuda_layer_scbert")
     if package is None:
         return "the packages scbert and triton, which it needs, are not both installed"
     return other_attention_asked("triton") or package.cuda_supports(layer, hidden_states)
-
-
-def _run_cuda(*given):
-    return from_package("cuda_layer_scbert").run_cuda(*given)
 
 
 def _consider_onednn():
@@ -131,8 +142,12 @@ def _consider_onednn():
 
 
 BLOCKS = {
-    "cuda": Backend(_cuda_supports, _run_cuda),
-    "compiled": Backend(_compiled_supports, _run_compiled, _compiled_pays),
+    "cuda": Backend(_cuda_supports, lambda *given: from_package("cuda_layer_scbert").run_cuda(*given)),
+    "compiled": Backend(
+        _compiled_supports,
+        lambda *given: from_package("compiled_layer_scbert").run_compiled(*given),
+        _compiled_pays,
+    ),
     "chunked": Backend(_chunked_supports, run_chunked, _chunked_pays),
     "plain": Backend(lambda *_: None, run_plain),
 }

@@ -29,9 +29,6 @@ from .favor_chunks_scbert import (
     query_backward,
 )
 
-# cells a layer takes at once on an accelerator, where kernels work on whole sequences
-ACCELERATOR_CELLS = 8
-
 
 def is_trained(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
     """Whether a gradient will be asked for; a frozen layer under trained ones, in fine-tuning, needs none."""
@@ -42,38 +39,20 @@ def is_trained(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
 
 def chunked_supports(layer: nn.Module, hidden_states: torch.Tensor) -> str | None:
     """Why a FAVOR+ block cannot run in chunks, if it cannot."""
+    if hidden_states.device.type != "cpu":
+        return "it is for CPUs"
     trained = is_trained(layer, hidden_states)
     if layer.training and (layer.attention.dropout.p > 0 or (trained and layer.dropout.p > 0)):
         return "dropout is active"
-    if trained and hidden_states.device.type != "cpu":
-        return "it trains on CPUs only"
     return None
 
 
-def run_chunked(
-    layer: nn.Module,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    queries: torch.Tensor | None = None,
-) -> torch.Tensor:
+def run_chunked(layer, hidden_states, attention_mask=None, queries=None) -> torch.Tensor:
     """
-    Output of a FAVOR+ `ScBertLayer`, computed chunk by chunk; differentiable in its input and weights.
+    A block's output chunk by chunk, see `run_block` of blocks_scbert.py; differentiable in its input and weights.
 
-    Parameters
-    ----------
-    layer
-        The block; its submodules are called (in training again in the backward), so that adapters, hooks and autocast
-        keep working.
-    hidden_states
-        ``[batch, length, hidden]``.
-    attention_mask
-        ``[batch, length]``, true where a position may be attended to.
-    queries
-        ``[batch, n, hidden]``: rows of ``hidden_states`` at which alone the output is wanted; by default all.
-
-    Returns
-    -------
-    ``[batch, length, hidden]`` or ``[batch, n, hidden]``, a new tensor.
+    The block's submodules are called (in training again in the backward), so that adapters, hooks and autocast keep
+    working.
 
     Examples
     --------
@@ -88,22 +67,7 @@ def run_chunked(
         weights = [weight for weight in layer.parameters() if weight.requires_grad]
         return _ChunkedLayer.apply(layer, hidden_states, attention_mask, queries, *weights)
     with torch.no_grad():
-        if hidden_states.device.type != "cpu":
-            return _cells_in_turn(layer, hidden_states, attention_mask, queries)
         return LayerSteps(layer, hidden_states.dtype).forward(hidden_states, attention_mask, queries)
-
-
-def _cells_in_turn(layer, hidden_states, attention_mask, queries) -> torch.Tensor:
-    """A few cells at a time, each with its whole sequence."""
-    wanted = hidden_states if queries is None else queries
-    output = torch.empty_like(wanted)
-    for start in range(0, len(output), ACCELERATOR_CELLS):
-        group = slice(start, start + ACCELERATOR_CELLS)
-        keep = None if attention_mask is None else attention_mask[group]
-        rows = None if queries is None else queries[group]
-        residual = wanted[group] + layer.attend(hidden_states[group], keep, queries=rows)
-        torch.add(residual, layer.feed_forward(residual), out=output[group])
-    return output
 
 
 class LayerSteps:

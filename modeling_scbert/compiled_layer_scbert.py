@@ -258,31 +258,12 @@ def _is_plain_tensor(x: torch.Tensor | None) -> bool:
     return plain and x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def run_compiled(
-    layer: nn.Module,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    queries: torch.Tensor | None = None,
-) -> torch.Tensor:
+def run_compiled(layer, hidden_states, attention_mask=None, queries=None) -> torch.Tensor:
     """
-    Output of a FAVOR+ `ScBertLayer` by the compiled operators, differentiable in input and weights.
+    A block's output by the compiled operators, see `run_block` of blocks_scbert.py; differentiable in its input and
+    weights.
 
     For the backward it keeps the input, the table of the keys and the residual stream between the branches.
-
-    Parameters
-    ----------
-    layer
-        A block that `compiled_supports` accepts.
-    hidden_states
-        ``[batch, length, hidden]``, float32.
-    attention_mask
-        ``[batch, length]``, true where a position may be attended to.
-    queries
-        ``[batch, n, hidden]``: rows of ``hidden_states`` at which alone the output is wanted; by default all.
-
-    Returns
-    -------
-    ``[batch, length, hidden]``, or ``[batch, n, hidden]``.
 
     Examples
     --------

@@ -101,30 +101,8 @@ def _difference_from_plain(layer: nn.Module, hidden_states: torch.Tensor, traine
         return torch.stack(errors).max().item()
 
 
-def run_cuda(
-    layer: nn.Module,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    queries: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    Output of a FAVOR+ `ScBertLayer`, differentiable in its input and weights.
-
-    Parameters
-    ----------
-    layer
-        The block, one that `cuda_supports`.
-    hidden_states
-        ``[batch, length, hidden]``.
-    attention_mask
-        ``[batch, length]``, true where a position may be attended to.
-    queries
-        ``[batch, n, hidden]``: rows of ``hidden_states`` at which alone the output is wanted; by default all.
-
-    Returns
-    -------
-    ``[batch, length, hidden]`` or ``[batch, n, hidden]``, a new tensor.
-    """
+def run_cuda(layer, hidden_states, attention_mask=None, queries=None) -> torch.Tensor:
+    """A block's output by the kernels, see `run_block` of blocks_scbert.py; differentiable in its input and weights."""
     weights, config = dict(layer.named_parameters()), layer.attention.config
     settings = Settings(
         _computed_in(hidden_states),

@@ -123,6 +123,16 @@ def favor_attention_naive(
         return (phi_q @ context / normaliser.masked_fill(normaliser == 0, 1)).to(value.dtype)
 
 
+def refuse_large_matrix(length: int) -> None:
+    """Raise ValueError for a sequence too long for its attention matrix."""
+    if length > MAX_ATTENTION_MATRIX_LENGTH:
+        raise ValueError(
+            f"output_attentions would build a {length} x {length} matrix per head and layer; at most "
+            f"{MAX_ATTENTION_MATRIX_LENGTH} tokens are allowed. scbert.interpretation.gene_attention gives the "
+            "attention each gene receives without that matrix."
+        )
+
+
 def favor_attention_weights(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -131,13 +141,7 @@ def favor_attention_weights(
     epsilon: float = 1e-4,
 ) -> torch.Tensor:
     """Full attention matrix ``[batch, heads, queries, keys]`` that FAVOR+ implies; for short sequences only."""
-    length = key.shape[2]
-    if length > MAX_ATTENTION_MATRIX_LENGTH:
-        raise ValueError(
-            f"output_attentions would build a {length} x {length} matrix per head and layer; at most "
-            f"{MAX_ATTENTION_MATRIX_LENGTH} tokens are allowed. scbert.interpretation.gene_attention gives the "
-            "attention each gene receives without that matrix."
-        )
+    refuse_large_matrix(key.shape[2])
     phi_q, phi_k = favor_feature_maps(query, key, projection_matrix, attention_mask, epsilon)
     weights = phi_q @ phi_k.mT
     total = weights.sum(-1, keepdim=True)

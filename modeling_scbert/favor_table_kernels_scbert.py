@@ -30,17 +30,17 @@ def load_rows(start, stride, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_kept(start, stride, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, keep):
-    """The same, and zero where a row is not kept."""
-    columns = tl.arange(0, BLOCK)
+def load_kept(start, stride, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, keep, first=0):
+    """The same from a first column on, and zero where a row is not kept."""
+    columns = first + tl.arange(0, BLOCK)
     pointers = start + rows[:, None] * stride + columns[None, :]
     return tl.load(pointers, mask=keep[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(start, stride, rows, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr, keep):
-    """Write the rows that are kept."""
-    columns = tl.arange(0, BLOCK)
+def store_rows(start, stride, rows, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr, keep, first=0):
+    """Write the rows that are kept, from a first column on."""
+    columns = first + tl.arange(0, BLOCK)
     pointers = start + rows[:, None] * stride + columns[None, :]
     tl.store(pointers, values.to(start.dtype.element_ty), mask=keep[:, None] & (columns < WIDTH)[None, :])
 

@@ -8,21 +8,7 @@ C numbers come in pieces of powers of two, 200 as 128 + 64 + 16, so that matrix 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def load_piece(start, rows, first, SIZE: tl.constexpr, C: tl.constexpr, keep):
-    """Columns from the first one on of a matrix [rows, C]; zero beyond its width and where a row is not kept."""
-    columns = first + tl.arange(0, SIZE)
-    pointers = start + rows[:, None] * C + columns[None, :]
-    return tl.load(pointers, mask=keep[:, None] & (columns < C)[None, :], other=0.0)
-
-
-@triton.jit
-def store_piece(start, rows, first, values, SIZE: tl.constexpr, C: tl.constexpr, keep):
-    """Write them."""
-    columns = first + tl.arange(0, SIZE)
-    pointers = start + rows[:, None] * C + columns[None, :]
-    tl.store(pointers, values.to(start.dtype.element_ty), mask=keep[:, None] & (columns < C)[None, :])
+from .favor_table_kernels_scbert import load_kept, store_rows
 
 
 @triton.jit
@@ -49,8 +35,8 @@ def gelu(x):
 @triton.jit
 def add_branch(x, A, BIAS, rows, cells, first, SIZE: tl.constexpr, C: tl.constexpr, keep):
     """The residual stream after attention, whose bias is a cell's own: it holds the mean of the values."""
-    branch = load_piece(A, rows, first, SIZE, C, keep).to(tl.float32)
-    return x.to(tl.float32) + branch + load_piece(BIAS, cells, first, SIZE, C, keep)
+    branch = load_kept(A, C, rows, C, SIZE, keep, first).to(tl.float32)
+    return x.to(tl.float32) + branch + load_kept(BIAS, C, cells, C, SIZE, keep, first)
 
 
 @triton.jit(do_not_specialize=["length", "tokens"])
@@ -73,15 +59,15 @@ def norm_kernel(
     """Layer norm of rows; with a branch, of rows to which it is added, which are written as well."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     keep = rows < tokens
-    x = load_piece(X, rows, 0, BLOCK_C, C, keep).to(tl.float32)
+    x = load_kept(X, C, rows, C, BLOCK_C, keep).to(tl.float32)
     if HAS_BRANCH:
         x = add_branch(x, A, BIAS, rows, rows // length, 0, BLOCK_C, C, keep)
-        store_piece(RESIDUAL, rows, 0, x, BLOCK_C, C, keep)
+        store_rows(RESIDUAL, C, rows, x, C, BLOCK_C, keep)
     inside = (tl.arange(0, BLOCK_C) < C)[None, :]
     x = tl.where(inside, x - (tl.sum(x, 1) / C)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(x * x, 1) / C + eps)
     normed = x * rstd[:, None] * load_vector(GAMMA, 0, BLOCK_C, C) + load_vector(BETA, 0, BLOCK_C, C)
-    store_piece(NORMED, rows, 0, normed, BLOCK_C, C, keep)
+    store_rows(NORMED, C, rows, normed, C, BLOCK_C, keep)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -109,8 +95,8 @@ def norm_gradient_kernel(
     for start in tl.range(program * BLOCK_N, tokens, tl.num_programs(0) * BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         keep = rows < tokens
-        x = load_piece(X, rows, 0, BLOCK_C, C, keep).to(tl.float32)
-        grad = load_piece(NORMED_GRAD, rows, 0, BLOCK_C, C, keep).to(tl.float32)
+        x = load_kept(X, C, rows, C, BLOCK_C, keep).to(tl.float32)
+        grad = load_kept(NORMED_GRAD, C, rows, C, BLOCK_C, keep).to(tl.float32)
         x = tl.where(inside, x - (tl.sum(x, 1) / C)[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(x * x, 1) / C + eps)[:, None]
         x *= rstd
@@ -120,8 +106,8 @@ def norm_gradient_kernel(
         mean, slope = (tl.sum(grad, 1) / C)[:, None], (tl.sum(grad * x, 1) / C)[:, None]
         grad = (grad - mean - x * slope) * rstd
         if HAS_RESIDUAL:
-            grad += load_piece(RESIDUAL_GRAD, rows, 0, BLOCK_C, C, keep).to(tl.float32)
-        store_piece(X_GRAD, rows, 0, grad, BLOCK_C, C, keep)
+            grad += load_kept(RESIDUAL_GRAD, C, rows, C, BLOCK_C, keep).to(tl.float32)
+        store_rows(X_GRAD, C, rows, grad, C, BLOCK_C, keep)
     columns = tl.arange(0, BLOCK_C)
     tl.store(GAMMA_GRAD + program * C + columns, gamma_grad, mask=columns < C)
     tl.store(BETA_GRAD + program * C + columns, beta_grad, mask=columns < C)
@@ -157,7 +143,7 @@ def feed_forward_kernel(
     total = tl.zeros([BLOCK_N], tl.float32)
     first = 0
     for i in tl.static_range(len(PIECES)):
-        x = load_piece(X, rows, first, PIECES[i], C, keep)
+        x = load_kept(X, C, rows, C, PIECES[i], keep, first)
         xs += (add_branch(x, A, BIAS, rows, rows // length, first, PIECES[i], C, keep),)
         total += tl.sum(xs[i], 1)
         first += PIECES[i]
@@ -185,7 +171,7 @@ def feed_forward_kernel(
         hidden = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
         first = 0
         for i in tl.static_range(len(PIECES)):
-            w1 = load_piece(W1, inner, first, PIECES[i], C, inner < INNER)
+            w1 = load_kept(W1, C, inner, C, PIECES[i], inner < INNER, first)
             hidden = tl.dot(normed[i], tl.trans(w1), acc=hidden, input_precision=PRECISION)
             first += PIECES[i]
         active, _ = gelu(hidden + load_vector(B1, start, BLOCK_I, INNER))
@@ -193,13 +179,13 @@ def feed_forward_kernel(
         new_outs = ()
         first = 0
         for i in tl.static_range(len(PIECES)):
-            w2 = load_piece(W2, inner, first, PIECES[i], C, inner < INNER)
+            w2 = load_kept(W2, C, inner, C, PIECES[i], inner < INNER, first)
             new_outs += (tl.dot(active, w2, acc=outs[i], input_precision=PRECISION),)
             first += PIECES[i]
         outs = new_outs
     first = 0
     for i in tl.static_range(len(PIECES)):
-        store_piece(OUT, rows, first, outs[i], PIECES[i], C, keep)
+        store_rows(OUT, C, rows, outs[i], C, PIECES[i], keep, first)
         first += PIECES[i]
 
 
@@ -228,8 +214,8 @@ def hidden_gradient_kernel(
     grads = ()
     first = 0
     for i in tl.static_range(len(PIECES)):
-        normed += (load_piece(NORMED, rows, first, PIECES[i], C, keep),)
-        grads += (load_piece(OUT_GRAD, rows, first, PIECES[i], C, keep),)
+        normed += (load_kept(NORMED, C, rows, C, PIECES[i], keep, first),)
+        grads += (load_kept(OUT_GRAD, C, rows, C, PIECES[i], keep, first),)
         first += PIECES[i]
     for start in tl.range(0, INNER, BLOCK_I, num_stages=STAGES):
         inner = start + tl.arange(0, BLOCK_I)
@@ -237,11 +223,11 @@ def hidden_gradient_kernel(
         grad = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
         first = 0
         for i in tl.static_range(len(PIECES)):
-            w1 = load_piece(W1, inner, first, PIECES[i], C, inner < INNER)
+            w1 = load_kept(W1, C, inner, C, PIECES[i], inner < INNER, first)
             hidden = tl.dot(normed[i], tl.trans(w1), acc=hidden, input_precision=PRECISION)
-            w2 = load_piece(W2, inner, first, PIECES[i], C, inner < INNER)
+            w2 = load_kept(W2, C, inner, C, PIECES[i], inner < INNER, first)
             grad = tl.dot(grads[i], tl.trans(w2), acc=grad, input_precision=PRECISION)
             first += PIECES[i]
         active, slope = gelu(hidden + load_vector(B1, start, BLOCK_I, INNER))
-        store_piece(ACTIVE, rows, start, active, BLOCK_I, INNER, keep)
-        store_piece(HIDDEN_GRAD, rows, start, grad * slope, BLOCK_I, INNER, keep)
+        store_rows(ACTIVE, INNER, rows, active, INNER, BLOCK_I, keep, start)
+        store_rows(HIDDEN_GRAD, INNER, rows, grad * slope, INNER, BLOCK_I, keep, start)

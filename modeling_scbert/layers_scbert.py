@@ -10,7 +10,7 @@ from .attention_scbert import ScBertFavorAttention, ScBertSoftmaxAttention
 from .blocks_scbert import choose_block, run_block, run_plain
 from .configuration_scbert import ScBertConfig
 from .lsh_scbert import ScBertLshAttention
-from .packing_scbert import is_packed, per_cell
+from .packing_scbert import in_batches, is_packed
 from .positions_scbert import rows_at
 
 ATTENTION_CLASSES = {
@@ -65,7 +65,7 @@ class ScBertLayer(GradientCheckpointingLayer):
                 raise ValueError(
                     "Packed cells have no attention matrix of the row: pad them to see attentions."
                 )
-            return per_cell(lambda cell: self.attention(cell)[0], normed, attention_mask)
+            return in_batches(lambda *cells: self.attention(*cells)[0], normed, attention_mask)
         if queries is not None:
             return self.attention(normed, attention_mask, queries=self.attention_norm(queries))[0]
         return self.attention(normed, attention_mask, output_attentions)[0]

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
-from .favor_scbert import MAX_ATTENTION_MATRIX_LENGTH
+from .favor_scbert import refuse_large_matrix
 
 # a position is its own best match, so it may only see itself when there is nothing else: far below every real logit,
 # far above the excluded ones
@@ -297,12 +297,7 @@ def lsh_probs_naive(query_key, rotations, attention_mask=None, chunk_length=64):
     the sorted order. O(length^2): for tests and for showing the attention of short sequences.
     """
     batch, heads, length, _ = query_key.shape
-    if length > MAX_ATTENTION_MATRIX_LENGTH:
-        raise ValueError(
-            f"output_attentions would build a {length} x {length} matrix per head and layer; at most "
-            f"{MAX_ATTENTION_MATRIX_LENGTH} tokens are allowed. scbert.interpretation.gene_attention gives the "
-            "attention each gene receives without that matrix."
-        )
+    refuse_large_matrix(length)
     if attention_mask is None:
         attention_mask = query_key.new_ones(batch, length)
     visible = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=query_key.device)

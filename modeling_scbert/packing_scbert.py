@@ -2,11 +2,15 @@
 Packing: several cells one after another in one row, so that no padding is computed anywhere.
 
 A packed batch has one row, and for its attention mask the bounds of its cells, ``[cells + 1]`` whole numbers from 0 to
-the row's length. Attention stays within a cell, so it runs cell by cell, whatever its type; everything that works on
-single tokens runs on the row as it is. The outputs are those of the padded batch.
+the row's length. Attention stays within a cell, so it runs on padded batches of cells of like length, whatever its
+type; everything that works on single tokens runs on the row as it is. The outputs are those of the padded batch.
 """
 
 import torch
+
+# padding that cells of like length may have: a share of their tokens, or as many tokens as another batch would cost by
+# its calls (measured on a CPU, estimated of a GPU)
+MAX_PADDING, MIN_PADDING = 0.1, {"cpu": 256, "cuda": 1 << 14}
 
 
 def is_packed(attention_mask: torch.Tensor | None) -> bool:
@@ -14,14 +18,17 @@ def is_packed(attention_mask: torch.Tensor | None) -> bool:
     return attention_mask is not None and attention_mask.dim() == 1
 
 
-def per_cell(function, hidden_states: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+def in_batches(function, hidden_states: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """
-    Apply a function of ``[1, length, ...]`` to every cell of a packed row.
+    Apply a function of padded batches to the cells of a packed row.
+
+    Cells of like length share a batch, so that there are few of them however many cells there are.
 
     Parameters
     ----------
     function
-        Tensor to tensor of the same length.
+        Called with ``[cells, longest, ...]`` and a mask ``[cells, longest]``, true at tokens, or None where all are;
+        gives a tensor of that length, whatever stands at padding.
     hidden_states
         ``[1, tokens, ...]``.
     bounds
@@ -38,7 +45,8 @@ def per_cell(function, hidden_states: torch.Tensor, bounds: torch.Tensor) -> tor
 
     Examples
     --------
-    >>> per_cell(lambda cell: cell.cumsum(1), torch.ones(1, 5, 1), torch.tensor([0, 2, 5])).flatten().tolist()
+    >>> row, bounds = torch.ones(1, 5, 1), torch.tensor([0, 2, 5])
+    >>> in_batches(lambda cells, mask: cells.cumsum(1), row, bounds).flatten().tolist()
     [1.0, 2.0, 1.0, 2.0, 3.0]
     """
     places = bounds.tolist()
@@ -48,7 +56,32 @@ def per_cell(function, hidden_states: torch.Tensor, bounds: torch.Tensor) -> tor
             f"Packed cells stand in one row, with bounds that rise from 0 to its length; found "
             f"{tuple(hidden_states.shape[:2])} rows and tokens and the bounds {places[:3]}...{places[-1]}."
         )
-    return torch.cat([function(hidden_states[:, a:b]) for a, b in zip(places, places[1:])], dim=1)
+    device, found, order = hidden_states.device, [], []
+    # where everything goes is worked out on the CPU: a GPU only gets the places
+    spare = MIN_PADDING.get(device.type, MIN_PADDING["cpu"])
+    for starts, lengths in _of_like_length(torch.tensor(places), spare):
+        steps = torch.arange(int(lengths.max()))
+        keep, rows = steps < lengths[:, None], starts[:, None] + steps
+        order.append(rows[keep])
+        # padding repeats the first token of a cell: it is masked, and its output is not read
+        rows = torch.where(keep, rows, starts[:, None]).flatten().to(device)
+        batch = hidden_states[0].index_select(0, rows).unflatten(0, keep.shape)
+        output = function(batch, None if keep.all() else keep.to(device))
+        found.append(output.flatten(0, 1).index_select(0, keep.flatten().nonzero()[:, 0].to(device)))
+    return torch.cat(found).index_select(0, torch.cat(order).argsort().to(device))[None]
+
+
+def _of_like_length(places: torch.Tensor, spare: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Starts and lengths of the cells of each batch, the longest first."""
+    lengths, cells = places.diff().sort(descending=True, stable=True)
+    batches, first, tokens = [], 0, 0
+    for place, length in enumerate(lengths.tolist()):
+        padding = (place - first + 1) * int(lengths[first]) - tokens - length
+        if padding > max(spare, MAX_PADDING * tokens):
+            batches.append(slice(first, place))
+            first, tokens = place, 0
+        tokens += length
+    return [(places[cells[batch]], lengths[batch]) for batch in [*batches, slice(first, len(cells))]]
 
 
 def pack(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -21,15 +21,17 @@ from scbert.modeling_scbert import (
 )
 from scbert.modeling_scbert import favor_triton_scbert as launcher
 from scbert.modeling_scbert.backends_scbert import favor_backend
-from scbert.modeling_scbert.blocks_scbert import choose_block, run_plain
+from scbert.modeling_scbert.blocks_scbert import choose_block, run_block
 from scbert.modeling_scbert.layers_scbert import ScBertLayer
 
 SIZES = {"hidden": 40, "heads": 2, "dim": 16, "inner": 72, "cells": 3, "length": 37}
-# queries: at how many rows alone the output is wanted; group: tokens that are computed at once
+# queries: at how many rows alone the output is wanted; packed: lengths of cells in one row; group: tokens that are
+# computed at once
 DEFAULTS = {
     "dtype": "float32",
     "mask": False,
     "queries": None,
+    "packed": None,
     "group": 1 << 16,
     "capability": [8, 0],
     "frozen": [],
@@ -67,6 +69,9 @@ def errors(case: dict) -> dict[str, float]:
     if case["mask"]:
         keep = torch.rand(case["cells"], case["length"]) < 0.7
         keep[-1] = False
+    if case["packed"]:
+        inputs["hidden_states"] = torch.randn(1, sum(case["packed"]), case["hidden"])
+        keep = torch.tensor([0, *case["packed"]]).cumsum(0)
     if case["queries"]:
         inputs["queries"] = torch.randn(case["cells"], case["queries"], case["hidden"])
     results = []
@@ -79,7 +84,7 @@ def errors(case: dict) -> dict[str, float]:
             favor_backend(*["naive"] * (block is exact)),
         ):
             assert choose_block(block, rows[0]) == ("cuda" if block is layer else "plain")
-            output = cuda_layer_scbert.run_cuda(block, *rows) if block is layer else run_plain(block, *rows)
+            output = run_block("cuda" if block is layer else "plain", block, *rows)
         given |= {name: weight for name, weight in block.named_parameters() if weight.requires_grad}
         torch.manual_seed(1)
         grads = torch.autograd.grad(output, given.values(), torch.randn(output.shape).to(output.dtype))

@@ -22,11 +22,13 @@ FROZEN = ["attention.q_proj.weight", "output.weight", "ffn_norm.bias"]
 CASES = [
     {"mask": True, "group": 80, "frozen": FROZEN},
     {"dtype": "bfloat16", "queries": 5, "capability": [9, 0]},
+    {"packed": [20, 3, 18]},
 ]
 MORE = [
     {},
     {"queries": 5, "mask": True, "group": 40, "hidden": 200, "capability": [9, 0]},
     {"dtype": "bfloat16", "mask": True},
+    {"dtype": "bfloat16", "packed": [5, 40, 1]},
 ]
 
 

@@ -1,11 +1,12 @@
-"""Packed cells: outputs and gradients of the padded batch, for every kind of attention and both heads."""
+"""Packed cells: outputs and gradients of the padded batch and of cells one by one, for every kind of attention."""
 
 import pytest
 import torch
 
 from scbert import ScBertConfig, ScBertForCellClassification, ScBertForMaskedExpression
 from scbert.modeling_scbert.backends_scbert import favor_backend
-from scbert.modeling_scbert.packing_scbert import pack, per_cell, unpack
+from scbert.modeling_scbert.blocks_scbert import run_block
+from scbert.modeling_scbert.packing_scbert import in_batches, pack, unpack
 
 GENES = 60
 LENGTHS = (40, 7, 25)
@@ -70,6 +71,44 @@ def test_classes_are_those_of_the_padded_batch(kind, pooling, batch):
     torch.testing.assert_close(packed.loss, padded.loss, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(5,), (9, 9, 9), (1, 300, 2, 280, 3, 700)])
+def test_a_block_is_that_of_cells_one_by_one(kind, dtype, lengths):
+    layer = make(ScBertForMaskedExpression, **KINDS[kind]).scbert.layers[0].to(dtype)
+    generator = torch.Generator().manual_seed(sum(lengths))
+    row = torch.randn(1, sum(lengths), 16, generator=generator).to(dtype).requires_grad_()
+    grad = torch.randn(row.shape, generator=generator).to(dtype)
+    inputs = [row, *layer.parameters()]
+    normed = layer.attention_norm(row).split(lengths, 1)
+    single = row + torch.cat([layer.attention(cell)[0] for cell in normed], 1)
+    single = single + layer.feed_forward(single)
+    wanted = [single, *torch.autograd.grad(single, inputs, grad)]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    # scores of LSH are float32
+    tolerance = {torch.float64: 2e-5 if kind == "lsh" else 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}[
+        dtype
+    ]
+    for block in ["plain", "chunked"] if kind == "favor" and dtype != torch.bfloat16 else ["plain"]:
+        packed = run_block(block, layer, row, bounds)
+        for mine, theirs in zip([packed, *torch.autograd.grad(packed, inputs, grad)], wanted, strict=True):
+            assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_batches_are_few_and_hold_little_padding():
+    lengths = torch.randint(500, 1500, (500,), generator=torch.Generator().manual_seed(0))
+    bounds, shapes = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), []
+
+    def function(cells, mask):
+        shapes.append(cells.shape[:2])
+        assert mask is None or not cells[~mask].isnan().any()
+        return cells
+
+    row = torch.arange(int(bounds[-1]))[None, :, None].float()
+    torch.testing.assert_close(in_batches(function, row, bounds), row)
+    assert len(shapes) <= 10 and sum(cells * longest for cells, longest in shapes) < 1.12 * row.numel()
+
+
 def test_packing_and_back(batch):
     packed = pack(batch)
     assert packed["attention_mask"].tolist() == [0, 40, 47, 72]
@@ -82,9 +121,9 @@ def test_what_cannot_be_is_said(batch):
     row = torch.ones(1, 5, 2)
     for bounds in ([0, 2, 4], [1, 5], [0, 3, 3, 5]):
         with pytest.raises(ValueError, match="bounds"):
-            per_cell(lambda cell: cell, row, torch.tensor(bounds))
+            in_batches(lambda cells, mask: cells, row, torch.tensor(bounds))
     with pytest.raises(ValueError, match="one row"):
-        per_cell(lambda cell: cell, torch.ones(2, 5, 2), torch.tensor([0, 5]))
+        in_batches(lambda cells, mask: cells, torch.ones(2, 5, 2), torch.tensor([0, 5]))
     model, packed = make(ScBertForCellClassification, attn_implementation="eager"), pack(batch)
     del packed["labels"]
     with pytest.raises(ValueError, match="attentions"):
