@@ -7,8 +7,8 @@ What pretraining brings to the default recipe, by how many cells of a type are l
 
 CELLS is the folder of the labelled .h5ad files; studies and halves are those of evidence.py, and so is the pretrained
 model that each half may be given: no cell of a study is in the corpus. The default recipe learns 1, 5, 10, 20 and 100
-cells a type (half of a type's cells at most) with the pretrained axes and without, and is asked for the same other cells
-(up to 60 a type); 10 draws. What was done is not done again.
+cells a type (half of a type's cells at most) with the pretrained axes and without, and is asked for the same other
+cells (up to 60 a type); 10 draws. What was done is not done again.
 """
 
 import argparse
@@ -121,10 +121,9 @@ def line(shots: int, rows: list[dict[str, Any]]) -> str:
     )
     half = student_t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains) ** 0.5
     without, with_ = pairs.mean(axis=0)
-    return (
-        f"| {shots} | {len(rows)} | {without:.3f} | {with_:.3f} | {gains.mean():+.3f} ± {half:.3f} | {better} | {worse} | "
-        f"{wilcoxon(gains).pvalue:.3f} |"
-    )
+    difference = f"{gains.mean():+.3f} ± {half:.3f}"
+    scores = f"{without:.3f} | {with_:.3f} | {difference} | {better} | {worse}"
+    return f"| {shots} | {len(rows)} | {scores} | {wilcoxon(gains).pvalue:.3f} |"
 
 
 def main() -> int:
