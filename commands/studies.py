@@ -90,7 +90,7 @@ def evaluate(
         path and existing(path)
     from ..protocols import run_benchmark
 
-    run(run_benchmark, **given)
+    run(run_benchmark, listing=False, **given)
 
 
 def explain(

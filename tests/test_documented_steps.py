@@ -57,6 +57,9 @@ NOT_RUN = ("pip ", "make ", "hf ", "scbert app")
 FEWER = {
     "scbert pretrain both.h5ad": ["--max-steps", "3", "--batch-size", "8"],
     "scbert finetune both.h5ad": ["--epochs", "1", "--batch-size", "8"],
+    "scbert finetune reference.h5ad --label-key cell_type --output from_base": ["--epochs", "1"],
+    "scbert finetune reference.h5ad --label-key cell_type --base": ["--epochs", "1"],
+    "python -m scbert.training.run_finetune": ["--num_train_epochs", "1"],
     "scbert evaluate modalities": ["--folds", "2", "--epochs", "1", "--max-cells", "40"],
     "scbert evaluate cross-validation": ["--folds", "2"],
     "accelerate launch --config_file training/accelerate/ddp.yaml -m scbert.training.run_pretrain": [

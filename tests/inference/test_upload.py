@@ -178,12 +178,11 @@ def test_a_space_is_complete(model_dir, tmp_path, capsys):
     assert "torch>=" in wanted and "scbert" not in wanted
 
 
-def test_without_a_model_the_shipped_one_is_offered(monkeypatch, model_dir):
+def test_without_a_model_those_that_ship_are_offered(monkeypatch):
     offered = []
-    monkeypatch.setattr(app, "model_or_shipped", lambda model: model or model_dir)
     monkeypatch.setattr(app, "serve", lambda models, **options: offered.extend(models))
     assert main(["app"]) == 0
-    assert offered == [str(model_dir)]
+    assert offered == [str(folder) for folder in SHIPPED.values()]
 
 
 @pytest.fixture
