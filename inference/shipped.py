@@ -122,7 +122,7 @@ def list_shipped() -> dict[str, Any]:
             "\n".join(scores),
         )
         found[folder.name] = about
-    logger.info("Next: scbert annotate QUERY.h5ad --tissue %s --output annotated.h5ad", "|".join(SHIPPED))
+    logger.info("Next: scbert annotate QUERY.h5ad --tissue %s --output annotated.h5ad", next(iter(SHIPPED)))
     return found
 
 

@@ -265,7 +265,7 @@ def show(deleted: pd.DataFrame, completeness: dict[str, float], sentence: str) -
             str(row.explanation),
             f"{row.drop_:.3f}",
             f"{row.random_drop:.3f}",
-            f"{row.ratio:.1f}",
+            "" if np.isnan(row.ratio) else f"{row.ratio:.1f}",
             f"{row.cells_hurt_more:.0%}",
             f"{completeness[row.explanation]:.1%}" if row.explanation in completeness else "",
         ]
@@ -280,7 +280,7 @@ def show(deleted: pd.DataFrame, completeness: dict[str, float], sentence: str) -
         "cells hurt more",
         "completeness error",
     ]
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
     title = f"Fall of the margin (logit of a cell's type less the next one's) without {removed} genes"
     console.print(TextTable(title, columns, rows).rich())
     console.print(sentence, markup=False)
