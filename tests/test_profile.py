@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_FILES_OF_ANNOTATE = 20
 MOST_FILES_OF_FINETUNE = 39
 # the goal is 21,000, not reached
-MOST_LINES = 29_350
+MOST_LINES = 29_340
 
 
 def files_run(job):
