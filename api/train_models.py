@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,7 @@ def finetune(
     >>> model.metrics["cross_validation_macro_f1"]  # doctest: +SKIP
     >>> annotated = model.annotate(query)  # doctest: +SKIP
     """
-    base = options.get("base")
-    if isinstance(base, CellModel):
-        options["base"] = base.folder
-    return _trained(
-        lambda folder: run_finetune.finetune(reference, label_key, folder, **options), output, options
-    )
+    return _trained(partial(run_finetune.finetune, reference, label_key), output, options)
 
 
 def pretrain(corpus: AnnData | str | Path, output: str | Path | None = None, **options: Any) -> CellModel:
@@ -92,22 +88,21 @@ def pretrain(corpus: AnnData | str | Path, output: str | Path | None = None, **o
     >>> model = scbert.pretrain("corpus", "pretrained", epochs=5)  # doctest: +SKIP
     >>> model.metrics["masked_accuracy"], model.metrics["baseline_masked_accuracy"]  # doctest: +SKIP
     """
-    base = options.get("base")
-    if isinstance(base, CellModel):
-        options["base"] = base.folder
     if not isinstance(corpus, AnnData):
-        return _trained(lambda folder: run_pretrain.pretrain(corpus, folder, **options), output, options)
+        return _trained(partial(run_pretrain.pretrain, corpus), output, options)
     with tempfile.TemporaryDirectory(prefix="scbert-corpus-") as cells:
         path = Path(cells) / "corpus.h5ad"
         atomic_write_h5ad(corpus, path, compression=None)
-        return _trained(lambda folder: run_pretrain.pretrain(path, folder, **options), output, options)
+        return _trained(partial(run_pretrain.pretrain, path), output, options)
 
 
-def _trained(job: Callable[[Path], Any], output: str | Path | None, options: dict[str, Any]) -> CellModel:
+def _trained(job: Callable[..., Any], output: str | Path | None, options: dict[str, Any]) -> CellModel:
     """Run the job for a folder, a temporary one where none is named, and load what it wrote."""
     temporary = tempfile.TemporaryDirectory(prefix="scbert-model-") if output is None else None
     folder = Path(temporary.name) / "model" if temporary else Path(output)
-    job(folder)
+    if isinstance(options.get("base"), CellModel):
+        options["base"] = options["base"].folder
+    job(folder, **options)
     model = load_model(folder, options.get("device"))
     model.temporary = temporary
     return model

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import require
-from ..inference.shipped import model_or_shipped
+from ..inference.shipped import SHIPPED
 from ..inference.upload import Limits, loaded_model
 from ..model_cards.space import export_space as write_space
 from ..tokenization import InputError
@@ -122,7 +122,7 @@ def serve_or_export(
     **options: Any,
 ) -> dict[str, Any]:
     """What `scbert app` does: serve the page, or write it as a Space of the Hub."""
-    models = models or [str(model_or_shipped(None))]
+    models = models or [str(folder) for folder in SHIPPED.values()]
     for model in models:
         loaded_model(str(model))
     if export_space is not None:

@@ -101,9 +101,7 @@ def finetune(
         Path | None, typer.Option(metavar="DIR", help="Pretrained model; without it, the default recipe.")
     ] = None,
     recipe: Recipe = None,
-    epochs: Annotated[
-        float | None, typer.Option(min=0, help="Passes over the cells.", show_default=False)
-    ] = None,
+    epochs: opt.Epochs = None,
     batch_size: BatchSize = None,
     genes: Annotated[
         Path | None,
@@ -139,8 +137,7 @@ def finetune(
 ) -> None:
     """Teach a model the cell types of a labelled reference."""
     given = locals()
-    for path in (reference, base, genes, test, ontology, label_tree, *(unlabelled or ())):
-        path and existing(path)
+    existing(reference, base, genes, test, ontology, label_tree, *(unlabelled or ()))
     check_output_folder(output, overwrite)
     from ..training.run_finetune import finetune as job
 
@@ -225,8 +222,7 @@ def convert(
 ) -> None:
     """Convert an original checkpoint into a model folder."""
     given = locals()
-    existing(checkpoint)
-    existing(genes)
+    existing(checkpoint, genes)
     check_output_folder(output, overwrite)
     from ..inference.convert_original import convert as job
 
@@ -247,9 +243,7 @@ def pretrain(
     gene_vectors: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Gene vectors, from gene2vec.")
     ] = None,
-    epochs: Annotated[
-        float | None, typer.Option(min=0, help="Passes over the cells.", show_default=False)
-    ] = None,
+    epochs: opt.Epochs = None,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Steps in place of epochs.", show_default=False)
     ] = None,
@@ -268,8 +262,7 @@ def pretrain(
 ) -> None:
     """Teach a model to predict hidden expression, without labels."""
     given = locals()
-    for path in (corpus, base, genes, gene_vectors):
-        path and existing(path)
+    existing(corpus, base, genes, gene_vectors)
     check_output_folder(output, overwrite)
     from ..training.run_pretrain import pretrain as job
 
@@ -320,8 +313,7 @@ def gene2vec(
 ) -> None:
     """Train gene vectors on co-expression, or import existing ones."""
     given = locals()
-    for path in (corpus, import_file, genes):
-        path and existing(path)
+    existing(corpus, import_file, genes)
     from ..training.run_gene2vec import gene2vec as job
 
     run(job, **given)
@@ -377,8 +369,7 @@ def combine_modalities(
 ) -> None:
     """Bring RNA and ATAC of the same cells into one file, for the other commands to read."""
     given = locals()
-    for path in (cells, atac, model):
-        path and existing(path)
+    existing(cells, atac, model)
     from ..data.multiomics import combine_files
 
     run(combine_files, **given)

@@ -214,8 +214,8 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def existing(path: Path) -> Path:
-    """Return ``path``, or raise FileNotFoundError before the slow imports begin."""
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    return path
+def existing(*paths: Path | None) -> None:
+    """Raise FileNotFoundError for a path that is given and not there, before the slow imports begin."""
+    for path in paths:
+        if path is not None and not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))

@@ -29,4 +29,4 @@ def map_labels(
     check_output_path(output, overwrite, inputs=(reference,), suffix=".csv")
     from ..data.cell_ontology import map_labels as job
 
-    run(job, **given)
+    run(job, listing=False, **given)

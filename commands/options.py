@@ -102,6 +102,7 @@ RecipeInput = Annotated[
         "--values", help="What the values are; auto fails if ambiguous.", show_default="the recipe's, or auto"
     ),
 ]
+Epochs = Annotated[float | None, typer.Option(min=0, help="Passes over the cells.", show_default=False)]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells per step.", show_default=False)]
 Device = Annotated[
     str | None,

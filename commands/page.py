@@ -34,13 +34,13 @@ from .console import explain
 
 logger = logging.getLogger(__name__)
 
-VALUES = {"find out": "auto", "raw counts": "counts", "log1p of counts per 10,000": "log1p"}
+VALUES = {"detect": "auto", "raw counts": "counts", "log1p of counts per 10,000": "log1p"}
 BY_TYPE, BY_CONFIDENCE, BY_GENE = "cell type", "confidence", "a gene"
 AXES = {"x": "UMAP 1", "y": "UMAP 2", "tooltip": "all", "height": 460}
 INTRODUCTION = """# Cell types by scBERT
 Upload cells (.h5ad, or 10x .h5), press **Annotate**, and take the annotated file home. Up to {cells:,} cells and
 {megabytes:,} MB. Files are deleted after an hour."""
-WAITING = "The cell types will stand here."
+WAITING = "The cell types will appear here."
 # cells and steps that give the genes of a type in seconds
 EXPLAINED = {"cells_per_type": 20, "n_steps": 16, "n_top": 20}
 # what the command and Python are told, and a visitor cannot type
@@ -149,7 +149,7 @@ class Page:
                 self.model = gr.Dropdown(names, label="Model", allow_custom_value=any_model)
                 self.knows = gr.Markdown(known_types(self.offered[names[0]]))
                 with gr.Row():
-                    self.values = gr.Radio(list(VALUES), value="find out", label="The values are")
+                    self.values = gr.Radio(list(VALUES), value="detect", label="The values are")
                     self.matrix = gr.Dropdown([OWN_MATRIX], label="They stand in", visible=False)
         self.button = gr.Button("Annotate", variant="primary")
 

@@ -15,7 +15,7 @@ def app(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="DIR|REPO_ID", help="Model to offer, repeatable (the shipped annotator without it)."
+            metavar="DIR|REPO_ID", help="Model to offer, repeatable (the shipped annotators without it)."
         ),
     ] = None,
     host: Annotated[
@@ -59,7 +59,7 @@ def push(
     existing(folder)
     from ..model_cards.push import push as job
 
-    run(job, **given)
+    run(job, listing=False, **given)
 
 
 def models(json: Json = False) -> None:

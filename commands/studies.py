@@ -9,6 +9,7 @@ import typer
 
 from .console import existing, run
 from .options import (
+    Epochs,
     Force,
     Input,
     InputKind,
@@ -48,9 +49,7 @@ def evaluate(
     base: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Pretrained model; its ablations join the baselines.")
     ] = None,
-    epochs: Annotated[
-        float | None, typer.Option(min=0, help="Passes over the cells.", show_default=False)
-    ] = None,
+    epochs: Epochs = None,
     settings: Annotated[
         str | None, typer.Option(metavar="JSON", help="Settings that go over the recipe's.")
     ] = None,
@@ -86,11 +85,10 @@ def evaluate(
 ) -> None:
     """Compare a model with its baselines, on the same folds."""
     given = locals()
-    for path in (*cells, label_map, base, variants, folds_from, markers):
-        path and existing(path)
+    existing(*cells, label_map, base, variants, folds_from, markers)
     from ..protocols import run_benchmark
 
-    run(run_benchmark, **given)
+    run(run_benchmark, listing=False, **given)
 
 
 def explain(
@@ -127,8 +125,7 @@ def explain(
 ) -> None:
     """Say which genes decide on each cell type, by three explanations, and which of them to trust."""
     given = locals()
-    for path in (query, markers, marker_names, gene_sets):
-        path and existing(path)
+    existing(query, markers, marker_names, gene_sets)
     from ..interpretation.explain_files import explain_file as job
 
     run(job, listing=False, **given)

@@ -231,12 +231,20 @@ def map_labels(
     with atomic_path(output, overwrite, inputs=inputs) as temporary:
         table.to_csv(temporary, index=False)
     counts = {found: int((table["found"] == found).sum()) for found in ("name", "synonym", TO_CONFIRM, "")}
+    logger.info(
+        "Written to %s: %d labels; terms of the Cell Ontology were found for %d by name, for %d by synonym.",
+        *(output, len(table), counts["name"], counts["synonym"]),
+    )
     if counts[TO_CONFIRM] or counts[""]:
         logger.warning(
-            "%d term(s) of %s are to be confirmed: correct them, and take the words %r away; %d label(s) have no term: "
-            "give them one, or leave them empty.",
-            *(counts[TO_CONFIRM], output, TO_CONFIRM, counts[""]),
+            "%d got the term of the most similar name, often a wrong one: correct it in the table, and take the words "
+            "%r away, or it is not used. %d have no term: give them one, or leave them empty.",
+            *(counts[TO_CONFIRM], TO_CONFIRM, counts[""]),
         )
+    logger.info(
+        "Next: scbert finetune %s --label-key %s --ontology %s --output MODEL",
+        *("REFERENCE.h5ad" if in_memory else reference, label_key, output),
+    )
     names = ("by_name", "by_synonym", "to_confirm", "without_term")
     return {"output": str(output), "labels": len(table), **dict(zip(names, counts.values(), strict=True))}
 

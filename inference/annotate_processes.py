@@ -209,11 +209,8 @@ def write_shards(
     loaded
         The model, where this process has it; it is loaded otherwise.
     """
-    loaded = (
-        load_model(run.model, "annotation", _device(run.device, rank), run.dtype)
-        if loaded is None
-        else loaded
-    )
+    if loaded is None:
+        loaded = load_model(run.model, "annotation", _device(run.device, rank), run.dtype)
     with opened(run.query, run.layer) as adata:
         matrix, names = matrix_rows(adata, run.layer)
         names = name_genes(names, loaded.tokenizer.gene_panel, run.gene_table)

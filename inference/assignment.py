@@ -209,8 +209,8 @@ def set_words(sets: dict[str, Any]) -> str:
     counts = sets["cells_per_size"]
     several = sum(count for size, count in counts.items() if int(size) > 1)
     return (
-        f"Prediction sets at coverage {sets['coverage']:g}: {sets['mean_size']:.2f} types in the mean; "
-        f"{counts.get('1', 0):,} cells with one, {several:,} with several, {counts.get('0', 0):,} with none."
+        f"Prediction sets (coverage {sets['coverage']:g}): {counts.get('1', 0):,} cells have one type, {several:,} "
+        f"several, {counts.get('0', 0):,} none; {sets['mean_size']:.2f} types a cell in the mean."
     )
 
 

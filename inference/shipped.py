@@ -2,6 +2,7 @@
 
 import json
 import logging
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def introduction(folder: Path) -> str:
     others = [tissue for tissue, other in SHIPPED.items() if other != folder]
     return (
         f"No --model was given: {folder.name} is used, which ships with scbert. It knows {about['tissue']} and these "
-        f"{len(about['types'])} types: {', '.join(about['types'])}. It leaves cells it is not sure of unassigned; "
-        f"cells of another tissue or type should be, and often are not. For others: --tissue {' or '.join(others)}."
+        f"{len(about['types'])} types: {', '.join(about['types'])}. It leaves cells it is not sure of unassigned, but "
+        f"often not those of other tissues and types. For these: --tissue {' or '.join(others)}, or your own model."
     )
 
 
@@ -113,13 +114,15 @@ def list_shipped() -> dict[str, Any]:
             f"    {study}: {row['scbert']:.3f} ({max(row[name] for name in row if name != 'scbert'):.3f})"
             for study, row in about["left_out"].items()
         ]
+        types = textwrap.fill(", ".join(about["types"]), 96, initial_indent="    ", subsequent_indent="    ")
         logger.info(
-            "%s (--tissue %s): %s\n  types: %s\n  learnt from %d studies\n  accuracy on studies left out (and of the "
-            "better logistic regression):\n%s",
-            *(folder.name, tissue, about["tissue"], ", ".join(about["types"]), len(about["trained_on"])),
+            "%s (--tissue %s): %s\n  %d types:\n%s\n  learnt from %d studies; share of cells named right in studies "
+            "kept out of learning\n  (in brackets: the better of two logistic regressions taught the same cells):\n%s",
+            *(folder.name, tissue, about["tissue"], len(about["types"]), types, len(about["trained_on"])),
             "\n".join(scores),
         )
         found[folder.name] = about
+    logger.info("Next: scbert annotate QUERY.h5ad --tissue %s --output annotated.h5ad", next(iter(SHIPPED)))
     return found
 
 

@@ -152,8 +152,8 @@ def vote_notes(vote: Vote) -> list[str]:
             for row in vote.mixed.head(5).itertuples()
         )
         notes.append(
-            f"{len(vote.mixed)} of {len(vote.table)} groups are mixed, their winner has less than "
-            f"{MIXED_SHARE:.0%} of the cells ({shown}{'; ...' if len(vote.mixed) > 5 else ''})."
+            f"Mixed groups, whose commonest type has less than {MIXED_SHARE:.0%} of the cells: {len(vote.mixed)} of "
+            f"{len(vote.table)} ({shown}{'; ...' if len(vote.mixed) > 5 else ''})."
         )
     alone = int((vote.groups < 0).sum())
     if alone:

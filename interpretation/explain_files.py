@@ -140,6 +140,10 @@ def explain_file(
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+    for cell_type, genes in tables["top_genes"][lambda top: top["explanation"] == GRADIENTS].groupby(
+        "cell_type"
+    ):
+        logger.info("%s: %s", cell_type, ", ".join(genes["gene"].head(8)))
     show(deleted, completeness, result["verdict"])
     logger.info(
         f"Written to {output}: tables and pictures of {result['cells']:,} cells, and explained.h5ad; "
@@ -261,15 +265,22 @@ def show(deleted: pd.DataFrame, completeness: dict[str, float], sentence: str) -
             str(row.explanation),
             f"{row.drop_:.3f}",
             f"{row.random_drop:.3f}",
-            f"{row.ratio:.1f}",
+            "" if np.isnan(row.ratio) else f"{row.ratio:.1f}",
             f"{row.cells_hurt_more:.0%}",
             f"{completeness[row.explanation]:.1%}" if row.explanation in completeness else "",
         ]
         for row in deleted.rename(columns={"drop": "drop_"}).itertuples()
     ]
     removed = int(deleted["genes_removed"].iloc[0])
-    columns = ["explanation", "drop", "random", "ratio", "cells hurt more", "completeness error"]
-    console = Console(stderr=True)
-    title = f"Fall of the margin without the {removed} top genes"
+    columns = [
+        "explanation",
+        "its top genes",
+        "random genes",
+        "ratio",
+        "cells hurt more",
+        "completeness error",
+    ]
+    console = Console(stderr=True, highlight=False)
+    title = f"Fall of the margin (logit of a cell's type less the next one's) without {removed} genes"
     console.print(TextTable(title, columns, rows).rich())
     console.print(sentence, markup=False)

@@ -125,8 +125,13 @@ def push(
             lambda: api.create_commit(full_name, operations, commit_message=message, repo_type="model"),
             full_name,
         )
+    address = str(getattr(commit, "repo_url", url))
+    logger.info(
+        f"Pushed {len(operations)} files to {address}, which {'everybody' if public else 'only its owner'} can see.\n"
+        f"Next: scbert annotate QUERY.h5ad --model {full_name} --output annotated.h5ad"
+    )
     return {
-        "url": str(getattr(commit, "repo_url", url)),
+        "url": address,
         "private": not public,
         "files": [operation.path_in_repo for operation in operations],
     }
@@ -190,7 +195,7 @@ def _retried(action: Callable[[], T], repo_id: str) -> T:
         except CONNECTION_FAULTS as error:
             status = _status(error)
             if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
-                raise InputError(_NO_RIGHTS.format(name=repo_id, seen=_short(error))) from None
+                raise InputError(_NO_RIGHTS.format(name=repo_id, seen=_short(error).rstrip("."))) from None
             if status is not None and status < 500 and status not in (408, 429):
                 raise InputError(f"The Hub refused the upload to {repo_id}: {_short(error)}") from None
             if wait is None:
@@ -198,7 +203,9 @@ def _retried(action: Callable[[], T], repo_id: str) -> T:
                     f"The Hub could not be reached after {len(WAITS) + 1} attempts: {_short(error)} Nothing "
                     "incomplete was published (a push is one commit). Check the connection and push again."
                 ) from None
-            logger.warning("The Hub could not be reached (%s); trying again in %g s.", _short(error), wait)
+            logger.warning(
+                "The Hub could not be reached (%s); trying again in %g s.", _short(error).rstrip("."), wait
+            )
             time.sleep(wait)
     raise AssertionError("unreachable")
 

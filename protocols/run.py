@@ -173,6 +173,10 @@ def run_benchmark(
 
             write_report(report, folder, protocol, tables, runs.main, result, overwrite)
     show(tables, result)
+    logger.info(
+        f"Written to {output}: tables of {result['cells']:,} cells and {result['genes']:,} genes; "
+        f"{result['seconds']:.0f} s."
+    )
     return {**result, "output": str(output)}
 
 

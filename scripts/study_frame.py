@@ -35,8 +35,8 @@ def run_study(study: Callable[..., Any], parser: argparse.ArgumentParser, argume
     def job() -> None:
         options = vars(parser.parse_args(arguments))
         asked = {name: options.pop(name) for name in CELLS}
-        paths = [existing(path) for path in asked.pop("cells")]
-        cells = load_benchmark_cells(paths, **asked, seed=options["seed"])
+        existing(*asked["cells"])
+        cells = load_benchmark_cells(asked.pop("cells"), **asked, seed=options["seed"])
         result, tables = study(cells, **options)
         show(tables, result)
 

@@ -4,6 +4,8 @@ import dataclasses
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,14 +18,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
 
 
+def joined(page):
+    """Its text, with lines that a backslash ends in one."""
+    return page.read_text().replace("\\\n", " ")
+
+
 def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", joined(page), re.MULTILINE | re.DOTALL)
 
 
 def commands():
     for page in PAGES:
         for block in blocks(page, "bash"):
-            for line in block.replace("\\\n", " ").splitlines():
+            for line in block.splitlines():
                 words = shlex.split(line, comments=True)
                 if words and words[0] == "scbert":
                     yield pytest.param(words[1:], id=f"{page.name}: {line.split('#')[0].strip()[:60]}")
@@ -34,6 +41,24 @@ def test_a_command_of_the_docs_is_understood(words):
     group = typer.main.get_command(cli.app)
     # parsed, not run
     group.commands[words[0]].make_context(words[0], words[1:])
+
+
+def scripts():
+    """By script: its options that the documentation names."""
+    found = {}
+    for page in PAGES:
+        for script, rest in re.findall(r"python ((?:scripts|benchmarks)/\w+\.py)([^\n`#]*)", joined(page)):
+            found.setdefault(script, set()).update(re.findall(r"(?<!\S)--[\w-]+", rest))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(scripts()))
+def test_a_script_of_the_docs_has_the_options_that_are_told(script):
+    """Most of them take hours or a GPU; tests of their own run them on little."""
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not [option for option in scripts()[script] if not re.search(rf"{option}\b", done.stdout)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,6 +1,7 @@
 """What the documentation tells to type works as written, in its order, on small data."""
 
 import importlib.util
+import logging
 import os
 import re
 import shlex
@@ -32,6 +33,9 @@ PAGES = [
     "docs/howto_pretrain.md",
     "docs/howto_convert.md",
     "docs/howto_multiomic.md",
+    "docs/howto_backends.md",
+    "docs/howto_cluster.md",
+    "docs/scaling.md",
     "docs/evaluation.md",
 ]
 # what a page takes for granted, made by the command of another page
@@ -39,6 +43,8 @@ NEEDED = {
     "docs/howto_annotate.md": ["my_model"],
     "docs/howto_explain.md": ["my_model"],
     "docs/howto_finetune.md": ["pretrained"],
+    "docs/howto_backends.md": ["my_model"],
+    "docs/scaling.md": ["my_model"],
     "docs/evaluation.md": ["my_model"],
 }
 MADE_BY = {
@@ -51,8 +57,20 @@ NOT_RUN = ("pip ", "make ", "hf ", "scbert app")
 FEWER = {
     "scbert pretrain both.h5ad": ["--max-steps", "3", "--batch-size", "8"],
     "scbert finetune both.h5ad": ["--epochs", "1", "--batch-size", "8"],
+    "scbert finetune reference.h5ad --label-key cell_type --output from_base": ["--epochs", "1"],
+    "scbert finetune reference.h5ad --label-key cell_type --base": ["--epochs", "1"],
+    "python -m scbert.training.run_finetune": ["--num_train_epochs", "1"],
     "scbert evaluate modalities": ["--folds", "2", "--epochs", "1", "--max-cells", "40"],
     "scbert evaluate cross-validation": ["--folds", "2"],
+    "accelerate launch --config_file training/accelerate/ddp.yaml -m scbert.training.run_pretrain": [
+        "--max_steps", "2", "--per_device_train_batch_size", "4"
+    ],
+}  # fmt: skip
+# how this interpreter runs what stands first in a line
+PROGRAMS = {
+    "python": [],
+    "scbert": ["-m", "scbert"],
+    "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
 }
 
 
@@ -72,10 +90,15 @@ def run(line):
     words += next((options for start, options in FEWER.items() if line.startswith(start)), [])
     if words[0] == "scbert":
         return cli.main(words[1:])
-    assert words[0] == "python"
-    if words[1].startswith("scripts/"):
-        words[1] = str(ROOT / words[1])
-    return subprocess.run([sys.executable, *words[1:]]).returncode
+    variables = {}
+    while re.match(r"[A-Z_]+=", words[0]):
+        variables |= [words.pop(0).split("=", 1)]
+    program, *arguments = words
+    if arguments[0].startswith("scripts/"):
+        arguments[0] = str(ROOT / arguments[0])
+    return subprocess.run(
+        [sys.executable, *PROGRAMS[program], *arguments], env=os.environ | variables
+    ).returncode
 
 
 @pytest.fixture
@@ -139,8 +162,33 @@ def write_original_checkpoints(new_cells):
     Path("labels.txt").write_text("B cell\nT cell\nmonocyte\n")
 
 
-def write_cells_and_markers(new_cells):
+def write_cells(new_cells):
     new_cells(90).write_h5ad("cells.h5ad")
+
+
+def write_few_labels_and_wider_types(new_cells):
+    new_cells(24, seed=7).write_h5ad("few_labels.h5ad")
+    lineages = {"B cell": "lymphocyte", "T cell": "lymphocyte", "monocyte": "myeloid cell"}
+    pd.DataFrame(lineages.items(), columns=["label", "parent"]).to_csv("tree.csv", index=False)
+    reference = new_cells(150)
+    reference.obs["lineage"] = reference.obs["cell_type"].map(lineages)
+    reference.write_h5ad("reference.h5ad")
+
+
+def write_more_cells_and_configurations(new_cells):
+    new_cells(60, seed=4).write_h5ad("more.h5ad")
+    new_cells(60, seed=5).write_h5ad("listed.h5ad")
+    Path("files.csv").write_text("path,donor\nlisted.h5ad,d1\n")
+    new_cells(60, seed=6).write_h5ad("atlas.h5ad")
+    shipped, here = ROOT / "training" / "accelerate" / "ddp.yaml", Path("training/accelerate")
+    here.mkdir(parents=True)
+    # as many processes as a test may take
+    text = shipped.read_text().replace("num_processes: 8", "num_processes: 2")
+    (here / "ddp.yaml").write_text(text)
+
+
+def write_cells_and_markers(new_cells):
+    write_cells(new_cells)
     types = [("B cells", "MS4A1"), ("B cells", "CD79A"), ("T cells", "CD3D"), ("Monocytes", "LYZ")]
     table = pd.DataFrame(types, columns=["cell type", "official gene symbol"]).assign(species="Mm Hs")
     table.to_csv("PanglaoDB.tsv.gz", sep="\t", index=False)
@@ -150,8 +198,11 @@ def write_cells_and_markers(new_cells):
 
 
 WRITTEN_BY = {
+    "docs/howto_finetune.md": write_few_labels_and_wider_types,
     "docs/howto_convert.md": write_original_checkpoints,
     "docs/howto_multiomic.md": write_multiomic_cells,
+    "docs/howto_backends.md": write_cells,
+    "docs/scaling.md": write_more_cells_and_configurations,
     "docs/evaluation.md": write_cells_and_markers,
 }
 
@@ -168,12 +219,16 @@ def test_commands_of_a_page(page, cells_folder, new_cells):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md"])
-def test_the_script_of_the_readme(page, cells_folder, capsys):
+def test_the_scripts_of_the_readme(page, cells_folder, capsys):
+    """The second goes on with the model and the cells of the first."""
     pytest.importorskip("captum")
-    (script,) = blocks(page, "python")
+    script, as_transformers = blocks(page, "python")
     assert len(script.splitlines()) <= 13
-    exec(compile(script, page, "exec"), {})
+    names = {}
+    exec(compile(script, page, "exec"), names)
     assert "B cell" in capsys.readouterr().out
+    exec(compile(as_transformers, page, "exec"), names)
+    assert names["outputs"].probabilities.shape == (60, 3)
     annotated = anndata.read_h5ad("annotated.h5ad")
     assert {"scbert_cell_type", "scbert_confidence"} <= set(annotated.obs)
     agree = annotated.obs["scbert_cell_type"].astype(str) == annotated.obs["cell_type"].astype(str)
@@ -193,6 +248,22 @@ def test_a_model_grown_by_peaks(tmp_path, monkeypatch, adata):
     exec(compile(snippet, "snippet", "exec"), {})
     grown = ScBertForMaskedExpression.from_pretrained("grown")
     assert grown.config.max_position_embeddings == 303 and grown.config.num_modalities == 2
+
+
+def snippets_of_the_backends_page():
+    for number, snippet in enumerate(blocks("docs/howto_backends.md", "python")):
+        yield pytest.param(snippet, id=str(number), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("snippet", snippets_of_the_backends_page())
+def test_snippets_of_the_backends_page(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # what a snippet sets of the log is put back
+    monkeypatch.setattr(logging.getLogger("scbert"), "level", logging.INFO)
+    monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])
+    if "peft" in snippet:
+        pytest.importorskip("peft")
+    exec(compile(snippet, "snippet", "exec"), {})
 
 
 class FolderOfRepositories:
@@ -215,14 +286,19 @@ class FolderOfRepositories:
 
 @pytest.mark.slow
 def test_commands_of_the_hub_page(cells_folder, monkeypatch):
-    """Pushed and used by name, without the network; the page's pipelines need it, or are run as examples."""
+    """Pushed and used by name, without the network; its second snippet is run as an example."""
     monkeypatch.setattr("scbert.model_cards.push.HfApi", FolderOfRepositories)
     download = "scbert.trained_model.model_folder.snapshot_download"
     monkeypatch.setattr(download, lambda repo_id, **options: f"hub/{repo_id}")
     assert run(MADE_BY["my_model"]) == 0
     for line in commands("docs/howto_hub.md"):
         assert run(line) == 0, line
-    assert "scbert_cell_type" in anndata.read_h5ad("annotated.h5ad").obs
+    annotated = anndata.read_h5ad("annotated.h5ad")
+    assert "scbert_cell_type" in annotated.obs
+    # a folder of the name that the repository has
+    os.rename("hub/OWNER", "OWNER")
+    names = {"counts": annotated.X, "symbols": list(annotated.var_names)}
+    exec(compile(blocks("docs/howto_hub.md", "python")[0], "snippet", "exec"), names)
 
 
 @pytest.mark.slow

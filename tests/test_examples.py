@@ -1,6 +1,7 @@
 """The scripts that the documentation shows run to their end, one after the other in one folder."""
 
 import importlib.util
+import re
 import runpy
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def test_example(name, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert ORDER[name] in capsys.readouterr().out
+
+
+def test_the_model_by_itself(folder, monkeypatch):
+    """The snippet of the quickstart that is no example of its own, on the model that the examples made."""
+    text = (ROOT / "docs" / "quickstart.md").read_text()
+    snippets = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    examples = {path.read_text() for path in EXAMPLES.glob("*.py")}
+    (snippet,) = [snippet for snippet in snippets if snippet not in examples]
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(compile(snippet, "quickstart.md", "exec"), names)
+    assert names["label"].shape == names["confidence"].shape == (8,)
 
 
 def test_every_example_is_run_and_shown():

@@ -143,7 +143,9 @@ def log_batch_size(loaded: LoadedModel, batch_size: int | None = None) -> None:
         longest = min(longest, loaded.tokenizer.max_length or longest)
     size = batch_size or pick_batch_size(loaded, longest)
     more = "" if batch_size or loaded.tokenizer.keep_zeros else ", more of shorter ones"
-    logger.info("Batches of %d cells of %s tokens%s.", size, f"{longest:,}", more)
+    # without attention layers the batch decides on neither time nor memory
+    level = logging.INFO if loaded.model.config.num_hidden_layers else logging.DEBUG
+    logger.log(level, "Batches of %d cells of %s tokens%s.", size, f"{longest:,}", more)
 
 
 def _batches(order, lengths, loaded: LoadedModel, batch_size: int | None) -> Iterator[np.ndarray]:

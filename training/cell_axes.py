@@ -15,16 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
+from safetensors import safe_open
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.extmath import randomized_svd
 
 from ..tokenization import InputError, align_genes
-from ..trained_model.model_folder import find_model, load_tokenizer
-from .initial_model import load_masked_model
+from ..trained_model.model_folder import check_model_folder, find_model, load_tokenizer
 from .principal_axes import Axes
 
 # what ships, to begin with
 SHIPPED = Path(__file__).parents[1] / "model_cards" / "scbert-mini"
+WEIGHTS, TABLE = "model.safetensors", "embeddings.gene_embeddings.weight"
 # genes that axes are made of, by variance within the files; the others have no vector
 VARIABLE_GENES = 4000
 # axes of the pooled cells, among which the discriminating ones are looked for
@@ -139,13 +140,15 @@ def pretrained_vectors(model: str | Path, panel: Sequence[str]) -> np.ndarray | 
         If the model's gene table holds no axes of cells.
     """
     folder = SHIPPED if str(model) == SHIPPED.name and not Path(model).exists() else find_model(model)
-    pretrained = load_masked_model(folder)
-    if pretrained.config.pooling != "cell":
+    if check_model_folder(folder).get("pooling") != "cell" or not (folder / WEIGHTS).is_file():
         raise InputError(
-            f'The gene vectors of {model} are no axes of cells; a model pretrained with pooling "cell" was needed, '
-            "such as scbert-mini."
+            f'{model} holds no axes of cells in its gene table; a model pretrained with pooling "cell" was needed, '
+            f"such as scbert-mini, its weights in one file ({WEIGHTS})."
         )
-    table = pretrained.scbert.embeddings.gene_embeddings.weight.detach().float().numpy()
+    # the table alone: nothing else of the model is used
+    with safe_open(folder / WEIGHTS, "pt") as weights:
+        names = weights.keys()
+        table = weights.get_tensor(next(name for name in names if name.endswith(TABLE))).float().numpy()
     places = align_genes(list(panel), load_tokenizer(folder).gene_panel).target
     vectors = np.where(places[:, None] >= 0, table[places], 0).astype(np.float32)
     return vectors if vectors.any(axis=1).sum() >= FEWEST_GENES else None

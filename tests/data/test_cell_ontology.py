@@ -108,7 +108,7 @@ def test_the_command(ontology, adata, tmp_path, capsys):
         str(tmp_path / "labels.csv"),
     ]
     assert main(["map-labels", *words]) == 0
-    assert "by name: 3" in capsys.readouterr().err
+    assert "3 by name" in capsys.readouterr().err
     assert main(["map-labels", *words]) == 1
     assert main(["map-labels", *words, "--overwrite", "--json"]) == 0
     assert '"labels": 3' in capsys.readouterr().out

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -176,12 +178,11 @@ def test_a_space_is_complete(model_dir, tmp_path, capsys):
     assert "torch>=" in wanted and "scbert" not in wanted
 
 
-def test_without_a_model_the_shipped_one_is_offered(monkeypatch, model_dir):
+def test_without_a_model_those_that_ship_are_offered(monkeypatch):
     offered = []
-    monkeypatch.setattr(app, "model_or_shipped", lambda model: model or model_dir)
     monkeypatch.setattr(app, "serve", lambda models, **options: offered.extend(models))
     assert main(["app"]) == 0
-    assert offered == [str(model_dir)]
+    assert offered == [str(folder) for folder in SHIPPED.values()]
 
 
 @pytest.fixture
@@ -199,14 +200,14 @@ def browser():
 
 @pytest.fixture
 def served(tmp_path):
-    """Function that runs `scbert app` in an empty folder and returns its address; ended by SIGTERM, nothing stays."""
+    """Function that runs `scbert app` in a folder of its own and returns its address; when it ends, nothing stays."""
     processes = []
+    folder, temporary = tmp_path / "cwd", tmp_path / "temporary"
+    folder.mkdir()
+    temporary.mkdir()
 
-    def start(model):
-        folder, temporary = tmp_path / "cwd", tmp_path / "temporary"
-        folder.mkdir()
-        temporary.mkdir()
-        command = [sys.executable, "-m", "scbert", "app", "--model", str(model), "--port", str(free_port())]
+    def start(*options):
+        command = [sys.executable, "-m", "scbert", "app", *map(str, options), "--port", str(free_port())]
         log = open(tmp_path / "log", "w")  # noqa: SIM115 - the process writes into it
         environment = os.environ | {"TMPDIR": str(temporary)}
         processes.append(subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment))
@@ -221,7 +222,7 @@ def served(tmp_path):
     for process in processes:
         process.terminate()
         assert process.wait(timeout=30) == 143
-    assert not list((tmp_path / "temporary").iterdir())
+    assert not list(temporary.iterdir())
 
 
 def free_port():
@@ -233,7 +234,7 @@ def free_port():
 @pytest.mark.slow
 def test_the_page_in_a_real_browser(query, model_dir, browser, tmp_path, served):
     folder = tmp_path / "cwd"
-    url = served(model_dir)
+    url = served("--model", model_dir)
     browser.goto(url)
     browser.get_by_text("Cell types by scBERT").first.wait_for()
 
@@ -270,3 +271,21 @@ def test_the_page_in_a_real_browser(query, model_dir, browser, tmp_path, served)
     assert np.isfinite(written.obs["scbert_confidence"]).all()
     assert written.n_obs == 120
     assert not list(folder.iterdir())
+
+
+def documented_options():
+    """What stands behind `scbert app` in the documentation, where it serves the page."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "howto_app.md").read_text()
+    lines = re.findall(r"^scbert app(.*)$", text, re.MULTILINE)
+    return [line.split() for line in lines if "--export-space" not in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", documented_options(), ids=" ".join)
+def test_the_page_is_served_as_documented(options, model_dir, served, tmp_path):
+    """On another port; names of models are folders here."""
+    for name in ("my_model", "OWNER/my-model"):
+        shutil.copytree(model_dir, tmp_path / "cwd" / name)
+    with urllib.request.urlopen(served(*options)) as answer:
+        assert "gradio" in answer.read().decode()
+    assert ("gradio_api/mcp" in (tmp_path / "log").read_text()) == ("--mcp" in options)
