@@ -20,6 +20,8 @@ DEFAULT_PENALTY = 3.0
 # rises with the power, and of the log penalty
 LOG_TEMPERATURE_MEAN, LOG_TEMPERATURE_BY_POWER, LOG_TEMPERATURE_BY_PENALTY = -1.3, 0.45, -0.2
 LOG_TEMPERATURE_SD, LOG_PENALTY_SD = 0.6, 3.0
+# the former's mean, of a regression along pretrained axes: there are few, and it overfits less
+LOG_TEMPERATURE_ALONG_AXES = -0.3
 # weight of equal shares, in cells
 SHARES_PRIOR = 3.0
 # where the label is chosen and not the confidence, cells are weighed by this power of one over the cells of their
@@ -61,19 +63,19 @@ class Mixture:
 
 
 def average_logits(
-    members: Sequence[np.ndarray], targets: np.ndarray, folds: np.ndarray, powers: Sequence[float]
+    members: Sequence[np.ndarray], targets: np.ndarray, folds: np.ndarray, expected: Sequence[float]
 ) -> tuple[np.ndarray, Mixture]:
     """Averaged logits of every cell [cells, classes], chosen without its fold, and what all cells choose."""
     logits = np.full(members[0].shape[1:], LOWEST_LOGIT)
     for fold in np.unique(folds):
         held = folds == fold
-        mixture = choose_mixture(members, targets, ~held, powers)
+        mixture = choose_mixture(members, targets, ~held, expected)
         logits[held] = mixture.logits([member[:, held] for member in members])
-    return logits, choose_mixture(members, targets, np.ones(len(targets), dtype=bool), powers)
+    return logits, choose_mixture(members, targets, np.ones(len(targets), dtype=bool), expected)
 
 
 def choose_mixture(
-    members: Sequence[np.ndarray], targets: np.ndarray, among: np.ndarray, powers: Sequence[float]
+    members: Sequence[np.ndarray], targets: np.ndarray, among: np.ndarray, expected: Sequence[float]
 ) -> Mixture:
     """
     Penalties, shares, shift and temperatures by the likelihood of cells that were not learnt from, and a prior.
@@ -92,8 +94,8 @@ def choose_mixture(
         Classes of the cells, [cells].
     among
         Cells to choose by, bool [cells].
-    powers
-        Of the members.
+    expected
+        Log temperature of each member before any cell speaks, at the `DEFAULT_PENALTY`; see `expected_temperature`.
     """
     counts = np.bincount(targets, minlength=members[0].shape[-1])
     alike = (counts[targets] - 1) / (counts[targets] + 9)
@@ -102,9 +104,9 @@ def choose_mixture(
     by_rareness = alike * counts[targets] ** -RARENESS
     by_rareness *= alike.sum() / max(by_rareness.sum(), 1e-9)
     chosen = []
-    for power, logits in zip(powers, members):
+    for start, logits in zip(expected, members):
         fits = [
-            _fit_temperature(logits[i][cells], targets, by_rareness, i, power) for i in range(len(PENALTIES))
+            _fit_temperature(logits[i][cells], targets, by_rareness, i, start) for i in range(len(PENALTIES))
         ]
         chosen.append(min(fits))
     places = [place for _, place, _ in chosen]
@@ -122,10 +124,15 @@ def choose_mixture(
     return Mixture(places, temperatures, shares, shift, float(np.exp(log_temperature)))
 
 
-def _fit_temperature(logits, targets, weights, place, power) -> tuple[float, int, float]:
+def expected_temperature(power: float) -> float:
+    """Mean of the prior of the log temperature, of a regression on genes scaled by this power."""
+    return LOG_TEMPERATURE_MEAN + LOG_TEMPERATURE_BY_POWER * power
+
+
+def _fit_temperature(logits, targets, weights, place, start) -> tuple[float, int, float]:
     """Loss (with priors), place and temperature of one penalty."""
     penalty = np.log(PENALTIES[place] / DEFAULT_PENALTY)
-    expected = LOG_TEMPERATURE_MEAN + LOG_TEMPERATURE_BY_POWER * power + LOG_TEMPERATURE_BY_PENALTY * penalty
+    expected = start + LOG_TEMPERATURE_BY_PENALTY * penalty
 
     def loss(log_temperature):
         prior = ((log_temperature - expected) / LOG_TEMPERATURE_SD) ** 2 / 2

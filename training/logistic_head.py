@@ -23,7 +23,13 @@ from joblib import Parallel, delayed
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from .averaging import LOWEST_LOGIT, PENALTIES, average_logits
+from .averaging import (
+    LOG_TEMPERATURE_ALONG_AXES,
+    LOWEST_LOGIT,
+    PENALTIES,
+    average_logits,
+    expected_temperature,
+)
 from .principal_axes import MANY_CELLS, Axes, axes_of_cells
 
 POWERS = (0.0, 0.5, 1.0)
@@ -71,6 +77,7 @@ def solve_head(
     axes: Axes | None = None,
     powers: Sequence[float] = POWERS,
     on_fit: Callable[[], Any] | None = None,
+    pretrained: bool = False,
 ) -> SolvedHead:
     """
     Solve for the weights of a linear head, and cross-fit the logits of the cells it is solved on.
@@ -91,6 +98,8 @@ def solve_head(
         One regression for each is in the average; ``(0.0,)`` is ridge regression alone.
     on_fit
         Called after each of the ``n_fits(folds, powers)`` fits, for a progress bar.
+    pretrained
+        Whether the ``axes`` are pretrained ones, and not the cells' own.
 
     Returns
     -------
@@ -106,7 +115,7 @@ def solve_head(
     ((3, 20), True)
     """
     members = fit_members(features, targets, n_classes, folds, axes, powers, on_fit)
-    return average(members, targets, folds, powers)
+    return average(members, targets, folds, powers, pretrained)
 
 
 def fit_members(
@@ -124,10 +133,18 @@ def fit_members(
 
 
 def average(
-    members: Sequence["Member"], targets: np.ndarray, folds: np.ndarray, powers: Sequence[float] = POWERS
+    members: Sequence["Member"],
+    targets: np.ndarray,
+    folds: np.ndarray,
+    powers: Sequence[float] = POWERS,
+    pretrained: bool = False,
 ) -> SolvedHead:
     """One head of several regressions, each with the share that it is worth out of fold."""
-    logits, mixture = average_logits([member.logits for member in members], targets, folds, powers)
+    expected = [
+        LOG_TEMPERATURE_ALONG_AXES if pretrained and power == 0 else expected_temperature(power)
+        for power in powers
+    ]
+    logits, mixture = average_logits([member.logits for member in members], targets, folds, expected)
     weights, bias = mixture.head(members)
     return SolvedHead(
         weights.astype(np.float32),

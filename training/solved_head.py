@@ -99,6 +99,7 @@ def solve_classifier(
         axes, products = axes_and_products(features)
         along = axes if gene_vectors is None else axes_along(features, gene_vectors)
         given = {"n_classes": config.num_labels, "folds": folds, "axes": along, "on_fit": bar.update}
+        given["pretrained"] = gene_vectors is not None
         if unlabelled is None:
             head, learnt = solve_head(features, targets, **given), {}
         else:

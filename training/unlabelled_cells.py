@@ -28,7 +28,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
-from .averaging import PENALTIES, average_logits
+from .averaging import PENALTIES, average_logits, expected_temperature
 from .logistic_head import (
     POWERS,
     Member,
@@ -67,13 +67,14 @@ def learn_from_all(
     folds: np.ndarray,
     axes: Axes | None = None,
     on_fit: Callable[[], Any] | None = None,
+    pretrained: bool = False,
 ) -> tuple[SolvedHead, dict[str, Any]]:
     """
     As `logistic_head.solve_head`, with cells that have no label.
 
     Parameters
     ----------
-    features, targets, n_classes, folds, axes, on_fit
+    features, targets, n_classes, folds, axes, on_fit, pretrained
         Of `solve_head`.
     unlabelled
         Features of the other cells, [others, genes]; of more than `MAX_CELLS`, as many are drawn.
@@ -101,7 +102,7 @@ def learn_from_all(
         drawn = np.random.default_rng(0).permutation(unlabelled.shape[0])[:MAX_CELLS]
         unlabelled = unlabelled[np.sort(drawn)]
     alone = fit_members(features, targets, n_classes, folds, axes, on_fit=on_fit)
-    without = average(alone, targets, folds)
+    without = average(alone, targets, folds, pretrained=pretrained)
     cells, n_labelled = sp.vstack([features, unlabelled]).tocsr(), len(targets)
     joint = axes_of_cells(cells, rank=NEIGHBOUR_AXES)
     told_apart = two_sample_auc(joint.coordinates[:, : AXES[0]], n_labelled)
@@ -118,7 +119,8 @@ def learn_from_all(
         members.append(cross_fit(cells, all_targets, n_classes, all_folds, 0.0, few, on_fit).logits)
     members.append(_logits_of_all(alone[POWERS.index(GENES_POWER)], unlabelled))
     powers = (*SMOOTHED_POWERS, *(0.0 for _ in AXES), GENES_POWER)
-    logits, mixture = average_logits([member[:, :n_labelled] for member in members], targets, folds, powers)
+    expected = [expected_temperature(power) for power in powers]
+    logits, mixture = average_logits([member[:, :n_labelled] for member in members], targets, folds, expected)
     gain, error = likelihood_gain(without.logits, logits, targets)
     kept = gain is None or gain > -error
     report = {

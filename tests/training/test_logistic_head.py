@@ -6,7 +6,7 @@ import scipy.sparse as sp
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
-from scbert.training.averaging import LOWEST_LOGIT, choose_mixture
+from scbert.training.averaging import LOWEST_LOGIT, choose_mixture, expected_temperature
 from scbert.training.logistic_head import (
     POWERS,
     cross_fit,
@@ -112,7 +112,9 @@ def test_without_evidence_the_prior_decides():
     """One cell a class: no penalty is better than another, and no certainty is asked for."""
     targets = np.arange(4)
     members = [np.random.default_rng(0).normal(size=(7, 4, 4)) for _ in range(3)]
-    mixture = choose_mixture(members, targets, np.ones(4, dtype=bool), POWERS)
+    mixture = choose_mixture(
+        members, targets, np.ones(4, dtype=bool), [expected_temperature(power) for power in POWERS]
+    )
     assert mixture.places == [3, 3, 3]
     np.testing.assert_allclose(mixture.shares, 1 / 3, atol=1e-4)
     assert mixture.temperatures.min() > 0.1 and mixture.temperatures.max() < 2
@@ -126,9 +128,11 @@ def test_rare_classes_are_not_shut_out_by_their_bias():
     logits = 2 * np.eye(2)[targets] + rng.normal(scale=0.5, size=(200, 2)) + [3.0, 0.0]
     members = [np.repeat(logits[None], 7, axis=0)]
     everyone = np.ones(200, dtype=bool)
-    found = choose_mixture(members, targets, everyone, (0.0,))
+    found = choose_mixture(members, targets, everyone, [expected_temperature(0.0)])
     assert found.shift[1] > found.shift[0]
     before, after = logits.argmax(axis=1), found.logits(members).argmax(axis=1)
     assert (before == targets)[190:].mean() < 0.5 < (after == targets)[190:].mean()
-    balanced = choose_mixture([members[0][:, :20]], np.arange(20) % 2, everyone[:20], (0.0,))
+    balanced = choose_mixture(
+        [members[0][:, :20]], np.arange(20) % 2, everyone[:20], [expected_temperature(0.0)]
+    )
     np.testing.assert_allclose(balanced.shift, 0)
