@@ -36,8 +36,8 @@ benchmark: $(INSTALLED)
 # the models that ship, from the folder of their cells: make mini DATA=cells (two hours on one core; scratch in build/)
 mini: $(INSTALLED)
 	$(VENV)/bin/python scripts/make_mini.py $(DATA) --work build/mini
-	$(VENV)/bin/python scripts/pretraining_effect.py model_cards/scbert-mini $(DATA)/zheng_facs_pbmc.h5ad \
-		--label-key cell_type_coarse --work build/mini
+	$(VENV)/bin/python scripts/pretraining_effect.py $(DATA) --work build/mini_effect
+	$(VENV)/bin/python scripts/pretraining_effect.py $(DATA) --work build/mini_effect --release model_cards/scbert-mini
 	$(VENV)/bin/python scripts/make_pbmc.py $(DATA) --work build/pbmc
 	$(VENV)/bin/python scripts/make_tissue.py $(DATA) --work build/tissue
 

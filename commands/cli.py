@@ -181,7 +181,7 @@ def annotate(
 def embed(
     query: Query,
     output: OutputFile,
-    model: opt.Annotator = None,
+    model: opt.Embedder = None,
     layer: Layer = None,
     input: Input = InputKind.auto,
     batch_size: BatchSize = None,

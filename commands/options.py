@@ -52,6 +52,14 @@ Annotator = Annotated[
         show_default="the shipped annotator of human blood cells",
     ),
 ]
+Embedder = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Pretrained or fine-tuned model folder.",
+        show_default="scbert-mini, which ships and was pretrained",
+    ),
+]
 ShippedFor = Annotated[
     Tissue | None,
     typer.Option("--tissue", help="Without --model: the shipped annotator of it.", show_default=False),

@@ -24,11 +24,12 @@ from .query import (
     rows_in_memory,
     write_parts,
 )
-from .shipped import model_or_shipped
 
 logger = logging.getLogger(__name__)
 
 KEY = "X_scbert"
+# what ships, for whoever names no model
+PRETRAINED = "scbert-mini"
 
 
 def embed(
@@ -53,16 +54,16 @@ def embed(
     vectors of the genes, each by its expression, and corrects the sum by attention (see `ScBertCell`).
 
     A fine-tuned model that makes cell vectors gives those: what it keeps of a cell to tell its types apart. To explore
-    cells without a model's opinion, take the principal components of the expression: they keep types apart that a
-    model was not taught.
+    cells without a model's opinion, take ``scbert-mini``, which knows no types, or the principal components of the
+    expression: both keep types apart that a model was not taught.
 
     Parameters
     ----------
     cells
         An AnnData with gene symbols in `var_names`, which is left as it is, or a file.
     model
-        Any scBERT model, pretrained or fine-tuned: a folder, a name on the Hub, or a loaded one; the annotator that
-        ships with the package if left out.
+        Any scBERT model, pretrained or fine-tuned: a folder, a name on the Hub, or a loaded one; ``scbert-mini``, which
+        ships with the package, if left out.
     layer, input, batch_size, force, device, dtype, progress, gene_table
         As in `annotate`.
 
@@ -84,7 +85,7 @@ def embed(
     (700, 32)
     """
     adata = read_cells(cells, layer=layer, check=False)
-    loaded = load_model(model_or_shipped(model), "embedding", device, dtype)
+    loaded = load_model(PRETRAINED if model is None else model, "embedding", device, dtype)
     parts, _ = _embedding(adata, loaded, layer, input, batch_size, force, progress, gene_table)
     return copy_with_parts(adata, parts, own=adata is not cells)
 
@@ -118,7 +119,7 @@ def embed_file(
     if genes_report is not None:
         check_output_path(genes_report, overwrite, inputs=(query, output, gene_table))
     with opened(query, layer) as adata:
-        loaded = load_model(model_or_shipped(model), "embedding", device, dtype)
+        loaded = load_model(PRETRAINED if model is None else model, "embedding", device, dtype)
         log_batch_size(loaded, batch_size)
         parts, summary = _embedding(
             adata,

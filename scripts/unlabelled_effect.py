@@ -1,7 +1,8 @@
 """
 What cells without labels bring, beside plain methods that are given the same cells.
 
-    python scripts/unlabelled_effect.py CELLS --work build/unlabelled
+    python scripts/unlabelled_effect.py CELLS --work build/unlabelled --half choose
+    python scripts/unlabelled_effect.py CELLS --work build/unlabelled --half report --cell-axes build/mini/pretrained
     python scripts/unlabelled_effect.py CELLS --work build/unlabelled --table docs/results_unlabelled.md
 
 CELLS is the folder of the labelled .h5ad files; studies and their halves are those of evidence.py. Few labelled cells a
@@ -92,6 +93,7 @@ def task_of(study: Study, name: str, learnt: np.ndarray, asked: np.ndarray) -> T
         study.labels[learnt],
         study.matrix[asked],
         study.labels[asked],
+        genes=study.genes,
     )
 
 
@@ -103,7 +105,7 @@ def tasks(folder: Path, half: str) -> Iterator[Task]:
         yield from other_batches(cells)
     for task in cross_cohort(folder, half):
         both = sp.vstack([task.matrix, task.test]).tocsr()
-        cohorts = Study(task.name.split("|")[0], both, None, np.append(task.labels, task.true), None)
+        cohorts = Study(task.name.split("|")[0], both, task.genes, np.append(task.labels, task.true), None)
         yield from shifted(cohorts, "|0", *np.split(np.arange(both.shape[0]), [len(task.labels)]))
 
 
@@ -138,17 +140,19 @@ def fitted(coordinates: np.ndarray, labels: np.ndarray) -> LogisticRegression:
     return LogisticRegression(C=strength, max_iter=300).fit(coordinates, labels)
 
 
-def scbert_answer(task: Task, unlabelled: bool) -> tuple[np.ndarray, dict]:
+def scbert_answer(task: Task, unlabelled: bool, cell_axes: str | None) -> tuple[np.ndarray, dict]:
     """Labels by the default recipe, as ``scbert finetune`` runs it, and what it says of the unlabelled cells."""
     given = {"reference": "cells", "label_key": "label", "output": "nowhere", "input": "counts"}
-    _, data, model, training = parse(FINETUNE, given | {"device": "cpu", "disable_tqdm": True})
+    _, data, model, training = parse(
+        FINETUNE, given | {"cell_axes": cell_axes, "device": "cpu", "disable_tqdm": True}
+    )
     set_seed(training.seed)
-    query = cells_of(task.test)
+    query = cells_of(task.test, genes=task.genes)
     found = run_finetune.load(
         data,
         model,
         training,
-        reference=cells_of(task.matrix, task.labels),
+        reference=cells_of(task.matrix, task.labels, task.genes),
         unlabelled=[query] if unlabelled else [],
     )
     tuned = run_finetune.train(run_finetune.build_model(model, found, training.seed), found, training)
@@ -158,11 +162,11 @@ def scbert_answer(task: Task, unlabelled: bool) -> tuple[np.ndarray, dict]:
     return np.array(found.classes)[best], tuned.held_out.report.get("unlabelled", {})
 
 
-def run(task: Task) -> dict:
+def run(task: Task, cell_axes: str | None = None) -> dict:
     """Accuracy and macro-F1 of all methods."""
     answers = plain_answers(task)
-    answers["scbert"], _ = scbert_answer(task, False)
-    answers["scbert_unlabelled"], told = scbert_answer(task, True)
+    answers["scbert"], _ = scbert_answer(task, False, cell_axes)
+    answers["scbert_unlabelled"], told = scbert_answer(task, True, cell_axes)
     scores = {
         name: {
             "accuracy": float((answer == task.true).mean()),
@@ -175,7 +179,7 @@ def run(task: Task) -> dict:
     return {"task": task.name, "scores": scores, "told": told}
 
 
-def run_all(folder: Path, work: Path, halves: list[str]) -> None:
+def run_all(folder: Path, work: Path, halves: list[str], cell_axes: str | None) -> None:
     """Whatever is not there yet."""
     warnings.filterwarnings("ignore")
     for half in halves:
@@ -184,7 +188,7 @@ def run_all(folder: Path, work: Path, halves: list[str]) -> None:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = path.with_suffix(".partial")
-                temporary.write_text(json.dumps(run(task)))
+                temporary.write_text(json.dumps(run(task, cell_axes)))
                 os.replace(temporary, path)
                 print(task.name, flush=True)
 
@@ -240,12 +244,20 @@ def main() -> int:
     parser.add_argument("cells", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--half", choices=HALVES, action="append", help="One half only.")
+    parser.add_argument(
+        "--cell-axes", help="Pretrained model for the default recipe, in place of scbert-mini."
+    )
     parser.add_argument("--table", type=Path, help="Write the tables of what is there, and run nothing.")
     options = parser.parse_args()
     if options.table:
         write_tables(options.work, options.table)
     else:
-        run_all(options.cells, options.work, options.half or list(HALVES))
+        halves = options.half or list(HALVES)
+        if "report" in halves and options.cell_axes is None:
+            parser.error(
+                "cells of the second half are in the corpus of scbert-mini: name another with --cell-axes"
+            )
+        run_all(options.cells, options.work, halves, options.cell_axes)
     return 0
 
 

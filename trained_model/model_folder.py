@@ -19,6 +19,7 @@ from ..extras import DISTRIBUTION
 from ..modeling_scbert import ScBertConfig
 from ..tokenization import InputError, ScBertTokenizer
 
+SHIPPED = Path(__file__).parents[1] / "model_cards"
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -47,11 +48,14 @@ def quiet_transformers() -> Iterator[None]:
 
 def find_model(model: str | Path) -> Path:
     """
-    The local folder of a model: itself, or where a Hub repository ``user/name`` was downloaded to.
+    The local folder of a model: itself, one that ships, or where a Hub repository ``user/name`` was downloaded to.
 
-    Only settings, weights and the gene panel are fetched: code of a repository is neither needed nor run.
+    A folder of one's own comes before one of that name that ships. Of the Hub, only settings, weights and the
+    gene panel are fetched: code of a repository is neither needed nor run.
     """
     folder = Path(model)
+    if not folder.exists() and folder.name == str(model) and (SHIPPED / folder / "config.json").is_file():
+        return SHIPPED / folder
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) or folder.parent.is_dir():
         return folder
     try:

@@ -23,8 +23,6 @@ from ..tokenization import InputError, align_genes
 from ..trained_model.model_folder import check_model_folder, find_model, load_tokenizer
 from .principal_axes import Axes
 
-# what ships, to begin with
-SHIPPED = Path(__file__).parents[1] / "model_cards" / "scbert-mini"
 WEIGHTS, TABLE = "model.safetensors", "embeddings.gene_embeddings.weight"
 # genes that axes are made of, by variance within the files; the others have no vector
 VARIABLE_GENES = 4000
@@ -125,7 +123,7 @@ def pretrained_vectors(model: str | Path, panel: Sequence[str]) -> np.ndarray | 
     Parameters
     ----------
     model
-        Folder or Hub name of a model with ``pooling="cell"``, or ``"scbert-mini"``, which ships.
+        With ``pooling="cell"``: a folder, a name on the Hub, or ``"scbert-mini"``, which ships.
     panel
         Gene symbols.
 
@@ -139,7 +137,7 @@ def pretrained_vectors(model: str | Path, panel: Sequence[str]) -> np.ndarray | 
     InputError
         If the model's gene table holds no axes of cells.
     """
-    folder = SHIPPED if str(model) == SHIPPED.name and not Path(model).exists() else find_model(model)
+    folder = find_model(model)
     if check_model_folder(folder).get("pooling") != "cell" or not (folder / WEIGHTS).is_file():
         raise InputError(
             f'{model} holds no axes of cells in its gene table; a model pretrained with pooling "cell" was needed, '

@@ -6,7 +6,7 @@ of regressions, as in `logistic_head`, each with the share that it is worth on l
 
 - expression averaged over a cell's neighbours, labelled or not, and what tells the types apart in it;
 - few principal axes of all cells;
-- the genes as they are, which needs no other cells.
+- the genes as they are, and pretrained axes, which need no other cells.
 
 The averaged probabilities are then handed on: a regression on the genes learns the labelled cells and those of the
 others that the average is sure of (self-training, with the average as the teacher). So the model stays what it is
@@ -28,7 +28,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
-from .averaging import PENALTIES, average_logits, expected_temperature
+from .averaging import LOG_TEMPERATURE_ALONG_AXES, PENALTIES, average_logits, expected_temperature
 from .logistic_head import (
     POWERS,
     Member,
@@ -43,7 +43,7 @@ from .principal_axes import Axes, axes_of_cells
 
 # of the averaged members: powers of the gene scales of smoothed cells, numbers of axes, power of cells as they are
 SMOOTHED_POWERS, AXES, GENES_POWER = (0.5, 1.0), (20, 10), 0.5
-MEMBER_NAMES = ("smoothed 0.5", "smoothed 1.0", "20 axes", "10 axes", "genes 0.5")
+MEMBER_NAMES = ("smoothed 0.5", "smoothed 1.0", "20 axes", "10 axes", "genes 0.5", "pretrained axes")
 # axes that neighbours are looked for in, neighbours of a cell, and genes that are averaged over them
 NEIGHBOUR_AXES, NEIGHBOURS, SMOOTHED_GENES = 50, 15, 3000
 # area under the curve from which two kinds of cells count as different, and cells of each that are looked at
@@ -120,6 +120,9 @@ def learn_from_all(
     members.append(_logits_of_all(alone[POWERS.index(GENES_POWER)], unlabelled))
     powers = (*SMOOTHED_POWERS, *(0.0 for _ in AXES), GENES_POWER)
     expected = [expected_temperature(power) for power in powers]
+    if pretrained:
+        members.append(_logits_of_all(alone[POWERS.index(0.0)], unlabelled))
+        expected.append(LOG_TEMPERATURE_ALONG_AXES)
     logits, mixture = average_logits([member[:, :n_labelled] for member in members], targets, folds, expected)
     gain, error = likelihood_gain(without.logits, logits, targets)
     kept = gain is None or gain > -error

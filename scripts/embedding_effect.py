@@ -1,0 +1,103 @@
+"""
+How well embeddings keep cell types apart and batches mixed, on many studies: a pretrained model's beside log-PCA.
+
+    python scripts/embedding_effect.py CELLS --half choose --output choose.json
+    python scripts/embedding_effect.py CELLS --half report --base OTHER/pretrained --output report.json
+    python scripts/embedding_effect.py CELLS --table docs/results_embedding.md --output choose.json --output report.json
+
+CELLS is the folder of the labelled .h5ad files; studies and halves are those of evidence.py, whose second half needs a
+model pretrained without its cells. Up to 2,000 cells of each study; AvgBIO and AvgBATCH by scIB's definitions
+(integration_metrics.py). Log-PCA: 50 components of the 2,000 most variable genes of the study's own log1p CP10k.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+
+from evidence_studies import HALVES, Study, read_study
+from integration_metrics import integration_metrics
+from integration_study import BEFORE, principal_components
+from scbert.inference.embed_cells import KEY, embed
+from scbert.protocols.cells import INPUT, LABEL
+
+MOST_CELLS = 2000
+MINI = "scbert-mini"
+
+
+def cells_of(study: Study) -> anndata.AnnData:
+    """Counts and labels of some of its cells."""
+    rows = np.random.default_rng(0).permutation(len(study.labels))[:MOST_CELLS]
+    cells = anndata.AnnData(study.matrix[rows], obs={LABEL: study.labels[rows]}, var={"gene": study.genes})
+    cells.var_names, cells.obs_names = study.genes, [str(row) for row in rows]
+    cells.uns[INPUT] = "counts"
+    if study.groups is not None:
+        cells.obs["group"] = study.groups[rows]
+    return cells
+
+
+def scores_of(study: Study, base: Path | str) -> dict[str, Any]:
+    """Scores of both embeddings."""
+    cells = cells_of(study)
+    found = {"study": study.name, "cells": cells.n_obs}
+    embedded = embed(cells, base, input="counts", force=True, progress=False)
+    groups = cells.obs.get("group")
+    for name, vectors in (("log-PCA", principal_components(cells, 0)[BEFORE]), (MINI, embedded.obsm[KEY])):
+        scores = integration_metrics(vectors, cells.obs[LABEL].astype(str).to_numpy(), groups)
+        found[name] = {key: round(float(value), 4) for key, value in scores.items()}
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A row for each study, and the means."""
+    lines = [
+        "| study | cells | AvgBIO log-PCA | AvgBIO scbert-mini | AvgBATCH log-PCA | AvgBATCH scbert-mini |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    keys = [(way, score) for score in ("avg_bio", "avg_batch") for way in ("log-PCA", MINI)]
+    values = np.array([[row[way].get(score, np.nan) for way, score in keys] for row in rows])
+    for row, numbers in zip(rows, values):
+        lines.append(f"| {row['study']} | {row['cells']:,} | {' | '.join(map(shown, numbers))} |")
+    return [*lines, f"| mean | | {' | '.join(map(shown, np.nanmean(values, axis=0)))} |"]
+
+
+def shown(number: float) -> str:
+    return "" if np.isnan(number) else f"{number:.3f}"
+
+
+def main() -> int:
+    """Entry of the command."""
+    parser = argparse.ArgumentParser(prog="embedding_effect", description=__doc__.strip().partition("\n")[0])
+    parser.add_argument("cells", type=Path)
+    parser.add_argument("--half", choices=HALVES, default="choose")
+    parser.add_argument("--base", type=Path, help="Pretrained model, in place of scbert-mini.")
+    parser.add_argument("--output", type=Path, action="append", required=True, help="Scores, JSON.")
+    parser.add_argument("--table", type=Path, help="Write the scores there are as a page, and run nothing.")
+    options = parser.parse_args()
+    if options.table:
+        lines = ["<!-- written by scripts/embedding_effect.py -->", "", "# Embeddings beside log-PCA", ""]
+        for path in options.output:
+            found = json.loads(path.read_text())
+            lines += [f"Studies of the half `{found['half']}`:", "", *table(found["rows"]), ""]
+        options.table.write_text("\n".join(lines), encoding="utf-8")
+        return 0
+    if options.half == "report" and options.base is None:
+        parser.error("cells of this half are in the corpus of scbert-mini: name another model with --base")
+    warnings.filterwarnings("ignore")
+    rows = []
+    for study in HALVES[options.half]:
+        rows.append(scores_of(read_study(options.cells, *study), options.base or MINI))
+        print(
+            rows[-1]["study"], *(f"{rows[-1][way]['avg_bio']:.3f}" for way in ("log-PCA", MINI)), flush=True
+        )
+    options.output[0].write_text(json.dumps({"half": options.half, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Axes of cells without labels, those that ship, and a head that goes along them."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from anndata import AnnData
+
+from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
+from scbert.tokenization import InputError
+from scbert.trained_model.model_folder import find_model, load_tokenizer, save_model
+from scbert.training.cell_axes import FEWEST_CELLS, axes_along, cell_axes, pretrained_vectors
+from scbert.training.initial_model import start_cell
+from scbert.training.run_finetune import finetune
+
+N_GENES = 200
+
+
+def study(seed, n_cells=240, n_types=4, depth=1.0, shift=0.0):
+    """Counts of types with few markers each, among genes that vary by a gradient of quality that no type has."""
+    rng = np.random.default_rng(seed)
+    base = np.random.default_rng(7).gamma(0.6, 1.5, N_GENES)
+    types = np.arange(n_cells) % n_types
+    rates = np.tile(base, (n_cells, 1))
+    for name in range(n_types):
+        rates[types == name, name * 6 : name * 6 + 6] += 6
+    quality = rng.lognormal(0, 0.5, n_cells)
+    rates[:, 150:] *= quality[:, None]
+    counts = rng.poisson(depth * rates + shift)
+    return sp.csr_matrix(np.log2(1 + counts).round().astype(np.float32)), types
+
+
+def between_share(coordinates, types):
+    """Share of the variance that lies between the types."""
+    centered = coordinates - coordinates.mean(axis=0)
+    means = np.stack([centered[types == name].mean(axis=0) for name in np.unique(types)])
+    return (means[types] ** 2).sum() / (centered**2).sum()
+
+
+def test_axes_of_other_cells_tell_types_that_they_were_never_shown():
+    axes = cell_axes([study(1)[0], study(2, depth=2.0, shift=0.2)[0]], 8)
+    cells, types = study(3)
+    along = cells @ axes.vectors
+    principal = np.linalg.svd(cells.toarray() - cells.toarray().mean(axis=0), full_matrices=False)
+    own = principal[0][:, :8] * principal[1][:8]
+    assert between_share(along, types) > between_share(own, types) + 0.1
+    assert (np.diff(axes.spread) <= 0).all() and axes.spread[0] > 1
+
+
+def test_axes_do_not_tell_files_apart():
+    first, second = study(1)[0], study(2)[0]
+    shifted = second.toarray()
+    shifted[:, 100:130] += 3
+    axes = cell_axes([first, sp.csr_matrix(shifted)], 8)
+    unshifted = cell_axes([first, second], 8)
+    # the genes that differ between the files alone vary in none of them
+    np.testing.assert_allclose(axes.spread, unshifted.spread, rtol=0.2)
+
+
+def test_axes_are_the_same_whether_files_are_listed_or_read_again():
+    files = [study(1)[0], study(2)[0], study(3, n_cells=FEWEST_CELLS - 1)[0]]
+    listed, again = cell_axes(files[:2], 4), cell_axes(lambda: iter(files), 4)
+    np.testing.assert_array_equal(listed.vectors, again.vectors)
+    with pytest.raises(ValueError, match="cells or more"):
+        cell_axes(files[2:], 4)
+
+
+def test_axes_along_are_coordinates_with_a_way_back():
+    cells, _ = study(4)
+    vectors = np.random.default_rng(0).normal(size=(N_GENES - 1, 5)).astype(np.float32)
+    axes = axes_along(cells, vectors)
+    coefficients = np.random.default_rng(1).normal(size=(3, 5))
+    weights, bias = axes.gene_weights(coefficients, np.zeros(3))
+    np.testing.assert_allclose(
+        cells @ weights.T + bias, axes.coordinates @ coefficients.T, rtol=1e-3, atol=1e-3
+    )
+    assert not weights[:, -1].any()
+
+
+def test_vectors_of_a_panel_are_those_of_its_genes():
+    panel = load_tokenizer(find_model("scbert-mini")).gene_panel
+    vectors = pretrained_vectors("scbert-mini", panel)
+    places = np.flatnonzero(vectors.any(axis=1))[::-1][:80]
+    asked = ["no gene", *(panel[place] for place in places)]
+    found = pretrained_vectors("scbert-mini", asked)
+    assert not found[0].any()
+    np.testing.assert_array_equal(found[1:], vectors[places])
+    assert pretrained_vectors("scbert-mini", asked[:10]) is None
+
+
+def test_a_model_without_axes_is_refused(tmp_path):
+    tokenizer = ScBertTokenizer(gene_panel=["CD3E", "MS4A1"])
+    config = ScBertConfig(hidden_size=16, num_hidden_layers=0, max_position_embeddings=3)
+    save_model(ScBertForMaskedExpression(config), tokenizer, tmp_path / "model")
+    with pytest.raises(InputError, match="no axes of cells"):
+        pretrained_vectors(tmp_path / "model", ["CD3E"])
+
+
+@pytest.fixture
+def few_labelled(tmp_path):
+    """A pretrained model of other cells; one labelled cell a type, and many to ask for."""
+    names = [f"GENE{number}" for number in range(N_GENES)]
+    tokenizer = ScBertTokenizer(gene_panel=names, n_bins=18, bin_width=0.5, keep_zeros=False)
+
+    def counts(seed):
+        matrix, types = study(seed, n_types=6, depth=0.25)
+        cells = AnnData(sp.csr_matrix(np.expm1(matrix.toarray() * np.log(2)).round().astype(np.float32)))
+        cells.var_names = names
+        cells.obs["cell_type"] = [f"type {name}" for name in types]
+        return cells
+
+    axes = cell_axes([tokenizer.bin_cells(counts(seed)) for seed in (1, 2)], 10)
+    config = ScBertConfig(
+        vocab_size=tokenizer.vocab_size, mask_token_id=tokenizer.mask_token_id, hidden_size=16,
+        num_hidden_layers=0, max_position_embeddings=N_GENES + 1, ordinal_expression=True, pooling="cell",
+    )  # fmt: skip
+    model = ScBertForMaskedExpression(config)
+    start_cell(model, axes.vectors, axes.center)
+    save_model(model, tokenizer, tmp_path / "pretrained")
+    reference = counts(5)[np.arange(6)].copy()
+    return tmp_path / "pretrained", reference, counts(6)
+
+
+def test_pretrained_axes_help_where_few_cells_are_labelled(few_labelled, tmp_path):
+    pretrained, reference, asked = few_labelled
+    scores = {}
+    for name, axes in (("with", str(pretrained)), ("without", "")):
+        asked.write_h5ad(tmp_path / "asked.h5ad")
+        found = finetune(
+            reference, "cell_type", tmp_path / name, cell_axes=axes, test=tmp_path / "asked.h5ad",
+            use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        scores[name] = found["test_accuracy"]
+        assert (found["solved_head"]["cell_axes"]["genes"] > 0) == (name == "with")
+    assert scores["with"] > scores["without"] + 0.05, scores
