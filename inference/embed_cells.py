@@ -54,8 +54,8 @@ def embed(
     vectors of the genes, each by its expression, and corrects the sum by attention (see `ScBertCell`).
 
     A fine-tuned model that makes cell vectors gives those: what it keeps of a cell to tell its types apart. To explore
-    cells without a model's opinion, take ``scbert-mini``, which knows no types, or the principal components of the
-    expression: both keep types apart that a model was not taught.
+    cells without a model's opinion, take ``scbert-mini``, which knows no types, or, within one study, the principal
+    components of the expression: they keep types apart that a model was not taught.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def embed(
     >>> import scanpy, scbert
     >>> adata = scanpy.datasets.pbmc68k_reduced().raw.to_adata()  # 765 genes: few for the model that ships
     >>> scbert.embed(adata, input="log1p", force=True, progress=False).obsm["X_scbert"].shape
-    (700, 32)
+    (700, 68)
     """
     adata = read_cells(cells, layer=layer, check=False)
     loaded = load_model(PRETRAINED if model is None else model, "embedding", device, dtype)

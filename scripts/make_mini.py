@@ -137,16 +137,22 @@ def corpus_section(report: dict[str, Any], genes: int) -> str:
 def curve_section(metrics: dict[str, Any]) -> str:
     """How long it was trained, and the picture, as a part of the card."""
     training, settings = metrics["training"], metrics["settings"]
+    axes = metrics["data"]["cell_axes"]
     return "\n".join([
         "## Pretraining",
         "",
-        f"Recipe `mini`: {training['epochs']:.0f} passes over {metrics['cells']['train']:,} cells in "
-        f"{training['steps']:,} steps, {metrics['seconds'] / 60:.0f} minutes on one thread of a busy CPU; "
-        f"{settings['mlm_probability']:.0%} of a cell's expressed genes are asked for. Gene vectors: gene2vec on "
-        "the same corpus, brought to the scale of the other embeddings. Most of what can be known of a hidden gene is "
-        "the depth of its cell, which the cell's own commonest bin knows too: that baseline is the one to beat.",
+        f"Recipe `mini`. The gene table holds {axes['axes']} axes of cells, of {axes['genes']:,} genes, found without "
+        "labels: those in which the cells of a file differ from each other and not from their neighbours "
+        "(`training/cell_axes.py`). They are kept as they were found; what else there is learnt in "
+        f"{training['epochs']:.0f} pass over {metrics['cells']['train']:,} cells ({training['steps']:,} steps, "
+        f"{metrics['seconds'] / 60:.0f} minutes on one thread of a busy CPU): to tell the expression of the whole cell "
+        f"from its vector (cross-entropy {metrics['cell_loss']:.3f}; that of the corpus's mean cell "
+        f"{metrics['baseline_cell_loss']:.3f}), and {settings['mlm_probability']:.0%} of a cell's expressed genes that "
+        f"are hidden. There are no layers, so nothing of a hidden gene is known but which one it is: "
+        f"{metrics['masked_accuracy']:.1%} are guessed right, and always saying each gene's commonest bin gets "
+        f"{metrics['baseline_masked_accuracy']:.1%}. Do not use it to fill in genes.",
         "",
-        "![Loss and masked accuracy by step](learning_curve.png)",
+        "![Loss of the whole cell and masked accuracy by step](learning_curve.png)",
         "",
     ])  # fmt: skip
 

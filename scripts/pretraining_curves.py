@@ -5,12 +5,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-BLUE, RED, GREY = "#4477aa", "#cc6677", "#777777"
+RED, GREY = "#cc6677", "#777777"
 
 
 def plot_pretraining(metrics: dict[str, Any], path: str | Path) -> None:
     """
-    Loss and masked accuracy by step, each beside its baselines.
+    Loss of the whole cell and masked accuracy by step, each beside its baselines.
 
     Parameters
     ----------
@@ -22,10 +22,9 @@ def plot_pretraining(metrics: dict[str, Any], path: str | Path) -> None:
     history = metrics["training"]["history"]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
-    draw(losses, history, "loss", "training", BLUE)
-    draw(losses, history, "eval_loss", "validation", RED, marker="o")
-    line(losses, metrics["baseline_loss"], "each gene's shares of bins", "--")
-    losses.set_title("cross-entropy of hidden genes", fontsize=10)
+    draw(losses, history, "eval_cell_loss", "validation", RED, marker="o")
+    line(losses, metrics["baseline_cell_loss"], "the mean cell", "--")
+    losses.set_title("cross-entropy of the whole cell", fontsize=10)
     draw(accuracies, history, "eval_masked_accuracy", "validation", RED, marker="o")
     line(accuracies, metrics["baseline_masked_accuracy"], "each gene's commonest bin", "--")
     line(accuracies, metrics["cell_baseline_masked_accuracy"], "the cell's own commonest bin", ":")
