@@ -29,10 +29,10 @@ from scbert.protocols.cells import INPUT, LABEL
 MOST_CELLS = 2000
 MINI = "scbert-mini"
 INTRODUCTION = [
-    "`scbert embed` by `scbert-mini`, which was not fitted to these cells nor pretrained on them (for the half `report`, "
-    "pretrained anew without them), beside 50 components of each study's own most variable genes. Log-PCA keeps types "
-    "apart better in the mean, and by much in kinds of tissue of which the corpus has few cells; the pretrained axes are "
-    "ahead on some blood and brain, and mix batches better. Higher is better.",
+    "`scbert embed` by `scbert-mini`, which was neither fitted to these cells nor pretrained on them (for the half "
+    "`report`, pretrained anew without them), beside 50 components of each study's own most variable genes. Log-PCA "
+    "keeps types apart better in the mean, and by much in kinds of tissue of which the corpus has few cells; the "
+    "pretrained axes are ahead on some blood and brain, and mix batches better. Higher is better.",
     "",
 ]
 

@@ -30,6 +30,7 @@ from evidence_studies import HALVES, Study, Task, read_study
 from make_mini import write_card
 
 SHOTS, DRAWS, MOST_ASKED = (1, 5, 10, 20, 100), 10, 60
+FEWEST_STUDIES = 6
 WITH, WITHOUT = "pretrained", "not pretrained"
 TITLES = {"choose": "that the recipe's settings were chosen on", "report": "that chose nothing"}
 
@@ -108,7 +109,9 @@ def section(rows: list[dict[str, Any]]) -> str:
 
 
 def _shots(rows: list[dict[str, Any]]) -> list[int]:
-    return sorted({row["shots"] for row in rows})
+    """Those that enough studies for a test over them have been through."""
+    shots = [row["shots"] for row in rows]
+    return sorted(shot for shot in set(shots) if shots.count(shot) >= FEWEST_STUDIES)
 
 
 def line(shots: int, rows: list[dict[str, Any]]) -> str:
