@@ -57,7 +57,8 @@ def _unlabelled(taught: dict[str, Any]) -> str:
     if taught["gain"] is None:
         text += "; with one cell a type, whether that helps cannot be measured here"
     else:
-        text += f" (log-likelihood of held-out labelled cells {taught['gain']:+.3f} ± {taught['error']:.3f})"
+        sure = taught["gain"] > 2 * taught["error"]
+        text += f": on held-out labelled cells that {'is better' if sure else 'makes no clear difference'}"
     if taught["neighbours"] == "own":
         text += (
             f". The two kinds of cells can be told apart (AUC {taught['told_apart']:.2f}: another protocol or other "

@@ -109,6 +109,8 @@ def solve_classifier(
         probabilities, report = softmax(head.logits, axis=1), _report(head) | learnt
         if config.cell_vector_size:
             simulated = simulate(features, targets, folds, products, config.cell_vector_size, bar.update)
+        # types of few cells are not left out in turn
+        bar.update(bar.total - bar.n)
     layer = loaded.model.classifier.out_proj
     _fill(layer, weight=head.weights, bias=head.bias)
     config.unassigned_threshold = None
