@@ -5,11 +5,9 @@ The tables of what benchmarks/encoder_memory.py measured, put between the marker
 """
 
 import json
-import sys
-from pathlib import Path
 
 from encoder_memory import ENCODERS, NAMES
-from page_tables import put, table
+from page_tables import files_told, put, table
 
 
 def markdown(result: dict) -> str:
@@ -51,5 +49,5 @@ def seconds(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:3])
+    source, target = files_told(__doc__)
     put(markdown(json.loads(source.read_text(encoding="utf-8"))), "encoders", target)

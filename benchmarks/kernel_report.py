@@ -5,10 +5,8 @@ The table of what benchmarks/kernel_resources.py found, put between the markers 
 """
 
 import json
-import sys
-from pathlib import Path
 
-from page_tables import put, table
+from page_tables import files_told, put, table
 
 GPUS = {
     "sm_80": "A100",
@@ -52,5 +50,5 @@ def busiest(found: dict, dtype: str, kernel: str) -> str:
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:3])
+    source, target = files_told(__doc__)
     put(markdown(json.loads(source.read_text(encoding="utf-8"))), "kernels", target)

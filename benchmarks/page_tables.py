@@ -1,5 +1,6 @@
 """Tables of what was measured, between the markers of a page: `<!-- name:begin -->` and `<!-- name:end -->`."""
 
+import argparse
 from pathlib import Path
 
 
@@ -17,3 +18,12 @@ def put(text: str, name: str, page: Path) -> None:
     if not (begun and ended):
         raise SystemExit(f"{page} needs the markers {begin} and {end}.")
     page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def files_told(description: str) -> tuple[Path, Path]:
+    """Figures to read (JSON) and page to write, from the command line."""
+    parser = argparse.ArgumentParser(description=description.strip().partition("\n")[0])
+    parser.add_argument("figures", type=Path, help="JSON of the benchmark.")
+    parser.add_argument("page", type=Path, help="Markdown whose part between the markers is replaced.")
+    options = parser.parse_args()
+    return options.figures, options.page

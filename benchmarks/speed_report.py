@@ -5,7 +5,6 @@ Tables and plot of what benchmarks/speed.py measured, and the figures of docs/pe
 """
 
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from rich.table import Table
 
-from page_tables import put, table
+from page_tables import files_told, put, table
 
 
 def tables(results: dict) -> list[Table]:
@@ -127,5 +126,5 @@ def plot(results: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:3])
+    source, target = files_told(__doc__)
     put(markdown(json.loads(source.read_text())), "speed", target)

@@ -4,7 +4,7 @@ Whether a majority vote by Leiden clusters helps: half of each file is learnt fr
     python scripts/vote_effect.py pbmc.h5ad:cell_type tumour.h5ad:cell_type_major
 """
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -40,8 +40,11 @@ def effect(path: str, label_key: str, folder: Path) -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="vote_effect", description=__doc__.strip().partition("\n")[0])
+    parser.add_argument("cells", nargs="+", metavar="FILE.h5ad:LABEL_KEY", help="Labelled cells.")
+    options = parser.parse_args()
     print("| cells | each cell's own type | its group's | mixed groups |\n|---|---:|---:|---:|")
-    for argument in sys.argv[1:]:
+    for argument in options.cells:
         path, _, label_key = argument.partition(":")
         with tempfile.TemporaryDirectory() as folder:
             print("| " + " | ".join(effect(path, label_key, Path(folder))) + " |", flush=True)
