@@ -38,8 +38,6 @@ SHRINKAGE = 0.1
 FEWEST_CELLS = 50
 # a panel that shares fewer genes with pretrained vectors takes none
 FEWEST_GENES = 50
-# of a larger file as many are drawn
-MOST_CELLS = 5000
 
 
 @dataclass
@@ -95,7 +93,7 @@ def cell_axes(
     ((20, 2), True)
     """
     again = files if callable(files) else lambda: iter(files)
-    parts = [_moments(_drawn(cells)) for cells in again() if cells.shape[0] >= FEWEST_CELLS]
+    parts = [_moments(cells) for cells in again() if cells.shape[0] >= FEWEST_CELLS]
     if not parts:
         raise ValueError(f"Axes of cells need a file of {FEWEST_CELLS} cells or more.")
     weights = np.array([n for n, *_ in parts]) ** FILE_POWER
@@ -103,7 +101,7 @@ def cell_axes(
     variance = sum(w * v for w, (_, _, v) in zip(weights, parts))
     kept = np.sort(np.argsort(-variance, kind="stable")[:VARIABLE_GENES])
     kept = kept[variance[kept] > 0]
-    usable = (_centered(_drawn(cells), kept) for cells in again() if cells.shape[0] >= FEWEST_CELLS)
+    usable = (_centered(cells, kept) for cells in again() if cells.shape[0] >= FEWEST_CELLS)
     total, within = np.zeros((2, len(kept), len(kept)), dtype=np.float32)
     for weight, cells in zip(weights, usable):
         residual = cells - _means_of_neighbours(cells)
@@ -173,12 +171,6 @@ def axes_along(features: sp.csr_matrix, vectors: np.ndarray) -> Axes:
     center = np.asarray(features.mean(axis=0)).ravel()
     coordinates = (features @ vectors - center @ vectors).astype(np.float32)
     return Axes(coordinates, center, lambda coefficients: coefficients @ vectors.T)
-
-
-def _drawn(cells: sp.csr_matrix) -> sp.csr_matrix:
-    if cells.shape[0] <= MOST_CELLS:
-        return cells
-    return cells[np.sort(np.random.default_rng(0).permutation(cells.shape[0])[:MOST_CELLS])]
 
 
 def _moments(cells: sp.csr_matrix) -> tuple[int, np.ndarray, np.ndarray]:
