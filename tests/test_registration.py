@@ -64,6 +64,21 @@ def test_in_every_order_of_imports(order, tiny_config, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_transformers_reads_its_folders_once_and_lists_the_same(tmp_path):
+    ours = (
+        "import scbert, transformers.models; from transformers.utils import import_utils;"
+        "kept = import_utils.create_import_structure_from_path; found = kept.cache_info();"
+        "assert found.hits > 100, found;"
+    )
+    listing = "import transformers.models; print(sorted(dir(transformers)), sorted(dir(transformers.models)))"
+    shown = [
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
+        for script in (ours + listing, listing)
+    ]
+    assert shown[0].stdout == shown[1].stdout
+
+
 def test_public_names():
     assert set(scbert.__all__) <= set(dir(scbert))
     for name in scbert.__all__:

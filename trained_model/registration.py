@@ -4,6 +4,8 @@ Registering needs our classes, and those need torch: done in ``scbert/__init__.p
 scbert`` (and ``scbert --help``) take four seconds. So each registration waits for the module of transformers
 that it writes into: where that is imported already it happens at once, otherwise right after that import.
 Whoever can call ``AutoModel.from_pretrained`` has imported it.
+
+On the way, transformers reads its own 2,500 files once, and not twice: half a second of a short command.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -59,6 +62,16 @@ _REGISTRATIONS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "transformers.models.auto.tokenization_auto": ("..tokenization", _register_tokenizer),
     "transformers.pipelines": ("..modeling_scbert.pipeline_scbert", _register_pipelines),
 }
+
+
+def _list_folders_once(import_utils: ModuleType) -> None:
+    """Let transformers remember what it read in a folder of its models.
+
+    It remembers by path, and asks for the same folders by two: for its package and for its models (5.23).
+    """
+    read = getattr(import_utils, "create_import_structure_from_path", None)
+    if read is not None:
+        import_utils.create_import_structure_from_path = lru_cache(maxsize=None)(read)
 
 
 class _AfterImport(MetaPathFinder):
@@ -117,6 +130,8 @@ class _TellingLoader(Loader):
             self.loader.exec_module(module)
         finally:
             nesting.depth -= 1
+        if module.__name__ == "transformers.utils.import_utils":
+            _list_folders_once(module)
         if nesting.depth == 0:
             self.finder.register()
 
