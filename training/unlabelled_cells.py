@@ -54,8 +54,8 @@ NEIGHBOUR_AXES, NEIGHBOURS, SMOOTHED_GENES = 50, 15, 3000
 TOLD_APART, COMPARED_CELLS = 0.95, 2000
 # cells that are handed on, and the penalty and power of the regression that learns them
 SURE, HANDED_ON_PENALTY, HANDED_ON_POWER = 0.5, 30.0, 0.5
-# share of the labelled cells' own head in the end, where one of a type can be held out and where none can; and the share
-# of cells, in the mean over pairs of members, that both must give one type where none can
+# share of the labelled cells' own head in the end, where one of a type can be held out and where none can; and the
+# share of cells, in the mean over pairs of members, that both must give one type where none can
 OWN_SHARE, OWN_SHARE_UNJUDGED, AGREED = 0.5, 0.25, 0.65
 # a larger query is drawn from: more cells of it teach little more
 MAX_CELLS = 10_000
