@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from ..tokenization import InputError, align_genes
-from ..tokenization.cells_scbert import sample_rows
+from ..tokenization.cells_scbert import feature_modalities, sample_rows
 from ..tokenization.expression_scbert import (
     as_csr,
     check_values,
@@ -24,7 +24,6 @@ from ..tokenization.expression_scbert import (
     log1p_scale,
 )
 from .corpus_manifest import checksum
-from .modalities import feature_modalities
 from .quality_control import choose_cells, measure_cells
 from .read import CHUNK_SIZE, matrix_rows, opened_cells
 from .write_output import atomic_file

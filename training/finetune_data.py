@@ -14,7 +14,6 @@ from anndata import AnnData
 from ..data.cell_ontology import read_cell_ontology, read_terms
 from ..data.label_tree import tree_from_column, tree_from_ontology, tree_from_table
 from ..data.labels import cell_notes, choose_classes, find_labels, label_notes
-from ..data.modalities import feature_modalities
 from ..data.read import read_cells
 from ..data.splits import stratified_split
 from ..evaluation.baselines import log_normalize
@@ -26,6 +25,7 @@ from ..tokenization import (
     read_gene_panel,
     select_matrix,
 )
+from ..tokenization.cells_scbert import feature_modalities
 from ..tokenization.expression_scbert import as_csr
 from .finetune_arguments import FinetuneDataArguments
 from .initial_model import new_tokenizer

@@ -35,6 +35,6 @@ def test_files_are_read_without_the_model(module):
 
 
 def test_bins_need_numpy_and_scipy():
-    modules = ["cells_scbert", "expression_scbert", "gene_table_scbert", "genes_scbert", "sequences_scbert"]
+    modules = ["cells_scbert", "expression_scbert", "gene_table_scbert", "genes_scbert"]
     found = imported_by(*(f"scbert.tokenization.{module}" for module in modules))
     assert not found & (SLOW | {"anndata", "h5py", "pandas"})
