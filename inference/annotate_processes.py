@@ -30,8 +30,8 @@ from ..data.worker_processes import end_with_parent
 from ..data.write_output import atomic_file
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
-from ..trained_model.loaded_model import LoadedModel, load_model
-from ..trained_model.prediction import predict_probabilities
+from ..trained_model.model_folder import load_model
+from ..trained_model.prediction import LoadedModel, predict_probabilities
 from .query import CHUNK_SIZE, BinnedQuery, NewRows, name_genes, opened, progress_bar
 
 logger = logging.getLogger(__name__)

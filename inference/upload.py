@@ -20,7 +20,8 @@ from ..evaluation.baselines import log_normalize
 from ..evaluation.tables import TextTable
 from ..extras import require
 from ..tokenization import InputError, align_genes
-from ..trained_model.loaded_model import LoadedModel, load_model
+from ..trained_model.model_folder import load_model
+from ..trained_model.prediction import LoadedModel
 from .annotate_cells import annotate_file
 from .assignment import assign
 from .expression_pca import expression_kind, take_rows

@@ -22,8 +22,8 @@ from ..evaluation.tables import TextTable
 from ..inference.query import BinnedQuery
 from ..inference.shipped import model_or_shipped
 from ..tokenization import InputError, ScBertTokenizer, gene_names_of, select_matrix
-from ..trained_model.loaded_model import LoadedModel, load_model
-from ..trained_model.prediction import predict_cells
+from ..trained_model.model_folder import load_model
+from ..trained_model.prediction import LoadedModel, predict_cells
 from .deletion import deletion_test, verdict
 from .enrichment import enrich_by_type
 from .explain_types import GRADIENTS, choose_cells, explanations, mean_by_type

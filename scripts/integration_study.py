@@ -26,8 +26,7 @@ from scbert.protocols.folds import groups_of
 from scbert.protocols.methods import write_ablation
 from scbert.protocols.run import RESULTS
 from scbert.protocols.scores import finite
-from scbert.trained_model.loaded_model import load_model
-from scbert.trained_model.model_folder import versions
+from scbert.trained_model.model_folder import load_model, versions
 from scbert.trained_model.prediction import predict_cells
 from study_frame import run_study, study_parser
 

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel, TrainerState, set_seed
 from ..data.check_paths import check_output_folder
 from ..evaluation.calibration import conformal_quantiles
 from ..tokenization import InputError
-from ..trained_model.loaded_model import LoadedModel
-from ..trained_model.prediction import predict_cells
+from ..trained_model.prediction import LoadedModel, predict_cells
 from .cell_axes import pretrained_vectors
 from .cell_batches import CellDataset
 from .finetune_arguments import (

@@ -10,8 +10,7 @@ from scipy.special import expit, softmax
 from tqdm.auto import tqdm
 
 from ..tokenization import InputError
-from ..trained_model.loaded_model import LoadedModel
-from ..trained_model.prediction import predict
+from ..trained_model.prediction import LoadedModel, predict
 from .cell_axes import axes_along
 from .logistic_head import SolvedHead, cross_folds, n_fits, solve_head
 from .novelty_head import (

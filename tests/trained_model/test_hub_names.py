@@ -4,7 +4,7 @@ import pytest
 
 from scbert.tokenization import InputError
 from scbert.trained_model import model_folder
-from scbert.trained_model.loaded_model import load_model
+from scbert.trained_model.model_folder import load_model
 
 
 def test_a_hub_id_is_downloaded_without_its_code(monkeypatch, tmp_path):
