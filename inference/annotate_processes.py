@@ -30,7 +30,7 @@ from ..data.worker_processes import end_with_parent
 from ..data.write_output import atomic_file
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
-from ..trained_model.model_folder import load_model
+from ..trained_model.model_folder import find_model, load_model
 from ..trained_model.prediction import LoadedModel, predict_probabilities
 from .query import CHUNK_SIZE, BinnedQuery, NewRows, name_genes, opened, progress_bar
 
@@ -244,6 +244,7 @@ def sharded_prediction(
     processes = 1 if processes is None else processes
     if processes < 1:
         raise InputError(f"The number of processes must be 1 or more; found {processes}.")
+    model = find_model(model)
     stamps = [[Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in (query, model)]
     table = None if gene_table is None else str(gene_table)
     run = ShardedRun(

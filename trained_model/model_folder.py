@@ -23,7 +23,8 @@ from .prediction import LoadedModel
 
 logger = logging.getLogger(__name__)
 
-SHIPPED = Path(__file__).parents[1] / "model_cards"
+# the folders of the models that ship
+SHIPPED_MODELS = Path(__file__).parents[1] / "model_cards"
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -58,8 +59,12 @@ def find_model(model: str | Path) -> Path:
     gene panel are fetched: code of a repository is neither needed nor run.
     """
     folder = Path(model)
-    if not folder.exists() and folder.name == str(model) and (SHIPPED / folder / "config.json").is_file():
-        return SHIPPED / folder
+    if (
+        not folder.exists()
+        and folder.name == str(model)
+        and (SHIPPED_MODELS / folder / "config.json").is_file()
+    ):
+        return SHIPPED_MODELS / folder
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) or folder.parent.is_dir():
         return folder
     try:
