@@ -9,21 +9,14 @@ speakers, Hatch et al. 2006). All is linear in the expression: one vector for a 
 genes' vectors, each times its expression bin.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
-from safetensors import safe_open
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.extmath import randomized_svd
 
-from ..tokenization import InputError, align_genes
-from ..trained_model.model_folder import check_model_folder, find_model, load_tokenizer
-from .principal_axes import Axes
-
-WEIGHTS, TABLE = "model.safetensors", "embeddings.gene_embeddings.weight"
 # genes that axes are made of, by variance within the files; the others have no vector
 VARIABLE_GENES = 4000
 # axes of the pooled cells, among which the discriminating ones are looked for
@@ -36,8 +29,6 @@ FILE_POWER = 0.5
 SHRINKAGE = 0.1
 # a file needs so many cells, or there is no neighbourhood
 FEWEST_CELLS = 50
-# a panel that shares fewer genes with pretrained vectors takes none
-FEWEST_GENES = 50
 
 
 @dataclass
@@ -112,65 +103,6 @@ def cell_axes(
     vectors[kept] = loadings
     mean = sum(w * m for w, (_, m, _) in zip(weights, parts))
     return CellAxes(vectors, (mean @ vectors).astype(np.float32), spread)
-
-
-def pretrained_vectors(model: str | Path, panel: Sequence[str]) -> np.ndarray | None:
-    """
-    Vectors of the genes of a panel by a pretrained model, [genes, hidden], zeros for those it does not know.
-
-    Parameters
-    ----------
-    model
-        With ``pooling="cell"``: a folder, a name on the Hub, or ``"scbert-mini"``, which ships.
-    panel
-        Gene symbols.
-
-    Returns
-    -------
-    numpy.ndarray or None
-        float32; None where fewer than `FEWEST_GENES` genes have a vector.
-
-    Raises
-    ------
-    InputError
-        If the model's gene table holds no axes of cells.
-    """
-    folder = find_model(model)
-    if check_model_folder(folder).get("pooling") != "cell" or not (folder / WEIGHTS).is_file():
-        raise InputError(
-            f'{model} holds no axes of cells in its gene table; a model pretrained with pooling "cell" was needed, '
-            f"such as scbert-mini, its weights in one file ({WEIGHTS})."
-        )
-    # the table alone: nothing else of the model is used
-    with safe_open(folder / WEIGHTS, "pt") as weights:
-        names = weights.keys()
-        table = weights.get_tensor(next(name for name in names if name.endswith(TABLE))).float().numpy()
-    places = align_genes(list(panel), load_tokenizer(folder).gene_panel).target
-    vectors = np.where(places[:, None] >= 0, table[places], 0).astype(np.float32)
-    return vectors if vectors.any(axis=1).sum() >= FEWEST_GENES else None
-
-
-def axes_along(features: sp.csr_matrix, vectors: np.ndarray) -> Axes:
-    """
-    Coordinates of cells along axes that were found elsewhere.
-
-    Parameters
-    ----------
-    features
-        [cells, genes], and behind the genes what no vector is of.
-    vectors
-        Of the genes, [genes, axes].
-
-    Examples
-    --------
-    >>> cells = sp.csr_matrix(np.array([[0.0, 1.0], [2.0, 1.0]]))
-    >>> axes_along(cells, np.array([[1.0], [0.0]])).coordinates.ravel().tolist()
-    [-1.0, 1.0]
-    """
-    vectors = np.pad(vectors, ((0, features.shape[1] - len(vectors)), (0, 0)))
-    center = np.asarray(features.mean(axis=0)).ravel()
-    coordinates = (features @ vectors - center @ vectors).astype(np.float32)
-    return Axes(coordinates, center, lambda coefficients: coefficients @ vectors.T)
 
 
 def _moments(cells: sp.csr_matrix) -> tuple[int, np.ndarray, np.ndarray]:

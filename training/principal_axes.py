@@ -1,4 +1,4 @@
-"""Principal axes of cells: few coordinates in which ridge regression is the same as on all genes, or nearly."""
+"""Axes of cells: few principal ones in which ridge regression is as on all genes, or nearly; or such as are given."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ SMALLEST_EIGENVALUE = 1e-5
 @dataclass
 class Axes:
     """
-    Coordinates of cells along principal axes, and the way back to weights of genes.
+    Coordinates of cells along axes, and the way back to weights of genes.
 
     Attributes
     ----------
     coordinates
-        float32 [cells, rank], the largest axis first; of cells that the axes are not of as well.
+        float32 [cells, rank], the largest principal axis first; of cells that the axes are not of as well.
     center
         Mean of the features of the cells that the axes are of, [genes].
     to_genes
@@ -95,6 +95,29 @@ def axes_and_products(features: sp.csr_matrix) -> tuple[Axes, np.ndarray | None]
         return axes_of_cells(features), None
     products = inner_products(features)
     return axes_by_products(products, features, np.ones(features.shape[0], dtype=bool)), products
+
+
+def axes_along(features: sp.csr_matrix, vectors: np.ndarray) -> Axes:
+    """
+    Coordinates of cells along axes that were found elsewhere.
+
+    Parameters
+    ----------
+    features
+        [cells, genes], and behind the genes what no vector is of.
+    vectors
+        Of the genes, [genes, axes].
+
+    Examples
+    --------
+    >>> cells = sp.csr_matrix(np.array([[0.0, 1.0], [2.0, 1.0]]))
+    >>> axes_along(cells, np.array([[1.0], [0.0]])).coordinates.ravel().tolist()
+    [-1.0, 1.0]
+    """
+    vectors = np.pad(vectors, ((0, features.shape[1] - len(vectors)), (0, 0)))
+    center = np.asarray(features.mean(axis=0)).ravel()
+    coordinates = (features @ vectors - center @ vectors).astype(np.float32)
+    return Axes(coordinates, center, lambda coefficients: coefficients @ vectors.T)
 
 
 def axes_by_products(

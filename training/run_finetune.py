@@ -19,7 +19,6 @@ from ..data.check_paths import check_output_folder
 from ..evaluation.calibration import conformal_quantiles
 from ..tokenization import InputError
 from ..trained_model.prediction import LoadedModel, predict_cells
-from .cell_axes import pretrained_vectors
 from .cell_batches import CellDataset
 from .finetune_arguments import (
     FINETUNE,
@@ -37,6 +36,7 @@ from .initial_model import (
     freeze_whole_encoder,
     load_base,
     new_model,
+    pretrained_vectors,
 )
 from .run_folder import finish, run_folder
 from .run_summary import (

@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 
 from ..tokenization import InputError
 from ..trained_model.prediction import LoadedModel, predict
-from .cell_axes import axes_along
 from .logistic_head import SolvedHead, cross_folds, n_fits, solve_head
 from .novelty_head import (
     MAX_LEFT_OUT,
@@ -22,7 +21,7 @@ from .novelty_head import (
     simulate,
     whitened,
 )
-from .principal_axes import Axes, axes_and_products
+from .principal_axes import Axes, axes_along, axes_and_products
 
 
 @dataclass
@@ -72,7 +71,7 @@ def solve_classifier(
     unlabelled
         Bins of cells without labels to learn from as well, [others, panel].
     gene_vectors
-        Of the panel, [panel, axes], by pretraining; see `cell_axes.pretrained_vectors`. One of the regressions then
+        Of the panel, [panel, axes], by pretraining; see `initial_model.pretrained_vectors`. One of the regressions then
         goes along these axes, and not along the principal ones of the cells.
 
     Raises

@@ -8,8 +8,9 @@ from anndata import AnnData
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
 from scbert.tokenization import InputError
 from scbert.trained_model.model_folder import find_model, load_tokenizer, save_model
-from scbert.training.cell_axes import FEWEST_CELLS, axes_along, cell_axes, pretrained_vectors
-from scbert.training.initial_model import start_cell
+from scbert.training.cell_axes import FEWEST_CELLS, cell_axes
+from scbert.training.initial_model import pretrained_vectors, start_cell
+from scbert.training.principal_axes import axes_along
 from scbert.training.run_finetune import finetune
 
 N_GENES = 200
