@@ -105,14 +105,14 @@ def build_model(
         data.report["gene_vectors"] = {
             "assigned": report.assigned, "initialised": report.initialised, "unused": report.unused,
         }  # fmt: skip
-    if arguments.cell_axes:
+    if arguments.n_cell_axes:
         # read by those who need it only
         from .cell_axes import cell_axes
 
         try:
-            axes = cell_axes(data.cells_by_file, arguments.cell_axes)
+            axes = cell_axes(data.cells_by_file, arguments.n_cell_axes)
         except ValueError as error:
-            raise InputError(f"{error} Leave cell_axes out, or add cells.") from error
+            raise InputError(f"{error} Leave n_cell_axes out, or add cells.") from error
         start_cell(model, axes.vectors, axes.center)
         n_genes = int(axes.vectors.any(axis=1).sum())
         logger.info(
