@@ -13,10 +13,9 @@ import numpy as np
 import pandas as pd
 
 from ..data.labels import UNASSIGNED
-from ..data.read import matrix_rows
+from ..data.read import log_normalize, matrix_rows
 from ..data.write_h5ad import atomic_copy_h5ad
 from ..data.write_output import atomic_path
-from ..evaluation.baselines import log_normalize
 from ..evaluation.tables import TextTable
 from ..extras import require
 from ..tokenization import InputError, align_genes

@@ -14,9 +14,8 @@ from anndata import AnnData
 from ..data.cell_ontology import read_cell_ontology, read_terms
 from ..data.label_tree import tree_from_column, tree_from_ontology, tree_from_table
 from ..data.labels import cell_notes, choose_classes, find_labels, label_notes
-from ..data.read import read_cells
+from ..data.read import log_normalize, read_cells
 from ..data.splits import stratified_split
-from ..evaluation.baselines import log_normalize
 from ..tokenization import (
     InputError,
     ScBertTokenizer,

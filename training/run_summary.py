@@ -12,7 +12,7 @@ import torch
 from scipy.stats import t as student_t
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from ..evaluation.baselines import log_normalize
+from ..data.read import log_normalize
 from ..evaluation.calibration import (
     choose_threshold,
     conformal_quantiles,
