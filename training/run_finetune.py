@@ -27,7 +27,7 @@ from .finetune_arguments import (
     FinetuneTrainingArguments,
 )
 from .finetune_data import FinetuneData, load_data
-from .finetune_trainer import build_trainer
+from .finetune_trainer import build_trainer, calibrated
 from .frozen_layer_cache import cached_frozen_layers
 from .initial_model import (
     base_tokenizer,
@@ -41,14 +41,13 @@ from .initial_model import (
 from .run_folder import finish, run_folder
 from .run_summary import (
     TunedModel,
-    calibrated,
     draw_figures,
     judged_cells,
+    log_summary,
     score_baseline,
     score_splits,
     summarise,
 )
-from .run_words import log_summary
 from .settings import SHORT_NAMES, parse, parse_command_line
 from .solved_head import solve_classifier
 
