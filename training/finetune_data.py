@@ -328,7 +328,9 @@ def _assign_splits(
     if given is None:
         chosen = np.flatnonzero(targets >= 0)
         test = 0.0 if data.test else data.test_fraction
-        assigned[chosen] = stratified_split(targets[chosen], test, validation, seed=seed)
+        assigned[chosen] = "train"
+        if test or validation:
+            assigned[chosen] = stratified_split(targets[chosen], test, validation, seed=seed)
         return assigned
     assigned[targets >= 0] = given[targets >= 0]
     if not validate:
