@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from anndata import AnnData
 
-from ..data.write_output import partial_folder
+from ..data.paths import partial_folder
 from ..inference.annotate_cells import annotate
 from ..inference.embed_cells import embed
 from ..inference.shipped import model_or_shipped

@@ -24,9 +24,9 @@ from ..tokenization.expression_scbert import (
     log1p_scale,
 )
 from .corpus_manifest import checksum
+from .paths import atomic_file
 from .quality_control import choose_cells, measure_cells
 from .read import CHUNK_SIZE, matrix_rows, opened_cells
-from .write_output import atomic_file
 
 LISTS = {"gene_ids": pa.list_(pa.int32()), "values": pa.list_(pa.float32())}
 NAMES = {"cell": pa.string(), "file": pa.string()}

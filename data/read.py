@@ -26,8 +26,8 @@ from ..tokenization import (
 )
 from ..tokenization.cells_scbert import check_shape, other_sources
 from ..tokenization.expression_scbert import as_csr, check_values
-from .check_paths import check_cells_path, is_zarr
 from .modalities import read_mudata
+from .paths import check_cells_path, is_zarr
 from .read_10x import read_10x_folder, read_10x_h5
 
 CHUNK_SIZE = 4096

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ..data.check_paths import ANNOTATION_FORMATS, check_output_path
 from ..data.labels import UNASSIGNED
+from ..data.paths import ANNOTATION_FORMATS, check_output_path
 from ..data.read import read_cells
 from ..data.read_backed import BackedCells
 from ..modeling_scbert import ScBertForCellClassification

@@ -25,9 +25,9 @@ import torch
 from accelerate import PartialState
 
 from ..data.disk_matrix import DiskMatrix
+from ..data.paths import atomic_file
 from ..data.read import matrix_rows
 from ..data.worker_processes import end_with_parent
-from ..data.write_output import atomic_file
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
 from ..trained_model.model_folder import find_model, load_model

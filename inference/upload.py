@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from ..data.labels import UNASSIGNED
+from ..data.paths import atomic_path
 from ..data.read import log_normalize, matrix_rows
 from ..data.write_h5ad import atomic_copy_h5ad
-from ..data.write_output import atomic_path
 from ..evaluation.tables import TextTable
 from ..extras import require
 from ..tokenization import InputError, align_genes

@@ -14,10 +14,9 @@ import pandas as pd
 import scipy.sparse as sp
 from rich.console import Console
 
-from ..data.check_paths import check_output_folder
+from ..data.paths import check_output_folder, partial_folder
 from ..data.read import read_cells
 from ..data.write_h5ad import atomic_write_h5ad
-from ..data.write_output import partial_folder
 from ..evaluation.tables import TextTable
 from ..inference.query import BinnedQuery
 from ..inference.shipped import model_or_shipped

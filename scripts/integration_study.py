@@ -16,8 +16,8 @@ import anndata
 import numpy as np
 
 from integration_metrics import integration_metrics
+from scbert.data.paths import partial_folder
 from scbert.data.read import log_normalize
-from scbert.data.write_output import partial_folder
 from scbert.evaluation.embedding_plot import plot_embedding, umap_of
 from scbert.evaluation.tables import TextTable
 from scbert.extras import require

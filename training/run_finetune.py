@@ -15,7 +15,7 @@ from typing import Any
 from anndata import AnnData
 from transformers import PreTrainedModel, TrainerState, set_seed
 
-from ..data.check_paths import check_output_folder
+from ..data.paths import check_output_folder
 from ..evaluation.calibration import conformal_quantiles
 from ..tokenization import InputError
 from ..trained_model.prediction import LoadedModel, predict_cells

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..data.check_paths import check_output_path, is_10x_folder
 from ..data.corpus_manifest import is_corpus
 from ..data.corpus_stream import CorpusPart, corpus_parts
+from ..data.paths import check_output_path, is_10x_folder
 from ..data.read import read_cells, read_gene_names
 from ..tokenization import (
     InputError,

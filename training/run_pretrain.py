@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from ..data.check_paths import check_output_folder
+from ..data.paths import check_output_folder
 from ..tokenization import InputError
 from ..trained_model.model_folder import quiet_transformers, versions
 from .gene2vec import assign_gene_vectors, load_gene_vectors
