@@ -121,7 +121,7 @@ def explain_file(
     types = np.array(labels, dtype=object)[predicted]
     with partial_folder(output, overwrite, marker=RESULTS) as folder:
         try:
-            tables = write_tables(folder, per_type, tokenizer, n_top, known, names, gene_sets)
+            tables = write_tables(folder, per_type, n_top, known, names, gene_sets)
             tables["de_agreement"] = write_agreement(folder, per_type, adata, types, label_key, layer, input)
             write_pictures(folder, found, per_type, part, targets, labels, tokenizer, n_top)
             deleted.to_csv(folder / "deletion_test.csv", index=False)
@@ -154,7 +154,6 @@ def explain_file(
 def write_tables(
     folder: Path,
     per_type: dict[str, pd.DataFrame],
-    tokenizer: ScBertTokenizer,
     n_top: int,
     markers: dict[str, list[str]] | None,
     marker_names: dict[str, Any] | None,

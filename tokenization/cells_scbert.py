@@ -270,10 +270,10 @@ def encode_expressed(bins, width=None):
     return {"input_ids": input_ids, "gene_ids": gene_ids, "attention_mask": attention_mask}
 
 
-def subsample(bins, max_length, seed=0, generator=None):
+def subsample(bins, max_length, seed=0):
     """Rows cut to ``max_length - 1`` random genes, in panel order: the trailing token needs a place too.
 
-    The subset depends on the cell and `seed` alone, or is drawn anew by a `generator`.
+    The subset depends on the cell and `seed` alone.
     """
     if max_length is None or np.diff(bins.indptr).max(initial=0) < max_length:
         return bins
@@ -281,7 +281,7 @@ def subsample(bins, max_length, seed=0, generator=None):
     for start, stop in zip(bins.indptr[:-1], bins.indptr[1:]):
         excess = stop - start - (max_length - 1)
         if excess > 0:
-            rng = generator or _cell_generator(bins.indices[start:stop], bins.data[start:stop], seed)
+            rng = _cell_generator(bins.indices[start:stop], bins.data[start:stop], seed)
             kept[start + rng.choice(stop - start, excess, replace=False)] = False
     return keep_values(bins, kept)
 

@@ -352,16 +352,14 @@ class ScBertTokenizer(PreTrainedTokenizer):
 
     # bins to batches
 
-    def encode_bins(self, bins, generator=None):
+    def encode_bins(self, bins):
         """Dense arrays of a batch of binned cells.
 
         Parameters
         ----------
         bins : scipy.sparse.csr_matrix [cells, panel]
-            Rows of what `bin_cells` returns.
-        generator : numpy.random.Generator, optional
-            Draws a new random subset of cells longer than `max_length` at every call; without it the subset
-            depends on the cell and `seed` alone.
+            Rows of what `bin_cells` returns. Of a cell longer than `max_length`, the random subset depends on the cell
+            and `seed` alone.
 
         Returns
         -------
@@ -370,9 +368,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
             [cells, longest]; with modalities also ``modality_ids``. Pads and the trailing token have gene id
             ``len(gene_panel)``.
         """
-        return self._encode(
-            bins if self.keep_zeros else subsample(bins, self.max_length, self.seed, generator)
-        )
+        return self._encode(bins if self.keep_zeros else subsample(bins, self.max_length, self.seed))
 
     def _encode(self, bins, width=None):
         encoded = encode_every_gene(bins) if self.keep_zeros else encode_expressed(bins, width)
