@@ -288,7 +288,10 @@ def _say_learnt(summary: dict[str, Any]) -> str:
 def _say_unlabelled(taught: dict[str, Any]) -> str:
     others = f"{taught['cells']:,} cells without labels"
     if not taught["kept"]:
-        return f"What {others} taught was left out: held-out labelled cells were better off without it."
+        why = "held-out labelled cells were better off without it"
+        if taught["gain"] is None:
+            why = f"ways to use them agree on {taught['agreement']:.0%} only, and no type has a second cell to judge by"
+        return f"What {others} taught was left out: {why}."
     text = f"Learnt from {others} as well"
     if taught["gain"] is None:
         text += "; with one cell a type, whether that helps cannot be measured here"

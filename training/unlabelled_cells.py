@@ -9,14 +9,16 @@ of regressions, as in `logistic_head`, each with the share that it is worth on l
 - the genes as they are, and pretrained axes, which need no other cells.
 
 The averaged probabilities are then handed on: a regression on the genes learns the labelled cells and those of the
-others that the average is sure of (self-training, with the average as the teacher). So the model stays what it is
-without them, one weight for a gene and type, and answers for a cell no matter which others it comes with.
+others that the average is sure of (self-training, with the average as the teacher), and its weights are averaged with
+those of the labelled cells alone, which halves what a wrong teacher does. So the model stays what it is without them,
+one weight for a gene and type, and answers for a cell no matter which others it comes with.
 
 Where the two kinds of cells can be told apart (another protocol, cells and nuclei), neighbours are looked for among
-cells of the same kind only. Where held-out labelled cells were better off without all this, it is left.
+cells of the same kind only. Where held-out labelled cells were better off without all this, it is left; so it is where
+no cell can be held out, one of a type, and the members contradict each other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,9 @@ NEIGHBOUR_AXES, NEIGHBOURS, SMOOTHED_GENES = 50, 15, 3000
 TOLD_APART, COMPARED_CELLS = 0.95, 2000
 # cells that are handed on, and the penalty and power of the regression that learns them
 SURE, HANDED_ON_PENALTY, HANDED_ON_POWER = 0.5, 30.0, 0.5
+# mean probability, over cells and members, of the type that the other members name: below it nothing is handed on where
+# no labelled cell can judge
+AGREED = 0.5
 # a larger query is drawn from: more cells of it teach little more
 MAX_CELLS = 10_000
 
@@ -86,7 +91,7 @@ def learn_from_all(
     report : dict
         ``cells``; ``told_apart``, the area under the curve of telling the two kinds apart; ``neighbours``, "all" or
         "own"; ``gain`` of log-likelihood per held-out cell, with its standard ``error`` (None where there is no cell
-        to tell by); ``kept``.
+        to tell by); ``agreement`` of the members on the other cells; ``kept``.
 
     Examples
     --------
@@ -124,20 +129,30 @@ def learn_from_all(
         members.append(_logits_of_all(alone[POWERS.index(0.0)], unlabelled))
         expected.append(LOG_TEMPERATURE_ALONG_AXES)
     logits, mixture = average_logits([member[:, :n_labelled] for member in members], targets, folds, expected)
+    logits = (log_softmax(logits, axis=1) + log_softmax(without.logits, axis=1)) / 2
     gain, error = likelihood_gain(without.logits, logits, targets)
-    kept = gain is None or gain > -error
+    asked = [member[:, n_labelled:] for member in members]
+    agreement = agreement_of(
+        [
+            softmax(member[place] / temperature, axis=1)
+            for member, place, temperature in zip(asked, mixture.places, mixture.temperatures)
+        ]
+    )
+    kept = agreement > AGREED if gain is None else gain > -error
     report = {
         "cells": unlabelled.shape[0],
         "told_apart": told_apart,
         "neighbours": "own" if own else "all",
         "gain": gain,
         "error": error,
+        "agreement": agreement,
         "kept": kept,
     }
     if not kept:
         return without, report
-    probabilities = softmax(mixture.logits([member[:, n_labelled:] for member in members]), axis=1)
+    probabilities = softmax(mixture.logits(asked), axis=1)
     weights, bias = handed_on(features, targets, unlabelled, probabilities, n_classes)
+    weights, bias = (weights + without.weights) / 2, (bias + without.bias) / 2
     shares = {name: float(share) for name, share in zip(MEMBER_NAMES, mixture.shares)}
     penalties = {name: PENALTIES[place] for name, place in zip(MEMBER_NAMES, mixture.places)}
     return SolvedHead(weights, bias, logits, shares, penalties, mixture.temperature), report
@@ -242,6 +257,26 @@ def likelihood_gain(
     ]
     difference = gains[1] - gains[0]
     return float(difference.mean()), float(difference.std(ddof=1) / len(judged) ** 0.5)
+
+
+def agreement_of(probabilities: Sequence[np.ndarray]) -> float:
+    """
+    Mean probability that two members, drawn apart, give a cell the same type.
+
+    Parameters
+    ----------
+    probabilities
+        Of each member, [cells, types].
+
+    Examples
+    --------
+    >>> sure, other = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
+    >>> agreement_of([sure, sure, sure]), round(agreement_of([sure, sure, other]), 2)
+    (1.0, 0.33)
+    """
+    together, n = sum(probabilities), len(probabilities)
+    itself = sum((member**2).sum(axis=1) for member in probabilities)
+    return float((((together**2).sum(axis=1) - itself) / (n * (n - 1))).mean())
 
 
 def handed_on(

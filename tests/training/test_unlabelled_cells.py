@@ -106,6 +106,37 @@ def test_one_cell_a_type_is_enough(cells):
     assert accuracy(taught, others, types) > 0.5
 
 
+def test_members_that_contradict_each_other_teach_nothing_without_a_judge(cells):
+    """Of cells that are noise, the members say as many things as they are; one labelled cell a type cannot judge."""
+    labelled, targets, _, _ = cells
+    noise = sp.csr_matrix(
+        np.random.default_rng(5).poisson(2.0, size=(400, labelled.shape[1])), dtype=np.float32
+    )
+    folds = cross_folds(targets[:4])
+    taught, report = learn_from_all(labelled[:4], targets[:4], noise, N_TYPES, folds)
+    assert report["gain"] is None and report["agreement"] < 0.5 and not report["kept"]
+    np.testing.assert_array_equal(
+        taught.weights, solve_head(labelled[:4], targets[:4], N_TYPES, folds).weights
+    )
+
+
+def test_what_is_handed_on_is_averaged_with_the_labelled_cells_own(cells):
+    labelled, targets, others, _ = cells
+    folds = cross_folds(targets)
+    alone = solve_head(labelled, targets, N_TYPES, folds)
+    seen = {}
+
+    def keep(*given):
+        seen["head"] = handed_on(*given)
+        return seen["head"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unlabelled_cells, "handed_on", keep)
+        taught, _ = learn_from_all(labelled, targets, others, N_TYPES, folds)
+    for ours, theirs, both in zip((alone.weights, alone.bias), seen["head"], (taught.weights, taught.bias)):
+        np.testing.assert_allclose(both, (ours + theirs) / 2, rtol=1e-6)
+
+
 def test_a_large_query_is_drawn_from(cells, monkeypatch):
     monkeypatch.setattr(unlabelled_cells, "MAX_CELLS", 100)
     labelled, targets, others, _ = cells
