@@ -22,10 +22,9 @@ from ..tokenization import (
     normalize_expression,
     read_gene_panel,
     select_matrix,
-    to_counts_scale,
 )
 from ..tokenization.cells_scbert import check_shape, other_sources
-from ..tokenization.expression_scbert import as_csr, check_values
+from ..tokenization.expression_scbert import as_csr, check_values, expm1, log1p_scale
 from .modalities import read_mudata
 from .paths import check_cells_path, is_zarr
 from .read_10x import read_10x_folder, read_10x_h5
@@ -213,6 +212,26 @@ def log_normalize(adata: Any, layer: str | None = None, input: str = "auto") -> 
         counts.data = np.log1p(counts.data).astype(np.float32)
         return counts, unique
     return normalize_expression(counts, target_sum=1e4, log_base=math.e), unique
+
+
+def to_counts_scale(csr, kind, target_sum=1e4):
+    """Values on the scale of counts, whatever `kind` they came in.
+
+    Parameters
+    ----------
+    csr : scipy.sparse.csr_matrix [cells, genes]
+    kind : str
+        ``"counts"`` (returned as they are) or ``"log1p"`` (``expm1`` of them, in float64).
+    target_sum : float
+        For ``"log1p"``: rows are rescaled to it if they share another sum.
+    """
+    if kind == "counts":
+        return csr
+    values = expm1(csr)
+    scale = log1p_scale(csr, target_sum)
+    if scale not in (None, target_sum):
+        values.data *= target_sum / scale
+    return values
 
 
 def row_blocks(n_rows):

@@ -20,8 +20,9 @@ DEFAULT_PENALTY = 3.0
 # rises with the power, and of the log penalty
 LOG_TEMPERATURE_MEAN, LOG_TEMPERATURE_BY_POWER, LOG_TEMPERATURE_BY_PENALTY = -1.3, 0.45, -0.2
 LOG_TEMPERATURE_SD, LOG_PENALTY_SD = 0.6, 3.0
-# the former's mean, of a regression along pretrained axes: there are few, and it overfits less
-LOG_TEMPERATURE_ALONG_AXES = -0.3
+# the former's mean, of a regression along pretrained axes: low where they hold at least `ALIKE` of what differs between
+# the cells (they are few, and see the types at once), high where the cells are of a kind that was not pretrained on
+LOG_TEMPERATURE_ALIKE, LOG_TEMPERATURE_FOREIGN, ALIKE = -1.0, 1.0, 1 / 3
 # weight of equal shares, in cells
 SHARES_PRIOR = 3.0
 # where the label is chosen and not the confidence, cells are weighed by this power of one over the cells of their

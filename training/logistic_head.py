@@ -5,8 +5,10 @@ The features of a cell are one number per gene (its expression bin, read along t
 lie on). Several ridge-penalised multinomial regressions see them, which differ in one thing: how much the penalty
 spares the genes that tell the classes apart. With r the ratio of a gene's variance between classes to that within
 them, a gene is scaled by r^(power / 2) before the fit; power 0 is plain ridge regression, power 1 comes close to a
-choice of genes. What each is worth is measured on cells that it did not learn from, and their logits are averaged
-accordingly (stacking, Wolpert 1992). All are linear in the same features, so the average is one head.
+choice of genes. Another goes along pretrained axes, if there are any: in the place of plain ridge regression where
+they hold much of what differs between the cells, and beside it where they do not. What each is worth is measured on
+cells that it did not learn from, and their logits are averaged accordingly (stacking, Wolpert 1992). All are linear in
+the same features, so the average is one head.
 
 Every labelled cell is learnt from in the end: the folds only choose penalties, shares and temperature, and give the
 logits that scores are taken from.
@@ -14,7 +16,7 @@ logits that scores are taken from.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,9 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from .averaging import (
-    LOG_TEMPERATURE_ALONG_AXES,
+    ALIKE,
+    LOG_TEMPERATURE_ALIKE,
+    LOG_TEMPERATURE_FOREIGN,
     LOWEST_LOGIT,
     PENALTIES,
     average_logits,
@@ -33,6 +37,7 @@ from .averaging import (
 from .principal_axes import MANY_CELLS, Axes, axes_of_cells
 
 POWERS = (0.0, 0.5, 1.0)
+PRETRAINED = "pretrained axes"
 # genes that a scaled fit sees, and axes of them: beyond these, scales are so small that they only cost time
 # (half as many where there are many cells)
 SCALED_GENES = 4000
@@ -56,7 +61,7 @@ class SolvedHead:
     logits
         Of every cell, float64 [cells, classes], by fits, shares and a temperature that it had no part in.
     shares, penalties
-        Of each member of the average, by its power.
+        Of each member of the average, by its name.
     temperature
         What the averaged logits were divided by.
     """
@@ -64,9 +69,22 @@ class SolvedHead:
     weights: np.ndarray
     bias: np.ndarray
     logits: np.ndarray
-    shares: dict[float, float] = field(default_factory=dict)
-    penalties: dict[float, float] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+    penalties: dict[str, float] = field(default_factory=dict)
     temperature: float = 1.0
+
+
+@dataclass
+class PretrainedAxes:
+    """Coordinates of the cells along axes that were found elsewhere, and the share of what differs that these hold."""
+
+    axes: Axes
+    signal: float
+
+    @property
+    def alike(self) -> bool:
+        """Whether the cells are of a kind that the axes know."""
+        return self.signal >= ALIKE
 
 
 def solve_head(
@@ -77,7 +95,7 @@ def solve_head(
     axes: Axes | None = None,
     powers: Sequence[float] = POWERS,
     on_fit: Callable[[], Any] | None = None,
-    pretrained: bool = False,
+    pretrained: PretrainedAxes | None = None,
 ) -> SolvedHead:
     """
     Solve for the weights of a linear head, and cross-fit the logits of the cells it is solved on.
@@ -97,9 +115,9 @@ def solve_head(
     powers
         One regression for each is in the average; ``(0.0,)`` is ridge regression alone.
     on_fit
-        Called after each of the ``n_fits(folds, powers)`` fits, for a progress bar.
+        Called after each of the ``n_fits(folds, powers, pretrained)`` fits, for a progress bar.
     pretrained
-        Whether the ``axes`` are pretrained ones, and not the cells' own.
+        Axes for one more regression, or for that of power 0.
 
     Returns
     -------
@@ -114,8 +132,8 @@ def solve_head(
     >>> head.weights.shape, bool((head.logits.argmax(axis=1) == targets).mean() > 0.8)
     ((3, 20), True)
     """
-    members = fit_members(features, targets, n_classes, folds, axes, powers, on_fit)
-    return average(members, targets, folds, powers, pretrained)
+    members = fit_members(features, targets, n_classes, folds, axes, powers, on_fit, pretrained)
+    return average(members, targets, folds)
 
 
 def fit_members(
@@ -126,32 +144,38 @@ def fit_members(
     axes: Axes | None = None,
     powers: Sequence[float] = POWERS,
     on_fit: Callable[[], Any] | None = None,
+    pretrained: PretrainedAxes | None = None,
 ) -> list["Member"]:
-    """The regressions that `solve_head` averages, one for each power; parameters are its own."""
+    """The regressions that `solve_head` averages; parameters are its own."""
     axes = axes_of_cells(features) if axes is None else axes
-    return [cross_fit(features, targets, n_classes, folds, power, axes, on_fit) for power in powers]
-
-
-def average(
-    members: Sequence["Member"],
-    targets: np.ndarray,
-    folds: np.ndarray,
-    powers: Sequence[float] = POWERS,
-    pretrained: bool = False,
-) -> SolvedHead:
-    """One head of several regressions, each with the share that it is worth out of fold."""
-    expected = [
-        LOG_TEMPERATURE_ALONG_AXES if pretrained and power == 0 else expected_temperature(power)
-        for power in powers
+    members = [
+        cross_fit(features, targets, n_classes, folds, power, axes, on_fit)
+        for power in own_powers(powers, pretrained)
     ]
+    if pretrained is not None:
+        member = cross_fit(features, targets, n_classes, folds, 0.0, pretrained.axes, on_fit)
+        expected = LOG_TEMPERATURE_ALIKE if pretrained.alike else LOG_TEMPERATURE_FOREIGN
+        members.append(replace(member, name=PRETRAINED, expected=expected))
+    return members
+
+
+def own_powers(powers: Sequence[float], pretrained: PretrainedAxes | None) -> list[float]:
+    """Powers of the regressions beside that along pretrained axes, which takes the place of the first if it may."""
+    return [power for power in powers if power or pretrained is None or not pretrained.alike]
+
+
+def average(members: Sequence["Member"], targets: np.ndarray, folds: np.ndarray) -> SolvedHead:
+    """One head of several regressions, each with the share that it is worth out of fold."""
+    expected = [member.expected for member in members]
     logits, mixture = average_logits([member.logits for member in members], targets, folds, expected)
     weights, bias = mixture.head(members)
+    names = [member.name for member in members]
     return SolvedHead(
         weights.astype(np.float32),
         bias.astype(np.float32),
         logits,
-        dict(zip(powers, mixture.shares.tolist())),
-        {power: PENALTIES[place] for power, place in zip(powers, mixture.places)},
+        dict(zip(names, mixture.shares.tolist())),
+        {name: PENALTIES[place] for name, place in zip(names, mixture.places)},
         mixture.temperature,
     )
 
@@ -173,18 +197,28 @@ def cross_folds(targets: np.ndarray, n_folds: int = 5, seed: int = 0) -> np.ndar
     return folds
 
 
-def n_fits(folds: np.ndarray, powers: Sequence[float] = POWERS) -> int:
+def n_fits(
+    folds: np.ndarray, powers: Sequence[float] = POWERS, pretrained: PretrainedAxes | None = None
+) -> int:
     """How many fits `solve_head` makes with these folds."""
-    return len(powers) * (len(np.unique(folds)) + 1)
+    n_members = len(own_powers(powers, pretrained)) + (pretrained is not None)
+    return n_members * (len(np.unique(folds)) + 1)
 
 
 @dataclass
 class Member:
-    """Logits [penalties, cells, classes] of cells not learnt from; axes and path of a fit on all that have labels."""
+    """
+    One regression of the average.
+
+    Logits [penalties, cells, classes] of cells not learnt from; axes and path of a fit on all that have labels; its
+    name, and its log temperature before any cell speaks.
+    """
 
     logits: np.ndarray
     axes: Axes
     path: list[tuple[np.ndarray, np.ndarray]]
+    name: str
+    expected: float
 
     def head(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Weights [classes, genes] and bias [classes] with one of the penalties."""
@@ -224,7 +258,7 @@ def cross_fit(
     for mask, (space, path) in zip(held, fitted):
         for place, (coefficients, bias) in enumerate(path):
             logits[place, mask] = space.coordinates[mask] @ coefficients.T + bias
-    return Member(logits, *fitted[-1])
+    return Member(logits, *fitted[-1], f"genes, power {power:g}", expected_temperature(power))
 
 
 def scaled_axes(features: sp.csr_matrix, targets: np.ndarray, learnt: np.ndarray, power: float) -> Axes:

@@ -241,16 +241,18 @@ def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainin
     if arguments.cell_axes:
         vectors = pretrained_vectors(arguments.cell_axes, data.tokenizer.gene_panel)
     n_known = 0 if vectors is None else int(vectors.any(axis=1).sum())
-    if n_known:
-        logger.info(
-            "%s knows %d of the reference's genes: the head may go along its axes.",
-            arguments.cell_axes,
-            n_known,
-        )
     held_out = solve_classifier(
         loaded, learnt.bins, learnt.targets, arguments.seed, shown, data.unlabelled, vectors
     )
-    held_out.report["cell_axes"] = {"model": arguments.cell_axes, "genes": n_known}
+    signal = held_out.report.pop("signal", None)
+    held_out.report["cell_axes"] = {"model": arguments.cell_axes, "genes": n_known, "signal": signal}
+    if n_known:
+        logger.info(
+            "%s knows %d of the reference's genes, and its axes hold %.0f%% of what differs between these cells.",
+            arguments.cell_axes,
+            n_known,
+            100 * signal,
+        )
     judged = judged_cells(learnt.targets)
     model.config.conformal_quantiles = conformal_quantiles(
         held_out.probabilities[judged], learnt.targets[judged]

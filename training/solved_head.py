@@ -10,8 +10,9 @@ from scipy.special import expit, softmax
 from tqdm.auto import tqdm
 
 from ..tokenization import InputError
+from ..tokenization.expression_scbert import floor_values
 from ..trained_model.prediction import LoadedModel, predict
-from .logistic_head import SolvedHead, cross_folds, n_fits, solve_head
+from .logistic_head import PretrainedAxes, SolvedHead, cross_folds, n_fits, solve_head
 from .novelty_head import (
     MAX_LEFT_OUT,
     all_centers,
@@ -21,7 +22,7 @@ from .novelty_head import (
     simulate,
     whitened,
 )
-from .principal_axes import Axes, axes_along, axes_and_products
+from .principal_axes import Axes, axes_along, axes_and_products, signal_along
 
 
 @dataclass
@@ -72,7 +73,7 @@ def solve_classifier(
         Bins of cells without labels to learn from as well, [others, panel].
     gene_vectors
         Of the panel, [panel, axes], by pretraining; see `initial_model.pretrained_vectors`. One of the regressions then
-        goes along these axes, and not along the principal ones of the cells.
+        goes along these axes.
 
     Raises
     ------
@@ -86,7 +87,16 @@ def solve_classifier(
         )
     features = pooled_features(loaded, bins)
     folds = cross_folds(targets, seed=seed)
-    total = n_fits(folds) + (min(MAX_LEFT_OUT, config.num_labels) if config.cell_vector_size else 0)
+    pretrained = None
+    if gene_vectors is not None:
+        tokenizer = loaded.tokenizer
+        values = floor_values(tokenizer.n_bins, tokenizer.bin_width, tokenizer.log_base)
+        # bins that are ranks within a cell cannot be thinned
+        signal = signal_along(bins, values, gene_vectors) if tokenizer.binning == "floor" else 0.0
+        pretrained = PretrainedAxes(axes_along(features, gene_vectors), signal)
+    total = n_fits(folds, pretrained=pretrained) + (
+        min(MAX_LEFT_OUT, config.num_labels) if config.cell_vector_size else 0
+    )
     if unlabelled is not None:
         # read by those who need it only
         from . import unlabelled_cells as teacher
@@ -95,9 +105,8 @@ def solve_classifier(
     bar = tqdm(total=total, desc="Solving", unit="fit", disable=None if show_progress else True)
     with bar:
         axes, products = axes_and_products(features)
-        along = axes if gene_vectors is None else axes_along(features, gene_vectors)
-        given = {"n_classes": config.num_labels, "folds": folds, "axes": along, "on_fit": bar.update}
-        given["pretrained"] = gene_vectors is not None
+        given = {"n_classes": config.num_labels, "folds": folds, "axes": axes, "on_fit": bar.update}
+        given["pretrained"] = pretrained
         if unlabelled is None:
             head, learnt = solve_head(features, targets, **given), {}
         else:
@@ -105,6 +114,8 @@ def solve_classifier(
             head, found = teacher.learn_from_all(features, targets, others, **given)
             learnt = {"unlabelled": found}
         probabilities, report = softmax(head.logits, axis=1), _report(head) | learnt
+        if pretrained is not None:
+            report["signal"] = pretrained.signal
         if config.cell_vector_size:
             simulated = simulate(features, targets, folds, products, config.cell_vector_size, bar.update)
         # types of few cells are not left out in turn

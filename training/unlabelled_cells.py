@@ -10,7 +10,7 @@ of regressions, as in `logistic_head`, each with the share that it is worth on l
 
 The averaged probabilities are then handed on: a regression on the genes learns the labelled cells and those of the
 others that the average is sure of (self-training, with the average as the teacher), and its weights are averaged with
-those of the labelled cells alone, which halves what a wrong teacher does. So the model stays what it is without them,
+those of the labelled cells alone, which dampens what a wrong teacher does. So the model stays what it is without them,
 one weight for a gene and type, and answers for a cell no matter which others it comes with.
 
 Where the two kinds of cells can be told apart (another protocol, cells and nuclei), neighbours are looked for among
@@ -19,6 +19,8 @@ no cell can be held out, one of a type, and the members contradict each other.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -30,10 +32,11 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
-from .averaging import LOG_TEMPERATURE_ALONG_AXES, PENALTIES, average_logits, expected_temperature
+from .averaging import PENALTIES, average_logits
 from .logistic_head import (
-    POWERS,
+    PRETRAINED,
     Member,
+    PretrainedAxes,
     SolvedHead,
     average,
     cross_fit,
@@ -44,17 +47,16 @@ from .logistic_head import (
 from .principal_axes import Axes, axes_of_cells
 
 # of the averaged members: powers of the gene scales of smoothed cells, numbers of axes, power of cells as they are
-SMOOTHED_POWERS, AXES, GENES_POWER = (0.5, 1.0), (20, 10), 0.5
-MEMBER_NAMES = ("smoothed 0.5", "smoothed 1.0", "20 axes", "10 axes", "genes 0.5", "pretrained axes")
+SMOOTHED_POWERS, AXES, GENES = (0.5, 1.0), (20, 10), "genes, power 0.5"
 # axes that neighbours are looked for in, neighbours of a cell, and genes that are averaged over them
 NEIGHBOUR_AXES, NEIGHBOURS, SMOOTHED_GENES = 50, 15, 3000
 # area under the curve from which two kinds of cells count as different, and cells of each that are looked at
 TOLD_APART, COMPARED_CELLS = 0.95, 2000
 # cells that are handed on, and the penalty and power of the regression that learns them
 SURE, HANDED_ON_PENALTY, HANDED_ON_POWER = 0.5, 30.0, 0.5
-# mean probability, over cells and members, of the type that the other members name: below it nothing is handed on where
-# no labelled cell can judge
-AGREED = 0.5
+# share of the labelled cells' own head in the end, where one of a type can be held out and where none can; and the
+# share of cells, in the mean over pairs of members, that both must give one type where none can
+OWN_SHARE, OWN_SHARE_UNJUDGED, AGREED = 0.5, 0.25, 0.65
 # a larger query is drawn from: more cells of it teach little more
 MAX_CELLS = 10_000
 
@@ -72,7 +74,7 @@ def learn_from_all(
     folds: np.ndarray,
     axes: Axes | None = None,
     on_fit: Callable[[], Any] | None = None,
-    pretrained: bool = False,
+    pretrained: PretrainedAxes | None = None,
 ) -> tuple[SolvedHead, dict[str, Any]]:
     """
     As `logistic_head.solve_head`, with cells that have no label.
@@ -106,8 +108,8 @@ def learn_from_all(
     if unlabelled.shape[0] > MAX_CELLS:
         drawn = np.random.default_rng(0).permutation(unlabelled.shape[0])[:MAX_CELLS]
         unlabelled = unlabelled[np.sort(drawn)]
-    alone = fit_members(features, targets, n_classes, folds, axes, on_fit=on_fit)
-    without = average(alone, targets, folds, pretrained=pretrained)
+    alone = fit_members(features, targets, n_classes, folds, axes, on_fit=on_fit, pretrained=pretrained)
+    without = average(alone, targets, folds)
     cells, n_labelled = sp.vstack([features, unlabelled]).tocsr(), len(targets)
     joint = axes_of_cells(cells, rank=NEIGHBOUR_AXES)
     told_apart = two_sample_auc(joint.coordinates[:, : AXES[0]], n_labelled)
@@ -116,28 +118,25 @@ def learn_from_all(
     smooth = neighbour_means(cells, joint.coordinates, n_labelled if own else None, most)
     all_targets, all_folds = (np.append(a, np.full(unlabelled.shape[0], -1)) for a in (targets, folds))
     members = [
-        cross_fit(smooth, all_targets, n_classes, all_folds, power, joint, on_fit).logits
+        replace(
+            cross_fit(smooth, all_targets, n_classes, all_folds, power, joint, on_fit),
+            name=f"neighbours, power {power:g}",
+        )
         for power in SMOOTHED_POWERS
     ]
     for rank in AXES:
         few = Axes(joint.coordinates[:, :rank], joint.center, joint.to_genes)
-        members.append(cross_fit(cells, all_targets, n_classes, all_folds, 0.0, few, on_fit).logits)
-    members.append(_logits_of_all(alone[POWERS.index(GENES_POWER)], unlabelled))
-    powers = (*SMOOTHED_POWERS, *(0.0 for _ in AXES), GENES_POWER)
-    expected = [expected_temperature(power) for power in powers]
-    if pretrained:
-        members.append(_logits_of_all(alone[POWERS.index(0.0)], unlabelled))
-        expected.append(LOG_TEMPERATURE_ALONG_AXES)
-    logits, mixture = average_logits([member[:, :n_labelled] for member in members], targets, folds, expected)
-    logits = (log_softmax(logits, axis=1) + log_softmax(without.logits, axis=1)) / 2
+        member = cross_fit(cells, all_targets, n_classes, all_folds, 0.0, few, on_fit)
+        members.append(replace(member, name=f"{rank} axes"))
+    members += [_of_all(member, unlabelled) for member in alone if member.name in (GENES, PRETRAINED)]
+    expected = [member.expected for member in members]
+    known = [member.logits[:, :n_labelled] for member in members]
+    asked = [member.logits[:, n_labelled:] for member in members]
+    logits, mixture = average_logits(known, targets, folds, expected)
+    own_share = OWN_SHARE if (np.bincount(targets) > 1).any() else OWN_SHARE_UNJUDGED
+    logits = (1 - own_share) * log_softmax(logits, axis=1) + own_share * log_softmax(without.logits, axis=1)
     gain, error = likelihood_gain(without.logits, logits, targets)
-    asked = [member[:, n_labelled:] for member in members]
-    agreement = agreement_of(
-        [
-            softmax(member[place] / temperature, axis=1)
-            for member, place, temperature in zip(asked, mixture.places, mixture.temperatures)
-        ]
-    )
+    agreement = agreement_of([member[place].argmax(axis=1) for member, place in zip(asked, mixture.places)])
     kept = agreement > AGREED if gain is None else gain > -error
     report = {
         "cells": unlabelled.shape[0],
@@ -152,17 +151,19 @@ def learn_from_all(
         return without, report
     probabilities = softmax(mixture.logits(asked), axis=1)
     weights, bias = handed_on(features, targets, unlabelled, probabilities, n_classes)
-    weights, bias = (weights + without.weights) / 2, (bias + without.bias) / 2
-    shares = {name: float(share) for name, share in zip(MEMBER_NAMES, mixture.shares)}
-    penalties = {name: PENALTIES[place] for name, place in zip(MEMBER_NAMES, mixture.places)}
+    weights = (1 - own_share) * weights + own_share * without.weights
+    bias = (1 - own_share) * bias + own_share * without.bias
+    names = [member.name for member in members]
+    shares = {name: float(share) for name, share in zip(names, mixture.shares)}
+    penalties = {name: PENALTIES[place] for name, place in zip(names, mixture.places)}
     return SolvedHead(weights, bias, logits, shares, penalties, mixture.temperature), report
 
 
-def _logits_of_all(member: Member, unlabelled: sp.csr_matrix) -> np.ndarray:
-    """A member's logits of the labelled cells, and behind them those of others, [penalties, all cells, classes]."""
+def _of_all(member: Member, unlabelled: sp.csr_matrix) -> Member:
+    """A member whose logits are of the labelled cells, and behind them of others, [penalties, all cells, classes]."""
     heads = [member.head(place) for place in range(len(PENALTIES))]
     others = np.stack([unlabelled @ weights.T + bias for weights, bias in heads])
-    return np.concatenate([member.logits, others], axis=1)
+    return replace(member, logits=np.concatenate([member.logits, others], axis=1))
 
 
 def two_sample_auc(coordinates: np.ndarray, n_first: int) -> float:
@@ -259,24 +260,22 @@ def likelihood_gain(
     return float(difference.mean()), float(difference.std(ddof=1) / len(judged) ** 0.5)
 
 
-def agreement_of(probabilities: Sequence[np.ndarray]) -> float:
+def agreement_of(types: Sequence[np.ndarray]) -> float:
     """
-    Mean probability that two members, drawn apart, give a cell the same type.
+    Share of the cells that two members give the same type, in the mean over all pairs of members.
 
     Parameters
     ----------
-    probabilities
-        Of each member, [cells, types].
+    types
+        What each member says, [cells].
 
     Examples
     --------
-    >>> sure, other = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
-    >>> agreement_of([sure, sure, sure]), round(agreement_of([sure, sure, other]), 2)
-    (1.0, 0.33)
+    >>> agreement_of([np.array([0, 1]), np.array([0, 1]), np.array([0, 2])])
+    0.6666666666666666
     """
-    together, n = sum(probabilities), len(probabilities)
-    itself = sum((member**2).sum(axis=1) for member in probabilities)
-    return float((((together**2).sum(axis=1) - itself) / (n * (n - 1))).mean())
+    pairs = [np.mean(first == second) for first, second in combinations(types, 2)]
+    return float(np.mean(pairs))
 
 
 def handed_on(
