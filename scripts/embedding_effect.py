@@ -12,8 +12,7 @@ model pretrained without its cells. Up to 2,000 cells of each study; AvgBIO and 
 
 With --scvi a file of scores gets scVI's as well (Lopez et al. 2018; scvi-tools must be installed): its published
 design, 10 latent dimensions, one hidden layer of 128, zero-inflated negative binomial, trained anew on each study's own
-cells and 2,000 most variable genes for as many epochs as scvi-tools takes by itself, with the batches given where there
-are some.
+cells and 2,000 most variable genes for as many epochs as scvi-tools takes by itself, its batches given if it has some.
 """
 
 import argparse
