@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
+from scipy.special import log_softmax
 
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
 from scbert.tokenization import InputError
 from scbert.trained_model.model_folder import find_model, load_tokenizer, save_model
 from scbert.training.cell_axes import FEWEST_CELLS, cell_axes
 from scbert.training.initial_model import pretrained_vectors, start_cell
-from scbert.training.principal_axes import axes_along
+from scbert.training.logistic_head import PRETRAINED, PretrainedAxes, cross_folds, n_fits, solve_head
+from scbert.training.principal_axes import axes_along, signal_along
 from scbert.training.run_finetune import finetune
 
 N_GENES = 200
@@ -75,6 +77,66 @@ def test_axes_along_are_coordinates_with_a_way_back():
         cells @ weights.T + bias, axes.coordinates @ coefficients.T, rtol=1e-3, atol=1e-3
     )
     assert not weights[:, -1].any()
+
+
+def program_cells(seed, n_cells=200, depth=2000):
+    """Counts of cells that differ in ten programs of genes, and the programs, [genes, programs]."""
+    rng = np.random.default_rng(seed)
+    programs = np.linalg.qr(np.random.default_rng(0).normal(size=(N_GENES, 20)))[0]
+    logs = rng.normal(size=(n_cells, 10)) @ programs[:, :10].T * 4
+    rates = np.exp(logs + np.random.default_rng(1).normal(size=N_GENES))
+    return sp.csr_matrix(
+        rng.poisson(depth * rates / rates.sum(axis=1, keepdims=True)).astype(float)
+    ), programs
+
+
+@pytest.mark.parametrize("depth", [300, 3000, 30000])
+def test_the_share_of_the_signal_is_told_from_the_noise_of_counting(depth):
+    """Of few counts most of what differs is noise, and the share along the true programs is as high as of many."""
+    counts, programs = program_cells(3, depth=depth)
+    values = np.arange(counts.max() + 1)
+    known = signal_along(counts.astype(int), values, programs[:, :10])
+    half = signal_along(counts.astype(int), values, programs[:, 5:15])
+    foreign = signal_along(counts.astype(int), values, programs[:, 10:])
+    assert known > 0.6 and foreign < 0.15 and foreign < half < known - 0.15
+
+
+def test_the_share_of_the_signal_does_not_depend_on_the_length_or_angle_of_axes():
+    counts, programs = program_cells(4)
+    values, mixed = (
+        np.arange(counts.max() + 1),
+        programs[:, :10] @ np.random.default_rng(2).normal(size=(10, 10)),
+    )
+    shares = [signal_along(counts.astype(int), values, axes) for axes in (programs[:, :10], mixed)]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-3)
+
+
+@pytest.mark.parametrize(("signal", "beside"), [(0.5, False), (0.1, True)])
+def test_own_axes_stay_where_the_pretrained_ones_hold_little(signal, beside):
+    features, types = study(5)
+    axes, folds = axes_along(features, np.eye(N_GENES, 12, dtype=np.float32)), cross_folds(types)
+    fits, pretrained = [], PretrainedAxes(axes, signal)
+    head = solve_head(features, types, 4, folds, on_fit=lambda: fits.append(1), pretrained=pretrained)
+    assert set(head.shares) == {"genes, power 0.5", "genes, power 1", PRETRAINED} | (
+        {"genes, power 0"} if beside else set()
+    )
+    assert len(fits) == n_fits(folds, pretrained=pretrained)
+
+
+def test_foreign_axes_change_little_where_no_cell_can_judge():
+    """One cell a type, axes that see the quality of a cell only: they take away less where known to hold little."""
+    features, types = study(6)
+    quality = np.eye(N_GENES, dtype=np.float32)[:, 150:]
+    few, asked = np.arange(4), np.arange(40, 240)
+    logits = {}
+    for signal in (0.0, 1.0):
+        pretrained = PretrainedAxes(axes_along(features[few], quality), signal)
+        head = solve_head(features[few], types[few], 4, cross_folds(types[few]), pretrained=pretrained)
+        logits[signal] = features[asked] @ head.weights.T + head.bias
+    likelihood = {
+        key: log_softmax(found, axis=1)[np.arange(200), types[asked]] for key, found in logits.items()
+    }
+    assert likelihood[0.0].mean() > likelihood[1.0].mean() + 0.05
 
 
 def test_vectors_of_a_panel_are_those_of_its_genes():
