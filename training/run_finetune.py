@@ -248,9 +248,9 @@ def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainin
     held_out.report["cell_axes"] = {"model": arguments.cell_axes, "genes": n_known, "signal": signal}
     if n_known:
         logger.info(
-            "%s knows %d of the reference's genes, and its axes hold %.0f%% of what differs between these cells.",
+            "%s knows %s of the reference's genes, and its axes hold %.0f%% of what differs between these cells.",
             arguments.cell_axes,
-            n_known,
+            f"{n_known:,}",
             100 * signal,
         )
     judged = judged_cells(learnt.targets)
