@@ -12,16 +12,15 @@ from typing import Any
 import pandas as pd
 from anndata import AnnData
 
-from ..data.write_output import partial_folder
+from ..data.paths import partial_folder
 from ..inference.annotate_cells import annotate
 from ..inference.embed_cells import embed
 from ..inference.shipped import model_or_shipped
 from ..interpretation.explain_types import explain
 from ..model_cards.push import push
 from ..modeling_scbert import ScBertForCellClassification
-from ..trained_model import loaded_model
-from ..trained_model.loaded_model import LoadedModel
-from ..trained_model.model_folder import check_model_folder, find_model
+from ..trained_model import model_folder
+from ..trained_model.prediction import LoadedModel
 
 METRICS = "metrics.json"
 # the encoder with any other head gives embeddings
@@ -154,9 +153,9 @@ def load_model(
     """
     if isinstance(model, CellModel):
         return model
-    folder = find_model(model_or_shipped(model))
-    known = check_model_folder(folder).get("architectures") == ANNOTATOR
-    loaded = loaded_model.load_model(folder, "annotation" if known else "embedding", device, dtype)
+    folder = model_folder.find_model(model_or_shipped(model))
+    known = model_folder.check_model_folder(folder).get("architectures") == ANNOTATOR
+    loaded = model_folder.load_model(folder, "annotation" if known else "embedding", device, dtype)
     metrics = folder / METRICS
     figures = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {}
     return CellModel(

@@ -22,7 +22,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-from scbert.evaluation.baselines import log_normalize
+from scbert.data.read import log_normalize
 from scbert.inference.demo import LABEL_KEY, demo_cells
 from scbert.training.run_finetune import finetune
 

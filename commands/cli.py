@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..data.check_paths import ANNOTATION_FORMATS, check_cells_path, check_output_folder, check_output_path
+from ..data.paths import ANNOTATION_FORMATS, check_cells_path, check_output_folder, check_output_path
 from . import labels, share
 from . import options as opt
 from .console import existing, few_collections, guarded, run, show_messages, silence_libraries

@@ -164,7 +164,7 @@ def guarded(command: Callable[[], Any]) -> int:
 def explain(error: Exception) -> str | None:
     """Return the paragraph a user needs to mend ``error``, or None where it is a bug of ours."""
     # imported here: nothing is slow to fail
-    from ..data.write_output import disk_is_full
+    from ..data.paths import disk_is_full
 
     if disk_is_full(error):
         where = getattr(error, "filename", None)

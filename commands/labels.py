@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..data.check_paths import check_cells_path, check_output_path
+from ..data.paths import check_cells_path, check_output_path
 from .console import run
 from .options import Json, LabelKey, Overwrite
 

@@ -17,10 +17,9 @@ from anndata import AnnData
 
 from ..extras import require
 from ..tokenization import InputError
-from .check_paths import check_output_path
 from .labels import find_labels
+from .paths import atomic_path, check_output_path
 from .read import opened_cells
-from .write_output import atomic_path
 
 logger = logging.getLogger(__name__)
 

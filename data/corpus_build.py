@@ -26,8 +26,8 @@ from ..tokenization.genes_scbert import write_gene_panel
 from .corpus_manifest import FORMAT, GENES, MANIFEST, checksum, verify_corpus
 from .corpus_shards import QualityRules, corpus_schema, scan_file, write_file
 from .corpus_sources import find_sources
+from .paths import PARTIAL, partial_folder
 from .worker_processes import end_with_parent
-from .write_output import PARTIAL, partial_folder
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from ..tokenization import InputError, align_genes
-from ..tokenization.cells_scbert import sample_rows
+from ..tokenization.cells_scbert import feature_modalities, sample_rows
 from ..tokenization.expression_scbert import (
     as_csr,
     check_values,
@@ -24,10 +24,9 @@ from ..tokenization.expression_scbert import (
     log1p_scale,
 )
 from .corpus_manifest import checksum
-from .modalities import feature_modalities
+from .paths import atomic_file
 from .quality_control import choose_cells, measure_cells
 from .read import CHUNK_SIZE, matrix_rows, opened_cells
-from .write_output import atomic_file
 
 LISTS = {"gene_ids": pa.list_(pa.int32()), "values": pa.list_(pa.float32())}
 NAMES = {"cell": pa.string(), "file": pa.string()}

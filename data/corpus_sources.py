@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..tokenization import InputError
-from .check_paths import is_10x_folder
+from .paths import is_10x_folder
 
 CELL_FILES = ("*.h5ad", "*.h5", "*.h5mu", "*.zarr")
 TABLES = (".csv", ".tsv")

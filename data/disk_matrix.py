@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .write_output import failed_write
+from .paths import failed_write
 
 
 class DiskMatrix:

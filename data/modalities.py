@@ -12,12 +12,11 @@ import scipy.sparse as sp
 
 from ..extras import require
 from ..tokenization import InputError
+from ..tokenization.cells_scbert import FEATURE_TYPES
 from .regions import genome_build, map_regions, parse_regions
 
 logger = logging.getLogger(__name__)
 
-# the place of a feature type is its modality id
-FEATURE_TYPES = ("Gene Expression", "Peaks", "Antibody Capture")
 GENES, PEAKS, PROTEINS = FEATURE_TYPES
 MODALITY_NAMES = {"rna": GENES, "gex": GENES, "atac": PEAKS, "peaks": PEAKS, "prot": PROTEINS}
 
@@ -130,23 +129,6 @@ def _recorded_build(adata):
             return genome_build(adata.uns[name])
     recorded = {genome_build(name) for name in adata.var.get("genome", []) if isinstance(name, str) and name}
     return recorded.pop() if len(recorded) == 1 else None
-
-
-def feature_modalities(var):
-    """Modality id of every feature, or None where the table names no modality but gene expression.
-
-    Parameters
-    ----------
-    var : pandas.DataFrame [features]
-
-    Returns
-    -------
-    numpy.ndarray [features] of int64, or None
-    """
-    if "feature_types" not in var:
-        return None
-    ids = var["feature_types"].astype(str).map({kind: i for i, kind in enumerate(FEATURE_TYPES)})
-    return ids.to_numpy(dtype=np.int64) if ids.notna().all() and ids.max() > 0 else None
 
 
 def map_peaks(adata, gene_panel, feature_modalities, build=None):

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from ..tokenization import InputError
-from .check_paths import check_output_path
 from .modalities import GENES, PEAKS, check_modalities, combine_modalities, map_peaks, read_mudata
+from .paths import check_output_path
 from .read import opened_cells, read_cells
 from .regions import genome_build
 from .write_h5ad import atomic_write_h5ad

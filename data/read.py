@@ -1,19 +1,32 @@
-"""Files to AnnData: .h5ad, .zarr, .h5mu, 10x .h5 and 10x matrix folders, checked at the door."""
+"""
+Files to AnnData: .h5ad, .zarr, .h5mu, 10x .h5 and 10x matrix folders, checked at the door; AnnData to its values, by
+rows or on the scale of log1p CP10k.
+"""
 
 import contextlib
+import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import anndata
 import h5py
 import numpy as np
 import scipy.sparse as sp
 
-from ..tokenization import InputError, gene_names_of, read_gene_panel, select_matrix
+from ..tokenization import (
+    InputError,
+    align_genes,
+    detect_input_kind,
+    gene_names_of,
+    normalize_expression,
+    read_gene_panel,
+    select_matrix,
+)
 from ..tokenization.cells_scbert import check_shape, other_sources
-from ..tokenization.expression_scbert import check_values
-from .check_paths import check_cells_path, is_zarr
+from ..tokenization.expression_scbert import as_csr, check_values, expm1, log1p_scale
 from .modalities import read_mudata
+from .paths import check_cells_path, is_zarr
 from .read_10x import read_10x_folder, read_10x_h5
 
 CHUNK_SIZE = 4096
@@ -155,6 +168,70 @@ def matrix_rows(cells, layer=None):
     if getattr(matrix, "format", None) == "csc":
         matrix = matrix.tocsr() if sp.issparse(matrix) else CscRows(matrix)
     return matrix, gene_names_of(source.var, source.var_names)
+
+
+def log_normalize(adata: Any, layer: str | None = None, input: str = "auto") -> tuple[Any, list[str]]:
+    """
+    Natural log1p of counts per 10,000, and the gene symbols of its columns, each once.
+
+    Parameters
+    ----------
+    adata
+        Cells with raw counts or log1p values in `X` or `layer`; it is not changed.
+    layer
+        A layer's name or ``"raw"``; default `X`.
+    input
+        ``"counts"``, ``"log1p"`` or ``"auto"``.
+
+    Returns
+    -------
+    tuple
+        scipy CSR float32 [cells, genes] and the list of its genes; columns of one name are summed as counts.
+
+    Raises
+    ------
+    InputError
+        When the values are neither counts nor log1p.
+
+    Examples
+    --------
+    >>> import anndata
+    >>> cells = anndata.AnnData(np.array([[1.0, 3.0]], dtype=np.float32))
+    >>> log_normalize(cells)[0].toarray().round(2).astype(str).tolist()
+    [['7.82', '8.92']]
+    """
+    matrix, source = select_matrix(adata, layer)
+    csr = as_csr(matrix)
+    kind = detect_input_kind(csr) if input == "auto" else input
+    names = gene_names_of(source.var, source.var_names)
+    unique = list(dict.fromkeys(names))
+    counts = align_genes(names, unique).apply(to_counts_scale(csr, kind))
+    if kind == "log1p":
+        # already per 10,000 over all genes of the file; a second size factor over those left would change it.
+        counts = counts.copy()
+        counts.data = np.log1p(counts.data).astype(np.float32)
+        return counts, unique
+    return normalize_expression(counts, target_sum=1e4, log_base=math.e), unique
+
+
+def to_counts_scale(csr, kind, target_sum=1e4):
+    """Values on the scale of counts, whatever `kind` they came in.
+
+    Parameters
+    ----------
+    csr : scipy.sparse.csr_matrix [cells, genes]
+    kind : str
+        ``"counts"`` (returned as they are) or ``"log1p"`` (``expm1`` of them, in float64).
+    target_sum : float
+        For ``"log1p"``: rows are rescaled to it if they share another sum.
+    """
+    if kind == "counts":
+        return csr
+    values = expm1(csr)
+    scale = log1p_scale(csr, target_sum)
+    if scale not in (None, target_sum):
+        values.data *= target_sum / scale
+    return values
 
 
 def row_blocks(n_rows):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ..tokenization import InputError
-from .write_output import atomic_path
+from .paths import atomic_path
 
 SPLIT_COLUMNS = ("cell", "split")
 

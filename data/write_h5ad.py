@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from .disk_matrix import DiskMatrix
+from .paths import atomic_path
 from .read import row_blocks
-from .write_output import atomic_path
 
 # of data frames, as anndata writes them since 0.8
 TABLE_VERSION = "0.2.0"

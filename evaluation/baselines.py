@@ -6,72 +6,19 @@ what a reader of the score has to know (convergence, a fallback). All are determ
 """
 
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ..data.read import log_normalize
 from ..extras import require
-from ..tokenization import (
-    InputError,
-    align_genes,
-    detect_input_kind,
-    gene_names_of,
-    normalize_expression,
-    select_matrix,
-    to_counts_scale,
-)
-from ..tokenization.expression_scbert import as_csr
+from ..tokenization import InputError, align_genes
 from .calibration import softmax
 
 UNLABELLED = {"unassigned", "nan", "None", "<NA>", ""}
 C_GRID = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-
-
-def log_normalize(adata: Any, layer: str | None = None, input: str = "auto") -> tuple[Any, list[str]]:
-    """
-    Natural log1p of counts per 10,000, and the gene symbols of its columns, each once.
-
-    Parameters
-    ----------
-    adata
-        Cells with raw counts or log1p values in `X` or `layer`; it is not changed.
-    layer
-        A layer's name or ``"raw"``; default `X`.
-    input
-        ``"counts"``, ``"log1p"`` or ``"auto"``.
-
-    Returns
-    -------
-    tuple
-        scipy CSR float32 [cells, genes] and the list of its genes; columns of one name are summed as counts.
-
-    Raises
-    ------
-    InputError
-        When the values are neither counts nor log1p.
-
-    Examples
-    --------
-    >>> import anndata
-    >>> cells = anndata.AnnData(np.array([[1.0, 3.0]], dtype=np.float32))
-    >>> log_normalize(cells)[0].toarray().round(2).astype(str).tolist()
-    [['7.82', '8.92']]
-    """
-    matrix, source = select_matrix(adata, layer)
-    csr = as_csr(matrix)
-    kind = detect_input_kind(csr) if input == "auto" else input
-    names = gene_names_of(source.var, source.var_names)
-    unique = list(dict.fromkeys(names))
-    counts = align_genes(names, unique).apply(to_counts_scale(csr, kind))
-    if kind == "log1p":
-        # already per 10,000 over all genes of the file; a second size factor over those left would change it.
-        counts = counts.copy()
-        counts.data = np.log1p(counts.data).astype(np.float32)
-        return counts, unique
-    return normalize_expression(counts, target_sum=1e4, log_base=math.e), unique
 
 
 class Baseline:

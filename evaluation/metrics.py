@@ -8,8 +8,6 @@ import numpy as np
 
 from ..extras import require
 
-METRIC_FOLDER = Path(__file__).parent / "cell_annotation_metric"
-
 
 def classification_metrics(
     y_true: Sequence, y_pred: Sequence, labels: Sequence | None = None

@@ -14,15 +14,14 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ..data.check_paths import ANNOTATION_FORMATS, check_output_path
 from ..data.labels import UNASSIGNED
+from ..data.paths import ANNOTATION_FORMATS, check_output_path
 from ..data.read import read_cells
 from ..data.read_backed import BackedCells
 from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError
-from ..trained_model.loaded_model import LoadedModel, load_model
-from ..trained_model.model_folder import versions
-from ..trained_model.prediction import log_batch_size, predict_probabilities
+from ..trained_model.model_folder import load_model, versions
+from ..trained_model.prediction import LoadedModel, log_batch_size, predict_probabilities
 from .annotate_processes import main, sharded_prediction
 from .assignment import assign, prediction_sets, set_sizes, set_words, shift_notes, wider_answers
 from .expression_pca import expression_pca

@@ -25,13 +25,13 @@ import torch
 from accelerate import PartialState
 
 from ..data.disk_matrix import DiskMatrix
+from ..data.paths import atomic_file
 from ..data.read import matrix_rows
 from ..data.worker_processes import end_with_parent
-from ..data.write_output import atomic_file
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
-from ..trained_model.loaded_model import LoadedModel, load_model
-from ..trained_model.prediction import predict_probabilities
+from ..trained_model.model_folder import find_model, load_model
+from ..trained_model.prediction import LoadedModel, predict_probabilities
 from .query import CHUNK_SIZE, BinnedQuery, NewRows, name_genes, opened, progress_bar
 
 logger = logging.getLogger(__name__)
@@ -244,6 +244,7 @@ def sharded_prediction(
     processes = 1 if processes is None else processes
     if processes < 1:
         raise InputError(f"The number of processes must be 1 or more; found {processes}.")
+    model = find_model(model)
     stamps = [[Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in (query, model)]
     table = None if gene_table is None else str(gene_table)
     run = ShardedRun(

@@ -2,9 +2,8 @@
 
 import shutil
 
-from ..data.check_paths import check_output_folder
+from ..data.paths import check_output_folder, partial_folder
 from ..data.read import read_gene_names
-from ..data.write_output import partial_folder
 from ..modeling_scbert.convert_checkpoint import CheckpointError, convert_checkpoint
 from ..tokenization import InputError, ScBertTokenizer
 from ..tokenization.genes_scbert import open_text

@@ -9,11 +9,10 @@ from typing import Any
 
 from anndata import AnnData
 
-from ..data.check_paths import check_output_path
+from ..data.paths import check_output_path
 from ..data.read import read_cells
-from ..trained_model.loaded_model import LoadedModel, load_model
-from ..trained_model.model_folder import versions
-from ..trained_model.prediction import log_batch_size, predict_cells
+from ..trained_model.model_folder import load_model, versions
+from ..trained_model.prediction import LoadedModel, log_batch_size, predict_cells
 from .query import (
     BinnedQuery,
     copy_with_parts,

@@ -7,9 +7,8 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from ..data.read import matrix_rows
+from ..data.read import log_normalize, matrix_rows
 from ..data.read_backed import BackedCells
-from ..evaluation.baselines import log_normalize
 from ..extras import require
 from ..tokenization import detect_input_kind
 from ..tokenization.cells_scbert import sample_rows

@@ -20,11 +20,11 @@ from anndata import AnnData
 from tqdm import tqdm
 
 from ..data.disk_matrix import DiskMatrix
+from ..data.paths import atomic_path
 from ..data.read import matrix_rows
 from ..data.read_backed import BackedCells, open_cells
 from ..data.read_gene_table import load_gene_table, shipped_gene_table
 from ..data.write_h5ad import atomic_copy_h5ad, atomic_write_h5ad
-from ..data.write_output import atomic_path
 from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes, map_genes
 from ..tokenization.cells_scbert import raw_hint
 from ..tokenization.genes_scbert import looks_like_ensembl

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ..data.paths import atomic_path
 from ..data.read_backed import BackedCells
-from ..data.write_output import atomic_path
 from ..evaluation.embedding_plot import plot_embedding, umap_of
 from ..evaluation.report import Section, report_html
 from ..evaluation.tables import TextTable

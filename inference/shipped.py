@@ -11,12 +11,12 @@ import pandas as pd
 
 from ..data.labels import UNASSIGNED
 from ..tokenization import GeneAlignment, InputError
+from ..trained_model.model_folder import SHIPPED_MODELS
 
 logger = logging.getLogger(__name__)
 
-CARDS = Path(__file__).parents[1] / "model_cards"
 # by the tissue that is asked for; the first is taken where none is
-SHIPPED = {"blood": CARDS / "scbert-mini-pbmc", "tissue": CARDS / "scbert-mini-tissue"}
+SHIPPED = {"blood": SHIPPED_MODELS / "scbert-mini-pbmc", "tissue": SHIPPED_MODELS / "scbert-mini-tissue"}
 ABOUT = "annotator.json"
 # of the genes a model knows; below 30% a query is refused
 FEW_GENES = 0.6
@@ -32,7 +32,7 @@ def model_or_shipped(model: Any, tissue: str | None = None) -> Any:
     Parameters
     ----------
     model
-        A folder, a name of the Hub, a loaded model, or the name of an annotator that ships.
+        A folder, a name of the Hub or of a model that ships, or a loaded model: it comes back as it is.
     tissue
         ``"blood"`` or ``"tissue"``, in place of a model.
 
@@ -45,18 +45,15 @@ def model_or_shipped(model: Any, tissue: str | None = None) -> Any:
     --------
     >>> model_or_shipped("my_model")
     'my_model'
-    >>> model_or_shipped("scbert-mini-tissue") == model_or_shipped(None, "tissue")
-    True
+    >>> model_or_shipped(None, "tissue").name
+    'scbert-mini-tissue'
     """
-    named = {folder.name: folder for folder in SHIPPED.values()}
     if model is not None and tissue is not None:
         raise InputError(f"A model and the tissue {tissue!r} were given: one of them says which model it is.")
     if tissue not in (None, *SHIPPED):
         raise InputError(f"No annotator ships for the tissue {tissue!r}; there are: {', '.join(SHIPPED)}.")
     if model is not None:
-        # a folder of that name is the user's own
-        ships = isinstance(model, str | Path) and str(model) in named and not Path(model).exists()
-        return named[str(model)] if ships else model
+        return model
     folder = SHIPPED[tissue or next(iter(SHIPPED))]
     if not (folder / "config.json").is_file():
         raise InputError(

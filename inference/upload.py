@@ -13,14 +13,14 @@ import numpy as np
 import pandas as pd
 
 from ..data.labels import UNASSIGNED
-from ..data.read import matrix_rows
+from ..data.paths import atomic_path
+from ..data.read import log_normalize, matrix_rows
 from ..data.write_h5ad import atomic_copy_h5ad
-from ..data.write_output import atomic_path
-from ..evaluation.baselines import log_normalize
 from ..evaluation.tables import TextTable
 from ..extras import require
 from ..tokenization import InputError, align_genes
-from ..trained_model.loaded_model import LoadedModel, load_model
+from ..trained_model.model_folder import load_model
+from ..trained_model.prediction import LoadedModel
 from .annotate_cells import annotate_file
 from .assignment import assign
 from .expression_pca import expression_kind, take_rows

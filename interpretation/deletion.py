@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ..trained_model.loaded_model import LoadedModel
-from ..trained_model.prediction import predict_cells
+from ..trained_model.prediction import LoadedModel, predict_cells
 
 COLUMNS = ["explanation", "genes_removed", "margin", "drop", "random_drop", "ratio", "cells_hurt_more"]
 

@@ -14,16 +14,15 @@ import pandas as pd
 import scipy.sparse as sp
 from rich.console import Console
 
-from ..data.check_paths import check_output_folder
+from ..data.paths import check_output_folder, partial_folder
 from ..data.read import read_cells
 from ..data.write_h5ad import atomic_write_h5ad
-from ..data.write_output import partial_folder
 from ..evaluation.tables import TextTable
 from ..inference.query import BinnedQuery
 from ..inference.shipped import model_or_shipped
 from ..tokenization import InputError, ScBertTokenizer, gene_names_of, select_matrix
-from ..trained_model.loaded_model import LoadedModel, load_model
-from ..trained_model.prediction import predict_cells
+from ..trained_model.model_folder import load_model
+from ..trained_model.prediction import LoadedModel, predict_cells
 from .deletion import deletion_test, verdict
 from .enrichment import enrich_by_type
 from .explain_types import GRADIENTS, choose_cells, explanations, mean_by_type
@@ -122,7 +121,7 @@ def explain_file(
     types = np.array(labels, dtype=object)[predicted]
     with partial_folder(output, overwrite, marker=RESULTS) as folder:
         try:
-            tables = write_tables(folder, per_type, tokenizer, n_top, known, names, gene_sets)
+            tables = write_tables(folder, per_type, n_top, known, names, gene_sets)
             tables["de_agreement"] = write_agreement(folder, per_type, adata, types, label_key, layer, input)
             write_pictures(folder, found, per_type, part, targets, labels, tokenizer, n_top)
             deleted.to_csv(folder / "deletion_test.csv", index=False)
@@ -155,7 +154,6 @@ def explain_file(
 def write_tables(
     folder: Path,
     per_type: dict[str, pd.DataFrame],
-    tokenizer: ScBertTokenizer,
     n_top: int,
     markers: dict[str, list[str]] | None,
     marker_names: dict[str, Any] | None,

@@ -14,8 +14,8 @@ from ..inference.query import BinnedQuery
 from ..inference.shipped import model_or_shipped
 from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError, ScBertTokenizer
-from ..trained_model.loaded_model import LoadedModel, load_model
-from ..trained_model.prediction import predict_cells
+from ..trained_model.model_folder import load_model
+from ..trained_model.prediction import LoadedModel, predict_cells
 from .attribution import encoded_cells, gradient_shap, integrated_gradients
 from .markers import top_genes_table
 from .received_attention import RECEIVED, gene_attention

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..evaluation.baselines import UNLABELLED, log_normalize
+from ..data.read import log_normalize
+from ..evaluation.baselines import UNLABELLED
 from ..extras import require
 from ..tokenization import InputError
 

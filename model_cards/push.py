@@ -24,9 +24,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from .. import modeling_scbert
 from ..tokenization import InputError
-from ..trained_model.loaded_model import load_model
 from ..trained_model.model_folder import (
     check_model_folder,
+    load_model,
     load_tokenizer,
     load_weights,
     quiet_transformers,

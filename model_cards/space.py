@@ -11,7 +11,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from ..data.write_output import partial_folder
+from ..data.paths import partial_folder
 from ..extras import DISTRIBUTION
 
 PACKAGE = Path(__file__).resolve().parents[1]

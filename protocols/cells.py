@@ -9,9 +9,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 from ..data.labels import choose_classes, find_labels
-from ..data.modalities import feature_modalities
 from ..data.read import read_cells
 from ..tokenization import InputError, align_genes, detect_input_kind, gene_names_of, select_matrix
+from ..tokenization.cells_scbert import feature_modalities
 from ..tokenization.expression_scbert import as_csr
 
 LABEL, DATASET, SPLIT = "label", "dataset", "split"

@@ -8,10 +8,10 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from ..data.modalities import FEATURE_TYPES
+from ..data.read import log_normalize
 from ..data.splits import read_split, stratified_folds, stratified_split, write_split
-from ..evaluation.baselines import log_normalize
 from ..tokenization import InputError
+from ..tokenization.cells_scbert import FEATURE_TYPES
 from .cells import LABEL, MODALITY, input_of
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"

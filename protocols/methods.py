@@ -17,9 +17,8 @@ from transformers import set_seed
 from ..evaluation.baselines import BASELINES, LogisticRegressionBaseline
 from ..modeling_scbert import ScBertForMaskedExpression
 from ..tokenization import InputError
-from ..trained_model.loaded_model import LoadedModel, load_model
-from ..trained_model.model_folder import load_tokenizer, save_model
-from ..trained_model.prediction import predict_cells
+from ..trained_model.model_folder import load_model, load_tokenizer, save_model
+from ..trained_model.prediction import LoadedModel, predict_cells
 from ..training import run_finetune
 from ..training.finetune_arguments import FINETUNE
 from ..training.finetune_data import LabelledCells

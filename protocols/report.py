@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.write_output import atomic_path
+from ..data.paths import atomic_path
 from ..evaluation.embedding_plot import plot_embedding, umap_of
 from ..evaluation.report import Section, report_html
 from ..evaluation.tables import TextTable

@@ -15,8 +15,7 @@ import numpy as np
 import scipy.sparse as sp
 from rich.console import Console
 
-from ..data.check_paths import check_output_folder, check_output_path
-from ..data.write_output import partial_folder
+from ..data.paths import check_output_folder, check_output_path, partial_folder
 from ..evaluation.baselines import BASELINES, available_baselines
 from ..evaluation.tables import TextTable
 from ..tokenization import InputError, read_gene_panel

@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 from transformers import set_seed
 
+from scbert.data.paths import partial_folder
+from scbert.data.read import log_normalize
 from scbert.data.splits import stratified_split
-from scbert.data.write_output import partial_folder
-from scbert.evaluation.baselines import log_normalize
 from scbert.evaluation.tables import TextTable
 from scbert.protocols.cells import LABEL, MODALITY, input_of
 from scbert.protocols.comparison import TIE

@@ -12,7 +12,7 @@ import pandas as pd
 from make_mini import run, save_small, write_card
 from scbert.model_cards.card import public_metrics
 from scbert.tokenization.expression_scbert import as_csr
-from scbert.trained_model.loaded_model import load_model
+from scbert.trained_model.model_folder import load_model
 
 LABEL, STUDY = "label", "dataset"
 # clones and loci without a name are called otherwise in each annotation of the genome

@@ -14,7 +14,7 @@ from torch import nn
 from evidence import cells_of
 from evidence_studies import CHOOSE, folds_of, read_study
 from scbert.data.splits import stratified_split
-from scbert.trained_model.loaded_model import LoadedModel
+from scbert.trained_model.prediction import LoadedModel
 from scbert.training.cell_batches import CellDataset, DataCollatorForCells
 from scbert.training.cell_order import LengthGroupedSampler
 from scbert.training.finetune_arguments import FINETUNE

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from scbert.data.check_paths import check_output_path
 from scbert.data.corpus_stream import corpus_parts
+from scbert.data.paths import check_output_path
 from scbert.tokenization import InputError, read_gene_panel
 from scbert.tokenization.genes_scbert import write_gene_panel
 

@@ -16,8 +16,8 @@ import anndata
 import numpy as np
 
 from integration_metrics import integration_metrics
-from scbert.data.write_output import partial_folder
-from scbert.evaluation.baselines import log_normalize
+from scbert.data.paths import partial_folder
+from scbert.data.read import log_normalize
 from scbert.evaluation.embedding_plot import plot_embedding, umap_of
 from scbert.evaluation.tables import TextTable
 from scbert.extras import require
@@ -26,8 +26,7 @@ from scbert.protocols.folds import groups_of
 from scbert.protocols.methods import write_ablation
 from scbert.protocols.run import RESULTS
 from scbert.protocols.scores import finite
-from scbert.trained_model.loaded_model import load_model
-from scbert.trained_model.model_folder import versions
+from scbert.trained_model.model_folder import load_model, versions
 from scbert.trained_model.prediction import predict_cells
 from study_frame import run_study, study_parser
 

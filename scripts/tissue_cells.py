@@ -8,8 +8,7 @@ import pandas as pd
 
 from annotator_parts import LABEL, named_cells, named_genes
 from make_mini import CARDS
-from scbert.data.read import read_cells
-from scbert.evaluation.baselines import log_normalize
+from scbert.data.read import log_normalize, read_cells
 from scbert.inference.expression_pca import expression_pca
 from scbert.inference.voting import leiden_groups
 from scbert.tokenization import align_genes

@@ -73,7 +73,9 @@ def test_transformers_reads_its_folders_once_and_lists_the_same(tmp_path):
     )
     listing = "import transformers.models; print(sorted(dir(transformers)), sorted(dir(transformers.models)))"
     shown = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True
+        )
         for script in (ours + listing, listing)
     ]
     assert shown[0].stdout == shown[1].stdout

@@ -21,7 +21,6 @@ _HOME = {
     "normalize_expression": "expression_scbert",
     "read_gene_panel": "genes_scbert",
     "select_matrix": "cells_scbert",
-    "to_counts_scale": "expression_scbert",
     "write_gene_panel": "genes_scbert",
 }
 __all__ = list(_HOME)

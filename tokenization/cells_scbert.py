@@ -1,17 +1,24 @@
-"""What the tokenizer takes for cells: AnnData and data frames by their attributes, dictionaries, matrices; by rows."""
+"""Cells by rows, at both ends of the tokenizer.
+
+What it takes for cells: AnnData and data frames by their attributes, dictionaries, matrices. What it makes of their
+expression bins: sequences of every gene, or of the expressed ones, padded.
+"""
 
 import os
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
 import scipy.sparse as sp
 
 from .errors_scbert import InputError
-from .expression_scbert import as_csr
+from .expression_scbert import INPUT_KINDS, as_csr, detect_input_kind, keep_values, log1p_scale
 from .genes_scbert import align_genes, gene_names_of
 
 # cells looked at to tell counts from log1p
 SAMPLE_SIZE = 1024
+# as 10x names them in var["feature_types"]; the place of a type is its modality id
+FEATURE_TYPES = ("Gene Expression", "Peaks", "Antibody Capture")
 
 
 def matrix_and_names(cells, gene_panel, gene_names=None, layer=None):
@@ -132,6 +139,23 @@ def other_sources(cells, layer):
     return f" The input also has: {', '.join(names)} (layer=NAME, or --layer NAME)." if names else ""
 
 
+def feature_modalities(var):
+    """Modality id of every feature, or None where the table names no modality but gene expression.
+
+    Parameters
+    ----------
+    var : pandas.DataFrame [features]
+
+    Returns
+    -------
+    numpy.ndarray [features] of int64, or None
+    """
+    if "feature_types" not in var:
+        return None
+    ids = var["feature_types"].astype(str).map({kind: i for i, kind in enumerate(FEATURE_TYPES)})
+    return ids.to_numpy(dtype=np.int64) if ids.notna().all() and ids.max() > 0 else None
+
+
 def raw_hint(cells, gene_panel, layer=None):
     """For `GeneAlignment.check`: a sentence that names ``.raw`` where it has more genes of the panel than `layer`.
 
@@ -158,6 +182,43 @@ def sample_rows(matrix, size=SAMPLE_SIZE):
     return sp.vstack([as_csr(matrix[start : start + block]) for start in starts], format="csr")
 
 
+def resolve_input(matrix, input="auto", target_sum=1e4, hint=""):
+    """What kind of values a matrix holds, from a sample of its rows.
+
+    Parameters
+    ----------
+    matrix
+        Of cells x genes, which can be cut by rows.
+    input : {"auto", "counts", "log1p"}
+        What it is said to hold.
+    target_sum : float
+        Sum that counts were probably brought to before their logarithm.
+    hint : str
+        What an error ends with, such as `other_sources`.
+
+    Returns
+    -------
+    kind : {"counts", "log1p"}
+    scale : float or None
+        Row sum of log1p values before their logarithm, if they share one (all genes are there).
+
+    Raises
+    ------
+    InputError
+        If there is no such kind, or the values are of neither.
+    """
+    if input not in INPUT_KINDS:
+        raise InputError(f"input must be one of {', '.join(INPUT_KINDS)}; found {input!r}.")
+    if input == "counts":
+        return "counts", None
+    sample = sample_rows(matrix)
+    try:
+        kind = detect_input_kind(sample, target_sum) if input == "auto" else input
+    except InputError as error:
+        raise InputError(f"{error}{hint}") from None
+    return kind, log1p_scale(sample, target_sum) if kind == "log1p" else None
+
+
 def take_rows(matrix, start, stop):
     """Rows of a matrix; those of a CSR matrix share its memory."""
     if not sp.issparse(matrix):
@@ -181,3 +242,51 @@ def stack_chunks(chunks, n_columns, dtype):
     lengths = np.concatenate(lengths)
     indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return sp.csr_matrix((data, indices, indptr), shape=(len(lengths), n_columns))
+
+
+def encode_every_gene(bins):
+    """All genes of the panel in order, then the trailing token: ``input_ids``, int64 [cells, panel + 1]."""
+    input_ids = np.zeros((bins.shape[0], bins.shape[1] + 1), dtype=np.int64)
+    rows = np.repeat(np.arange(bins.shape[0]), np.diff(bins.indptr))
+    input_ids[rows, bins.indices] = bins.data
+    return {"input_ids": input_ids}
+
+
+def encode_expressed(bins, width=None):
+    """Expressed genes of each cell in panel order, the trailing token, then pads, to a length of `width` at least.
+
+    ``input_ids``, ``gene_ids`` and ``attention_mask`` are int64 [cells, length]; pads and the trailing token have id 0
+    and the gene id ``panel``.
+    """
+    lengths = np.diff(bins.indptr)
+    shape = (bins.shape[0], max(int(lengths.max(initial=0)) + 1, width or 0))
+    rows = np.repeat(np.arange(bins.shape[0]), lengths)
+    places = np.arange(bins.nnz) - np.repeat(bins.indptr[:-1], lengths)
+    input_ids = np.zeros(shape, dtype=np.int64)
+    gene_ids = np.full(shape, bins.shape[1], dtype=np.int64)
+    input_ids[rows, places] = bins.data
+    gene_ids[rows, places] = bins.indices
+    attention_mask = (np.arange(shape[1]) <= lengths[:, None]).astype(np.int64)
+    return {"input_ids": input_ids, "gene_ids": gene_ids, "attention_mask": attention_mask}
+
+
+def subsample(bins, max_length, seed=0):
+    """Rows cut to ``max_length - 1`` random genes, in panel order: the trailing token needs a place too.
+
+    The subset depends on the cell and `seed` alone.
+    """
+    if max_length is None or np.diff(bins.indptr).max(initial=0) < max_length:
+        return bins
+    kept = np.ones(bins.nnz, dtype=bool)
+    for start, stop in zip(bins.indptr[:-1], bins.indptr[1:]):
+        excess = stop - start - (max_length - 1)
+        if excess > 0:
+            rng = _cell_generator(bins.indices[start:stop], bins.data[start:stop], seed)
+            kept[start + rng.choice(stop - start, excess, replace=False)] = False
+    return keep_values(bins, kept)
+
+
+def _cell_generator(indices, values, seed):
+    """A generator of the cell itself: its subset is the same in any batch and any order."""
+    content = zlib.crc32(values.astype(np.int16).tobytes(), zlib.crc32(indices.astype(np.int32).tobytes()))
+    return np.random.default_rng([seed, content])

@@ -238,26 +238,6 @@ def _log_one_plus(values, log_base):
     return values
 
 
-def to_counts_scale(csr, kind, target_sum=1e4):
-    """Values on the scale of counts, whatever `kind` they came in.
-
-    Parameters
-    ----------
-    csr : scipy.sparse.csr_matrix [cells, genes]
-    kind : str
-        ``"counts"`` (returned as they are) or ``"log1p"`` (``expm1`` of them, in float64).
-    target_sum : float
-        For ``"log1p"``: rows are rescaled to it if they share another sum.
-    """
-    if kind == "counts":
-        return csr
-    values = expm1(csr)
-    scale = log1p_scale(csr, target_sum)
-    if scale not in (None, target_sum):
-        values.data *= target_sum / scale
-    return values
-
-
 def change_log_base(csr, log_base=2.0):
     """Natural log1p values to base `log_base`: a division by ``ln(log_base)``, kept in float32."""
     values = csr.data.astype(np.float64)
@@ -300,6 +280,24 @@ def bin_floor(csr, n_bins, bin_width=1.0):
     # values are non-negative, so the cast truncates as floor does
     bins = bins.astype(bin_dtype(n_bins))
     return keep_values(with_data(csr, bins), bins > 0)
+
+
+def floor_values(n_bins, bin_width=1.0, log_base=2.0):
+    """Expression, of the target sum in a cell, that fixed bins stand for: the middle of each on the log scale.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 [bins], 0 for bin 0.
+
+    Examples
+    --------
+    >>> floor_values(2).round(2)
+    array([0.  , 1.83, 4.66], dtype=float32)
+    """
+    values = log_base ** ((np.arange(n_bins + 1) + 0.5) * bin_width) - 1
+    values[0] = 0
+    return values.astype(np.float32)
 
 
 def bin_quantile(csr, n_bins):

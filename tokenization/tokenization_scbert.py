@@ -5,10 +5,19 @@ import os
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
 
-from .cells_scbert import matrix_and_names, other_sources, raw_hint, sample_rows, stack_chunks, take_rows
+from .cells_scbert import (
+    encode_every_gene,
+    encode_expressed,
+    matrix_and_names,
+    other_sources,
+    raw_hint,
+    resolve_input,
+    stack_chunks,
+    subsample,
+    take_rows,
+)
 from .errors_scbert import InputError
 from .expression_scbert import (
-    INPUT_KINDS,
     as_csr,
     bin_dtype,
     bin_floor,
@@ -16,15 +25,22 @@ from .expression_scbert import (
     change_log_base,
     check_options,
     check_values,
-    detect_input_kind,
     expm1,
     is_integer_valued,
-    log1p_scale,
     normalize_expression,
 )
-from .genes_scbert import MINIMUM_OVERLAP, align_genes, check_gene_panel, read_panel_rows, write_gene_panel
-from .levels_scbert import check_gene_levels, fill_absent, measured_share, read_gene_levels, write_gene_levels
-from .sequences_scbert import encode_every_gene, encode_expressed, subsample
+from .genes_scbert import (
+    MINIMUM_OVERLAP,
+    align_genes,
+    check_gene_levels,
+    check_gene_panel,
+    fill_absent,
+    measured_share,
+    read_gene_levels,
+    read_panel_rows,
+    write_gene_levels,
+    write_gene_panel,
+)
 
 # cells read together
 CHUNK_SIZE = 2048
@@ -62,7 +78,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
     gene_levels : sequence of float [genes], optional
         Mean bin of each gene in the cells a model learnt from; saved as ``gene_levels.txt``. Cells of a file that
         lacks a gene are given it, rounded, in the place of 0, and `target_sum` is cut by the share of the counts
-        that such genes had; less so where most genes are lacking (`levels_scbert`).
+        that such genes had; less so where most genes are lacking (`genes_scbert`).
     seed : int
         Seed of the random subsets.
 
@@ -303,24 +319,8 @@ class ScBertTokenizer(PreTrainedTokenizer):
         return alignment
 
     def resolve_input(self, matrix, input="auto", hint=""):
-        """What kind of values a matrix holds, from a sample of its rows.
-
-        Returns
-        -------
-        kind : {"counts", "log1p"}
-        scale : float or None
-            Row sum of log1p values before their logarithm, if they share one (all genes are there).
-        """
-        if input not in INPUT_KINDS:
-            raise InputError(f"input must be one of {', '.join(INPUT_KINDS)}; found {input!r}.")
-        if input == "counts":
-            return "counts", None
-        sample = sample_rows(matrix)
-        try:
-            kind = detect_input_kind(sample, self.target_sum) if input == "auto" else input
-        except InputError as error:
-            raise InputError(f"{error}{hint}") from None
-        return kind, log1p_scale(sample, self.target_sum) if kind == "log1p" else None
+        """What kind of values a matrix holds, and their scale; see `cells_scbert.resolve_input`."""
+        return resolve_input(matrix, input, self.target_sum, hint)
 
     def bin_rows(self, chunk, alignment, kind="counts", covers_all_genes=True):
         """Bins of rows [cells, genes of `alignment`] whose kind is known, and for log1p whether all genes are there."""
@@ -352,16 +352,14 @@ class ScBertTokenizer(PreTrainedTokenizer):
 
     # bins to batches
 
-    def encode_bins(self, bins, generator=None):
+    def encode_bins(self, bins):
         """Dense arrays of a batch of binned cells.
 
         Parameters
         ----------
         bins : scipy.sparse.csr_matrix [cells, panel]
-            Rows of what `bin_cells` returns.
-        generator : numpy.random.Generator, optional
-            Draws a new random subset of cells longer than `max_length` at every call; without it the subset
-            depends on the cell and `seed` alone.
+            Rows of what `bin_cells` returns. Of a cell longer than `max_length`, the random subset depends on the cell
+            and `seed` alone.
 
         Returns
         -------
@@ -370,9 +368,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
             [cells, longest]; with modalities also ``modality_ids``. Pads and the trailing token have gene id
             ``len(gene_panel)``.
         """
-        return self._encode(
-            bins if self.keep_zeros else subsample(bins, self.max_length, self.seed, generator)
-        )
+        return self._encode(bins if self.keep_zeros else subsample(bins, self.max_length, self.seed))
 
     def _encode(self, bins, width=None):
         encoded = encode_every_gene(bins) if self.keep_zeros else encode_expressed(bins, width)

@@ -1,9 +1,10 @@
-"""Folders of models and their names on the Hub: checked, read strictly and quietly, written; versions of libraries."""
+"""Folders of models, and names on the Hub: checked, loaded strictly and quietly, written; versions of libraries."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..extras import DISTRIBUTION
-from ..modeling_scbert import ScBertConfig
+from ..modeling_scbert import ScBertConfig, ScBertForCellClassification, ScBertModel
 from ..tokenization import InputError, ScBertTokenizer
+from .prediction import LoadedModel
 
-SHIPPED = Path(__file__).parents[1] / "model_cards"
+logger = logging.getLogger(__name__)
+
+# the folders of the models that ship
+SHIPPED_MODELS = Path(__file__).parents[1] / "model_cards"
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -54,8 +59,12 @@ def find_model(model: str | Path) -> Path:
     gene panel are fetched: code of a repository is neither needed nor run.
     """
     folder = Path(model)
-    if not folder.exists() and folder.name == str(model) and (SHIPPED / folder / "config.json").is_file():
-        return SHIPPED / folder
+    if (
+        not folder.exists()
+        and folder.name == str(model)
+        and (SHIPPED_MODELS / folder / "config.json").is_file()
+    ):
+        return SHIPPED_MODELS / folder
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) or folder.parent.is_dir():
         return folder
     try:
@@ -204,6 +213,101 @@ def _check_weights(
             f"The weights in {folder} hold NaN or infinite numbers (first in {broken[0]}): its training diverged "
             "or the file is damaged."
         )
+
+
+def load_model(
+    model: str | Path | LoadedModel,
+    task: str = "annotation",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> LoadedModel:
+    """
+    Load a model folder for annotating or embedding cells.
+
+    Parameters
+    ----------
+    model
+        Folder written by `finetune`, `pretrain` or `convert`, or the ``user/name`` of one on the Hub; a `LoadedModel`
+        passes through.
+    task
+        ``"annotation"`` needs a fine-tuned model; ``"embedding"`` takes any scBERT model.
+    device
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``...; by default (``"auto"``) the first GPU, or else the CPU.
+    dtype
+        ``"float32"`` or ``"bfloat16"``; by default (``"auto"``) bfloat16 on GPUs that have it, float32 elsewhere.
+
+    Returns
+    -------
+    LoadedModel
+        In evaluation mode.
+
+    Raises
+    ------
+    InputError
+        When the folder is not a complete scBERT model fit for the task; nothing is filled with random weights.
+
+    Examples
+    --------
+    >>> loaded = load_model("my_model")  # doctest: +SKIP
+    >>> loaded.labels  # doctest: +SKIP
+    ['B', 'NK', 'T']
+    """
+    if isinstance(model, LoadedModel):
+        return model
+    folder = find_model(model)
+    config = check_model_folder(folder)
+    architectures = config.get("architectures") or []
+    if task == "annotation" and architectures != [ScBertForCellClassification.__name__]:
+        raise InputError(
+            f"The model in {folder} ({', '.join(architectures) or 'no architecture named'}) has no cell types yet: it "
+            f"cannot annotate. Teach it some first: finetune(reference, label_key, output, base={str(folder)!r}), or "
+            f"`scbert finetune REF.h5ad --label-key KEY --base {folder} --output DIR`."
+        )
+    device, tokenizer = pick_device(device), load_tokenizer(folder)
+    classifier = task == "annotation" or config.get("cell_vector_size")
+    model_class = ScBertForCellClassification if classifier else ScBertModel
+    network = load_weights(model_class, folder)
+    _check_match(folder, network, tokenizer)
+    dtype = _pick_dtype(device, dtype)
+    logger.info("Model %s on %s in %s.", folder, device, str(dtype).removeprefix("torch."))
+    return LoadedModel(network.to(device).eval(), tokenizer, str(folder), dtype)
+
+
+def _check_match(folder: Path, network: PreTrainedModel, tokenizer: ScBertTokenizer) -> None:
+    """Refuse a tokenizer of another model."""
+    positions, ids = network.config.max_position_embeddings, network.config.vocab_size
+    if len(tokenizer.gene_panel) + 1 != positions or tokenizer.vocab_size != ids:
+        raise InputError(
+            f"The tokenizer in {folder} belongs to another model: it has {len(tokenizer.gene_panel)} genes and "
+            f"{tokenizer.vocab_size} expression ids, the model {positions - 1} genes and {ids} ids."
+        )
+
+
+def pick_device(device: torch.device | str | None) -> torch.device:
+    """The device of a name; None or ``"auto"``: the first GPU, or else the CPU."""
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(
+            f"There is no device {device!r}; cpu, cuda, cuda:1 and the like are known."
+        ) from error
+    n_gpus = torch.cuda.device_count()
+    if picked.type == "cuda" and (picked.index or 0) >= n_gpus:
+        raise InputError(f"The device {device} was asked for, and torch sees {n_gpus} CUDA GPU(s) here.")
+    return picked
+
+
+def _pick_dtype(device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        # older GPUs emulate it, slowly
+        half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if half else torch.float32
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise InputError("dtype must be float32 or bfloat16.")
+    return dtype
 
 
 def save_model(

@@ -1,4 +1,4 @@
-"""Outputs of a model for binned cells, batch by batch, through its own forward."""
+"""A model in memory with its tokenizer, and its outputs for binned cells, batch by batch, through its own forward."""
 
 from __future__ import annotations
 
@@ -6,20 +6,103 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from transformers import PreTrainedModel
 
 from ..modeling_scbert.pipeline_scbert import cell_embedding
 from ..modeling_scbert.workload_scbert import expect_work
-from .loaded_model import LoadedModel
+from ..tokenization import InputError, ScBertTokenizer
 
 logger = logging.getLogger(__name__)
 
 # activations a batch may take: more on a CPU gains nothing, its caches are long full
 CPU_BATCH_BYTES = 1 << 30
 MAX_BATCH = 256
+
+
+@dataclass
+class LoadedModel:
+    """
+    A model ready to be run, with its tokenizer.
+
+    Attributes
+    ----------
+    model
+        Any scBERT model.
+    tokenizer
+        Its gene panel has one gene less than the model has positions.
+    name
+        Where it came from.
+    dtype
+        Precision of the matrix products: float32, or a half precision under autocast.
+    """
+
+    model: PreTrainedModel
+    tokenizer: ScBertTokenizer
+    name: str = "in memory"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.model.device
+
+    @property
+    def labels(self) -> list[str]:
+        """Cell types in the order of the logits."""
+        return [str(self.model.config.id2label[index]) for index in range(self.model.config.num_labels)]
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of an embedding: a classifier's cell vectors where it makes them, else hidden states."""
+        return self.model.config.cell_vector_size if self.has_cell_vectors else self.model.config.hidden_size
+
+    @property
+    def has_cell_vectors(self) -> bool:
+        """Whether the model is a classifier that makes cell vectors."""
+        return getattr(getattr(self.model, "classifier", None), "novelty", None) is not None
+
+    @property
+    def embedding_kind(self) -> str:
+        """What an embedding is, in words."""
+        if self.has_cell_vectors:
+            return "the classifier's cell vector"
+        if self.model.config.pooling == "cell":
+            return "cell token: the genes' vectors summed by expression, corrected by attention"
+        return "mean over expressed genes and the trailing token"
+
+    @property
+    def threshold(self) -> float:
+        """Confidence below which a cell is "unassigned": chosen on held-out cells, or 0.5."""
+        chosen = self.model.config.unassigned_threshold
+        return 0.5 if chosen is None else float(chosen)
+
+    def quantiles(self, coverage: float) -> list[float]:
+        """
+        Largest score of each label within a prediction set of a coverage, [labels].
+
+        Raises
+        ------
+        InputError
+            If the model has none of this coverage.
+        """
+        known = {
+            float(name): values for name, values in (self.model.config.conformal_quantiles or {}).items()
+        }
+        if not known:
+            raise InputError(
+                f"The model {self.name} cannot make prediction sets: an earlier version made it, or the held-out "
+                "cells were too few. Fine-tune it again, or leave coverage (--coverage) out."
+            )
+        if coverage not in known:
+            raise InputError(
+                f"The coverage is {coverage:g}; the model {self.name} can do {', '.join(f'{c:g}' for c in known)}."
+            )
+        return known[coverage]
 
 
 def predict(
@@ -55,7 +138,9 @@ def predict(
     """
     loaded.model.eval()
     lengths = sequence_lengths(loaded.tokenizer, bins)
-    expect_work(loaded.model.config, lengths.sum())
+    if loaded.model.config.num_hidden_layers:
+        # whether compiling the layers pays
+        expect_work(loaded.model.config, lengths.sum())
     order = np.argsort(lengths, kind="stable")
     batches = _batches(order, lengths, loaded, batch_size)
     for rows, encoded in _encoded_ahead(loaded.tokenizer, bins, batches):

@@ -9,21 +9,14 @@ speakers, Hatch et al. 2006). All is linear in the expression: one vector for a 
 genes' vectors, each times its expression bin.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
-from safetensors import safe_open
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.extmath import randomized_svd
 
-from ..tokenization import InputError, align_genes
-from ..trained_model.model_folder import check_model_folder, find_model, load_tokenizer
-from .principal_axes import Axes
-
-WEIGHTS, TABLE = "model.safetensors", "embeddings.gene_embeddings.weight"
 # genes that axes are made of, by variance within the files; the others have no vector
 VARIABLE_GENES = 4000
 # axes of the pooled cells, among which the discriminating ones are looked for
@@ -36,10 +29,6 @@ FILE_POWER = 0.5
 SHRINKAGE = 0.1
 # a file needs so many cells, or there is no neighbourhood
 FEWEST_CELLS = 50
-# a panel that shares fewer genes with pretrained vectors takes none
-FEWEST_GENES = 50
-# cells that tell how much of what differs lies along axes
-COMPARED_CELLS = 500
 
 
 @dataclass
@@ -116,112 +105,6 @@ def cell_axes(
     return CellAxes(vectors, (mean @ vectors).astype(np.float32), spread)
 
 
-def pretrained_vectors(model: str | Path, panel: Sequence[str]) -> np.ndarray | None:
-    """
-    Vectors of the genes of a panel by a pretrained model, [genes, hidden], zeros for those it does not know.
-
-    Parameters
-    ----------
-    model
-        With ``pooling="cell"``: a folder, a name on the Hub, or ``"scbert-mini"``, which ships.
-    panel
-        Gene symbols.
-
-    Returns
-    -------
-    numpy.ndarray or None
-        float32; None where fewer than `FEWEST_GENES` genes have a vector.
-
-    Raises
-    ------
-    InputError
-        If the model's gene table holds no axes of cells.
-    """
-    folder = find_model(model)
-    if check_model_folder(folder).get("pooling") != "cell" or not (folder / WEIGHTS).is_file():
-        raise InputError(
-            f'{model} holds no axes of cells in its gene table; a model pretrained with pooling "cell" was needed, '
-            f"such as scbert-mini, its weights in one file ({WEIGHTS})."
-        )
-    # the table alone: nothing else of the model is used
-    with safe_open(folder / WEIGHTS, "pt") as weights:
-        names = weights.keys()
-        table = weights.get_tensor(next(name for name in names if name.endswith(TABLE))).float().numpy()
-    places = align_genes(list(panel), load_tokenizer(folder).gene_panel).target
-    vectors = np.where(places[:, None] >= 0, table[places], 0).astype(np.float32)
-    return vectors if vectors.any(axis=1).sum() >= FEWEST_GENES else None
-
-
-def axes_along(features: sp.csr_matrix, vectors: np.ndarray) -> Axes:
-    """
-    Coordinates of cells along axes that were found elsewhere.
-
-    Parameters
-    ----------
-    features
-        [cells, genes], and behind the genes what no vector is of.
-    vectors
-        Of the genes, [genes, axes].
-
-    Examples
-    --------
-    >>> cells = sp.csr_matrix(np.array([[0.0, 1.0], [2.0, 1.0]]))
-    >>> axes_along(cells, np.array([[1.0], [0.0]])).coordinates.ravel().tolist()
-    [-1.0, 1.0]
-    """
-    vectors = np.pad(vectors, ((0, features.shape[1] - len(vectors)), (0, 0)))
-    center = np.asarray(features.mean(axis=0)).ravel()
-    coordinates = (features @ vectors - center @ vectors).astype(np.float32)
-    return Axes(coordinates, center, lambda coefficients: coefficients @ vectors.T)
-
-
-def signal_along(bins: sp.csr_matrix, values: np.ndarray, vectors: np.ndarray) -> float:
-    """
-    Share of what differs between cells that lies along axes found elsewhere, the noise of counting left aside.
-
-    The counts of every cell are thinned into two halves, whose noise is independent (count splitting, Neufeld et al.
-    2024): what both halves tell of the same cell is no noise. High where the axes know cells of this kind.
-
-    Parameters
-    ----------
-    bins
-        Expression bins [cells, genes]; of more than `COMPARED_CELLS`, as many are drawn.
-    values
-        Expression that bins stand for, see `cell_targets.bin_values`; a cell's lowest is one count.
-    vectors
-        Of the genes, [genes, axes].
-
-    Examples
-    --------
-    >>> rng = np.random.default_rng(0)
-    >>> bins = rng.poisson(np.repeat([[9, 9, 1, 1], [1, 1, 9, 9]], 50, axis=0))
-    >>> known, foreign = np.array([[1.0], [1], [-1], [-1]]), np.array([[1.0], [-1], [0], [0]])
-    >>> [signal_along(sp.csr_matrix(bins), np.arange(30.0), vectors) > 0.8 for vectors in (known, foreign)]
-    [True, False]
-    """
-    rng = np.random.default_rng(0)
-    bins = bins[np.sort(rng.permutation(bins.shape[0])[:COMPARED_CELLS])].tocsr()
-    expression = values[bins.data]
-    lowest = [expression[start:stop].min(initial=np.inf) for start, stop in zip(bins.indptr, bins.indptr[1:])]
-    counts = np.rint(expression / np.repeat(lowest, np.diff(bins.indptr))).astype(np.int64)
-    first = rng.binomial(counts, 0.5)
-    halves = [
-        _centered(_log_cp10k(sp.csr_matrix((half, bins.indices, bins.indptr), shape=bins.shape)))
-        for half in (first, counts - first)
-    ]
-    # axes need not be at right angles
-    basis = np.linalg.qr(vectors)[0]
-    along, everything = (
-        float((one * other).sum()) for one, other in ([half @ basis for half in halves], halves)
-    )
-    return along / everything if everything > 0 else 0.0
-
-
-def _log_cp10k(counts: sp.csr_matrix) -> sp.csr_matrix:
-    totals = np.maximum(np.asarray(counts.sum(axis=1)), 1)
-    return counts.multiply(1e4 / totals).log1p().tocsr()
-
-
 def _moments(cells: sp.csr_matrix) -> tuple[int, np.ndarray, np.ndarray]:
     """Number of cells; mean and variance of every gene."""
     cells = cells.astype(np.float64)
@@ -229,7 +112,7 @@ def _moments(cells: sp.csr_matrix) -> tuple[int, np.ndarray, np.ndarray]:
     return cells.shape[0], mean, np.asarray(cells.multiply(cells).mean(axis=0)).ravel() - mean**2
 
 
-def _centered(cells: sp.csr_matrix, genes: np.ndarray | slice = slice(None)) -> np.ndarray:
+def _centered(cells: sp.csr_matrix, genes: np.ndarray) -> np.ndarray:
     dense = cells[:, genes].toarray().astype(np.float32)
     return dense - dense.mean(axis=0)
 

@@ -6,6 +6,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..tokenization import InputError, ScBertTokenizer
+from ..tokenization.expression_scbert import floor_values
 
 # in the place of a gene that a cell's file does not measure
 UNMEASURED = -100.0
@@ -13,7 +14,7 @@ UNMEASURED = -100.0
 
 def bin_values(tokenizer: ScBertTokenizer) -> np.ndarray:
     """
-    Expression, of `target_sum` in a cell, that the bins stand for: the middle of each on the scale of the logarithm.
+    Expression that the bins of a tokenizer stand for; see `floor_values`.
 
     Returns
     -------
@@ -35,10 +36,7 @@ def bin_values(tokenizer: ScBertTokenizer) -> np.ndarray:
             f'Predicting whole cells needs bins that stand for expression: binning="floor" in the tokenizer, found '
             f'"{tokenizer.binning}". Change it, or leave cell_loss_weight and thinning out.'
         )
-    middles = (np.arange(tokenizer.n_bins + 1) + 0.5) * tokenizer.bin_width
-    values = tokenizer.log_base**middles - 1
-    values[0] = 0
-    return values.astype(np.float32)
+    return floor_values(tokenizer.n_bins, tokenizer.bin_width, tokenizer.log_base)
 
 
 class CellTargets:

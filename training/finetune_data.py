@@ -14,10 +14,8 @@ from anndata import AnnData
 from ..data.cell_ontology import read_cell_ontology, read_terms
 from ..data.label_tree import tree_from_column, tree_from_ontology, tree_from_table
 from ..data.labels import cell_notes, choose_classes, find_labels, label_notes
-from ..data.modalities import feature_modalities
-from ..data.read import read_cells
+from ..data.read import log_normalize, read_cells
 from ..data.splits import stratified_split
-from ..evaluation.baselines import log_normalize
 from ..tokenization import (
     InputError,
     ScBertTokenizer,
@@ -26,6 +24,7 @@ from ..tokenization import (
     read_gene_panel,
     select_matrix,
 )
+from ..tokenization.cells_scbert import feature_modalities
 from ..tokenization.expression_scbert import as_csr
 from .finetune_arguments import FinetuneDataArguments
 from .initial_model import new_tokenizer
@@ -329,7 +328,9 @@ def _assign_splits(
     if given is None:
         chosen = np.flatnonzero(targets >= 0)
         test = 0.0 if data.test else data.test_fraction
-        assigned[chosen] = stratified_split(targets[chosen], test, validation, seed=seed)
+        assigned[chosen] = "train"
+        if test or validation:
+            assigned[chosen] = stratified_split(targets[chosen], test, validation, seed=seed)
         return assigned
     assigned[targets >= 0] = given[targets >= 0]
     if not validate:

@@ -1,19 +1,26 @@
-"""The Trainer of a fine-tuning run: loss, sampling, scores, early stopping."""
+"""The Trainer of a fine-tuning run: loss, sampling, scores, early stopping; and its model, calibrated."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import EarlyStoppingCallback, PreTrainedModel
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState
 
+from ..evaluation.calibration import choose_threshold, conformal_quantiles, fit_temperature, softmax
 from ..tokenization import InputError
 from .callbacks import RedrawFeaturesCallback
 from .cell_batches import CellDataset, DataCollatorForCells
 from .cell_order import EpochSampler, LengthGroupedSampler, OversamplingSampler
 from .finetune_arguments import FinetuneTrainingArguments
-from .finetune_data import FinetuneData
+from .finetune_data import FinetuneData, LabelledCells
+from .run_summary import DEFAULT_THRESHOLD, TunedModel
 from .trainer import CellTrainer
+
+# the prior of a temperature, for validation cells too few or too easy to tell: of its logarithm, in cells
+TEMPERATURE_PRIOR = 3.0
+MIN_CELLS_FOR_THRESHOLD = 50
+ASSIGNED_PRECISION = 0.95
 
 
 def build_trainer(
@@ -137,3 +144,89 @@ def validation_scores(n_classes: int) -> Callable[[Any], dict[str, float]]:
         return {"accuracy": float(hits.sum() / confusion.sum()), "macro_f1": float(f1[seen].mean())}
 
     return scores
+
+
+def calibrated(
+    model: PreTrainedModel,
+    state: TrainerState,
+    logits_of: Callable[[LabelledCells], np.ndarray],
+    weights: Callable[[], dict[str, torch.Tensor]],
+    validation: LabelledCells,
+) -> TunedModel:
+    """
+    A trained model with its temperature in the weights of the output layer; in its config, the threshold of
+    "unassigned" and the quantiles of prediction sets.
+
+    Parameters
+    ----------
+    model, state, weights
+        See `TunedModel`.
+    logits_of
+        Logits of some cells, [cells, classes], before the temperature.
+    validation
+        The cells that temperature, threshold and quantiles are chosen on.
+    """
+    logits = logits_of(validation)
+    temperature = temperature_of(logits, validation.targets)
+    probabilities = softmax(logits, temperature)
+    model.config.unassigned_threshold = threshold_of(probabilities, validation.targets)
+    model.config.conformal_quantiles = conformal_quantiles(probabilities, validation.targets)
+
+    def divided() -> dict[str, torch.Tensor]:
+        all_weights = weights()
+        return {
+            name: weight / temperature if "classifier.out_proj." in name else weight
+            for name, weight in all_weights.items()
+        }
+
+    return TunedModel(model, state, lambda cells: softmax(logits_of(cells), temperature), divided)
+
+
+def temperature_of(logits: np.ndarray, targets: np.ndarray) -> float:
+    """
+    What to divide logits by for honest confidences; near 1 where the cells are too few to tell.
+
+    The prior is worth `TEMPERATURE_PRIOR` cells: without it, a handful of cells that are all right would ask for
+    certainty.
+
+    Parameters
+    ----------
+    logits
+        Of validation cells, [cells, classes].
+    targets
+        Their classes, [cells].
+
+    Examples
+    --------
+    >>> temperature_of(np.array([[4.0, 0.0]] * 80), np.array([0] * 60 + [1] * 20)) > 3
+    True
+    """
+    return fit_temperature(logits, targets, (0.05, 20.0), prior=TEMPERATURE_PRIOR)
+
+
+def threshold_of(probabilities: np.ndarray, targets: np.ndarray) -> float | None:
+    """
+    Confidence below which cells should stay unassigned, so that `ASSIGNED_PRECISION` of the others are right.
+
+    Parameters
+    ----------
+    probabilities
+        Of validation cells, calibrated, [cells, classes].
+    targets
+        Their classes, [cells].
+
+    Returns
+    -------
+    float or None
+        At least 0.5. None with fewer than 50 cells, or where no threshold reaches the precision.
+
+    Examples
+    --------
+    >>> sure, unsure = [[0.9, 0.1]] * 60, [[0.7, 0.3]] * 20
+    >>> round(threshold_of(np.array(sure + unsure), np.array([0] * 60 + [1] * 20)), 2)
+    0.8
+    """
+    if len(targets) < MIN_CELLS_FOR_THRESHOLD:
+        return None
+    chosen = choose_threshold(probabilities, targets, ASSIGNED_PRECISION, default=DEFAULT_THRESHOLD)
+    return max(DEFAULT_THRESHOLD, chosen.threshold) if chosen.reached else None

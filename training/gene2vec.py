@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.write_output import atomic_path
+from ..data.paths import atomic_path
 from ..tokenization import InputError
 from .coexpression import GenePairs
 

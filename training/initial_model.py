@@ -1,4 +1,4 @@
-"""What a run starts from: the tokenizer and the model of a base, or new ones; and which weights are trained."""
+"""What a run starts from: tokenizer and model of a base, or new ones; which weights are trained; pretrained vectors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from ..modeling_scbert import ScBertConfig, ScBertForCellClassification, ScBertForMaskedExpression
 from ..modeling_scbert.embeddings_scbert import arc_radius, expression_plane
-from ..tokenization import InputError, ScBertTokenizer
+from ..tokenization import InputError, ScBertTokenizer, align_genes
 from ..trained_model.model_folder import check_model_folder, find_model, load_tokenizer, load_weights
 
 # fields of the head, which is new: a recipe may set them over what the base says
@@ -23,6 +24,9 @@ UNCALIBRATED = {
     "label_parents": None,
     "conformal_quantiles": None,
 }
+WEIGHTS, GENE_TABLE = "model.safetensors", "embeddings.gene_embeddings.weight"
+# a panel that shares fewer genes with pretrained vectors takes none
+FEWEST_GENES = 50
 
 
 def base_tokenizer(base: str | Path, genes: str | None = None) -> ScBertTokenizer:
@@ -270,3 +274,39 @@ def freeze_for_finetuning(model: PreTrainedModel) -> None:
     for trained in (encoder.final_norm, *encoder.layers[-2:][:1]):
         for parameter in trained.parameters():
             parameter.requires_grad_(True)
+
+
+def pretrained_vectors(model: str | Path, panel: Sequence[str]) -> np.ndarray | None:
+    """
+    Vectors of the genes of a panel by a pretrained model, [genes, hidden], zeros for those it does not know.
+
+    Parameters
+    ----------
+    model
+        With ``pooling="cell"``: a folder, a name on the Hub, or ``"scbert-mini"``, which ships.
+    panel
+        Gene symbols.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        float32; None where fewer than `FEWEST_GENES` genes have a vector.
+
+    Raises
+    ------
+    InputError
+        If the model's gene table holds no axes of cells.
+    """
+    folder = find_model(model)
+    if check_model_folder(folder).get("pooling") != "cell" or not (folder / WEIGHTS).is_file():
+        raise InputError(
+            f'{model} holds no axes of cells in its gene table; a model pretrained with pooling "cell" was needed, '
+            f"such as scbert-mini, its weights in one file ({WEIGHTS})."
+        )
+    # the table alone: nothing else of the model is used
+    with safe_open(folder / WEIGHTS, "pt") as weights:
+        names = weights.keys()
+        table = weights.get_tensor(next(name for name in names if name.endswith(GENE_TABLE))).float().numpy()
+    places = align_genes(list(panel), load_tokenizer(folder).gene_panel).target
+    vectors = np.where(places[:, None] >= 0, table[places], 0).astype(np.float32)
+    return vectors if vectors.any(axis=1).sum() >= FEWEST_GENES else None

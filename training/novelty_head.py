@@ -147,7 +147,7 @@ def simulate(
     list of Simulated
         One for each of up to `MAX_LEFT_OUT` types with `MIN_CELLS` cells; none where fewer than three types have cells.
     """
-    cells = _some_cells(targets, folds)
+    cells = _some_cells(targets)
     features, targets, folds = features[cells], targets[cells], folds[cells]
     types, counts = np.unique(targets, return_counts=True)
     left_out = types[np.argsort(-counts, kind="stable")][: (counts >= MIN_CELLS).sum()][:MAX_LEFT_OUT]
@@ -165,7 +165,7 @@ def simulate(
         return Parallel(n_jobs=os.cpu_count(), prefer="threads")(delayed(run)(left) for left in left_out)
 
 
-def _some_cells(targets, folds) -> np.ndarray:
+def _some_cells(targets) -> np.ndarray:
     """All cells, or a part of every type."""
     share = min(1.0, MAX_CELLS / len(targets))
     kept = np.zeros(len(targets), dtype=bool)

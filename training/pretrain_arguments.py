@@ -82,7 +82,7 @@ class PretrainModelArguments(RunModelArguments):
             "0.2, drowns expression embeddings that start at 0.02."
         },
     )
-    cell_axes: int = field(
+    n_cell_axes: int = field(
         default=0,
         metadata={
             "help": "Number of linear axes of cells, found in the corpus without labels, that the gene table and with "
@@ -92,11 +92,11 @@ class PretrainModelArguments(RunModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.cell_axes < 0:
-            raise InputError(f"cell_axes must be 0 or more; found {self.cell_axes}.")
-        if self.cell_axes and (self.base or self.gene_vectors):
+        if self.n_cell_axes < 0:
+            raise InputError(f"n_cell_axes must be 0 or more; found {self.n_cell_axes}.")
+        if self.n_cell_axes and (self.base or self.gene_vectors):
             raise InputError(
-                "The gene table has one start: axes of cells (cell_axes), gene vectors, or a base. Leave two out."
+                "The gene table has one start: axes of cells (n_cell_axes), gene vectors, or a base. Leave two out."
             )
 
 

@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 
 from ..data.corpus_manifest import is_corpus, read_manifest, shards_of_source
 from ..data.corpus_stream import BinnedCells, CellFile, open_corpus
-from ..data.modalities import feature_modalities
 from ..data.multiomics import common_build
+from ..data.paths import atomic_file
 from ..data.quality_control import measure_cells
 from ..data.read import matrix_rows, read_cells, read_gene_names
-from ..data.write_output import atomic_file
 from ..evaluation.per_gene_mode import count_bins
 from ..tokenization import InputError, ScBertTokenizer, align_genes
+from ..tokenization.cells_scbert import feature_modalities
 from ..tokenization.genes_scbert import MINIMUM_OVERLAP
 from .cell_batches import CellDataset
 from .cell_targets import bin_values, mean_cell

@@ -1,4 +1,4 @@
-"""Principal axes of cells: few coordinates in which ridge regression is the same as on all genes, or nearly."""
+"""Axes of cells: few principal ones in which ridge regression is as on all genes, or nearly; or such as are given."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,17 +24,19 @@ DIRECT_SHARE = 8
 DENSE_SHARE = 0.03
 # eigenvalues of float32 products are noise below
 SMALLEST_EIGENVALUE = 1e-5
+# cells that tell how much of what differs lies along given axes
+COMPARED_CELLS = 500
 
 
 @dataclass
 class Axes:
     """
-    Coordinates of cells along principal axes, and the way back to weights of genes.
+    Coordinates of cells along axes, and the way back to weights of genes.
 
     Attributes
     ----------
     coordinates
-        float32 [cells, rank], the largest axis first; of cells that the axes are not of as well.
+        float32 [cells, rank], the largest principal axis first; of cells that the axes are not of as well.
     center
         Mean of the features of the cells that the axes are of, [genes].
     to_genes
@@ -95,6 +97,78 @@ def axes_and_products(features: sp.csr_matrix) -> tuple[Axes, np.ndarray | None]
         return axes_of_cells(features), None
     products = inner_products(features)
     return axes_by_products(products, features, np.ones(features.shape[0], dtype=bool)), products
+
+
+def axes_along(features: sp.csr_matrix, vectors: np.ndarray) -> Axes:
+    """
+    Coordinates of cells along axes that were found elsewhere.
+
+    Parameters
+    ----------
+    features
+        [cells, genes], and behind the genes what no vector is of.
+    vectors
+        Of the genes, [genes, axes].
+
+    Examples
+    --------
+    >>> cells = sp.csr_matrix(np.array([[0.0, 1.0], [2.0, 1.0]]))
+    >>> axes_along(cells, np.array([[1.0], [0.0]])).coordinates.ravel().tolist()
+    [-1.0, 1.0]
+    """
+    vectors = np.pad(vectors, ((0, features.shape[1] - len(vectors)), (0, 0)))
+    center = np.asarray(features.mean(axis=0)).ravel()
+    coordinates = (features @ vectors - center @ vectors).astype(np.float32)
+    return Axes(coordinates, center, lambda coefficients: coefficients @ vectors.T)
+
+
+def signal_along(bins: sp.csr_matrix, values: np.ndarray, vectors: np.ndarray) -> float:
+    """
+    Share of what differs between cells that lies along axes found elsewhere, the noise of counting left aside.
+
+    The counts of every cell are thinned into two halves, whose noise is independent (count splitting, Neufeld et al.
+    2024): what both halves tell of the same cell is no noise. High where the axes know cells of this kind.
+
+    Parameters
+    ----------
+    bins
+        Expression bins [cells, genes]; of more than `COMPARED_CELLS`, as many are drawn.
+    values
+        Expression that bins stand for, see `expression_scbert.floor_values`; a cell's lowest is one count.
+    vectors
+        Of the genes, [genes, axes].
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> bins = rng.poisson(np.repeat([[9, 9, 1, 1], [1, 1, 9, 9]], 50, axis=0))
+    >>> known, foreign = np.array([[1.0], [1], [-1], [-1]]), np.array([[1.0], [-1], [0], [0]])
+    >>> [signal_along(sp.csr_matrix(bins), np.arange(30.0), vectors) > 0.8 for vectors in (known, foreign)]
+    [True, False]
+    """
+    rng = np.random.default_rng(0)
+    bins = bins[np.sort(rng.permutation(bins.shape[0])[:COMPARED_CELLS])].tocsr()
+    expression = values[bins.data]
+    lowest = [expression[start:stop].min(initial=np.inf) for start, stop in zip(bins.indptr, bins.indptr[1:])]
+    counts = np.rint(expression / np.repeat(lowest, np.diff(bins.indptr))).astype(np.int64)
+    first = rng.binomial(counts, 0.5)
+    halves = [
+        _centered_logs(sp.csr_matrix((half, bins.indices, bins.indptr), shape=bins.shape))
+        for half in (first, counts - first)
+    ]
+    # axes need not be at right angles
+    basis = np.linalg.qr(vectors)[0]
+    along, everything = (
+        float((one * other).sum()) for one, other in ([half @ basis for half in halves], halves)
+    )
+    return along / everything if everything > 0 else 0.0
+
+
+def _centered_logs(counts: sp.csr_matrix) -> np.ndarray:
+    """Log1p CP10k less its mean over the cells, float32 [cells, genes]."""
+    totals = np.maximum(np.asarray(counts.sum(axis=1)), 1)
+    logs = counts.multiply(1e4 / totals).log1p().toarray().astype(np.float32)
+    return logs - logs.mean(axis=0)
 
 
 def axes_by_products(

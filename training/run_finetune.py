@@ -15,12 +15,10 @@ from typing import Any
 from anndata import AnnData
 from transformers import PreTrainedModel, TrainerState, set_seed
 
-from ..data.check_paths import check_output_folder
+from ..data.paths import check_output_folder
 from ..evaluation.calibration import conformal_quantiles
 from ..tokenization import InputError
-from ..trained_model.loaded_model import LoadedModel
-from ..trained_model.prediction import predict_cells
-from .cell_axes import pretrained_vectors
+from ..trained_model.prediction import LoadedModel, predict_cells
 from .cell_batches import CellDataset
 from .finetune_arguments import (
     FINETUNE,
@@ -29,7 +27,7 @@ from .finetune_arguments import (
     FinetuneTrainingArguments,
 )
 from .finetune_data import FinetuneData, load_data
-from .finetune_trainer import build_trainer
+from .finetune_trainer import build_trainer, calibrated
 from .frozen_layer_cache import cached_frozen_layers
 from .initial_model import (
     base_tokenizer,
@@ -38,18 +36,18 @@ from .initial_model import (
     freeze_whole_encoder,
     load_base,
     new_model,
+    pretrained_vectors,
 )
 from .run_folder import finish, run_folder
 from .run_summary import (
     TunedModel,
-    calibrated,
     draw_figures,
     judged_cells,
+    log_summary,
     score_baseline,
     score_splits,
     summarise,
 )
-from .run_words import log_summary
 from .settings import SHORT_NAMES, parse, parse_command_line
 from .solved_head import solve_classifier
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..data.write_output import partial_folder
+from ..data.paths import partial_folder
 from ..tokenization import InputError, ScBertTokenizer
 from ..trained_model.model_folder import save_model
 from .callbacks import last_checkpoint

@@ -6,17 +6,16 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..data.check_paths import check_output_path, is_10x_folder
 from ..data.corpus_manifest import is_corpus
 from ..data.corpus_stream import CorpusPart, corpus_parts
-from ..data.read import read_cells, read_gene_names
+from ..data.paths import check_output_path, is_10x_folder
+from ..data.read import read_cells, read_gene_names, to_counts_scale
 from ..tokenization import (
     InputError,
     detect_input_kind,
     gene_names_of,
     normalize_expression,
     select_matrix,
-    to_counts_scale,
 )
 from ..tokenization.expression_scbert import as_csr
 from .coexpression import GenePairs, coexpressed_pairs, join_pairs

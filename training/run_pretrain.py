@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from ..data.check_paths import check_output_folder
+from ..data.paths import check_output_folder
 from ..tokenization import InputError
 from ..trained_model.model_folder import quiet_transformers, versions
 from .gene2vec import assign_gene_vectors, load_gene_vectors
@@ -29,10 +29,12 @@ from .pretrain_arguments import (
 from .pretrain_data import PretrainData, load_data
 from .pretrain_trainer import MaskedExpressionTrainer, build_pretrainer
 from .run_folder import finish, run_folder
-from .run_words import log_pretraining
 from .settings import parse, parse_command_line
 
 logger = logging.getLogger(__name__)
+
+# a lead over guessing averages that is no accident of a few cells
+LEAD = 0.005
 
 
 def pretrain(
@@ -105,14 +107,14 @@ def build_model(
         data.report["gene_vectors"] = {
             "assigned": report.assigned, "initialised": report.initialised, "unused": report.unused,
         }  # fmt: skip
-    if arguments.cell_axes:
+    if arguments.n_cell_axes:
         # read by those who need it only
         from .cell_axes import cell_axes
 
         try:
-            axes = cell_axes(data.cells_by_file, arguments.cell_axes)
+            axes = cell_axes(data.cells_by_file, arguments.n_cell_axes)
         except ValueError as error:
-            raise InputError(f"{error} Leave cell_axes out, or add cells.") from error
+            raise InputError(f"{error} Leave n_cell_axes out, or add cells.") from error
         start_cell(model, axes.vectors, axes.center)
         n_genes = int(axes.vectors.any(axis=1).sum())
         logger.info(
@@ -181,6 +183,31 @@ def summarise(
         "settings": settings,
         "versions": versions(),
     }
+
+
+def log_pretraining(summary: dict[str, Any], output: str | Path) -> None:
+    """Log what was learnt without labels, how good it is beside knowing averages alone, and what to do next."""
+    training = summary["training"]
+    logger.info(
+        f"Learnt from {summary['cells']['train']:,} cells and {summary['genes']:,} genes in {summary['seconds']:.0f} s "
+        f"({training['steps']:,} steps, {training['epochs']:.3g} passes over the cells)."
+    )
+    found, of_gene, of_cell = (
+        summary[f"{whose}masked_accuracy"] for whose in ("", "baseline_", "cell_baseline_")
+    )
+    logger.info(
+        f"Of {summary['masked_tokens']:,} hidden values, in cells that were not learnt from, {found:.1%} were guessed "
+        f"right; always saying a gene's commonest value is right for {of_gene:.1%}, a cell's for {of_cell:.1%}."
+    )
+    if "cell_loss" in summary:
+        gain = summary["baseline_cell_loss"] - summary["cell_loss"]
+        logger.info(f"From its vector a whole cell is told {gain:.3f} nats better than by the mean cell.")
+    if found <= max(of_gene, of_cell) + LEAD:
+        logger.warning(
+            "The model guesses no better than that: it has learnt averages at most. Let it learn for longer (epochs, "
+            "--epochs), or from more cells."
+        )
+    logger.info("Next: scbert finetune REF.h5ad --label-key KEY --base %s --output my_model", output)
 
 
 def main() -> int:

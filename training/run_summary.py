@@ -1,5 +1,6 @@
-"""Figures of a fine-tuning run: scores beside logistic regression, the summary, pictures."""
+"""Figures of a fine-tuning run: scores beside logistic regression, the summary, in words and in pictures."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,20 +13,16 @@ import torch
 from scipy.stats import t as student_t
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from ..evaluation.baselines import log_normalize
-from ..evaluation.calibration import (
-    choose_threshold,
-    conformal_quantiles,
-    expected_calibration_error,
-    fit_temperature,
-    softmax,
-)
+from ..data.read import log_normalize
+from ..evaluation.calibration import expected_calibration_error, softmax
 from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..tokenization import align_genes
 from ..trained_model.model_folder import versions
 from .finetune_data import FinetuneData, LabelledCells
 from .logistic_head import cross_folds, solve_head
 from .solved_head import HeldOut
+
+logger = logging.getLogger(__name__)
 
 # the baseline is a yardstick, not the job: past this many cells it learns from a random part
 MAX_BASELINE_CELLS = 4000
@@ -35,12 +32,17 @@ ESTIMATES = {
     "cross_validation": "all labelled cells, each by fits on four fifths of the others",
     "validation": "cells that chose the best epoch: not a test",
 }
-# the prior of a temperature, for validation cells too few or too easy to tell: of its logarithm, in cells
-TEMPERATURE_PRIOR = 3.0
 # scBERT's threshold of "unassigned"; one chosen for a precision is never lower
 DEFAULT_THRESHOLD = 0.5
-MIN_CELLS_FOR_THRESHOLD = 50
-ASSIGNED_PRECISION = 0.95
+# a lead of logistic regression that is no accident of a few cells
+LEAD = 0.005
+# below this share of assigned cells, the model says little
+FEW_ASSIGNED = 0.5
+ESTIMATE_WORDS = {
+    "cross_validation": "Cross-validation",
+    "test": "On the test cells",
+    "validation": "On the validation cells (which chose the best epoch: not a test)",
+}
 
 
 @dataclass
@@ -67,92 +69,6 @@ class TunedModel:
     probabilities_of: Callable[[LabelledCells], np.ndarray]
     weights: Callable[[], dict[str, torch.Tensor]]
     held_out: HeldOut | None = None
-
-
-def calibrated(
-    model: PreTrainedModel,
-    state: TrainerState,
-    logits_of: Callable[[LabelledCells], np.ndarray],
-    weights: Callable[[], dict[str, torch.Tensor]],
-    validation: LabelledCells,
-) -> TunedModel:
-    """
-    A trained model with its temperature in the weights of the output layer; in its config, the threshold of
-    "unassigned" and the quantiles of prediction sets.
-
-    Parameters
-    ----------
-    model, state, weights
-        See `TunedModel`.
-    logits_of
-        Logits of some cells, [cells, classes], before the temperature.
-    validation
-        The cells that temperature, threshold and quantiles are chosen on.
-    """
-    logits = logits_of(validation)
-    temperature = temperature_of(logits, validation.targets)
-    probabilities = softmax(logits, temperature)
-    model.config.unassigned_threshold = threshold_of(probabilities, validation.targets)
-    model.config.conformal_quantiles = conformal_quantiles(probabilities, validation.targets)
-
-    def divided() -> dict[str, torch.Tensor]:
-        all_weights = weights()
-        return {
-            name: weight / temperature if "classifier.out_proj." in name else weight
-            for name, weight in all_weights.items()
-        }
-
-    return TunedModel(model, state, lambda cells: softmax(logits_of(cells), temperature), divided)
-
-
-def temperature_of(logits: np.ndarray, targets: np.ndarray) -> float:
-    """
-    What to divide logits by for honest confidences; near 1 where the cells are too few to tell.
-
-    The prior is worth `TEMPERATURE_PRIOR` cells: without it, a handful of cells that are all right would ask for
-    certainty.
-
-    Parameters
-    ----------
-    logits
-        Of validation cells, [cells, classes].
-    targets
-        Their classes, [cells].
-
-    Examples
-    --------
-    >>> temperature_of(np.array([[4.0, 0.0]] * 80), np.array([0] * 60 + [1] * 20)) > 3
-    True
-    """
-    return fit_temperature(logits, targets, (0.05, 20.0), prior=TEMPERATURE_PRIOR)
-
-
-def threshold_of(probabilities: np.ndarray, targets: np.ndarray) -> float | None:
-    """
-    Confidence below which cells should stay unassigned, so that `ASSIGNED_PRECISION` of the others are right.
-
-    Parameters
-    ----------
-    probabilities
-        Of validation cells, calibrated, [cells, classes].
-    targets
-        Their classes, [cells].
-
-    Returns
-    -------
-    float or None
-        At least 0.5. None with fewer than 50 cells, or where no threshold reaches the precision.
-
-    Examples
-    --------
-    >>> sure, unsure = [[0.9, 0.1]] * 60, [[0.7, 0.3]] * 20
-    >>> round(threshold_of(np.array(sure + unsure), np.array([0] * 60 + [1] * 20)), 2)
-    0.8
-    """
-    if len(targets) < MIN_CELLS_FOR_THRESHOLD:
-        return None
-    chosen = choose_threshold(probabilities, targets, ASSIGNED_PRECISION, default=DEFAULT_THRESHOLD)
-    return max(DEFAULT_THRESHOLD, chosen.threshold) if chosen.reached else None
 
 
 def score_splits(tuned: TunedModel, data: FinetuneData) -> dict[str, dict[str, Any]]:
@@ -335,6 +251,96 @@ def _history(log: list[dict[str, float]]) -> list[dict[str, float]]:
         if found:
             rows.setdefault(entry["epoch"], {"epoch": entry["epoch"]}).update(found)
     return [rows[epoch] for epoch in sorted(rows)]
+
+
+def log_summary(summary: dict[str, Any], output: str | Path) -> None:
+    """Log what was learnt, how good it is beside logistic regression, and what to do next."""
+    logger.info(_say_learnt(summary))
+    taught = (summary["solved_head"] or {}).get("unlabelled")
+    if taught is not None:
+        logger.info(_say_unlabelled(taught))
+    estimate = summary["estimate"]
+    if estimate is None:
+        logger.warning("Every type has a single cell: how good the model is cannot be said.")
+    else:
+        logger.info(_say_scores(summary, estimate))
+        logger.info(_say_assigned(summary, estimate))
+        for warning in warnings(summary, estimate):
+            logger.warning(warning)
+    logger.info("Next: scbert annotate QUERY.h5ad --model %s --output annotated.h5ad", output)
+
+
+def _say_learnt(summary: dict[str, Any]) -> str:
+    cells, report = summary["cells"], summary["data"]
+    n_cells = cells["train"] + cells["validation"]
+    seconds = sum(summary["seconds"].values()) + summary["baseline"].get("seconds", 0)
+    left_out = {
+        "without a label": report["unlabelled"],
+        "with too few genes": report["min_genes"]["left_out"],
+    }
+    more = ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n)
+    return (
+        f"Learnt {len(summary['classes'])} types from {n_cells:,} cells and {report['genes']['panel']:,} genes in "
+        f"{seconds:.0f} s" + (f" (left out: {more})." if more else ".")
+    )
+
+
+def _say_unlabelled(taught: dict[str, Any]) -> str:
+    others = f"{taught['cells']:,} cells without labels"
+    if not taught["kept"]:
+        why = "held-out labelled cells were better off without it"
+        if taught["gain"] is None:
+            why = f"ways to use them agree on {taught['agreement']:.0%} only, and no type has a second cell to judge by"
+        return f"What {others} taught was left out: {why}."
+    text = f"Learnt from {others} as well"
+    if taught["gain"] is None:
+        text += "; with one cell a type, whether that helps cannot be measured here"
+    else:
+        sure = taught["gain"] > 2 * taught["error"]
+        text += f": on held-out labelled cells that {'is better' if sure else 'makes no clear difference'}"
+    if taught["neighbours"] == "own":
+        text += (
+            f". The two kinds of cells can be told apart (AUC {taught['told_apart']:.2f}: another protocol or other "
+            "types), so each was averaged with its own kind only: look at the result with care"
+        )
+    return f"{text}."
+
+
+def _say_scores(summary: dict[str, Any], estimate: str) -> str:
+    def told(accuracy: float, macro_f1: float) -> str:
+        return f"{accuracy:.1%} right (macro-F1 {macro_f1:.3f})"
+
+    ours = told(summary[f"{estimate}_accuracy"], summary[f"{estimate}_macro_f1"])
+    text = f"{ESTIMATE_WORDS[estimate]}, {summary[estimate]['cells']:,} cells: {ours}"
+    if f"baseline_{estimate}_accuracy" in summary:
+        theirs = told(summary[f"baseline_{estimate}_accuracy"], summary[f"baseline_{estimate}_macro_f1"])
+        text += f"; logistic regression on the same cells: {theirs}"
+    return text + "."
+
+
+def _say_assigned(summary: dict[str, Any], estimate: str) -> str:
+    assigned = summary[estimate]["assigned"]
+    text = f"{assigned['share']:.1%} of the cells would be assigned a type"
+    if assigned["accuracy"] is not None:
+        text += f", {assigned['accuracy']:.1%} of these the right one"
+    return f"{text}; the others come out unassigned."
+
+
+def warnings(summary: dict[str, Any], estimate: str) -> list[str]:
+    """What a reader must not overlook."""
+    found, small = [], summary["data"]["small_classes"]
+    lead = summary.get(f"baseline_{estimate}_macro_f1", 0) - summary[f"{estimate}_macro_f1"]
+    if lead > LEAD:
+        found.append(f"Logistic regression does better on these cells, by {lead:.3f} of macro-F1.")
+    if summary[estimate]["assigned"]["share"] < FEW_ASSIGNED:
+        found.append(
+            "Most held-out cells would come out unassigned: the types are hard to tell apart, or have few cells. "
+            "annotate takes a lower threshold (--threshold)."
+        )
+    if small:
+        names = ", ".join(f"{name} ({n})" for name, n in list(small.items())[:10])
+        found.append(f"Types of one or two cells, of which little is learnt and nothing measured: {names}.")
+    return found
 
 
 def draw_figures(folder: Path, summary: dict[str, Any]) -> None:

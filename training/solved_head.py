@@ -10,10 +10,8 @@ from scipy.special import expit, softmax
 from tqdm.auto import tqdm
 
 from ..tokenization import InputError
-from ..trained_model.loaded_model import LoadedModel
-from ..trained_model.prediction import predict
-from .cell_axes import axes_along, signal_along
-from .cell_targets import bin_values
+from ..tokenization.expression_scbert import floor_values
+from ..trained_model.prediction import LoadedModel, predict
 from .logistic_head import PretrainedAxes, SolvedHead, cross_folds, n_fits, solve_head
 from .novelty_head import (
     MAX_LEFT_OUT,
@@ -24,7 +22,7 @@ from .novelty_head import (
     simulate,
     whitened,
 )
-from .principal_axes import Axes, axes_and_products
+from .principal_axes import Axes, axes_along, axes_and_products, signal_along
 
 
 @dataclass
@@ -74,7 +72,7 @@ def solve_classifier(
     unlabelled
         Bins of cells without labels to learn from as well, [others, panel].
     gene_vectors
-        Of the panel, [panel, axes], by pretraining; see `cell_axes.pretrained_vectors`. One of the regressions then
+        Of the panel, [panel, axes], by pretraining; see `initial_model.pretrained_vectors`. One of the regressions then
         goes along these axes.
 
     Raises
@@ -91,9 +89,10 @@ def solve_classifier(
     folds = cross_folds(targets, seed=seed)
     pretrained = None
     if gene_vectors is not None:
+        tokenizer = loaded.tokenizer
+        values = floor_values(tokenizer.n_bins, tokenizer.bin_width, tokenizer.log_base)
         # bins that are ranks within a cell cannot be thinned
-        floor = loaded.tokenizer.binning == "floor"
-        signal = signal_along(bins, bin_values(loaded.tokenizer), gene_vectors) if floor else 0.0
+        signal = signal_along(bins, values, gene_vectors) if tokenizer.binning == "floor" else 0.0
         pretrained = PretrainedAxes(axes_along(features, gene_vectors), signal)
     total = n_fits(folds, pretrained=pretrained) + (
         min(MAX_LEFT_OUT, config.num_labels) if config.cell_vector_size else 0

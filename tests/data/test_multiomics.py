@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scbert.data.modalities import combine_modalities, feature_modalities, map_peaks, modalities_of
+from scbert.data.modalities import combine_modalities, map_peaks, modalities_of
 from scbert.data.multiomics import read_multiomics
 from scbert.data.regions import genome_build, map_regions, parse_regions
 from scbert.tokenization import InputError, ScBertTokenizer
+from scbert.tokenization.cells_scbert import feature_modalities
 
 pytest.importorskip("bioframe")
 

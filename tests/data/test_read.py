@@ -1,14 +1,16 @@
 import gzip
+import math
 
 import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.io
 import scipy.sparse as sp
 
 from scbert.data import read
-from scbert.data.read import matrix_rows, read_cells, read_gene_names
+from scbert.data.read import log_normalize, matrix_rows, read_cells, read_gene_names, to_counts_scale
 from scbert.data.read_backed import open_cells
 from scbert.tokenization import InputError, ScBertTokenizer
 
@@ -265,3 +267,23 @@ def test_gene_names_of_files(tmp_path, adata, gene_panel):
     assert read_gene_names(tmp_path / "a.txt") == gene_panel
     with pytest.raises(InputError, match="no gene file"):
         read_gene_names(tmp_path / "none.txt")
+
+
+def test_log_normalize_by_hand_and_from_log_values():
+    adata = anndata.AnnData(np.array([[1, 2, 1], [0, 5, 0]], dtype=np.float32))
+    adata.var_names = ["A", "B", "A"]
+    values, names = log_normalize(adata)
+    assert names == ["A", "B"]
+    expected = [[math.log1p(5000), math.log1p(5000)], [0, math.log1p(10_000)]]
+    np.testing.assert_allclose(values.toarray(), expected, rtol=1e-6)
+    logged = anndata.AnnData(values.toarray(), var=pd.DataFrame(index=names))
+    np.testing.assert_allclose(log_normalize(logged)[0].toarray(), expected, rtol=1e-5)
+
+
+def test_log1p_returns_to_the_scale_of_counts(adata):
+    counts = adata.X.toarray().astype(float)
+    logged = np.log1p(counts / counts.sum(1, keepdims=True) * 500.0).astype(np.float32)
+    back = to_counts_scale(sp.csr_matrix(logged), "log1p")
+    np.testing.assert_allclose(back.sum(1), 1e4, rtol=1e-4)
+    same = sp.csr_matrix(counts)
+    assert to_counts_scale(same, "counts") is same

@@ -1,7 +1,6 @@
-"""The baselines: one interface, hand-worked normalisation, determinism, and honest notes."""
+"""The baselines: one interface, determinism, and honest notes."""
 
 import logging
-import math
 
 import anndata
 import numpy as np
@@ -9,12 +8,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scbert.evaluation.baselines import (
-    BASELINES,
-    LogisticRegressionBaseline,
-    available_baselines,
-    log_normalize,
-)
+from scbert.data.read import log_normalize
+from scbert.evaluation.baselines import BASELINES, LogisticRegressionBaseline, available_baselines
 from scbert.evaluation.per_gene_mode import PerGeneModeBaseline, count_bins
 from scbert.tokenization import InputError
 
@@ -58,17 +53,6 @@ def test_every_classifier_keeps_the_interface(name, reference):
     np.testing.assert_array_equal(probabilities, again)
     accuracy = (model.predict(query) == query.obs["cell_type"].to_numpy()).mean()
     assert accuracy == pytest.approx(1 / 3) if name == "majority" else accuracy > 0.9
-
-
-def test_log_normalize_by_hand_and_from_log_values():
-    adata = anndata.AnnData(np.array([[1, 2, 1], [0, 5, 0]], dtype=np.float32))
-    adata.var_names = ["A", "B", "A"]
-    values, names = log_normalize(adata)
-    assert names == ["A", "B"]
-    expected = [[math.log1p(5000), math.log1p(5000)], [0, math.log1p(10_000)]]
-    np.testing.assert_allclose(values.toarray(), expected, rtol=1e-6)
-    logged = anndata.AnnData(values.toarray(), var=pd.DataFrame(index=names))
-    np.testing.assert_allclose(log_normalize(logged)[0].toarray(), expected, rtol=1e-5)
 
 
 def test_counts_and_their_logs_give_the_same_classifier(reference):

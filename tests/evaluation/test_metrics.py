@@ -1,8 +1,11 @@
 """Scores with hand-worked numbers, and the same through the `evaluate` module."""
 
+from pathlib import Path
+
 import pytest
 
-from scbert.evaluation.metrics import METRIC_FOLDER, classification_metrics, plot_confusion
+from scbert.evaluation import cell_annotation_metric
+from scbert.evaluation.metrics import classification_metrics, plot_confusion
 
 TRUE = ["B", "B", "B", "T", "T", "NK"]
 PREDICTED = ["B", "B", "T", "T", "unassigned", "T"]
@@ -56,7 +59,8 @@ def test_the_evaluate_module_loads_from_its_folder_offline(monkeypatch, tmp_path
     monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     evaluate = pytest.importorskip("evaluate")
-    metric = evaluate.load(str(METRIC_FOLDER), cache_dir=str(tmp_path))
+    folder = Path(cell_annotation_metric.__file__).parent
+    metric = evaluate.load(str(folder), cache_dir=str(tmp_path))
     short = metric.compute(predictions=PREDICTED, references=TRUE)
     assert short == {
         "accuracy": pytest.approx(0.5),

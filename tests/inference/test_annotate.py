@@ -11,7 +11,7 @@ from scbert.inference import annotate, annotate_file
 from scbert.inference import query as query_module
 from scbert.tokenization import InputError
 from scbert.trained_model import prediction
-from scbert.trained_model.loaded_model import load_model
+from scbert.trained_model.model_folder import load_model
 from scbert.trained_model.prediction import pick_batch_size
 
 EXPRESSED_ONLY = {"keep_zeros": False}

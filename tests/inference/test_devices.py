@@ -6,8 +6,8 @@ import torch
 
 from scbert.commands.cli import main
 from scbert.tokenization import InputError
-from scbert.trained_model import loaded_model
-from scbert.trained_model.loaded_model import load_model
+from scbert.trained_model import model_folder
+from scbert.trained_model.model_folder import load_model
 from scbert.training.finetune_arguments import FINETUNE
 from scbert.training.settings import device_settings, parse
 
@@ -58,4 +58,4 @@ def test_training_takes_the_same_two_options():
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
 def test_gpus_that_emulate_bfloat16_compute_in_float32(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert loaded_model._pick_dtype(torch.device("cuda"), "auto") == dtype
+    assert model_folder._pick_dtype(torch.device("cuda"), "auto") == dtype

@@ -7,7 +7,7 @@ from scbert import ScBertModel, ScBertTokenizer
 from scbert.inference import embed, embed_file
 from scbert.modeling_scbert.pipeline_scbert import mean_of_expressed
 from scbert.tokenization import InputError
-from scbert.trained_model.loaded_model import load_model
+from scbert.trained_model.model_folder import load_model
 
 
 def test_mean_over_expressed_genes_and_the_trailing_token():

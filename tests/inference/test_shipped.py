@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-from pathlib import Path
 
 import anndata
 import numpy as np
@@ -97,13 +96,6 @@ def test_a_tissue_picks_its_annotator_and_only_a_choice_by_itself_is_introduced(
     assert not caplog.text
     assert model_or_shipped(None) == BLOOD
     assert "No --model was given" in caplog.text
-
-
-def test_a_shipped_annotator_has_a_name_unless_a_folder_has_it(tmp_path, monkeypatch):
-    assert model_or_shipped("scbert-mini-tissue") == model_or_shipped(Path("scbert-mini-tissue")) == TISSUE
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "scbert-mini-tissue").mkdir()
-    assert model_or_shipped("scbert-mini-tissue") == "scbert-mini-tissue"
 
 
 def test_a_model_and_a_tissue_contradict_and_unknown_tissues_are_refused():

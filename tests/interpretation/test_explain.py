@@ -15,7 +15,7 @@ from scbert.interpretation.deletion import COLUMNS, deletion_test, remove_top, v
 from scbert.interpretation.explain_files import explain_file
 from scbert.interpretation.explain_types import attention_by_gene
 from scbert.interpretation.received_attention import gene_attention
-from scbert.trained_model.loaded_model import LoadedModel
+from scbert.trained_model.prediction import LoadedModel
 
 LABELS = ["B cell", "CD8+/CD45RA+ T"]
 # the only genes that decide, by their place in the panel

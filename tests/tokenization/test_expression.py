@@ -14,7 +14,6 @@ from scbert.tokenization import (
     bin_quantile,
     detect_input_kind,
     normalize_expression,
-    to_counts_scale,
 )
 from scbert.tokenization.expression_scbert import as_csr, check_values, is_integer_valued
 
@@ -188,13 +187,6 @@ def test_impossible_values_are_refused(counts, bad, words, sparse):
 
 def test_an_empty_matrix_is_counts():
     assert detect_input_kind(sp.csr_matrix((3, 4))) == "counts"
-
-
-def test_log1p_returns_to_the_scale_of_counts(counts):
-    back = to_counts_scale(sp.csr_matrix(log1p_matrix(counts, 500.0)), "log1p")
-    np.testing.assert_allclose(back.sum(1), 1e4, rtol=1e-4)
-    same = sp.csr_matrix(counts)
-    assert to_counts_scale(same, "counts") is same
 
 
 def test_as_csr_tidies_without_touching_its_input():

@@ -223,8 +223,6 @@ def test_long_cells_keep_a_random_subset_of_their_own(adata, gene_panel, short_t
     )
     other = ScBertTokenizer(gene_panel=gene_panel, keep_zeros=False, max_length=50, seed=1).encode_bins(bins)
     assert (other["gene_ids"] != encoded["gene_ids"]).any()
-    drawn = [cut.encode_bins(bins, np.random.default_rng(seed))["gene_ids"] for seed in (3, 3, 4)]
-    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
 
 
 def test_modalities(adata, gene_panel):

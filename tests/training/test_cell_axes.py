@@ -9,9 +9,10 @@ from scipy.special import log_softmax
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
 from scbert.tokenization import InputError
 from scbert.trained_model.model_folder import find_model, load_tokenizer, save_model
-from scbert.training.cell_axes import FEWEST_CELLS, axes_along, cell_axes, pretrained_vectors, signal_along
-from scbert.training.initial_model import start_cell
+from scbert.training.cell_axes import FEWEST_CELLS, cell_axes
+from scbert.training.initial_model import pretrained_vectors, start_cell
 from scbert.training.logistic_head import PRETRAINED, PretrainedAxes, cross_folds, n_fits, solve_head
+from scbert.training.principal_axes import axes_along, signal_along
 from scbert.training.run_finetune import finetune
 
 N_GENES = 200

@@ -73,7 +73,7 @@ def trained(corpus, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "scbert.training.cell_axes", types.SimpleNamespace(cell_axes=principal))
         folder = tmp_path_factory.mktemp("pretrained") / "model"
-        return folder, pretrain(corpus, folder, cell_axes=10, thinning=0.5, **QUICK)
+        return folder, pretrain(corpus, folder, n_cell_axes=10, thinning=0.5, **QUICK)
 
 
 @pytest.mark.parametrize("layers", [0, 2])
@@ -103,10 +103,10 @@ def test_the_start_is_the_axes_exactly(layers, n_axes):
 
 def test_axes_that_cannot_be_started_from_are_refused(corpus, tmp_path):
     for given, problem in (
-        ({"cell_axes": 22}, "hidden_size of 25"),
-        ({"cell_axes": 2, "model": {**SIZE, "pooling": "conv", "cell_loss_weight": 0.0}}, "pooling"),
-        ({"cell_axes": 2, "gene_vectors": "vectors.txt"}, "one start"),
-        ({"cell_axes": -1}, "cell_axes"),
+        ({"n_cell_axes": 22}, "hidden_size of 25"),
+        ({"n_cell_axes": 2, "model": {**SIZE, "pooling": "conv", "cell_loss_weight": 0.0}}, "pooling"),
+        ({"n_cell_axes": 2, "gene_vectors": "vectors.txt"}, "one start"),
+        ({"n_cell_axes": -1}, "n_cell_axes"),
         ({"thinning": 1.0}, "thinning"),
         ({"tokenizer": {"binning": "quantile", "n_bins": 18}}, "floor"),
     ):
@@ -258,7 +258,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(corpus, trained, tmp_path, m
         trainer.add_callback(Kill())
         return trainer
 
-    options = {"cell_axes": 10, "thinning": 0.5, "save_strategy": "steps", "save_steps": 4, **QUICK}
+    options = {"n_cell_axes": 10, "thinning": 0.5, "save_strategy": "steps", "save_steps": 4, **QUICK}
     with monkeypatch.context() as patch:
         patch.setattr("scbert.training.run_pretrain.build_pretrainer", build_to_be_killed)
         with pytest.raises(Killed):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, TrainerCallback
 
 from scbert.data.corpus_build import build_corpus
-from scbert.data.write_output import partial_folder
+from scbert.data.paths import partial_folder
 from scbert.tokenization import InputError
 from scbert.training import pretrain_trainer
 from scbert.training.gene2vec import load_gene_vectors

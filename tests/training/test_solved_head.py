@@ -13,8 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from scbert import ScBertTokenizer
 from scbert.inference import annotate
 from scbert.tokenization import InputError
-from scbert.trained_model.loaded_model import LoadedModel
-from scbert.trained_model.prediction import predict_cells
+from scbert.trained_model.prediction import LoadedModel, predict_cells
 from scbert.training.initial_model import new_model
 from scbert.training.run_finetune import finetune
 from scbert.training.settings import load_recipe

@@ -5,8 +5,8 @@ import json
 import numpy as np
 
 from scbert.inference import annotate
+from scbert.training.finetune_trainer import temperature_of, threshold_of
 from scbert.training.run_finetune import finetune
-from scbert.training.run_summary import temperature_of, threshold_of
 
 
 def two_classes(confidences):
