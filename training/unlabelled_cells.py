@@ -15,12 +15,12 @@ one weight for a gene and type, and answers for a cell no matter which others it
 
 Where the two kinds of cells can be told apart (another protocol, cells and nuclei), neighbours are looked for among
 cells of the same kind only. Where held-out labelled cells were better off without all this, it is left; so it is where
-no cell can be held out, one of a type, and the members contradict each other.
+no cell can be held out, one of a type, and the members contradict each other. A member that contradicts all others
+counts little then.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -54,9 +54,11 @@ NEIGHBOUR_AXES, NEIGHBOURS, SMOOTHED_GENES = 50, 15, 3000
 TOLD_APART, COMPARED_CELLS = 0.95, 2000
 # cells that are handed on, and the penalty and power of the regression that learns them
 SURE, HANDED_ON_PENALTY, HANDED_ON_POWER = 0.5, 30.0, 0.5
-# share of the labelled cells' own head in the end, where one of a type can be held out and where none can; and the
-# share of cells, in the mean over pairs of members, that both must give one type where none can
-OWN_SHARE, OWN_SHARE_UNJUDGED, AGREED = 0.5, 0.25, 0.65
+# share of the labelled cells' own head in the end, where one of a type can be held out and where none can
+OWN_SHARE, OWN_SHARE_UNJUDGED = 0.5, 0.25
+# where none can: the share of cells, in the mean over pairs of members, that both must give one type; and how much more
+# a member counts that agrees with the others (log share; experts without labels, Parisi et al. 2014)
+AGREED, CONSENSUS = 0.65, 10.0
 # a larger query is drawn from: more cells of it teach little more
 MAX_CELLS = 10_000
 
@@ -110,26 +112,9 @@ def learn_from_all(
         unlabelled = unlabelled[np.sort(drawn)]
     alone = fit_members(features, targets, n_classes, folds, axes, on_fit=on_fit, pretrained=pretrained)
     without = average(alone, targets, folds)
-    cells, n_labelled = sp.vstack([features, unlabelled]).tocsr(), len(targets)
-    joint = axes_of_cells(cells, rank=NEIGHBOUR_AXES)
-    told_apart = two_sample_auc(joint.coordinates[:, : AXES[0]], n_labelled)
-    own = told_apart > TOLD_APART
-    most = max(0, min(NEIGHBOURS, n_labelled // (2 * n_classes)))
-    smooth = neighbour_means(cells, joint.coordinates, n_labelled if own else None, most)
-    all_targets, all_folds = (np.append(a, np.full(unlabelled.shape[0], -1)) for a in (targets, folds))
-    members = [
-        replace(
-            cross_fit(smooth, all_targets, n_classes, all_folds, power, joint, on_fit),
-            name=f"neighbours, power {power:g}",
-        )
-        for power in SMOOTHED_POWERS
-    ]
-    for rank in AXES:
-        few = Axes(joint.coordinates[:, :rank], joint.center, joint.to_genes)
-        member = cross_fit(cells, all_targets, n_classes, all_folds, 0.0, few, on_fit)
-        members.append(replace(member, name=f"{rank} axes"))
+    members, told_apart = fit_teachers(features, targets, unlabelled, n_classes, folds, on_fit)
     members += [_of_all(member, unlabelled) for member in alone if member.name in (GENES, PRETRAINED)]
-    expected = [member.expected for member in members]
+    n_labelled, expected = len(targets), [member.expected for member in members]
     known = [member.logits[:, :n_labelled] for member in members]
     asked = [member.logits[:, n_labelled:] for member in members]
     logits, mixture = average_logits(known, targets, folds, expected)
@@ -137,17 +122,19 @@ def learn_from_all(
     logits = (1 - own_share) * log_softmax(logits, axis=1) + own_share * log_softmax(without.logits, axis=1)
     gain, error = likelihood_gain(without.logits, logits, targets)
     agreement = agreement_of([member[place].argmax(axis=1) for member, place in zip(asked, mixture.places)])
-    kept = agreement > AGREED if gain is None else gain > -error
+    if gain is None:
+        # the others' word is all there is to go by
+        mixture.shares = softmax(CONSENSUS * agreement)
     report = {
         "cells": unlabelled.shape[0],
         "told_apart": told_apart,
-        "neighbours": "own" if own else "all",
+        "neighbours": "own" if told_apart > TOLD_APART else "all",
         "gain": gain,
         "error": error,
-        "agreement": agreement,
-        "kept": kept,
+        "agreement": float(agreement.mean()),
+        "kept": bool(agreement.mean() > AGREED if gain is None else gain > -error),
     }
-    if not kept:
+    if not report["kept"]:
         return without, report
     probabilities = softmax(mixture.logits(asked), axis=1)
     weights, bias = handed_on(features, targets, unlabelled, probabilities, n_classes)
@@ -157,6 +144,42 @@ def learn_from_all(
     shares = {name: float(share) for name, share in zip(names, mixture.shares)}
     penalties = {name: PENALTIES[place] for name, place in zip(names, mixture.places)}
     return SolvedHead(weights, bias, logits, shares, penalties, mixture.temperature), report
+
+
+def fit_teachers(
+    features: sp.csr_matrix,
+    targets: np.ndarray,
+    unlabelled: sp.csr_matrix,
+    n_classes: int,
+    folds: np.ndarray,
+    on_fit: Callable[[], Any] | None = None,
+) -> tuple[list[Member], float]:
+    """
+    The regressions that need the other cells, and how well these can be told from the labelled ones.
+
+    Returns
+    -------
+    members : list of Member
+        With logits of all cells, the labelled ones first.
+    told_apart : float
+        See `two_sample_auc`.
+    """
+    cells, n_labelled = sp.vstack([features, unlabelled]).tocsr(), len(targets)
+    joint = axes_of_cells(cells, rank=NEIGHBOUR_AXES)
+    told_apart = two_sample_auc(joint.coordinates[:, : AXES[0]], n_labelled)
+    most = max(0, min(NEIGHBOURS, n_labelled // (2 * n_classes)))
+    n_first = n_labelled if told_apart > TOLD_APART else None
+    smooth = neighbour_means(cells, joint.coordinates, n_first, most)
+    all_targets, all_folds = (np.append(a, np.full(unlabelled.shape[0], -1)) for a in (targets, folds))
+    members = []
+    for power in SMOOTHED_POWERS:
+        member = cross_fit(smooth, all_targets, n_classes, all_folds, power, joint, on_fit)
+        members.append(replace(member, name=f"neighbours, power {power:g}"))
+    for rank in AXES:
+        few = Axes(joint.coordinates[:, :rank], joint.center, joint.to_genes)
+        member = cross_fit(cells, all_targets, n_classes, all_folds, 0.0, few, on_fit)
+        members.append(replace(member, name=f"{rank} axes"))
+    return members, told_apart
 
 
 def _of_all(member: Member, unlabelled: sp.csr_matrix) -> Member:
@@ -260,9 +283,9 @@ def likelihood_gain(
     return float(difference.mean()), float(difference.std(ddof=1) / len(judged) ** 0.5)
 
 
-def agreement_of(types: Sequence[np.ndarray]) -> float:
+def agreement_of(types: Sequence[np.ndarray]) -> np.ndarray:
     """
-    Share of the cells that two members give the same type, in the mean over all pairs of members.
+    Share of the cells that a member gives the type that another does, in the mean over the others, [members].
 
     Parameters
     ----------
@@ -272,10 +295,10 @@ def agreement_of(types: Sequence[np.ndarray]) -> float:
     Examples
     --------
     >>> agreement_of([np.array([0, 1]), np.array([0, 1]), np.array([0, 2])])
-    0.6666666666666666
+    array([0.75, 0.75, 0.5 ])
     """
-    pairs = [np.mean(first == second) for first, second in combinations(types, 2)]
-    return float(np.mean(pairs))
+    alike = np.array([[np.mean(one == other) for other in types] for one in types])
+    return (alike.sum(axis=1) - 1) / (len(types) - 1)
 
 
 def handed_on(
