@@ -200,7 +200,8 @@ def write_tables(work: Path, path: Path) -> None:
         "Accuracy / macro-F1; few: labelled cells a type; shift: the cells asked for are another batch,"
     ]
     lines += [
-        "donor, condition or cohort. `python scripts/unlabelled_effect.py CELLS --work W` does it again.",
+        "donor, condition or cohort. `python scripts/unlabelled_effect.py CELLS --work W --half choose` does it again;",
+        "with `--half report` it takes a model of `--cell-axes` that was pretrained without these studies.",
         "",
     ]
     for half, title in (("report", "that chose nothing"), ("choose", "that settings were chosen on")):
