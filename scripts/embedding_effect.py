@@ -38,7 +38,8 @@ INTRODUCTION = [
     "`scbert embed` by `scbert-mini`, which was neither fitted to these cells nor pretrained on them (for the half "
     "`report`, pretrained anew without them), beside 50 components of each study's own most variable genes. Log-PCA "
     "keeps types apart better in the mean, and by much in kinds of tissue of which the corpus has few cells; the "
-    "pretrained axes are ahead on some blood and brain, and mix batches better. Higher is better.",
+    "pretrained axes are ahead on some blood and brain, and mix batches better. scVI, where it was run, was trained on "
+    "each study's own cells. Higher is better.",
     "",
 ]
 
@@ -88,14 +89,17 @@ def scvi_scores(study: Study) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """A row for each study, and the means."""
-    ways = [way for way in ("log-PCA", MINI, SCVI) if all(way in row for row in rows)]
+    ways = [way for way in ("log-PCA", MINI, SCVI) if any(way in row for row in rows)]
     titles = [f"{score} {way}" for score in ("AvgBIO", "AvgBATCH") for way in ways]
     lines = [f"| study | cells | {' | '.join(titles)} |", "|---|---:" + "|---:" * len(titles) + "|"]
     keys = [(way, score) for score in ("avg_bio", "avg_batch") for way in ways]
-    values = np.array([[row[way].get(score, np.nan) for way, score in keys] for row in rows])
+    values = np.array([[row.get(way, {}).get(score, np.nan) for way, score in keys] for row in rows])
     for row, numbers in zip(rows, values):
         lines.append(f"| {row['study']} | {row['cells']:,} | {' | '.join(map(shown, numbers))} |")
-    return [*lines, f"| mean | | {' | '.join(map(shown, np.nanmean(values, axis=0)))} |"]
+    # a mean over fewer studies than the others' would say nothing
+    whole = [all(way in row for row in rows) for way, _ in keys]
+    means = np.where(whole, np.nanmean(values, axis=0), np.nan)
+    return [*lines, f"| mean | | {' | '.join(map(shown, means))} |"]
 
 
 def shown(number: float) -> str:
