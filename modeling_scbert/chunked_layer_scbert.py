@@ -96,6 +96,9 @@ class LayerSteps:
         output = torch.empty_like(queries)
         for group in cell_groups(*hidden_states.shape[:2], self.chunk_size):
             keep = None if attention_mask is None else attention_mask[group].bool()
+            if keep is not None and keep.all():
+                # cells of one length: nothing to mask
+                keep = None
             table, key_max = self.context(hidden_states[group], keep)
             if kept is not None:
                 kept += [table, key_max]
