@@ -18,8 +18,6 @@ LOG2_LIMIT = 48.0
 # bytes of a chunk's features when the cache size is unknown, and on accelerators
 DEFAULT_CHUNK_BYTES = 8 << 20
 ACCELERATOR_CHUNK_BYTES = 256 << 20
-# of features so few that something else takes the memory
-MOST_POSITIONS = 1 << 16
 
 
 def chunk_positions(heads: int, num_features: int, device: torch.device, itemsize: int = 4) -> int:
@@ -46,7 +44,7 @@ def chunk_positions(heads: int, num_features: int, device: torch.device, itemsiz
         return max(1, int(override))
     budget = ACCELERATOR_CHUNK_BYTES if device.type != "cpu" else _cache_bytes() // 4
     positions = budget // (heads * num_features * itemsize)
-    return max(64, min(positions, MOST_POSITIONS) // 64 * 64)
+    return max(64, min(positions, 8192) // 64 * 64)
 
 
 def _cache_bytes() -> int:
