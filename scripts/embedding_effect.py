@@ -98,7 +98,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(f"| {row['study']} | {row['cells']:,} | {' | '.join(map(shown, numbers))} |")
     # a mean over fewer studies than the others' would say nothing
     whole = [all(way in row for row in rows) for way, _ in keys]
-    means = np.where(whole, np.nanmean(values, axis=0), np.nan)
+    means = [np.nanmean(column) if all_there else np.nan for column, all_there in zip(values.T, whole)]
     return [*lines, f"| mean | | {' | '.join(map(shown, means))} |"]
 
 
@@ -109,11 +109,13 @@ def shown(number: float) -> str:
 def add_scvi(folder: Path, path: Path) -> None:
     """Give every study of a file of scores those of scVI, and write the file anew after each."""
     found = json.loads(path.read_text())
-    for study, row in zip(HALVES[found["half"]], found["rows"]):
+    rows = {row["study"]: row for row in found["rows"]}
+    for study in (read_study(folder, *of) for of in HALVES[found["half"]]):
+        row = rows.get(study.name, {SCVI: None})
         if SCVI not in row:
-            row[SCVI] = scvi_scores(read_study(folder, *study))
+            row[SCVI] = scvi_scores(study)
             path.write_text(json.dumps(found, indent=1) + "\n")
-            print(row["study"], row[SCVI]["avg_bio"], flush=True)
+            print(study.name, row[SCVI]["avg_bio"], flush=True)
 
 
 def main() -> int:
@@ -122,7 +124,11 @@ def main() -> int:
     parser.add_argument("cells", type=Path)
     parser.add_argument("--half", choices=HALVES, default="choose")
     parser.add_argument("--base", type=Path, help="Pretrained model, in place of scbert-mini.")
-    parser.add_argument("--scvi", action="store_true", help="Add scVI to the scores that --output holds.")
+    parser.add_argument(
+        "--scvi",
+        action="store_true",
+        help="Add scVI to the scores that --output holds, whatever half they are of.",
+    )
     parser.add_argument("--output", type=Path, action="append", required=True, help="Scores, JSON.")
     parser.add_argument("--table", type=Path, help="Write the scores there are as a page, and run nothing.")
     options = parser.parse_args()
@@ -143,7 +149,8 @@ def main() -> int:
         parser.error("cells of this half are in the corpus of scbert-mini: name another model with --base")
     warnings.filterwarnings("ignore")
     if options.scvi:
-        add_scvi(options.cells, options.output[0])
+        for path in options.output:
+            add_scvi(options.cells, path)
         return 0
     rows = []
     for study in HALVES[options.half]:

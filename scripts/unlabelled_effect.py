@@ -41,7 +41,6 @@ from scbert.training.settings import parse
 from scbert.training.unlabelled_cells import neighbour_means
 
 SHOTS, SHIFT_SHOTS, DRAWS, MAX_QUERY, AXES = (1, 5, 10), (5, 50), 3, 1000, 50
-PLAIN = ("lr", "lr_axes", "lr_neighbours", "lr_self")
 TITLES = {
     "lr": "LR",
     "lr_axes": "LR, joint axes",

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from inspect import unwrap
 from types import ModuleType
 from typing import Any
 
@@ -67,11 +68,11 @@ _REGISTRATIONS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
 def _list_folders_once(import_utils: ModuleType) -> None:
     """Let transformers remember what it read in a folder of its models.
 
-    It remembers by path, and asks for the same folders by two: for its package and for its models (5.23).
+    It asks for all 550 of them twice, for its package and for its models, and remembers 128 (5.23).
     """
     read = getattr(import_utils, "create_import_structure_from_path", None)
     if read is not None:
-        import_utils.create_import_structure_from_path = lru_cache(maxsize=None)(read)
+        import_utils.create_import_structure_from_path = lru_cache(maxsize=None)(unwrap(read))
 
 
 class _AfterImport(MetaPathFinder):

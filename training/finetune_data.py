@@ -170,7 +170,7 @@ def load_data(
         cells = np.flatnonzero(assigned == name)
         splits[name] = LabelledCells(bins[cells], targets[cells], cells)
     _check_training_cells(splits["train"], classes)
-    if learn_levels and tokenizer.feature_modalities is None:
+    if learn_levels and tokenizer.feature_modalities is None and tokenizer.binning == "floor":
         levels = np.asarray(splits["train"].bins.mean(axis=0)).ravel()
         # a mean of highest bins may be rounded up
         tokenizer.gene_levels = np.minimum(levels, tokenizer.n_bins)
@@ -181,6 +181,11 @@ def load_data(
     report["cells"] = {name: len(splits[name]) for name in SPLITS}
     kind = tokenizer.resolve_input(select_matrix(reference, data.layer)[0], data.input)[0]
     stacked = sp.vstack(bins_of_others, format="csr") if others else None
+    if stacked is not None and not stacked.shape[0]:
+        raise InputError(
+            "None of the cells without labels expresses a gene of the reference. Give cells of the same tissue, or "
+            "leave --unlabelled out."
+        )
     return FinetuneData(tokenizer, classes, splits, sources, kind, report, term_ids, parents, stacked)
 
 

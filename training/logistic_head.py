@@ -76,15 +76,24 @@ class SolvedHead:
 
 @dataclass
 class PretrainedAxes:
-    """Coordinates of the cells along axes that were found elsewhere, and the share of what differs that these hold."""
+    """
+    Coordinates of the cells along axes that were found elsewhere.
+
+    Attributes
+    ----------
+    axes
+        Of all cells.
+    signal
+        Share of what differs between the cells that the axes hold, None where it cannot be measured.
+    """
 
     axes: Axes
-    signal: float
+    signal: float | None
 
     @property
     def alike(self) -> bool:
         """Whether the cells are of a kind that the axes know."""
-        return self.signal >= ALIKE
+        return self.signal is not None and self.signal >= ALIKE
 
 
 def solve_head(
@@ -157,6 +166,11 @@ def fit_members(
         expected = LOG_TEMPERATURE_ALIKE if pretrained.alike else LOG_TEMPERATURE_FOREIGN
         members.append(replace(member, name=PRETRAINED, expected=expected))
     return members
+
+
+def name_of(power: float) -> str:
+    """Name of the regression on genes scaled by this power."""
+    return f"genes, power {power:g}"
 
 
 def own_powers(powers: Sequence[float], pretrained: PretrainedAxes | None) -> list[float]:
@@ -258,7 +272,7 @@ def cross_fit(
     for mask, (space, path) in zip(held, fitted):
         for place, (coefficients, bias) in enumerate(path):
             logits[place, mask] = space.coordinates[mask] @ coefficients.T + bias
-    return Member(logits, *fitted[-1], f"genes, power {power:g}", expected_temperature(power))
+    return Member(logits, *fitted[-1], name_of(power), expected_temperature(power))
 
 
 def scaled_axes(features: sp.csr_matrix, targets: np.ndarray, learnt: np.ndarray, power: float) -> Axes:

@@ -26,6 +26,8 @@ DENSE_SHARE = 0.03
 SMALLEST_EIGENVALUE = 1e-5
 # cells that tell how much of what differs lies along given axes
 COMPARED_CELLS = 500
+# how often fewer cells are thinned at the most; axes shorter than this share of the longest are rounding
+MOST_THINNINGS, SMALLEST_AXIS = 10, 3e-3
 
 
 @dataclass
@@ -127,7 +129,8 @@ def signal_along(bins: sp.csr_matrix, values: np.ndarray, vectors: np.ndarray) -
     Share of what differs between cells that lies along axes found elsewhere, the noise of counting left aside.
 
     The counts of every cell are thinned into two halves, whose noise is independent (count splitting, Neufeld et al.
-    2024): what both halves tell of the same cell is no noise. High where the axes know cells of this kind.
+    2024): what both halves tell of the same cell is no noise. High where the axes know cells of this kind; 0 where the
+    cells do not differ by more than the noise.
 
     Parameters
     ----------
@@ -148,27 +151,41 @@ def signal_along(bins: sp.csr_matrix, values: np.ndarray, vectors: np.ndarray) -
     """
     rng = np.random.default_rng(0)
     bins = bins[np.sort(rng.permutation(bins.shape[0])[:COMPARED_CELLS])].tocsr()
-    expression = values[bins.data]
+    expression = np.asarray(values, dtype=np.float64)[bins.data]
     lowest = [expression[start:stop].min(initial=np.inf) for start, stop in zip(bins.indptr, bins.indptr[1:])]
     counts = np.rint(expression / np.repeat(lowest, np.diff(bins.indptr))).astype(np.int64)
-    first = rng.binomial(counts, 0.5)
-    halves = [
-        _centered_logs(sp.csr_matrix((half, bins.indices, bins.indptr), shape=bins.shape))
-        for half in (first, counts - first)
-    ]
-    # axes need not be at right angles
-    basis = np.linalg.qr(vectors)[0]
-    along, everything = (
-        float((one * other).sum()) for one, other in ([half @ basis for half in halves], halves)
-    )
-    return along / everything if everything > 0 else 0.0
+    # axes need not be at right angles, nor differ all
+    basis, lengths, _ = np.linalg.svd(vectors, full_matrices=False)
+    basis = basis[:, lengths > SMALLEST_AXIS * lengths[0]]
+    found = np.zeros((2, bins.shape[0]))
+    # few cells are thinned often: one thinning of them says little
+    n_thinnings = int(np.clip(COMPARED_CELLS // max(1, bins.shape[0]), 1, MOST_THINNINGS))
+    for _ in range(n_thinnings):
+        first = rng.binomial(counts, 0.5)
+        halves = [
+            _log_cp10k(sp.csr_matrix((half, bins.indices, bins.indptr), shape=bins.shape))
+            for half in (first, counts - first)
+        ]
+        found += [_products_of_centered(*(half @ basis for half in halves)), _products_of_centered(*halves)]
+    along, everything = found / n_thinnings
+    error = everything.std() / len(everything) ** 0.5
+    # cells that do not differ by more than the noise tell nothing
+    if everything.mean() <= max(0, 2 * error):
+        return 0.0
+    return float(np.clip(along.mean() / everything.mean(), 0, 1))
 
 
-def _centered_logs(counts: sp.csr_matrix) -> np.ndarray:
-    """Log1p CP10k less its mean over the cells, float32 [cells, genes]."""
+def _log_cp10k(counts: sp.csr_matrix) -> sp.csr_matrix:
     totals = np.maximum(np.asarray(counts.sum(axis=1)), 1)
-    logs = counts.multiply(1e4 / totals).log1p().toarray().astype(np.float32)
-    return logs - logs.mean(axis=0)
+    return counts.multiply(1e4 / totals).log1p().tocsr()
+
+
+def _products_of_centered(first, second) -> np.ndarray:
+    """Inner product of each row with the same row of the other, both less their mean row; float64 [rows]."""
+    means = [np.asarray(rows.mean(axis=0)).ravel() for rows in (first, second)]
+    both = first.multiply(second) if sp.issparse(first) else first * second
+    own = np.asarray(both.sum(axis=1)).ravel()
+    return own - first @ means[1] - second @ means[0] + means[0] @ means[1]
 
 
 def axes_by_products(

@@ -246,7 +246,7 @@ def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainin
     )
     signal = held_out.report.pop("signal", None)
     held_out.report["cell_axes"] = {"model": arguments.cell_axes, "genes": n_known, "signal": signal}
-    if n_known:
+    if signal is not None:
         logger.info(
             "%s knows %s of the reference's genes, and its axes hold %.0f%% of what differs between these cells.",
             arguments.cell_axes,

@@ -87,13 +87,7 @@ def solve_classifier(
         )
     features = pooled_features(loaded, bins)
     folds = cross_folds(targets, seed=seed)
-    pretrained = None
-    if gene_vectors is not None:
-        tokenizer = loaded.tokenizer
-        values = floor_values(tokenizer.n_bins, tokenizer.bin_width, tokenizer.log_base)
-        # bins that are ranks within a cell cannot be thinned
-        signal = signal_along(bins, values, gene_vectors) if tokenizer.binning == "floor" else 0.0
-        pretrained = PretrainedAxes(axes_along(features, gene_vectors), signal)
+    pretrained = _along_pretrained(loaded, bins, features, gene_vectors)
     total = n_fits(folds, pretrained=pretrained) + (
         min(MAX_LEFT_OUT, config.num_labels) if config.cell_vector_size else 0
     )
@@ -135,6 +129,18 @@ def solve_classifier(
             probabilities *= expit(-novelty[0] - facts @ novelty[1:])[:, None]
             report["novelty"] = {"left_out_types": len(simulated), "coefficients": novelty.tolist()}
     return HeldOut(probabilities, folds, report)
+
+
+def _along_pretrained(loaded, bins, features, gene_vectors) -> PretrainedAxes | None:
+    """The cells along pretrained axes, if the head reads the genes, as the axes do."""
+    if gene_vectors is None or features.shape[1] <= bins.shape[1]:
+        return None
+    tokenizer, signal = loaded.tokenizer, None
+    # bins that are ranks within a cell cannot be thinned
+    if tokenizer.binning == "floor":
+        values = floor_values(tokenizer.n_bins, tokenizer.bin_width, tokenizer.log_base)
+        signal = signal_along(bins, values, gene_vectors)
+    return PretrainedAxes(axes_along(features, gene_vectors), signal)
 
 
 def pooled_features(loaded: LoadedModel, bins: sp.csr_matrix) -> sp.csr_matrix:

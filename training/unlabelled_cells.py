@@ -41,13 +41,14 @@ from .logistic_head import (
     average,
     cross_fit,
     fit_members,
+    name_of,
     ridge_path,
     scaled_axes,
 )
 from .principal_axes import Axes, axes_of_cells
 
 # of the averaged members: powers of the gene scales of smoothed cells, numbers of axes, power of cells as they are
-SMOOTHED_POWERS, AXES, GENES = (0.5, 1.0), (20, 10), "genes, power 0.5"
+SMOOTHED_POWERS, AXES, GENES = (0.5, 1.0), (20, 10), name_of(0.5)
 # axes that neighbours are looked for in, neighbours of a cell, and genes that are averaged over them
 NEIGHBOUR_AXES, NEIGHBOURS, SMOOTHED_GENES = 50, 15, 3000
 # area under the curve from which two kinds of cells count as different, and cells of each that are looked at
@@ -59,6 +60,8 @@ OWN_SHARE, OWN_SHARE_UNJUDGED = 0.5, 0.25
 # where none can: the share of cells, in the mean over pairs of members, that both must give one type; and how much more
 # a member counts that agrees with the others (log share; experts without labels, Parisi et al. 2014)
 AGREED, CONSENSUS = 0.65, 10.0
+# the former with two types: of noise, members agree on as many as 0.70
+AGREED_ON_TWO = 0.72
 # a larger query is drawn from: more cells of it teach little more
 MAX_CELLS = 10_000
 
@@ -91,11 +94,13 @@ def learn_from_all(
     Returns
     -------
     head : SolvedHead
-        Its logits are of the average, by fits that knew the label of the cell in no way.
+        Its logits are of the average and of the labelled cells' own head, by fits that knew the label of the cell in no
+        way; its shares are the members' of the average.
     report : dict
         ``cells``; ``told_apart``, the area under the curve of telling the two kinds apart; ``neighbours``, "all" or
         "own"; ``gain`` of log-likelihood per held-out cell, with its standard ``error`` (None where there is no cell
-        to tell by); ``agreement`` of the members on the other cells; ``kept``.
+        to tell by); ``agreement`` of the members on the other cells; ``own_share`` of the labelled cells' own head in
+        the one that is returned; ``kept``.
 
     Examples
     --------
@@ -125,6 +130,7 @@ def learn_from_all(
     if gain is None:
         # the others' word is all there is to go by
         mixture.shares = softmax(CONSENSUS * agreement)
+    needed = AGREED_ON_TWO if n_classes == 2 else AGREED
     report = {
         "cells": unlabelled.shape[0],
         "told_apart": told_apart,
@@ -132,7 +138,8 @@ def learn_from_all(
         "gain": gain,
         "error": error,
         "agreement": float(agreement.mean()),
-        "kept": bool(agreement.mean() > AGREED if gain is None else gain > -error),
+        "own_share": own_share,
+        "kept": bool(agreement.mean() > needed if gain is None else gain > -error),
     }
     if not report["kept"]:
         return without, report

@@ -111,6 +111,23 @@ def test_the_share_of_the_signal_does_not_depend_on_the_length_or_angle_of_axes(
     assert shares[0] == pytest.approx(shares[1], abs=1e-3)
 
 
+@pytest.mark.parametrize("n_cells", [2, 5, 40, 300])
+def test_a_share_is_one_and_noise_has_none(n_cells):
+    counts = sp.csr_matrix(np.random.default_rng(8).poisson(0.5, size=(n_cells, N_GENES)))
+    vectors = np.random.default_rng(9).normal(size=(N_GENES, 8))
+    share = signal_along(counts, np.arange(counts.max() + 1), vectors)
+    assert 0 <= share <= 1 and (n_cells < 40 or share < 0.2)
+    assert signal_along(sp.csr_matrix((3, N_GENES), dtype=int), np.arange(2), vectors) == 0
+
+
+def test_axes_that_are_zero_or_copies_add_nothing_to_the_share():
+    counts, programs = program_cells(4)
+    values, axes = np.arange(counts.max() + 1), programs[:, 10:12]
+    padded = np.column_stack([axes, axes, np.zeros((N_GENES, 60))])
+    shares = [signal_along(counts.astype(int), values, vectors) for vectors in (axes, padded)]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-6)
+
+
 @pytest.mark.parametrize(("signal", "beside"), [(0.5, False), (0.1, True)])
 def test_own_axes_stay_where_the_pretrained_ones_hold_little(signal, beside):
     features, types = study(5)
@@ -181,6 +198,16 @@ def few_labelled(tmp_path):
     save_model(model, tokenizer, tmp_path / "pretrained")
     reference = counts(5)[np.arange(6)].copy()
     return tmp_path / "pretrained", reference, counts(6)
+
+
+def test_axes_are_left_out_where_the_head_does_not_read_genes(few_labelled, tmp_path):
+    """A base whose token of the cell is read: its states are no genes, which the axes are made of."""
+    pretrained, reference, _ = few_labelled
+    told = finetune(
+        reference, "cell_type", tmp_path / "model", base=str(pretrained), recipe="default",
+        cell_axes=str(pretrained), use_cpu=True,
+    )  # fmt: skip
+    assert told["solved_head"]["cell_axes"]["signal"] is None
 
 
 def test_pretrained_axes_help_where_few_cells_are_labelled(few_labelled, tmp_path):

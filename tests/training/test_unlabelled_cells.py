@@ -106,18 +106,30 @@ def test_one_cell_a_type_is_enough(cells):
     assert accuracy(taught, others, types) > 0.5
 
 
-def test_members_that_contradict_each_other_teach_nothing_without_a_judge(cells):
+@pytest.mark.parametrize("n_types", [2, N_TYPES])
+def test_members_that_contradict_each_other_teach_nothing_without_a_judge(cells, n_types):
     """Of cells that are noise, the members say as many things as they are; one labelled cell a type cannot judge."""
     labelled, targets, _, _ = cells
     noise = sp.csr_matrix(
         np.random.default_rng(5).poisson(2.0, size=(400, labelled.shape[1])), dtype=np.float32
     )
-    folds = cross_folds(targets[:4])
-    taught, report = learn_from_all(labelled[:4], targets[:4], noise, N_TYPES, folds)
-    assert report["gain"] is None and report["agreement"] < 0.5 and not report["kept"]
+    few, targets = labelled[:n_types], targets[:n_types]
+    taught, report = learn_from_all(few, targets, noise, n_types, cross_folds(targets))
+    assert report["gain"] is None and not report["kept"]
     np.testing.assert_array_equal(
-        taught.weights, solve_head(labelled[:4], targets[:4], N_TYPES, folds).weights
+        taught.weights, solve_head(few, targets, n_types, cross_folds(targets)).weights
     )
+
+
+def test_cells_that_express_no_gene_of_the_panel_are_refused(files, tmp_path):
+    others = anndata.read_h5ad(files / "query.h5ad")
+    (tmp_path / "panel.txt").write_text("\n".join(others.var_names[:150]))
+    silent = others.X.tolil()
+    silent[:, :150] = 0
+    others.X = silent.tocsr()
+    given = {"unlabelled": [others], "genes": str(tmp_path / "panel.txt"), "output": tmp_path / "model"}
+    with pytest.raises(scbert.InputError, match="without labels expresses"):
+        scbert.finetune(files / "reference.h5ad", "cell_type", **given)
 
 
 def test_what_is_handed_on_is_averaged_with_the_labelled_cells_own(cells):
