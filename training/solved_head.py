@@ -133,7 +133,7 @@ def solve_classifier(
 
 def _along_pretrained(loaded, bins, features, gene_vectors) -> PretrainedAxes | None:
     """The cells along pretrained axes, if the head reads the genes, as the axes do."""
-    if gene_vectors is None or features.shape[1] <= bins.shape[1]:
+    if gene_vectors is None or features.shape[1] != bins.shape[1] + 1:
         return None
     tokenizer, signal = loaded.tokenizer, None
     # bins that are ranks within a cell cannot be thinned

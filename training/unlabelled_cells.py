@@ -47,7 +47,7 @@ from .logistic_head import (
 )
 from .principal_axes import Axes, axes_of_cells
 
-# of the averaged members: powers of the gene scales of smoothed cells, numbers of axes, power of cells as they are
+# of the averaged members: powers of the gene scales of smoothed cells, numbers of axes, name of the one on the genes
 SMOOTHED_POWERS, AXES, GENES = (0.5, 1.0), (20, 10), name_of(0.5)
 # axes that neighbours are looked for in, neighbours of a cell, and genes that are averaged over them
 NEIGHBOUR_AXES, NEIGHBOURS, SMOOTHED_GENES = 50, 15, 3000
