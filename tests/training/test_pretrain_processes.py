@@ -124,7 +124,7 @@ def test_a_run_that_lost_a_process_goes_on_with_the_same_losses(corpus, tmp_path
     saved = [int(path.parent.name.rpartition("-")[2]) for path in checkpoints.glob("*/complete")]
     assert saved and len(saved) <= 2 and max(saved) < 400
     if kind == signal.SIGTERM:
-        assert "--resume goes on from there" in output
+        assert "(--resume) goes on from there" in output
     finished(launch(corpus, tmp_path / "model", resume=True, **options))
     assert losses(tmp_path / "model") == losses(tmp_path / "whole")
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "model")
