@@ -115,7 +115,7 @@ class ScBertModel(ScBertPreTrainedModel):
         self.prefix = None
         buffers = (name for layer in self.layers for name, _ in layer.attention.named_buffers())
         # random features and the directions of a hash; what is taken off a large sum
-        self._keep_in_fp32_modules_strict = {*buffers, "cell.offset", "cell.scale"}
+        self._keep_in_fp32_modules_strict = {*buffers, *(("cell.offset", "cell.scale") if self.cell else ())}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
