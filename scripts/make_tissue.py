@@ -8,19 +8,15 @@ and of two regressions: half an hour on one core.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import anndata
-import numpy as np
 import pandas as pd
 
-import scbert
 from annotator_parts import LABEL, fine_tuned, release
 from make_mini import CARDS
-from scbert.evaluation.baselines import LogisticRegressionBaseline
-from scbert.evaluation.metrics import classification_metrics
+from studies_left_out import COST, REGRESSIONS, left_out, mean_accuracy, score_table
 from tissue_cells import BY_MARKERS, MOST_CELLS, PANEL_RULE, TABLES, joined, read_study
 
 # file: what it is, licence of the repository it stood in
@@ -46,60 +42,7 @@ TESTED = {
     "pbmc_child_sle_subsets": "blood of children, healthy and with lupus, 1,503 genes",
     "tcells_treg_tconv": "sorted T cells, 3,439 genes",
 }
-REGRESSIONS = {"logistic_l1": "l1", "logistic_l2": "l2"}
-# C of both: what cross-validation with all studies chose of 0.03, 0.1, 0.3 and 1
-COST = 1.0
 KNOWS = "human tissue and blood, in broad types"
-
-
-def left_out(
-    studies: dict[str, anndata.AnnData], tested: dict[str, anndata.AnnData], folder: Path
-) -> list[dict]:
-    """Scores of each study by models of the others, and of studies that are only tested by models of all."""
-    folder.mkdir(exist_ok=True)
-    rows = []
-    for name in [*studies, ""]:
-        file = folder / f"without_{name}.json"
-        if not file.exists():
-            rest = joined([cells for other, cells in studies.items() if other != name])
-            file.write_text(json.dumps(scores(rest, {name: studies[name]} if name else tested), indent=1))
-        rows += json.loads(file.read_text())
-    return rows
-
-
-def scores(reference: anndata.AnnData, asked: dict[str, anndata.AnnData]) -> list[dict[str, Any]]:
-    """Of an annotator and of logistic regressions taught the same cells, for every study asked for."""
-    known = set(reference.obs[LABEL])
-    kept = {name: cells[cells.obs[LABEL].isin(known).to_numpy()].copy() for name, cells in asked.items()}
-    kept = {name: cells for name, cells in kept.items() if cells.n_obs}
-    if not kept:
-        return []
-    model = scbert.finetune(reference, LABEL, input="counts", device="cpu", disable_tqdm=True)
-    regressions = {
-        name: LogisticRegressionBaseline(penalty, (COST,)).fit(reference, LABEL, input="counts")
-        for name, penalty in REGRESSIONS.items()
-    }
-    rows = []
-    for name, cells in kept.items():
-        true = cells.obs[LABEL].to_numpy().astype(str)
-        found = model.annotate(cells, input="counts", force=True, progress=False)
-        types = np.array(model.labels)[found.obsm["scbert_probabilities"].argmax(axis=1)]
-        sure = (found.obs["scbert_cell_type"] != "unassigned").to_numpy()
-        predicted = {"scbert": types}
-        predicted |= {other: fit.predict(cells, input="counts") for other, fit in regressions.items()}
-        row = {
-            "study": name,
-            "cells": len(true),
-            "types": sorted(set(true)),
-            "genes": len(reference.var_names.intersection(cells.var_names)) / reference.n_vars,
-            "assigned": float(sure.mean()),
-            "assigned_accuracy": float((types == true)[sure].mean()) if sure.any() else None,
-        }
-        for other, named in predicted.items():
-            all_scores = classification_metrics(true, named)
-            row[other] = {score: all_scores[score] for score in ("accuracy", "macro_f1")}
-        rows.append(row)
-    return rows
 
 
 def learn(studies: dict[str, anndata.AnnData], work: Path) -> Path:
@@ -108,35 +51,10 @@ def learn(studies: dict[str, anndata.AnnData], work: Path) -> Path:
     return model if model.exists() else fine_tuned(joined(list(studies.values())), work, TABLES / "terms.csv")
 
 
-def score_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Scores of studies as lines of markdown."""
-    lines = [
-        "| study | cells | types | of its genes | this recipe | L1 | L2 | assigned | of these right |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        models = " | ".join(
-            f"{row[name]['accuracy']:.3f} ({row[name]['macro_f1']:.2f})" for name in ("scbert", *REGRESSIONS)
-        )
-        right = "" if row["assigned_accuracy"] is None else f"{row['assigned_accuracy']:.1%}"
-        what = (
-            f"{row['study']} ({LEARNT[row['study']][0] if row['study'] in LEARNT else TESTED[row['study']]})"
-        )
-        lines.append(
-            f"| {what} | {row['cells']:,} | {len(row['types'])} | {row['genes']:.0%} | {models} | "
-            f"{row['assigned']:.0%} | {right} |"
-        )
-    return lines
-
-
-def mean_accuracy(rows: list[dict[str, Any]], name: str) -> float:
-    """Of a model over studies, each as much as another."""
-    return float(np.mean([row[name]["accuracy"] for row in rows]))
-
-
 def left_out_section(rows: list[dict[str, Any]]) -> str:
     """The scores on studies that a model had no cell of, as a part of the card."""
     wide, narrow = ([row for row in rows if (row["study"] in LEARNT) == learnt] for learnt in (True, False))
+    what = {**{name: told for name, (told, _) in LEARNT.items()}, **TESTED}
     return "\n".join([
         "## Studies left out",
         "",
@@ -146,12 +64,12 @@ def left_out_section(rows: list[dict[str, Any]]) -> str:
         "(macro-F1 over the study's types in brackets); what share is assigned at the model's threshold, and how much "
         "of that is right.",
         "",
-        *score_table(wide),
+        *score_table(wide, what),
         "",
         "Studies of few genes, by models of all studies above; genes that are not measured are taken at their usual "
         "level (by the regressions, at 0):",
         "",
-        *score_table(narrow),
+        *score_table(narrow, what),
         "",
         "- Types that one study alone has (neuron, neural progenitor, plasma cell, mast cell, platelet, hematopoietic "
         "progenitor) cannot be tested in the upper table; the lower one tests all of these but neural progenitors.",

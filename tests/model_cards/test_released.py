@@ -60,11 +60,13 @@ def test_the_tables_of_mini_are_its_records():
     assert text == pretraining_effect.section(record(MINI, "fine_tuning"))
 
 
-def test_the_tables_of_the_annotator_are_its_records():
-    cross, others = record(PBMC, "cross_cohort"), record(PBMC, "strangers")
-    assert (PBMC / "card_2_cross_cohort.md").read_text() == make_pbmc.cross_cohort_section(cross)
+def test_the_tables_of_the_annotator_of_blood_are_its_records():
+    rows, alone, others = (record(PBMC, name) for name in ("left_out", "cohorts_alone", "strangers"))
+    assert (PBMC / "card_2_left_out.md").read_text() == make_pbmc.left_out_section(rows, alone)
     assert (PBMC / "card_3_strangers.md").read_text() == make_pbmc.stranger_section(others)
-    assert len({row["fold"] for row in cross["rows"]}) == 2
+    assert record(PBMC, "annotator") == json.loads(json.dumps(make_pbmc.about(rows)))
+    assert {row["study"] for row in rows} == {*make_pbmc.COHORTS, *make_pbmc.BY_MARKERS}
+    assert {row["study"] for row in alone} == set(make_pbmc.BY_MARKERS)
 
 
 def test_the_tables_of_the_annotator_of_tissue_are_its_records():

@@ -6,9 +6,12 @@ import pandas as pd
 import pytest
 
 import backoff
+import blood_cells
 import tissue_cells
 from annotator_parts import named_cells, named_genes
-from make_tissue import LEARNT, REGRESSIONS, TESTED, scores
+from blood_cells import kind_of, read_by_markers, read_cohort, types_of_clusters
+from make_tissue import LEARNT, TESTED
+from studies_left_out import REGRESSIONS, scores
 from tissue_cells import TABLES, capped, joined, panel_of, types_by_markers
 
 
@@ -58,23 +61,65 @@ def test_studies_are_joined_over_one_panel_with_few_cells_of_each_type(monkeypat
     assert capped(np.array(["a"] * 10)).tolist() == capped(np.array(["a"] * 10)).tolist()
 
 
+def cells_of_kinds(markers, kinds):
+    """60 cells of each kind: high in its markers, if it has some, and in genes of its own."""
+    genes = sorted({gene for names in markers for gene in names}) + [f"GENE{i}" for i in range(200)]
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(len(kinds)), 60)
+    rates = np.tile(rng.lognormal(0.5, 0.7, len(genes)), (len(truth), 1))
+    rates[:, : len(genes) - 200] = 0.02
+    for number, names in enumerate(kinds):
+        own = np.arange(len(genes) - 200 + 30 * number, len(genes) - 170 + 30 * number)
+        rates[np.ix_(truth == number, own)] *= 6
+        rates[np.ix_(truth == number, np.flatnonzero(np.isin(genes, names)))] = 5
+    return anndata.AnnData(rng.poisson(rates).astype(np.float32), var=pd.DataFrame(index=genes)), truth
+
+
 def test_clusters_are_named_by_their_markers():
     markers = pd.read_csv(TABLES / "markers.csv").set_index("type")["genes"].str.split()
     wanted = ["T cell", "fibroblast", None]
-    genes = sorted({gene for names in markers for gene in names}) + [f"GENE{i}" for i in range(200)]
-    rng = np.random.default_rng(0)
-    truth = np.repeat(np.arange(3), 60)
-    rates = np.tile(rng.lognormal(0.5, 0.7, len(genes)), (180, 1))
-    rates[:, : len(genes) - 200] = 0.02
-    for number, name in enumerate(wanted):
-        # cells of a kind have genes of their own; the last kind's are no markers
-        rates[
-            np.ix_(truth == number, np.arange(len(genes) - 200 + 60 * number, len(genes) - 140 + 60 * number))
-        ] *= 6
-        if name:
-            rates[np.ix_(truth == number, np.flatnonzero(np.isin(genes, markers[name])))] = 5
-    cells = anndata.AnnData(rng.poisson(rates).astype(np.float32), var=pd.DataFrame(index=genes))
+    cells, truth = cells_of_kinds(markers, [[] if name is None else markers[name] for name in wanted])
     assert types_by_markers(cells).tolist() == [wanted[number] for number in truth]
+
+
+def test_clusters_of_blood_are_named_by_their_markers_and_those_of_their_kind():
+    table = pd.read_csv(blood_cells.TABLES / "markers.csv").set_index("type")
+    markers = table["genes"].str.split()
+    kinds = {
+        "CD4 T cell": markers["T cell"],
+        "CD8 T cell": markers["T cell"] + markers["CD8 T cell"],
+        "B cell": markers["B cell"],
+        "CD14+ monocyte": ["LYZ", "FCN1", "CST3", *markers["CD14+ monocyte"]],
+        "FCGR3A+ monocyte": ["LST1", "AIF1", "CST3", *markers["FCGR3A+ monocyte"]],
+        None: [],
+    }
+    cells, truth = cells_of_kinds(markers, list(kinds.values()))
+    assert types_of_clusters(cells).tolist() == [list(kinds)[number] for number in truth]
+    between = pd.Series({"CD8 T cell": 0.4, "CD14+ monocyte": 1.0, "FCGR3A+ monocyte": 1.1})
+    assert kind_of("T cell", between) is None and kind_of("monocyte", between) is None
+    assert set(table["of"].dropna()) <= set(table.index)
+
+
+def test_a_study_without_labels_is_named_batch_by_batch(tmp_path, monkeypatch):
+    """A batch of few cells is left out, and so is what the annotator does not learn."""
+    cells = study(["A", "B"], ["t"] * 100)
+    cells.obs["batch"] = ["one"] * 60 + ["two"] * 30 + ["three"] * 10
+    cells.write_h5ad(tmp_path / "new.h5ad")
+    monkeypatch.setitem(blood_cells.BATCHES, "new", "batch")
+    monkeypatch.setattr(blood_cells, "FEWEST_CELLS", 30)
+    names = np.array(["B cell", "erythroid", None] * 20, dtype=object)
+    monkeypatch.setattr(blood_cells, "types_of_clusters", lambda part: names[: part.n_obs])
+    found = read_by_markers(tmp_path, "new")
+    assert found.obs["label"].tolist() == ["B cell"] * 30 and set(found.obs["dataset"]) == {"new"}
+    assert [name.split(":")[0] for name in found.obs_names] == ["new"] * 30
+
+
+def test_a_cohort_gets_common_names(tmp_path):
+    cells = study(["A", "B"], ["t"] * 4)
+    cells.obs["cell_type"] = ["CD14+ Mono", "DC", "Platelet", "what else"]
+    cells.write_h5ad(tmp_path / "cohort.h5ad")
+    found = read_cohort(tmp_path, "cohort").obs["label"].tolist()
+    assert found == ["CD14+ monocyte", "dendritic cell", "platelet"]
 
 
 def test_the_tables_of_tissue_agree():
