@@ -15,20 +15,19 @@ from scbert.evaluation.metrics import classification_metrics
 from tissue_cells import joined
 
 REGRESSIONS = {"logistic_l1": "l1", "logistic_l2": "l2"}
-# C of both: what cross-validation with all studies chose of 0.03, 0.1, 0.3 and 1
-COST = 1.0
 
 
 def left_out(
     studies: dict[str, anndata.AnnData],
     tested: dict[str, anndata.AnnData],
     folder: Path,
+    costs: dict[str, float],
     reference_of: Callable[[list[anndata.AnnData]], anndata.AnnData] = joined,
 ) -> list[dict]:
     """
     Scores of each study by models of the others, and of studies that are only tested by models of all.
 
-    What a reference is of some studies is the caller's to say.
+    What a reference is of some studies is the caller's to say, and C of the regressions.
     """
     folder.mkdir(exist_ok=True)
     rows = []
@@ -36,12 +35,16 @@ def left_out(
         file = folder / f"without_{name}.json"
         if not file.exists():
             rest = reference_of([cells for other, cells in studies.items() if other != name])
-            file.write_text(json.dumps(scores(rest, {name: studies[name]} if name else tested), indent=1))
+            file.write_text(
+                json.dumps(scores(rest, {name: studies[name]} if name else tested, costs), indent=1)
+            )
         rows += json.loads(file.read_text())
     return rows
 
 
-def scores(reference: anndata.AnnData, asked: dict[str, anndata.AnnData]) -> list[dict[str, Any]]:
+def scores(
+    reference: anndata.AnnData, asked: dict[str, anndata.AnnData], costs: dict[str, float]
+) -> list[dict[str, Any]]:
     """Of an annotator and of logistic regressions taught the same cells, for every study asked for."""
     known = set(reference.obs[LABEL])
     kept = {name: cells[cells.obs[LABEL].isin(known).to_numpy()].copy() for name, cells in asked.items()}
@@ -50,7 +53,7 @@ def scores(reference: anndata.AnnData, asked: dict[str, anndata.AnnData]) -> lis
         return []
     model = scbert.finetune(reference, LABEL, input="counts", device="cpu", disable_tqdm=True, **SETTINGS)
     regressions = {
-        name: LogisticRegressionBaseline(penalty, (COST,)).fit(reference, LABEL, input="counts")
+        name: LogisticRegressionBaseline(penalty, (costs[name],)).fit(reference, LABEL, input="counts")
         for name, penalty in REGRESSIONS.items()
     }
     rows = []

@@ -57,11 +57,11 @@ def types_by_markers(cells: anndata.AnnData) -> np.ndarray:
     return means.idxmax(axis=1).where(clear, None).loc[groups].to_numpy()
 
 
-def joined(studies: list[anndata.AnnData]) -> anndata.AnnData:
+def joined(studies: list[anndata.AnnData], most_cells: int = MOST_CELLS) -> anndata.AnnData:
     """Some cells of each type in each study over the panel of these studies; genes that a study lacks are 0."""
     panel, parts = panel_of(studies, **PANEL_RULE), []
     for study in studies:
-        rows = capped(study.obs[LABEL].to_numpy())
+        rows = capped(study.obs[LABEL].to_numpy(), most_cells)
         matrix = align_genes(list(study.var_names), panel).apply(as_csr(study.X)[rows])
         parts.append(anndata.AnnData(matrix, obs=study.obs.iloc[rows], var=pd.DataFrame(index=panel)))
     return anndata.concat(parts)
@@ -76,7 +76,7 @@ def panel_of(studies: list[anndata.AnnData], min_cells: int, min_studies: int) -
     return named_genes(counts.index[counts >= min_studies].tolist())
 
 
-def capped(labels: np.ndarray) -> np.ndarray:
-    """Rows of at most `MOST_CELLS` cells of each type, by a fixed draw."""
+def capped(labels: np.ndarray, most_cells: int = MOST_CELLS) -> np.ndarray:
+    """Rows of at most `most_cells` cells of each type, by a fixed draw."""
     draw = pd.Series(np.random.default_rng(0).permutation(len(labels)))
-    return np.flatnonzero(draw.groupby(labels).rank() <= MOST_CELLS)
+    return np.flatnonzero(draw.groupby(labels).rank() <= most_cells)

@@ -10,7 +10,7 @@ import blood_cells
 import tissue_cells
 from annotator_parts import named_cells, named_genes
 from blood_cells import kind_of, read_by_markers, read_cohort, types_of_clusters
-from make_tissue import LEARNT, TESTED
+from make_tissue import COSTS, LEARNT, TESTED
 from studies_left_out import REGRESSIONS, scores
 from tissue_cells import TABLES, capped, joined, panel_of, types_by_markers
 
@@ -45,10 +45,9 @@ def test_a_gene_is_in_the_panel_if_enough_studies_express_it():
 
 
 def test_studies_are_joined_over_one_panel_with_few_cells_of_each_type(monkeypatch):
-    monkeypatch.setattr(tissue_cells, "MOST_CELLS", 3)
     monkeypatch.setattr(tissue_cells, "PANEL_RULE", {"min_cells": 1, "min_studies": 1})
     studies = [study(["A", "B"], ["t"] * 8 + ["u"] * 2), study(["C", "B"], ["t"] * 5, 1)]
-    cells = joined(studies)
+    cells = joined(studies, most_cells=3)
     assert list(cells.var_names) == ["A", "B", "C"]
     assert cells.obs.value_counts().to_dict() == {
         ("t", "study 0"): 3,
@@ -135,7 +134,7 @@ def test_a_study_is_asked_for_the_types_that_the_others_have(adata):
     reference, other = adata[:90].copy(), adata[90:].copy()
     reference = reference[(reference.obs["label"] != "monocyte").to_numpy()].copy()
     strange = other[(other.obs["label"] == "monocyte").to_numpy()].copy()
-    [row] = scores(reference, {"other": other, "strange": strange})
+    [row] = scores(reference, {"other": other, "strange": strange}, costs=COSTS)
     assert row["study"] == "other" and row["types"] == ["B cell", "T cell"] and row["genes"] == 1
     assert row["cells"] == 30 - strange.n_obs
     for model in ("scbert", *REGRESSIONS):
