@@ -80,7 +80,7 @@ def cohorts_alone(
     if not file.exists():
         asked = {name: studies[name] for name in BY_MARKERS}
         file.write_text(
-            json.dumps(scores(reference_of([studies[name] for name in COHORTS]), asked), indent=1)
+            json.dumps(scores(reference_of([studies[name] for name in COHORTS]), asked, COSTS), indent=1)
         )
     return json.loads(file.read_text())
 
