@@ -4,7 +4,7 @@ Make ``scbert-mini-pbmc``, the annotator that ships: blood of many studies, each
     python scripts/make_pbmc.py DATA --work DIR --output model_cards/scbert-mini-pbmc
 
 DATA holds the files of COHORTS, BY_MARKERS, BACKGROUND and OTHER_TISSUE. What stands in DIR already is not made again.
-Eleven fits of the recipe and ten of two regressions: half an hour on one core.
+Twelve fits of the recipe and eleven of two regressions: half an hour on one core.
 """
 
 import argparse
