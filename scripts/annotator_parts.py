@@ -17,7 +17,7 @@ from scbert.trained_model.model_folder import load_model
 
 LABEL, STUDY = "label", "dataset"
 # of the default recipe all but the pretrained axes: those were found in some of these studies' cells, so that no study
-# left out would be new to them, and with hundreds of cells a type they name other people's cells no better
+# left out would be new to them
 SETTINGS = {"cell_axes": ""}
 # clones and loci without a name are called otherwise in each annotation of the genome
 NAMELESS = re.compile(r"\.\d+$|^(LINC|LOC|ENSG)\d")

@@ -37,10 +37,8 @@ NOT_BLOOD, LEUKOCYTE_GENE = "not a blood cell", "PTPRC"
 
 def read_cohort(data: Path, study: str) -> anndata.AnnData:
     """Counts of a cohort's labelled cells, under the names of labels.csv."""
-    cells, names = (
-        read_cells(data / f"{study}.h5ad"),
-        pd.read_csv(TABLES / "labels.csv").set_index("from")["to"],
-    )
+    cells = read_cells(data / f"{study}.h5ad")
+    names = pd.read_csv(TABLES / "labels.csv").set_index("from")["to"]
     return named_cells(cells, find_labels(cells.obs, LABEL_KEY, study), names, study)
 
 

@@ -195,7 +195,10 @@ def about(rows: list[dict[str, Any]]) -> dict[str, Any]:
             f"{name}: {origin}" for name, (origin, _) in {**COHORTS, **BY_MARKERS, **BACKGROUND}.items()
         ],
         "left_out": {
-            row["study"]: {name: row[name]["accuracy"] for name in ("scbert", *REGRESSIONS)} for row in rows
+            row["study"] + ", types by markers" * (row["study"] in BY_MARKERS): {
+                name: row[name]["accuracy"] for name in ("scbert", *REGRESSIONS)
+            }
+            for row in rows
         },
     }
 
