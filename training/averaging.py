@@ -1,8 +1,9 @@
 """
 What each of several regressions is worth, by cells that it did not learn from, and the average of their logits.
 
-Penalties, shares and a shift of every class are chosen by likelihood, in which cells of rare classes weigh more; then
-one temperature, by all cells alike, makes the average as sure as it may be (stacking, Wolpert 1992).
+Penalties and shares are chosen by likelihood, in which cells of rare classes weigh more; of penalties that are as good
+for these cells, the strongest, which does better on cells of other studies. Then one temperature, by all cells alike,
+makes the average as sure as it may be (stacking, Wolpert 1992).
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax
 
 # penalties, in hundredths of the cells' mean squared norm; the one for cells too few to choose by
-PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+PENALTIES = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
 DEFAULT_PENALTY = 3.0
+# what a stronger penalty than the likeliest may cost of the accuracy, and the cells that it takes for each unit of it
+TOLERANCE, CELLS_A_UNIT = 0.005, 20
 # priors, from few labelled cells of other sets: of the log temperature, whose mean falls as the log penalty grows and
 # rises with the power, and of the log penalty
 LOG_TEMPERATURE_MEAN, LOG_TEMPERATURE_BY_POWER, LOG_TEMPERATURE_BY_PENALTY = -1.3, 0.45, -0.2
@@ -26,22 +29,19 @@ LOG_TEMPERATURE_ALIKE, LOG_TEMPERATURE_FOREIGN, ALIKE = -1.0, 1.0, 1 / 3
 # weight of equal shares, in cells
 SHARES_PRIOR = 3.0
 # where the label is chosen and not the confidence, cells are weighed by this power of one over the cells of their
-# class: its share of a reference says little of its share of a query, and rare types are looked for as much as others
-RARENESS = 0.75
-# of the number of a class's cells that is taken back from its bias: the prior's deviation
-LOG_COUNT_SD = 0.5
+# class: its share of a reference says little of its share of a query, and a strong penalty would forget rare types
+RARENESS = 0.5
 # of a class that a fold has no cell of
 LOWEST_LOGIT = -20.0
 
 
 @dataclass
 class Mixture:
-    """Which penalty each member takes, its share in the average of logits, the temperatures, and a shift [classes]."""
+    """Which penalty each member takes, its share in the average of logits, and the temperatures."""
 
     places: list[int]
     temperatures: np.ndarray
     shares: np.ndarray
-    shift: np.ndarray
     temperature: float
 
     @property
@@ -52,15 +52,12 @@ class Mixture:
     def logits(self, members: Sequence[np.ndarray]) -> np.ndarray:
         """The average of the members' logits, [penalties, cells, classes] each."""
         parts = (factor * member[place] for factor, member, place in zip(self.factors, members, self.places))
-        return sum(parts) + self.shift / self.temperature
+        return sum(parts)
 
     def head(self, members: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Weights [classes, genes] and bias [classes] whose logits are the average of the members'."""
         heads = [member.head(place) for member, place in zip(members, self.places)]
-        weights, bias = (
-            sum(factor * part for factor, part in zip(self.factors, parts)) for parts in zip(*heads)
-        )
-        return weights, bias + self.shift / self.temperature
+        return tuple(sum(factor * part for factor, part in zip(self.factors, parts)) for parts in zip(*heads))
 
 
 def average_logits(
@@ -79,13 +76,12 @@ def choose_mixture(
     members: Sequence[np.ndarray], targets: np.ndarray, among: np.ndarray, expected: Sequence[float]
 ) -> Mixture:
     """
-    Penalties, shares, shift and temperatures by the likelihood of cells that were not learnt from, and a prior.
+    Penalties, shares and temperatures by the likelihood of cells that were not learnt from, and a prior.
 
-    What decides the label is chosen by cells that weigh the more the rarer their class is (`RARENESS`), with a shift
-    of every class by a multiple of the logarithm of its number of cells (logit adjustment, Menon et al. 2021); the
+    What decides the label is chosen by cells that weigh the more the rarer their class is (`RARENESS`); the
     temperature, by all cells alike. Cells of small classes count less in both: a fold without one of two cells says
-    little of the fit with both. Where nothing speaks, the penalty is `DEFAULT_PENALTY`, the shares are equal, nothing
-    is shifted, and the temperature is the prior's.
+    little of the fit with both. Where nothing speaks, the penalty is `DEFAULT_PENALTY`, the shares are equal, and the
+    temperature is the prior's.
 
     Parameters
     ----------
@@ -104,30 +100,44 @@ def choose_mixture(
     targets, alike = targets[cells], alike[cells]
     by_rareness = alike * counts[targets] ** -RARENESS
     by_rareness *= alike.sum() / max(by_rareness.sum(), 1e-9)
-    chosen = []
-    for start, logits in zip(expected, members):
-        fits = [
-            _fit_temperature(logits[i][cells], targets, by_rareness, i, start) for i in range(len(PENALTIES))
-        ]
-        chosen.append(min(fits))
-    places = [place for _, place, _ in chosen]
-    temperatures = np.array([temperature for *_, temperature in chosen])
+    chosen = [
+        _choose_penalty(logits[:, cells], targets, by_rareness, start)
+        for start, logits in zip(expected, members)
+    ]
+    places = [place for place, _ in chosen]
+    temperatures = np.array([temperature for _, temperature in chosen])
     scaled = [member[place][cells] / t for member, place, t in zip(members, places, temperatures)]
     shares = _fit_shares(scaled, targets, by_rareness)
     mixed = sum(share * logits for share, logits in zip(shares, scaled))
-    log_counts = np.log(np.maximum(counts, 1) / counts[counts > 0].mean())
-    shift = -log_counts * _fit_number(
-        lambda x: _cross_entropy(mixed - x * log_counts, targets, by_rareness), LOG_COUNT_SD
-    )
     log_temperature = _fit_number(
-        lambda x: _cross_entropy((mixed + shift) / np.exp(x), targets, alike), LOG_TEMPERATURE_SD
+        lambda x: _cross_entropy(mixed / np.exp(x), targets, alike), LOG_TEMPERATURE_SD
     )
-    return Mixture(places, temperatures, shares, shift, float(np.exp(log_temperature)))
+    return Mixture(places, temperatures, shares, float(np.exp(log_temperature)))
 
 
 def expected_temperature(power: float) -> float:
     """Mean of the prior of the log temperature, of a regression on genes scaled by this power."""
     return LOG_TEMPERATURE_MEAN + LOG_TEMPERATURE_BY_POWER * power
+
+
+def _choose_penalty(logits, targets, weights, start) -> tuple[int, float]:
+    """
+    Place and temperature of the strongest penalty that costs next to no accuracy against the likeliest.
+
+    In-study likelihood is flat over a hundredfold of penalties, and other studies are not: what a weak one learns
+    beyond is the study's own (one-standard-error rule, Breiman et al. 1984, with a fixed tolerance). Few cells cannot
+    tell what a stronger one costs.
+    """
+    fits = [_fit_temperature(logits[i], targets, weights, i, start) for i in range(len(PENALTIES))]
+    _, likeliest, _ = min(fits)
+    right = [weights @ (of_penalty.argmax(axis=1) == targets) for of_penalty in logits]
+    enough = right[likeliest] - TOLERANCE * weights.sum()
+    place = next(
+        place
+        for place, penalty in enumerate(PENALTIES)
+        if place == likeliest or (penalty * CELLS_A_UNIT <= len(targets) and right[place] >= enough)
+    )
+    return place, fits[place][2]
 
 
 def _fit_temperature(logits, targets, weights, place, start) -> tuple[float, int, float]:

@@ -31,6 +31,7 @@ from .averaging import (
     LOG_TEMPERATURE_FOREIGN,
     LOWEST_LOGIT,
     PENALTIES,
+    RARENESS,
     average_logits,
     expected_temperature,
 )
@@ -323,6 +324,8 @@ def ridge_path(
     """
     Multinomial logistic regression with one penalty after another, each begun where the last one ended.
 
+    Cells weigh the more the rarer their class is (`averaging.RARENESS`); the mean cell weighs 1.
+
     Parameters
     ----------
     coordinates
@@ -347,9 +350,11 @@ def ridge_path(
     unit = float((coordinates.astype(np.float64) ** 2).sum(axis=1).mean()) / 100 or 1.0
     size = INTERCEPT_SIZE * (100 * unit * len(targets) / len(seen)) ** 0.5
     features = np.column_stack([coordinates, np.full(len(targets), size, dtype=coordinates.dtype)])
+    weights = np.bincount(targets)[targets] ** -RARENESS
+    weights *= len(targets) / weights.sum()
     model, path = LogisticRegression(fit_intercept=False, max_iter=300, tol=1e-3, warm_start=True), []
     for penalty in penalties:
-        model.set_params(C=1 / (penalty * unit)).fit(features, targets)
+        model.set_params(C=1 / (penalty * unit)).fit(features, targets, sample_weight=weights)
         rows, bias = model.coef_[:, :-1].astype(np.float64), model.coef_[:, -1].astype(np.float64) * size
         if len(rows) == 1:
             # two classes: the logit of the second against the first

@@ -24,6 +24,9 @@ from .novelty_head import (
 )
 from .principal_axes import Axes, axes_along, axes_and_products, signal_along
 
+# of a reference with so many cells of the median type or more, regressions on its own genes do better on other studies
+MANY_OF_A_TYPE = 50
+
 
 @dataclass
 class HeldOut:
@@ -73,7 +76,7 @@ def solve_classifier(
         Bins of cells without labels to learn from as well, [others, panel].
     gene_vectors
         Of the panel, [panel, axes], by pretraining; see `initial_model.pretrained_vectors`. One of the regressions then
-        goes along these axes.
+        goes along these axes, if the median type has fewer cells than `MANY_OF_A_TYPE`.
 
     Raises
     ------
@@ -87,6 +90,8 @@ def solve_classifier(
         )
     features = pooled_features(loaded, bins)
     folds = cross_folds(targets, seed=seed)
+    if np.median(np.bincount(targets)) >= MANY_OF_A_TYPE:
+        gene_vectors = None
     pretrained = _along_pretrained(loaded, bins, features, gene_vectors)
     total = n_fits(folds, pretrained=pretrained) + (
         min(MAX_LEFT_OUT, config.num_labels) if config.cell_vector_size else 0

@@ -6,7 +6,13 @@ import scipy.sparse as sp
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
-from scbert.training.averaging import LOWEST_LOGIT, choose_mixture, expected_temperature
+from scbert.training.averaging import (
+    DEFAULT_PENALTY,
+    LOWEST_LOGIT,
+    PENALTIES,
+    choose_mixture,
+    expected_temperature,
+)
 from scbert.training.logistic_head import (
     POWERS,
     cross_fit,
@@ -115,24 +121,39 @@ def test_without_evidence_the_prior_decides():
     mixture = choose_mixture(
         members, targets, np.ones(4, dtype=bool), [expected_temperature(power) for power in POWERS]
     )
-    assert mixture.places == [3, 3, 3]
+    assert [PENALTIES[place] for place in mixture.places] == [DEFAULT_PENALTY] * 3
     np.testing.assert_allclose(mixture.shares, 1 / 3, atol=1e-4)
     assert mixture.temperatures.min() > 0.1 and mixture.temperatures.max() < 2
-    np.testing.assert_allclose(mixture.shift, 0)
 
 
-def test_rare_classes_are_not_shut_out_by_their_bias():
-    """A bias against a class of few cells is taken back; classes of as many cells are not shifted."""
+def test_of_penalties_as_good_the_strongest_is_chosen():
+    """The likeliest is weaker by far; few cells cannot tell what that costs."""
     rng = np.random.default_rng(0)
-    targets = np.repeat([0, 1], [190, 10])
-    logits = 2 * np.eye(2)[targets] + rng.normal(scale=0.5, size=(200, 2)) + [3.0, 0.0]
-    members = [np.repeat(logits[None], 7, axis=0)]
-    everyone = np.ones(200, dtype=bool)
-    found = choose_mixture(members, targets, everyone, [expected_temperature(0.0)])
-    assert found.shift[1] > found.shift[0]
-    before, after = logits.argmax(axis=1), found.logits(members).argmax(axis=1)
-    assert (before == targets)[190:].mean() < 0.5 < (after == targets)[190:].mean()
-    balanced = choose_mixture(
-        [members[0][:, :20]], np.arange(20) % 2, everyone[:20], [expected_temperature(0.0)]
-    )
-    np.testing.assert_allclose(balanced.shift, 0)
+    places, expected = {}, [expected_temperature(0.0)]
+    for n_cells in (20, 4000):
+        targets = np.arange(n_cells) % 2
+        signs = np.where(np.eye(2)[targets] > 0, 1, -1)
+        sure = rng.normal(signs, 0.3, size=(n_cells, 2))
+        # right as often, less likely; and what is wrong more often
+        blurred = np.sign(sure) * rng.gamma(0.3, 2.0, size=(n_cells, 1))
+        wrong = rng.normal(signs, 3.0, size=(n_cells, 2))
+        logits = np.stack([wrong, *[blurred] * 3, sure, sure, sure])
+        mixture = choose_mixture([logits], targets, np.ones(n_cells, dtype=bool), expected)
+        places[n_cells] = PENALTIES[mixture.places[0]]
+    assert places[20] <= DEFAULT_PENALTY and places[4000] == 100
+
+
+def test_cells_of_rare_classes_weigh_more():
+    """Reference: scikit-learn with weights for the samples."""
+    rng = np.random.default_rng(0)
+    targets = np.repeat([0, 1, 2], [60, 25, 5])
+    coordinates = (rng.normal(size=(90, 6)) + 2 * np.eye(3, 6)[targets]).astype(np.float32)
+    ((coefficients, bias),) = ridge_path(coordinates, targets, 3, (3.0,))
+    unit = float((coordinates**2).sum(axis=1).mean()) / 100
+    size = 0.1 * (100 * unit * 30) ** 0.5
+    weights = np.array([60, 25, 5])[targets] ** -0.5
+    model = LogisticRegression(C=1 / (3 * unit), fit_intercept=False, tol=1e-8, max_iter=5000)
+    features = np.column_stack([coordinates, np.full(90, size)])
+    model.fit(features, targets, sample_weight=weights * 90 / weights.sum())
+    expected = model.predict_proba(features)
+    np.testing.assert_allclose(softmax(coordinates @ coefficients.T + bias, axis=1), expected, atol=0.01)
