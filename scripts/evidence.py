@@ -9,9 +9,10 @@ CELLS is the folder of the labelled .h5ad files. The studies are in two halves, 
 them: all settings of the recipe were chosen on the first (CHOOSE). The second (REPORT) was read at the end; few-shot
 and a part of cross-validation had been read once before, after which the distance that tells novelty was changed (by
 the first half; no macro-F1 depends on it). Protocols: 5-fold cross-validation (of at most 4,000 cells); leaving out a
-batch, donor or condition at a time; few-shot with 1, 2, 5 and 10 cells a type (5 draws); from one cohort to another;
-and types left out in turn. Every method is given the counts of the same training cells and asked for the types of the
-same test cells whose type it was shown.
+batch, donor or condition at a time; few-shot with 1, 2, 5 and 10 cells a type (5 draws); from one cohort to another,
+and to studies of other chemistries whose cells marker genes name (blood_cells.py); and types left out in turn. Every
+method is given the counts of the same training cells and asked for the types of the same test cells whose type it was
+shown.
 
 The default recipe goes along axes that scbert-mini learnt from cells without labels. No cell of the first half stands
 in its corpus; cells of the second do, so that half needs another, made without them (make_mini.py --leave-out, for the
@@ -345,7 +346,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--half", choices=HALVES, action="append", help="One half only.")
     parser.add_argument("--methods", default="scbert,l2,svm,l1,knn,celltypist")
-    parser.add_argument("--protocols", default="cv5,group,few,cross,novel")
+    parser.add_argument("--protocols", default="cv5,group,few,cross,chemistry,novel")
     parser.add_argument(
         "--cell-axes", help="Pretrained model for the default recipe, in place of scbert-mini."
     )

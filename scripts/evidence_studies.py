@@ -8,6 +8,9 @@ import anndata
 import numpy as np
 import scipy.sparse as sp
 
+from annotator_parts import LABEL
+from blood_cells import read_by_markers, read_cohort
+
 MAX_CELLS, MAX_FEW_SHOT_TESTS, MAX_NOVELTY_CELLS = 4000, 2000, 1000
 SHOTS, DRAWS = (1, 2, 5, 10), 5
 NO_LABEL = ("unassigned", "nan", "Unknown")
@@ -21,7 +24,7 @@ class Study:
     matrix: sp.csr_matrix
     genes: np.ndarray
     labels: np.ndarray
-    groups: np.ndarray | None
+    groups: np.ndarray | None = None
 
 
 @dataclass
@@ -128,6 +131,18 @@ CROSS = {
         ("symphony>pbmc3k", "pbmc_symphony_2protocols", SYMPHONY, "pbmc3k_10x", PBMC3K_FINE),
         ("pbmc3k>symphony", "pbmc3k_10x", PBMC3K_FINE, "pbmc_symphony_2protocols", SYMPHONY),
     ),
+}
+# cohorts that teach, the studies they are asked for, and what their types are called in common
+COHORTS = ("pbmc3k_10x", "zheng_facs_pbmc")
+MARKED = {
+    "choose": ("pbmc_10x_v2_v3_5p", "pbmc1k_citeseq_rna", "kang_pbmc_ctrl_stim", "pbmc_eccite_500"),
+    "report": ("pbmc_hao_speck", "pbmc_7studies_2k", "pbmc_pisces_1k", "pbmc_frozen_donor_a"),
+}
+BROAD = {
+    "CD4 T cell": "T cell",
+    "CD8 T cell": "T cell",
+    "CD14+ monocyte": "monocyte",
+    "FCGR3A+ monocyte": "monocyte",
 }
 HALVES = {"choose": CHOOSE, "report": REPORT}
 # files of scbert-mini's corpus with cells of the second half; the last shares 67 of them
@@ -237,25 +252,46 @@ def left_out_types(study: Study) -> Iterator[Task]:
 
 
 def cross_cohort(folder: Path, half: str) -> Iterator[Task]:
-    """From one cohort to another, on the genes of the first."""
-    for name, first, first_names, second, second_names in CROSS[half]:
+    """From one cohort to another."""
+    for name, *pair in CROSS[half]:
         parts = []
-        for file, names in ((first, first_names), (second, second_names)):
+        for file, names in (pair[:2], pair[2:]):
             cells = anndata.read_h5ad(folder / f"{file}.h5ad")
             labels = np.array([names.get(label, "") for label in cells.obs["cell_type"].astype(str)])
-            parts.append((sp.csr_matrix(cells.X, dtype=np.float32), np.array(cells.var_names), labels))
-        (matrix, genes, labels), (others, other_genes, true) = parts
-        shared = sorted((set(labels) & set(true)) - {""})
-        kept, asked = np.isin(labels, shared), np.isin(true, shared)
-        yield Task(
-            f"{name}|cross|0",
-            matrix[kept],
-            labels[kept],
-            on_genes(others[asked], other_genes, genes),
-            true[asked],
-            np.isin(genes, other_genes),
-            genes,
-        )
+            parts.append(
+                Study(file, sp.csr_matrix(cells.X, dtype=np.float32), np.array(cells.var_names), labels)
+            )
+        yield from_to(f"{name}|cross|0", *parts)
+
+
+def other_chemistries(folder: Path, half: str) -> Iterator[Task]:
+    """From a cohort of the first chemistry of 10x to studies of others, whose cells marker genes name."""
+    asked = [broad_types(read_by_markers(folder, study), study) for study in MARKED[half]]
+    for cohort in COHORTS:
+        known = broad_types(read_cohort(folder, cohort), cohort)
+        for study in asked:
+            yield from_to(f"{cohort}>{study.name}|chemistry|0", known, study)
+
+
+def broad_types(cells: anndata.AnnData, name: str) -> Study:
+    """Cells that marker genes name surely enough: not which T cell or monocyte it is."""
+    labels = cells.obs[LABEL].replace(BROAD).to_numpy().astype(str)
+    return Study(name, sp.csr_matrix(cells.X, dtype=np.float32), np.array(cells.var_names), labels)
+
+
+def from_to(name: str, first: Study, second: Study) -> Task:
+    """To learn the one's cells and be asked for the other's, of the types of both, on the genes of the first."""
+    shared = sorted((set(first.labels) & set(second.labels)) - {""})
+    kept, asked = np.isin(first.labels, shared), np.isin(second.labels, shared)
+    return Task(
+        name,
+        first.matrix[kept],
+        first.labels[kept],
+        on_genes(second.matrix[asked], second.genes, first.genes),
+        second.labels[asked],
+        np.isin(first.genes, second.genes),
+        first.genes,
+    )
 
 
 def on_genes(matrix: sp.csr_matrix, genes: np.ndarray, wanted: np.ndarray) -> sp.csr_matrix:
@@ -283,3 +319,5 @@ def tasks(folder: Path, half: str, protocols: list[str]) -> Iterator[Task]:
                 yield from PROTOCOLS[name](cells)
     if "cross" in protocols:
         yield from cross_cohort(folder, half)
+    if "chemistry" in protocols:
+        yield from other_chemistries(folder, half)

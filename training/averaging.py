@@ -17,7 +17,7 @@ from scipy.special import log_softmax
 # penalties, in hundredths of the cells' mean squared norm; the one for cells too few to choose by
 PENALTIES = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
 DEFAULT_PENALTY = 3.0
-# what a stronger penalty than the likeliest may cost of the accuracy, and the cells that it takes for each unit of it
+# what a stronger penalty than the likeliest may cost of balanced accuracy, and the cells it takes for each unit of it
 TOLERANCE, CELLS_A_UNIT = 0.005, 20
 # priors, from few labelled cells of other sets: of the log temperature, whose mean falls as the log penalty grows and
 # rises with the power, and of the log penalty
@@ -100,8 +100,10 @@ def choose_mixture(
     targets, alike = targets[cells], alike[cells]
     by_rareness = alike * counts[targets] ** -RARENESS
     by_rareness *= alike.sum() / max(by_rareness.sum(), 1e-9)
+    # the cost of a penalty is counted by types, not by cells
+    balanced = alike / counts[targets]
     chosen = [
-        _choose_penalty(logits[:, cells], targets, by_rareness, start)
+        _choose_penalty(logits[:, cells], targets, by_rareness, balanced, start)
         for start, logits in zip(expected, members)
     ]
     places = [place for place, _ in chosen]
@@ -120,9 +122,9 @@ def expected_temperature(power: float) -> float:
     return LOG_TEMPERATURE_MEAN + LOG_TEMPERATURE_BY_POWER * power
 
 
-def _choose_penalty(logits, targets, weights, start) -> tuple[int, float]:
+def _choose_penalty(logits, targets, weights, balanced, start) -> tuple[int, float]:
     """
-    Place and temperature of the strongest penalty that costs next to no accuracy against the likeliest.
+    Place and temperature of the strongest penalty that costs next to no accuracy, by `balanced`, against the likeliest.
 
     In-study likelihood is flat over a hundredfold of penalties, and other studies are not: what a weak one learns
     beyond is the study's own (one-standard-error rule, Breiman et al. 1984, with a fixed tolerance). Few cells cannot
@@ -130,8 +132,8 @@ def _choose_penalty(logits, targets, weights, start) -> tuple[int, float]:
     """
     fits = [_fit_temperature(logits[i], targets, weights, i, start) for i in range(len(PENALTIES))]
     _, likeliest, _ = min(fits)
-    right = [weights @ (of_penalty.argmax(axis=1) == targets) for of_penalty in logits]
-    enough = right[likeliest] - TOLERANCE * weights.sum()
+    right = [balanced @ (of_penalty.argmax(axis=1) == targets) for of_penalty in logits]
+    enough = right[likeliest] - TOLERANCE * balanced.sum()
     place = next(
         place
         for place, penalty in enumerate(PENALTIES)
