@@ -15,6 +15,7 @@ from ..trained_model.prediction import LoadedModel, predict
 from .logistic_head import PretrainedAxes, SolvedHead, cross_folds, n_fits, solve_head
 from .novelty_head import (
     MAX_LEFT_OUT,
+    Simulated,
     all_centers,
     choose_threshold,
     facts_of_held_out,
@@ -88,57 +89,53 @@ def solve_classifier(
         raise InputError(
             "A solved head reads the pooled states: it needs classifier_hidden_sizes [] in the recipe's model."
         )
-    features = pooled_features(loaded, bins)
-    folds = cross_folds(targets, seed=seed)
-    if np.median(np.bincount(targets)) >= MANY_OF_A_TYPE:
-        gene_vectors = None
-    pretrained = _along_pretrained(loaded, bins, features, gene_vectors)
-    total = n_fits(folds, pretrained=pretrained) + (
-        min(MAX_LEFT_OUT, config.num_labels) if config.cell_vector_size else 0
-    )
-    if unlabelled is not None:
+    features, folds = pooled_features(loaded, bins), cross_folds(targets, seed=seed)
+    others = None if unlabelled is None else pooled_features(loaded, unlabelled)
+    pretrained = _along_pretrained(loaded, bins, features, targets, gene_vectors)
+    size = config.cell_vector_size
+    total = n_fits(folds, pretrained=pretrained) + (min(MAX_LEFT_OUT, config.num_labels) if size else 0)
+    if others is not None:
         # read by those who need it only
         from . import unlabelled_cells as teacher
 
         total += teacher.n_fits(folds)
-    bar = tqdm(total=total, desc="Solving", unit="fit", disable=None if show_progress else True)
-    with bar:
+    with tqdm(total=total, desc="Solving", unit="fit", disable=None if show_progress else True) as bar:
         axes, products = axes_and_products(features)
-        given = {"n_classes": config.num_labels, "folds": folds, "axes": axes, "on_fit": bar.update}
-        given["pretrained"] = pretrained
-        if unlabelled is None:
-            head, learnt = solve_head(features, targets, **given), {}
+        given = {"n_classes": config.num_labels, "folds": folds, "axes": axes, "pretrained": pretrained}
+        if others is None:
+            head, learnt = solve_head(features, targets, on_fit=bar.update, **given), {}
         else:
-            others = pooled_features(loaded, unlabelled)
-            head, found = teacher.learn_from_all(features, targets, others, **given)
+            head, found = teacher.learn_from_all(features, targets, others, on_fit=bar.update, **given)
             learnt = {"unlabelled": found}
-        probabilities, report = softmax(head.logits, axis=1), _report(head) | learnt
-        if pretrained is not None:
-            report["signal"] = pretrained.signal
-        if config.cell_vector_size:
-            simulated = simulate(features, targets, folds, products, config.cell_vector_size, bar.update)
+        simulated = simulate(features, targets, folds, products, size, bar.update) if size else []
         # types of few cells are not left out in turn
         bar.update(bar.total - bar.n)
-    layer = loaded.model.classifier.out_proj
-    _fill(layer, weight=head.weights, bias=head.bias)
-    config.unassigned_threshold = None
-    if config.cell_vector_size:
+    held_out = HeldOut(softmax(head.logits, axis=1), folds, _report(head, pretrained) | learnt)
+    _fill(loaded.model.classifier.out_proj, weight=head.weights, bias=head.bias)
+    if size:
         _fill_cell_vectors(loaded, axes, targets)
-        if simulated:
-            novelty = fit_novelty(simulated)
-            config.unassigned_threshold = choose_threshold(simulated, novelty)
-            _fill(loaded.model.classifier.novelty, coefficients=novelty)
-            facts = facts_of_held_out(
-                head.logits, axes, products, features, targets, folds, config.cell_vector_size
-            )
-            probabilities *= expit(-novelty[0] - facts @ novelty[1:])[:, None]
-            report["novelty"] = {"left_out_types": len(simulated), "coefficients": novelty.tolist()}
-    return HeldOut(probabilities, folds, report)
+    config.unassigned_threshold = None
+    if simulated:
+        facts = facts_of_held_out(head.logits, axes, products, features, targets, folds, size)
+        _tell_novelty(loaded, simulated, facts, held_out)
+    return held_out
 
 
-def _along_pretrained(loaded, bins, features, gene_vectors) -> PretrainedAxes | None:
-    """The cells along pretrained axes, if the head reads the genes, as the axes do."""
-    if gene_vectors is None or features.shape[1] != bins.shape[1] + 1:
+def _tell_novelty(
+    loaded: LoadedModel, simulated: list[Simulated], facts: np.ndarray, held_out: HeldOut
+) -> None:
+    """Put what tells novelty, and the threshold, into the model; the held-out cells' `facts` count for them, too."""
+    novelty = fit_novelty(simulated)
+    loaded.model.config.unassigned_threshold = choose_threshold(simulated, novelty)
+    _fill(loaded.model.classifier.novelty, coefficients=novelty)
+    held_out.probabilities *= expit(-novelty[0] - facts @ novelty[1:])[:, None]
+    held_out.report["novelty"] = {"left_out_types": len(simulated), "coefficients": novelty.tolist()}
+
+
+def _along_pretrained(loaded, bins, features, targets, gene_vectors) -> PretrainedAxes | None:
+    """The cells along pretrained axes, if they are few, and the head reads the genes, as the axes do."""
+    many = np.median(np.bincount(targets)) >= MANY_OF_A_TYPE
+    if gene_vectors is None or many or features.shape[1] != bins.shape[1] + 1:
         return None
     tokenizer, signal = loaded.tokenizer, None
     # bins that are ranks within a cell cannot be thinned
@@ -179,8 +176,9 @@ def _fill_cell_vectors(loaded: LoadedModel, axes: Axes, targets: np.ndarray) -> 
     _fill(novelty, projection=projection, offset=offset, centers=centers)
 
 
-def _report(head: SolvedHead) -> dict[str, Any]:
-    return {"shares": head.shares, "penalties": head.penalties, "temperature": head.temperature}
+def _report(head: SolvedHead, pretrained: PretrainedAxes | None) -> dict[str, Any]:
+    found = {"shares": head.shares, "penalties": head.penalties, "temperature": head.temperature}
+    return found if pretrained is None else found | {"signal": pretrained.signal}
 
 
 @torch.no_grad()
