@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from anndata import AnnData
 from transformers import PreTrainedModel, TrainerState, set_seed
 
@@ -64,6 +65,9 @@ SETTINGS_OF_STEPS = {
     "validation_fraction",
     "early_stopping_patience",
 }
+# of a reference with so many cells of the median type or more, regressions on its own genes do better on other studies
+# than along pretrained axes
+MANY_OF_A_TYPE = 50
 
 
 def finetune(
@@ -238,7 +242,7 @@ def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainin
     loaded, learnt = LoadedModel(model, data.tokenizer), data.splits["train"]
     shown = not arguments.disable_tqdm
     vectors = None
-    if arguments.cell_axes:
+    if arguments.cell_axes and np.median(np.bincount(learnt.targets)) < MANY_OF_A_TYPE:
         vectors = pretrained_vectors(arguments.cell_axes, data.tokenizer.gene_panel)
     n_known = 0 if vectors is None else int(vectors.any(axis=1).sum())
     held_out = solve_classifier(

@@ -25,9 +25,6 @@ from .novelty_head import (
 )
 from .principal_axes import Axes, axes_along, axes_and_products, signal_along
 
-# of a reference with so many cells of the median type or more, regressions on its own genes do better on other studies
-MANY_OF_A_TYPE = 50
-
 
 @dataclass
 class HeldOut:
@@ -77,7 +74,7 @@ def solve_classifier(
         Bins of cells without labels to learn from as well, [others, panel].
     gene_vectors
         Of the panel, [panel, axes], by pretraining; see `initial_model.pretrained_vectors`. One of the regressions then
-        goes along these axes, if the median type has fewer cells than `MANY_OF_A_TYPE`.
+        goes along these axes.
 
     Raises
     ------
@@ -91,7 +88,7 @@ def solve_classifier(
         )
     features, folds = pooled_features(loaded, bins), cross_folds(targets, seed=seed)
     others = None if unlabelled is None else pooled_features(loaded, unlabelled)
-    pretrained = _along_pretrained(loaded, bins, features, targets, gene_vectors)
+    pretrained = _along_pretrained(loaded, bins, features, gene_vectors)
     size = config.cell_vector_size
     total = n_fits(folds, pretrained=pretrained) + (min(MAX_LEFT_OUT, config.num_labels) if size else 0)
     if others is not None:
@@ -132,10 +129,9 @@ def _tell_novelty(
     held_out.report["novelty"] = {"left_out_types": len(simulated), "coefficients": novelty.tolist()}
 
 
-def _along_pretrained(loaded, bins, features, targets, gene_vectors) -> PretrainedAxes | None:
-    """The cells along pretrained axes, if they are few, and the head reads the genes, as the axes do."""
-    many = np.median(np.bincount(targets)) >= MANY_OF_A_TYPE
-    if gene_vectors is None or many or features.shape[1] != bins.shape[1] + 1:
+def _along_pretrained(loaded, bins, features, gene_vectors) -> PretrainedAxes | None:
+    """The cells along pretrained axes, if the head reads the genes, as the axes do."""
+    if gene_vectors is None or features.shape[1] != bins.shape[1] + 1:
         return None
     tokenizer, signal = loaded.tokenizer, None
     # bins that are ranks within a cell cannot be thinned

@@ -9,6 +9,7 @@ from scipy.special import log_softmax
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
 from scbert.tokenization import InputError
 from scbert.trained_model.model_folder import find_model, load_tokenizer, save_model
+from scbert.training import run_finetune
 from scbert.training.cell_axes import FEWEST_CELLS, cell_axes
 from scbert.training.initial_model import pretrained_vectors, start_cell
 from scbert.training.logistic_head import PRETRAINED, PretrainedAxes, cross_folds, n_fits, solve_head
@@ -222,3 +223,15 @@ def test_pretrained_axes_help_where_few_cells_are_labelled(few_labelled, tmp_pat
         scores[name] = found["test_accuracy"]
         assert (found["solved_head"]["cell_axes"]["genes"] > 0) == (name == "with")
     assert scores["with"] > scores["without"] + 0.05, scores
+
+
+def test_many_labelled_cells_do_without_pretrained_axes(few_labelled, tmp_path, monkeypatch):
+    pretrained, _, labelled = few_labelled
+    for most, used in ((41, True), (40, False)):
+        monkeypatch.setattr(run_finetune, "MANY_OF_A_TYPE", most)
+        found = run_finetune.finetune(
+            labelled, "cell_type", tmp_path / str(most), cell_axes=str(pretrained), use_cpu=True,
+            disable_tqdm=True,
+        )  # fmt: skip
+        assert (found["solved_head"]["cell_axes"]["genes"] > 0) == used
+        assert (PRETRAINED in found["solved_head"]["shares"]) == used
