@@ -106,15 +106,12 @@ def choose_mixture(
         _choose_penalty(logits[:, cells], targets, by_rareness, balanced, start)
         for start, logits in zip(expected, members)
     ]
-    places = [place for place, _ in chosen]
-    temperatures = np.array([temperature for _, temperature in chosen])
+    places, temperatures = zip(*chosen)
     scaled = [member[place][cells] / t for member, place, t in zip(members, places, temperatures)]
     shares = _fit_shares(scaled, targets, by_rareness)
     mixed = sum(share * logits for share, logits in zip(shares, scaled))
-    log_temperature = _fit_number(
-        lambda x: _cross_entropy(mixed / np.exp(x), targets, alike), LOG_TEMPERATURE_SD
-    )
-    return Mixture(places, temperatures, shares, float(np.exp(log_temperature)))
+    _, temperature = _fit_temperature(mixed, targets, alike)
+    return Mixture(list(places), np.array(temperatures), shares, temperature)
 
 
 def expected_temperature(power: float) -> float:
@@ -130,7 +127,11 @@ def _choose_penalty(logits, targets, weights, balanced, start) -> tuple[int, flo
     beyond is the study's own (one-standard-error rule, Breiman et al. 1984, with a fixed tolerance). Few cells cannot
     tell what a stronger one costs.
     """
-    fits = [_fit_temperature(logits[i], targets, weights, i, start) for i in range(len(PENALTIES))]
+    fits = []
+    for place, step in enumerate(np.log(np.array(PENALTIES) / DEFAULT_PENALTY)):
+        expected = start + LOG_TEMPERATURE_BY_PENALTY * step
+        loss, temperature = _fit_temperature(logits[place], targets, weights, expected, reach=4.0)
+        fits.append((loss + (step / LOG_PENALTY_SD) ** 2 / 2, place, temperature))
     _, likeliest, _ = min(fits)
     right = [balanced @ (of_penalty.argmax(axis=1) == targets) for of_penalty in logits]
     enough = right[likeliest] - TOLERANCE * balanced.sum()
@@ -142,17 +143,15 @@ def _choose_penalty(logits, targets, weights, balanced, start) -> tuple[int, flo
     return place, fits[place][2]
 
 
-def _fit_temperature(logits, targets, weights, place, start) -> tuple[float, int, float]:
-    """Loss (with priors), place and temperature of one penalty."""
-    penalty = np.log(PENALTIES[place] / DEFAULT_PENALTY)
-    expected = start + LOG_TEMPERATURE_BY_PENALTY * penalty
+def _fit_temperature(logits, targets, weights, expected=0.0, reach=3.0) -> tuple[float, float]:
+    """Loss, with the prior, and temperature where it is least; `expected` is the prior's mean of the logarithm."""
 
-    def loss(log_temperature):
-        prior = ((log_temperature - expected) / LOG_TEMPERATURE_SD) ** 2 / 2
-        return _cross_entropy(logits / np.exp(log_temperature), targets, weights) + prior
+    def loss(x):
+        prior = ((x - expected) / LOG_TEMPERATURE_SD) ** 2 / 2
+        return _cross_entropy(logits / np.exp(x), targets, weights) + prior
 
-    found = minimize_scalar(loss, bounds=(expected - 4, expected + 4), method="bounded")
-    return float(found.fun + (penalty / LOG_PENALTY_SD) ** 2 / 2), place, float(np.exp(found.x))
+    found = minimize_scalar(loss, bounds=(expected - reach, expected + reach), method="bounded")
+    return float(found.fun), float(np.exp(found.x))
 
 
 def _fit_shares(scaled, targets, weights) -> np.ndarray:
@@ -166,11 +165,6 @@ def _fit_shares(scaled, targets, weights) -> np.ndarray:
 
     found = minimize(loss, np.zeros(len(scaled) + 1), method="L-BFGS-B").x
     return np.exp(log_softmax(found[:-1]))
-
-
-def _fit_number(loss, sd) -> float:
-    """What makes a loss least, with a normal prior around 0."""
-    return float(minimize_scalar(lambda x: loss(x) + (x / sd) ** 2 / 2, bounds=(-3, 3), method="bounded").x)
 
 
 def _cross_entropy(logits, targets, weights) -> float:

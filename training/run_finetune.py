@@ -65,8 +65,7 @@ SETTINGS_OF_STEPS = {
     "validation_fraction",
     "early_stopping_patience",
 }
-# of a reference with so many cells of the median type or more, regressions on its own genes do better on other studies
-# than along pretrained axes
+# from so many cells of the median type on, a reference's own genes carry over to other studies, pretrained axes less
 MANY_OF_A_TYPE = 50
 
 
@@ -248,7 +247,7 @@ def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainin
     held_out = solve_classifier(
         loaded, learnt.bins, learnt.targets, arguments.seed, shown, data.unlabelled, vectors
     )
-    signal = held_out.report.pop("signal", None)
+    signal = held_out.report.pop("signal")
     held_out.report["cell_axes"] = {"model": arguments.cell_axes, "genes": n_known, "signal": signal}
     if signal is not None:
         logger.info(

@@ -12,10 +12,9 @@ from tqdm.auto import tqdm
 from ..tokenization import InputError
 from ..tokenization.expression_scbert import floor_values
 from ..trained_model.prediction import LoadedModel, predict
-from .logistic_head import PretrainedAxes, SolvedHead, cross_folds, n_fits, solve_head
+from .logistic_head import PretrainedAxes, cross_folds, n_fits, solve_head
 from .novelty_head import (
     MAX_LEFT_OUT,
-    Simulated,
     all_centers,
     choose_threshold,
     facts_of_held_out,
@@ -107,7 +106,9 @@ def solve_classifier(
         simulated = simulate(features, targets, folds, products, size, bar.update) if size else []
         # types of few cells are not left out in turn
         bar.update(bar.total - bar.n)
-    held_out = HeldOut(softmax(head.logits, axis=1), folds, _report(head, pretrained) | learnt)
+    report = {"shares": head.shares, "penalties": head.penalties, "temperature": head.temperature} | learnt
+    report["signal"] = None if pretrained is None else pretrained.signal
+    held_out = HeldOut(softmax(head.logits, axis=1), folds, report)
     _fill(loaded.model.classifier.out_proj, weight=head.weights, bias=head.bias)
     if size:
         _fill_cell_vectors(loaded, axes, targets)
@@ -118,9 +119,7 @@ def solve_classifier(
     return held_out
 
 
-def _tell_novelty(
-    loaded: LoadedModel, simulated: list[Simulated], facts: np.ndarray, held_out: HeldOut
-) -> None:
+def _tell_novelty(loaded, simulated, facts, held_out) -> None:
     """Put what tells novelty, and the threshold, into the model; the held-out cells' `facts` count for them, too."""
     novelty = fit_novelty(simulated)
     loaded.model.config.unassigned_threshold = choose_threshold(simulated, novelty)
@@ -170,11 +169,6 @@ def _fill_cell_vectors(loaded: LoadedModel, axes: Axes, targets: np.ndarray) -> 
     centers[:, : len(whitener)] = all_centers(vectors, targets)
     novelty = loaded.model.classifier.novelty
     _fill(novelty, projection=projection, offset=offset, centers=centers)
-
-
-def _report(head: SolvedHead, pretrained: PretrainedAxes | None) -> dict[str, Any]:
-    found = {"shares": head.shares, "penalties": head.penalties, "temperature": head.temperature}
-    return found if pretrained is None else found | {"signal": pretrained.signal}
 
 
 @torch.no_grad()
