@@ -6,17 +6,16 @@ How the default recipe does on many studies, beside plain classifiers on the sam
     python scripts/evidence.py CELLS --work build/evidence --table docs/results/evidence.md   # of what is there
 
 CELLS is the folder of the labelled .h5ad files. The studies are in two halves, named before anything was measured on
-them: all settings of the recipe were chosen on the first (CHOOSE). The second (REPORT) was read at the end; few-shot
-and a part of cross-validation had been read once before, after which the distance that tells novelty was changed (by
-the first half; no macro-F1 depends on it). Protocols: 5-fold cross-validation (of at most 4,000 cells); leaving out a
-batch, donor or condition at a time; few-shot with 1, 2, 5 and 10 cells a type (5 draws); from one cohort to another,
-and to studies of other chemistries whose cells marker genes name (blood_cells.py); and types left out in turn. Every
-method is given the counts of the same training cells and asked for the types of the same test cells whose type it was
-shown.
+them: all settings of the recipe were chosen on the first (CHOOSE). The second (REPORT) was read four times, after
+changes that the first had chosen (docs/results.md says which). Protocols: 5-fold cross-validation (of at most 4,000
+cells); leaving out a batch, donor or condition at a time; few-shot with 1, 2, 5 and 10 cells a type (5 draws); from one
+cohort to another, and to studies of other chemistries whose cells marker genes name (blood_cells.py); and types left
+out in turn. Every method is given the counts of the same training cells and asked for the types of the same test cells
+whose type it was shown.
 
-The default recipe goes along axes that scbert-mini learnt from cells without labels. No cell of the first half stands
-in its corpus; cells of the second do, so that half needs another, made without them (make_mini.py --leave-out, for the
-files in `IN_CORPUS`).
+With few cells a type the default recipe goes along axes that scbert-mini learnt from cells without labels. No cell of
+the first half stands in its corpus; cells of the second do, so that half needs another, made without them (make_mini.py
+--leave-out, for the files in `IN_CORPUS`).
 """
 
 import argparse

@@ -274,7 +274,7 @@ def other_chemistries(folder: Path, half: str) -> Iterator[Task]:
 
 
 def broad_types(cells: anndata.AnnData, name: str) -> Study:
-    """Cells that marker genes name surely enough: not which T cell or monocyte it is."""
+    """A study whose T cells and monocytes are of one type each: which kind, marker genes do not tell surely."""
     labels = cells.obs[LABEL].replace(BROAD).to_numpy().astype(str)
     return Study(name, sp.csr_matrix(cells.X, dtype=np.float32), np.array(cells.var_names), labels)
 
