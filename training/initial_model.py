@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from ..modeling_scbert import ScBertConfig, ScBertForCellClassification, ScBertForMaskedExpression
@@ -25,6 +26,8 @@ UNCALIBRATED = {
     "conformal_quantiles": None,
 }
 WEIGHTS, GENE_TABLE = "model.safetensors", "embeddings.gene_embeddings.weight"
+# what studies of the same types differ in, for a solved head: [n, genes of the panel]
+EFFECTS = "batch_effects.safetensors"
 # a panel that shares fewer genes with pretrained vectors takes none
 FEWEST_GENES = 50
 
@@ -310,3 +313,22 @@ def pretrained_vectors(model: str | Path, panel: Sequence[str]) -> np.ndarray | 
     places = align_genes(list(panel), load_tokenizer(folder).gene_panel).target
     vectors = np.where(places[:, None] >= 0, table[places], 0).astype(np.float32)
     return vectors if vectors.any(axis=1).sum() >= FEWEST_GENES else None
+
+
+def pretrained_effects(model: str | Path, panel: Sequence[str]) -> np.ndarray | None:
+    """
+    Directions in which studies differ, as a pretrained model's folder has them, [n, genes]; None if it has none.
+
+    Parameters
+    ----------
+    model
+        As in `pretrained_vectors`.
+    panel
+        Gene symbols; of genes that the model does not know nothing is said.
+    """
+    folder = find_model(model)
+    if not (folder / EFFECTS).is_file():
+        return None
+    effects = load_file(folder / EFFECTS)["effects"].float().numpy()
+    places = align_genes(list(panel), load_tokenizer(folder).gene_panel).target
+    return np.where(places >= 0, effects[:, places], 0)

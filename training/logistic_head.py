@@ -106,6 +106,7 @@ def solve_head(
     powers: Sequence[float] = POWERS,
     on_fit: Callable[[], Any] | None = None,
     pretrained: PretrainedAxes | None = None,
+    effects: np.ndarray | None = None,
 ) -> SolvedHead:
     """
     Solve for the weights of a linear head, and cross-fit the logits of the cells it is solved on.
@@ -128,6 +129,9 @@ def solve_head(
         Called after each of the ``n_fits(folds, powers, pretrained)`` fits, for a progress bar.
     pretrained
         Axes for one more regression, or for that of power 0.
+    effects
+        Directions that the regressions are kept from leaning on, in units of the features, [n, genes]; see
+        `batch_effects.Damping`. Axes that are given are damped already.
 
     Returns
     -------
@@ -142,7 +146,7 @@ def solve_head(
     >>> head.weights.shape, bool((head.logits.argmax(axis=1) == targets).mean() > 0.8)
     ((3, 20), True)
     """
-    members = fit_members(features, targets, n_classes, folds, axes, powers, on_fit, pretrained)
+    members = fit_members(features, targets, n_classes, folds, axes, powers, on_fit, pretrained, effects)
     return average(members, targets, folds)
 
 
@@ -155,11 +159,12 @@ def fit_members(
     powers: Sequence[float] = POWERS,
     on_fit: Callable[[], Any] | None = None,
     pretrained: PretrainedAxes | None = None,
+    effects: np.ndarray | None = None,
 ) -> list["Member"]:
     """The regressions that `solve_head` averages; parameters are its own."""
-    axes = axes_of_cells(features) if axes is None else axes
+    axes = axes_of_cells(features, effects=effects) if axes is None else axes
     members = [
-        cross_fit(features, targets, n_classes, folds, power, axes, on_fit)
+        cross_fit(features, targets, n_classes, folds, power, axes, on_fit, effects)
         for power in own_powers(powers, pretrained)
     ]
     if pretrained is not None:
@@ -248,6 +253,7 @@ def cross_fit(
     power: float,
     axes: Axes,
     on_fit: Callable[[], Any] | None = None,
+    effects: np.ndarray | None = None,
 ) -> Member:
     """
     A regression for every penalty, on all folds but one in turn and on all.
@@ -257,7 +263,7 @@ def cross_fit(
 
     def fit(learnt):
         # axes of plain ridge regression know no labels: one set serves all folds
-        space = axes if power == 0 else scaled_axes(features, targets, learnt, power)
+        space = axes if power == 0 else scaled_axes(features, targets, learnt, power, effects)
         path = ridge_path(space.coordinates[learnt], targets[learnt], n_classes)
         if on_fit is not None:
             on_fit()
@@ -276,14 +282,21 @@ def cross_fit(
     return Member(logits, *fitted[-1], name_of(power), expected_temperature(power))
 
 
-def scaled_axes(features: sp.csr_matrix, targets: np.ndarray, learnt: np.ndarray, power: float) -> Axes:
+def scaled_axes(
+    features: sp.csr_matrix,
+    targets: np.ndarray,
+    learnt: np.ndarray,
+    power: float,
+    effects: np.ndarray | None = None,
+) -> Axes:
     """Axes of the cells `learnt` from, bool [cells], on genes scaled by what these cells say of them."""
     n_genes = SCALED_GENES if learnt.sum() <= MANY_CELLS else SCALED_GENES // 2
     scales = gene_scales(features[learnt], targets[learnt], power, n_genes)
     kept = np.flatnonzero(scales)
     narrow = features[:, kept].multiply(scales[kept]).tocsr()
     rank = SCALED_RANK if learnt.sum() > SCALED_RANK else None
-    return axes_of_cells(narrow, learnt, rank).widened(kept, scales)
+    damped = None if effects is None else effects[:, kept] * scales[kept]
+    return axes_of_cells(narrow, learnt, rank, damped).widened(kept, scales)
 
 
 def gene_scales(

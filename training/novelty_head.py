@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from .averaging import DEFAULT_PENALTY
 from .logistic_head import ridge_path
-from .principal_axes import Axes, axes_by_products, inner_products
+from .principal_axes import Axes, axes_by_products
 
 # simulations that are enough, cells each sees at most, cells that a type needs to be left out
 MAX_LEFT_OUT = 20
@@ -121,10 +121,11 @@ def _facts(logits, coordinates, index, learnt, held) -> np.ndarray:
 
 
 def simulate(
+    axes: Axes,
+    products: np.ndarray | None,
     features: sp.csr_matrix,
     targets: np.ndarray,
     folds: np.ndarray,
-    products: np.ndarray | None,
     size: int,
     on_fit: Callable[[], Any] | None = None,
 ) -> list[Simulated]:
@@ -133,10 +134,10 @@ def simulate(
 
     Parameters
     ----------
+    axes, products
+        Of all cells; products of so many that nobody took them are those of their coordinates.
     features, targets, folds
         As in `logistic_head.solve_head`; the cells of fold 0 are held out.
-    products
-        Inner products of the cells, if they are known.
     size
         Of the cell vectors.
     on_fit
@@ -153,7 +154,8 @@ def simulate(
     left_out = types[np.argsort(-counts, kind="stable")][: (counts >= MIN_CELLS).sum()][:MAX_LEFT_OUT]
     if len(types) < 3 or not len(left_out):
         return []
-    products = inner_products(features) if products is None else products[np.ix_(cells, cells)]
+    coordinates = axes.coordinates[cells]
+    products = coordinates @ coordinates.T if products is None else products[np.ix_(cells, cells)]
 
     def run(left):
         found = _simulate_one(products, features, targets, folds, size, left)

@@ -8,6 +8,8 @@ import scipy.sparse as sp
 from scipy.linalg import eigh
 from sklearn.utils.extmath import randomized_svd
 
+from .batch_effects import Damping
+
 # up to so many cells every axis is kept, and ridge regression is exactly that on the genes; beyond, the largest
 FULL_RANK = 1000
 RANK = 400
@@ -68,7 +70,12 @@ class Axes:
         return Axes(self.coordinates, center, to_genes)
 
 
-def axes_of_cells(features: sp.csr_matrix, learnt: np.ndarray | None = None, rank: int | None = None) -> Axes:
+def axes_of_cells(
+    features: sp.csr_matrix,
+    learnt: np.ndarray | None = None,
+    rank: int | None = None,
+    effects: np.ndarray | None = None,
+) -> Axes:
     """
     Principal axes of cells.
 
@@ -80,6 +87,8 @@ def axes_of_cells(features: sp.csr_matrix, learnt: np.ndarray | None = None, ran
         Cells that the axes are of, bool [cells]; all of them by default.
     rank
         Number of axes; by default all of up to `FULL_RANK` cells, and `RANK` of more.
+    effects
+        Directions that the features are damped along, in their units, [n, genes]; see `batch_effects.Damping`.
 
     Examples
     --------
@@ -89,16 +98,26 @@ def axes_of_cells(features: sp.csr_matrix, learnt: np.ndarray | None = None, ran
     """
     learnt = np.ones(features.shape[0], dtype=bool) if learnt is None else learnt
     if features.shape[0] > min(MAX_CELLS_BY_CELLS, FEW_GENES * features.shape[1]):
-        return _axes_by_genes(features, learnt, rank)
-    return axes_by_products(inner_products(features), features, learnt, rank)
+        return _axes_by_genes(features, learnt, rank, effects)
+    damping = None if effects is None else Damping.of(effects, features)
+    return axes_by_products(_damped_products(features, damping), features, learnt, rank, damping)
 
 
-def axes_and_products(features: sp.csr_matrix) -> tuple[Axes, np.ndarray | None]:
+def axes_and_products(
+    features: sp.csr_matrix, effects: np.ndarray | None = None
+) -> tuple[Axes, np.ndarray | None]:
     """`axes_of_cells`, and the inner products of all cells [cells, cells] if there are few enough to take them."""
     if features.shape[0] > MAX_CELLS_BY_CELLS:
-        return axes_of_cells(features), None
+        return axes_of_cells(features, effects=effects), None
+    damping = None if effects is None else Damping.of(effects, features)
+    products = _damped_products(features, damping)
+    every = np.ones(features.shape[0], dtype=bool)
+    return axes_by_products(products, features, every, damping=damping), products
+
+
+def _damped_products(features, damping) -> np.ndarray:
     products = inner_products(features)
-    return axes_by_products(products, features, np.ones(features.shape[0], dtype=bool)), products
+    return products if damping is None else products - damping.products(features)
 
 
 def axes_along(features: sp.csr_matrix, vectors: np.ndarray) -> Axes:
@@ -189,9 +208,13 @@ def _products_of_centered(first, second) -> np.ndarray:
 
 
 def axes_by_products(
-    products: np.ndarray, features: sp.csr_matrix, learnt: np.ndarray, rank: int | None = None
+    products: np.ndarray,
+    features: sp.csr_matrix,
+    learnt: np.ndarray,
+    rank: int | None = None,
+    damping: Damping | None = None,
 ) -> Axes:
-    """As `axes_of_cells`, by the inner products of all cells, [cells, cells]."""
+    """As `axes_of_cells`, by the inner products of all cells, [cells, cells], which are of damped features."""
     inner = products[np.ix_(learnt, learnt)]
     means = inner.mean(axis=0)
     values, vectors = _largest_eigenpairs(inner - means - means[:, None] + means.mean(), rank, len(inner))
@@ -202,19 +225,26 @@ def axes_by_products(
     def to_genes(coefficients):
         of_cells = basis @ coefficients.T
         # the vectors are orthogonal to a constant but for rounding, which small eigenvalues would enlarge
-        return np.asarray((rows.T @ (of_cells - of_cells.mean(axis=0))).T)
+        weights = np.asarray((rows.T @ (of_cells - of_cells.mean(axis=0))).T)
+        # once for the damped cells that the axes are sums of, once for the cells they are asked of
+        return weights if damping is None else damping.weights(damping.weights(weights))
 
     center = np.asarray(rows.mean(axis=0)).ravel()
     return Axes((centered @ basis).astype(np.float32), center, to_genes)
 
 
-def _axes_by_genes(features: sp.csr_matrix, learnt: np.ndarray, rank: int | None) -> Axes:
+def _axes_by_genes(features, learnt, rank, effects) -> Axes:
     rows = features[learnt]
     center = np.asarray(rows.mean(axis=0)).ravel()
     variance = np.asarray(rows.multiply(rows).mean(axis=0)).ravel() - center**2
     kept = np.sort(np.argsort(-variance, kind="stable")[:COVARIANCE_GENES])
     scatter = inner_products(rows[:, kept].T.tocsr()) - rows.shape[0] * np.outer(center[kept], center[kept])
+    damping = None if effects is None else Damping.of(effects[:, kept], rows[:, kept])
+    if damping is not None:
+        scatter = damping.weights(damping.weights(scatter).T)
     _, vectors = _largest_eigenpairs(scatter.astype(np.float32), rank, rows.shape[0])
+    if damping is not None:
+        vectors = damping.weights(vectors.T).T
 
     def to_genes(coefficients):
         weights = np.zeros((len(coefficients), features.shape[1]))

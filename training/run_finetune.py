@@ -37,6 +37,7 @@ from .initial_model import (
     freeze_whole_encoder,
     load_base,
     new_model,
+    pretrained_effects,
     pretrained_vectors,
 )
 from .run_folder import finish, run_folder
@@ -240,12 +241,14 @@ def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainin
     """Give the model a head that is solved for; nothing else is trained."""
     loaded, learnt = LoadedModel(model, data.tokenizer), data.splits["train"]
     shown = not arguments.disable_tqdm
-    vectors = None
+    vectors, effects, panel = None, None, data.tokenizer.gene_panel
+    if arguments.cell_axes:
+        effects = pretrained_effects(arguments.cell_axes, panel)
     if arguments.cell_axes and np.median(np.bincount(learnt.targets)) < MANY_OF_A_TYPE:
-        vectors = pretrained_vectors(arguments.cell_axes, data.tokenizer.gene_panel)
+        vectors = pretrained_vectors(arguments.cell_axes, panel)
     n_known = 0 if vectors is None else int(vectors.any(axis=1).sum())
     held_out = solve_classifier(
-        loaded, learnt.bins, learnt.targets, arguments.seed, shown, data.unlabelled, vectors
+        loaded, learnt.bins, learnt.targets, arguments.seed, shown, data.unlabelled, vectors, effects
     )
     signal = held_out.report.pop("signal")
     held_out.report["cell_axes"] = {"model": arguments.cell_axes, "genes": n_known, "signal": signal}

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..tokenization import InputError
 from ..tokenization.expression_scbert import floor_values
 from ..trained_model.prediction import LoadedModel, predict
+from .batch_effects import in_units_of
 from .logistic_head import PretrainedAxes, cross_folds, n_fits, solve_head
 from .novelty_head import (
     MAX_LEFT_OUT,
@@ -53,6 +54,7 @@ def solve_classifier(
     show_progress: bool = False,
     unlabelled: sp.csr_matrix | None = None,
     gene_vectors: np.ndarray | None = None,
+    effects: np.ndarray | None = None,
 ) -> HeldOut:
     """
     Solve for everything above the encoder: output layer (with its temperature), cell vectors, novelty, threshold.
@@ -74,6 +76,9 @@ def solve_classifier(
     gene_vectors
         Of the panel, [panel, axes], by pretraining; see `initial_model.pretrained_vectors`. One of the regressions then
         goes along these axes.
+    effects
+        Directions in which studies differ, [n, panel], in units of the cells' scatter: the regressions are kept from
+        leaning on them; see `batch_effects`.
 
     Raises
     ------
@@ -88,6 +93,8 @@ def solve_classifier(
     features, folds = pooled_features(loaded, bins), cross_folds(targets, seed=seed)
     others = None if unlabelled is None else pooled_features(loaded, unlabelled)
     pretrained = _along_pretrained(loaded, bins, features, gene_vectors)
+    if effects is not None:
+        effects = in_units_of(features, effects) if _reads_genes(features, bins) else None
     size = config.cell_vector_size
     total = n_fits(folds, pretrained=pretrained) + (min(MAX_LEFT_OUT, config.num_labels) if size else 0)
     if others is not None:
@@ -96,14 +103,15 @@ def solve_classifier(
 
         total += teacher.n_fits(folds)
     with tqdm(total=total, desc="Solving", unit="fit", disable=None if show_progress else True) as bar:
-        axes, products = axes_and_products(features)
+        axes, products = axes_and_products(features, effects)
         given = {"n_classes": config.num_labels, "folds": folds, "axes": axes, "pretrained": pretrained}
+        given["effects"] = effects
         if others is None:
             head, learnt = solve_head(features, targets, on_fit=bar.update, **given), {}
         else:
             head, found = teacher.learn_from_all(features, targets, others, on_fit=bar.update, **given)
             learnt = {"unlabelled": found}
-        simulated = simulate(features, targets, folds, products, size, bar.update) if size else []
+        simulated = simulate(axes, products, features, targets, folds, size, bar.update) if size else []
         # types of few cells are not left out in turn
         bar.update(bar.total - bar.n)
     report = {"shares": head.shares, "penalties": head.penalties, "temperature": head.temperature} | learnt
@@ -128,9 +136,14 @@ def _tell_novelty(loaded, simulated, facts, held_out) -> None:
     held_out.report["novelty"] = {"left_out_types": len(simulated), "coefficients": novelty.tolist()}
 
 
+def _reads_genes(features, bins) -> bool:
+    """Whether the head reads one number a gene, and one more."""
+    return features.shape[1] == bins.shape[1] + 1
+
+
 def _along_pretrained(loaded, bins, features, gene_vectors) -> PretrainedAxes | None:
     """The cells along pretrained axes, if the head reads the genes, as the axes do."""
-    if gene_vectors is None or features.shape[1] != bins.shape[1] + 1:
+    if gene_vectors is None or not _reads_genes(features, bins):
         return None
     tokenizer, signal = loaded.tokenizer, None
     # bins that are ranks within a cell cannot be thinned

@@ -80,13 +80,14 @@ def learn_from_all(
     axes: Axes | None = None,
     on_fit: Callable[[], Any] | None = None,
     pretrained: PretrainedAxes | None = None,
+    effects: np.ndarray | None = None,
 ) -> tuple[SolvedHead, dict[str, Any]]:
     """
     As `logistic_head.solve_head`, with cells that have no label.
 
     Parameters
     ----------
-    features, targets, n_classes, folds, axes, on_fit, pretrained
+    features, targets, n_classes, folds, axes, on_fit, pretrained, effects
         Of `solve_head`.
     unlabelled
         Features of the other cells, [others, genes]; of more than `MAX_CELLS`, as many are drawn.
@@ -115,7 +116,8 @@ def learn_from_all(
     if unlabelled.shape[0] > MAX_CELLS:
         drawn = np.random.default_rng(0).permutation(unlabelled.shape[0])[:MAX_CELLS]
         unlabelled = unlabelled[np.sort(drawn)]
-    alone = fit_members(features, targets, n_classes, folds, axes, on_fit=on_fit, pretrained=pretrained)
+    prior = {"pretrained": pretrained, "effects": effects}
+    alone = fit_members(features, targets, n_classes, folds, axes, on_fit=on_fit, **prior)
     without = average(alone, targets, folds)
     members, told_apart = fit_teachers(features, targets, unlabelled, n_classes, folds, on_fit)
     members += [_of_all(member, unlabelled) for member in alone if member.name in (GENES, PRETRAINED)]
@@ -144,7 +146,7 @@ def learn_from_all(
     if not report["kept"]:
         return without, report
     probabilities = softmax(mixture.logits(asked), axis=1)
-    weights, bias = handed_on(features, targets, unlabelled, probabilities, n_classes)
+    weights, bias = handed_on(features, targets, unlabelled, probabilities, n_classes, effects)
     weights = (1 - own_share) * weights + own_share * without.weights
     bias = (1 - own_share) * bias + own_share * without.bias
     names = [member.name for member in members]
@@ -314,6 +316,7 @@ def handed_on(
     unlabelled: sp.csr_matrix,
     probabilities: np.ndarray,
     n_classes: int,
+    effects: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     A head on the genes that learns the labelled cells, and of the others those that the probabilities are sure of.
@@ -328,6 +331,8 @@ def handed_on(
         The others [others, genes], and what is said of them, [others, classes].
     n_classes
         Number of classes.
+    effects
+        As in `learn_from_all`.
 
     Returns
     -------
@@ -337,7 +342,7 @@ def handed_on(
     sure = probabilities.max(axis=1) > SURE
     cells = sp.vstack([features, unlabelled[sure]]).tocsr()
     labels = np.append(targets, probabilities[sure].argmax(axis=1))
-    axes = scaled_axes(cells, labels, np.ones(len(labels), dtype=bool), HANDED_ON_POWER)
+    axes = scaled_axes(cells, labels, np.ones(len(labels), dtype=bool), HANDED_ON_POWER, effects)
     (fit,) = ridge_path(axes.coordinates, labels, n_classes, (HANDED_ON_PENALTY,))
     weights, bias = axes.gene_weights(*fit)
     logits = unlabelled @ weights.T + bias

@@ -1,0 +1,87 @@
+"""
+What studies of the same types differ in, for a pretrained model's folder: the directions that the recipe damps.
+
+    python scripts/study_effects.py CELLS --model model_cards/scbert-mini
+    python scripts/study_effects.py CELLS --model DIR/pretrained --leave-out STUDY --leave-out ...
+
+CELLS is the folder of the .h5ad files. Studies and common names of types are those of both annotators; of each type
+with enough cells in a study, the mean of log1p CP10k.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+
+import make_pbmc
+import make_tissue
+from annotator_parts import LABEL
+from blood_cells import read_by_markers, read_cohort
+from scbert.data.read import log_normalize
+from scbert.trained_model.model_folder import load_tokenizer
+from scbert.training.batch_effects import FEWEST_CELLS, batch_effects, mean_squared_norm
+from scbert.training.initial_model import EFFECTS
+from tissue_cells import read_study
+
+
+def studies(folder: Path, left_out: set[str]) -> Iterator[tuple[str, str, anndata.AnnData]]:
+    """Whose names of types they are, the study, and its labelled cells."""
+    readers = {
+        "blood": {
+            **dict.fromkeys(make_pbmc.COHORTS, read_cohort),
+            **dict.fromkeys(make_pbmc.BY_MARKERS, read_by_markers),
+        },
+        "tissue": dict.fromkeys(make_tissue.LEARNT, read_study),
+    }
+    for names, of_names in readers.items():
+        for study, reader in of_names.items():
+            if study not in left_out:
+                yield names, study, reader(folder, study)
+
+
+def means_of(cells: anndata.AnnData, panel: list[str]) -> pd.DataFrame:
+    """Mean of each type of enough cells [types, panel], in units of the cells' scatter, NaN for unmeasured genes."""
+    values, genes = log_normalize(cells)
+    means = {
+        name: np.asarray(values[of_type].mean(axis=0)).ravel()
+        for name, of_type in cells.obs.groupby(LABEL, observed=True).indices.items()
+        if len(of_type) >= FEWEST_CELLS
+    }
+    table = pd.DataFrame(means, index=pd.Index(genes)).T / mean_squared_norm(values) ** 0.5
+    return table.reindex(columns=panel)
+
+
+def effects_of(folder: Path, panel: list[str], left_out: set[str]) -> np.ndarray:
+    """Directions over the genes of the panel, [n, panel]."""
+    means, types = [], []
+    for names, study, cells in studies(folder, left_out):
+        found = means_of(cells, panel)
+        print(study, *found.index, sep=", ", file=sys.stderr)
+        means.append(found.to_numpy())
+        types += [f"{names}: {name}" for name in found.index]
+    return batch_effects(np.concatenate(means), types)
+
+
+def main() -> None:
+    """Write the file into the model's folder."""
+    parser = argparse.ArgumentParser(prog="study_effects", description=__doc__.strip().partition("\n")[0])
+    parser.add_argument("cells", type=Path)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--leave-out", action="append", default=[], help="Study to leave out.")
+    options = parser.parse_args()
+    effects = effects_of(options.cells, load_tokenizer(options.model).gene_panel, set(options.leave_out))
+    partial = options.model / f"{EFFECTS}.partial"
+    save_file({"effects": torch.from_numpy(effects).bfloat16().contiguous()}, partial)
+    os.replace(partial, options.model / EFFECTS)
+    print(f"{len(effects)} directions; lengths {np.linalg.norm(effects, axis=1).round(3)[:10]} ...")
+
+
+if __name__ == "__main__":
+    main()
