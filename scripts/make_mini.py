@@ -3,6 +3,7 @@ Make ``scbert-mini``: corpus, gene panel, pretraining, model folder and card.
 
     python scripts/make_mini.py DATA --work DIR --output model_cards/scbert-mini
     python scripts/make_mini.py DATA --work DIR --leave-out FILE.h5ad   # DIR/pretrained alone, without that file
+    python scripts/study_effects.py DATA                                # what studies differ in, beside it
 
 DATA holds the files that scbert-mini/sources.csv names, and ``tables/scbert_gene_order_16906.txt.gz``. What stands in
 DIR already is not made again; pretraining that was interrupted goes on.
@@ -29,6 +30,7 @@ from scbert.trained_model.model_folder import load_tokenizer, save_model
 from scbert.training.initial_model import load_masked_model
 
 CHECKED = (
+    "batch_effects.safetensors",
     "config.json",
     "gene_levels.txt",
     "gene_panel.txt",
@@ -162,6 +164,11 @@ def save_small(model: PreTrainedModel, tokenizer: ScBertTokenizer, output: Path)
     save_model(model.bfloat16(), tokenizer, output)
     for code in output.glob("*.py"):
         code.unlink()
+    write_checksums(output)
+
+
+def write_checksums(output: Path) -> None:
+    """Of the files of a released folder that a model is made of."""
     checked = [name for name in CHECKED if (output / name).exists()]
     sums = [f"{hashlib.sha256((output / name).read_bytes()).hexdigest()}  {name}" for name in checked]
     (output / "SHA256SUMS").write_text("\n".join(sums) + "\n")

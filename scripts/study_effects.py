@@ -1,7 +1,7 @@
 """
 What studies of the same types differ in, for a pretrained model's folder: the directions that the recipe damps.
 
-    python scripts/study_effects.py CELLS --model model_cards/scbert-mini
+    python scripts/study_effects.py CELLS    # of scbert-mini, with a part of its card
     python scripts/study_effects.py CELLS --model DIR/pretrained --leave-out STUDY --leave-out ...
 
 CELLS is the folder of the .h5ad files. Studies and common names of types are those of both annotators; of each type
@@ -24,22 +24,19 @@ import make_pbmc
 import make_tissue
 from annotator_parts import LABEL
 from blood_cells import read_by_markers, read_cohort
+from make_mini import CARDS, write_card, write_checksums
 from scbert.data.read import log_normalize
 from scbert.trained_model.model_folder import load_tokenizer
 from scbert.training.batch_effects import FEWEST_CELLS, batch_effects, mean_squared_norm
 from scbert.training.initial_model import EFFECTS
 from tissue_cells import read_study
 
+BLOOD = dict.fromkeys(make_pbmc.COHORTS, read_cohort) | dict.fromkeys(make_pbmc.BY_MARKERS, read_by_markers)
+
 
 def studies(folder: Path, left_out: set[str]) -> Iterator[tuple[str, str, anndata.AnnData]]:
     """Whose names of types they are, the study, and its labelled cells."""
-    readers = {
-        "blood": {
-            **dict.fromkeys(make_pbmc.COHORTS, read_cohort),
-            **dict.fromkeys(make_pbmc.BY_MARKERS, read_by_markers),
-        },
-        "tissue": dict.fromkeys(make_tissue.LEARNT, read_study),
-    }
+    readers = {"blood": BLOOD, "tissue": dict.fromkeys(make_tissue.LEARNT, read_study)}
     for names, of_names in readers.items():
         for study, reader in of_names.items():
             if study not in left_out:
@@ -69,18 +66,38 @@ def effects_of(folder: Path, panel: list[str], left_out: set[str]) -> np.ndarray
     return batch_effects(np.concatenate(means), types)
 
 
+def section(n_directions: int) -> str:
+    """A part of the card."""
+    blood, tissue = ", ".join(BLOOD), ", ".join(make_tissue.LEARNT)
+    return "\n".join([
+        "## What studies differ in",
+        "",
+        f"`{EFFECTS}` holds {n_directions} directions in which the mean expression of a cell type differs between "
+        "studies, each as long as its scatter, in units of the scatter of cells. `scbert finetune` damps them, so that "
+        "a model does not lean on what is a study's own. For these, unlike the gene table, labels were used: of blood "
+        f"({blood}) and of tissue ({tissue}), by the common names of types that the annotators have for them (their "
+        f"`labels.csv` and `markers.csv`); types with {FEWEST_CELLS} cells or more in a study "
+        "(`python scripts/study_effects.py`).",
+        "",
+    ])  # fmt: skip
+
+
 def main() -> None:
-    """Write the file into the model's folder."""
+    """Write the file into the model's folder; of a released one, its card and checksums too."""
     parser = argparse.ArgumentParser(prog="study_effects", description=__doc__.strip().partition("\n")[0])
     parser.add_argument("cells", type=Path)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=CARDS / "scbert-mini")
     parser.add_argument("--leave-out", action="append", default=[], help="Study to leave out.")
     options = parser.parse_args()
-    effects = effects_of(options.cells, load_tokenizer(options.model).gene_panel, set(options.leave_out))
+    left_out = set(options.leave_out)
+    effects = effects_of(options.cells, load_tokenizer(options.model).gene_panel, left_out)
     partial = options.model / f"{EFFECTS}.partial"
     save_file({"effects": torch.from_numpy(effects).bfloat16().contiguous()}, partial)
     os.replace(partial, options.model / EFFECTS)
-    print(f"{len(effects)} directions; lengths {np.linalg.norm(effects, axis=1).round(3)[:10]} ...")
+    if options.model.parent == CARDS:
+        (options.model / "card_4_effects.md").write_text(section(len(effects)))
+        write_checksums(options.model)
+        write_card(options.model)
 
 
 if __name__ == "__main__":
