@@ -128,8 +128,9 @@ class FinetuneTrainingArguments(RunTrainingArguments):
     cell_axes: str = field(
         default="",
         metadata={
-            "help": "Pretrained model whose gene vectors are axes of cells that a solved head may go by where the "
-            "median type has few cells: scbert-mini, which ships, a folder or a name on the Hub; empty: none."
+            "help": "Pretrained model that knows what studies differ in, which a solved head is kept from leaning on, "
+            "and axes of cells, to go by where the median type has few cells: scbert-mini, which ships, a folder "
+            "or a name on the Hub; empty: none."
         },
     )
     cache_frozen: str = field(

@@ -252,6 +252,7 @@ def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainin
     )
     signal = held_out.report.pop("signal")
     held_out.report["cell_axes"] = {"model": arguments.cell_axes, "genes": n_known, "signal": signal}
+    held_out.report["batch_effects"] = 0 if effects is None else len(effects)
     if signal is not None:
         logger.info(
             "%s knows %s of the reference's genes, and its axes hold %.0f%% of what differs between these cells.",
