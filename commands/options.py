@@ -43,6 +43,9 @@ Query = Annotated[
         metavar="QUERY", help="Cells to read: .h5ad, 10x .h5 or folder, .zarr.", show_default=False
     ),
 ]
+Reference = Annotated[
+    Path, typer.Argument(metavar="REF", help="Labelled cells: .h5ad, 10x .h5, .zarr.", show_default=False)
+]
 Model = Annotated[Path, typer.Option(metavar="DIR", help="Fine-tuned model folder.", show_default=False)]
 Annotator = Annotated[
     Path | None,
