@@ -55,8 +55,8 @@ class AnnotatedUpload:
         The types of the model.
     threshold
         Cells whose confidence is below it are "unassigned".
-    path, csv
-        The annotated .h5ad, and a .csv of the new columns.
+    path
+        The annotated .h5ad; a .csv of the new columns stands beside it.
     """
 
     upload: Path
@@ -70,7 +70,11 @@ class AnnotatedUpload:
     names: list[str]
     threshold: float
     path: Path
-    csv: Path
+
+    @property
+    def csv(self) -> Path:
+        """The .csv beside the annotated cells."""
+        return self.path.with_suffix(".csv")
 
     @property
     def table(self) -> TextTable:
@@ -118,9 +122,8 @@ def annotate_upload(
     _check_size(upload, limits or Limits())
     path = Path(tempfile.mkdtemp(prefix="results-", dir=folder)) / f"{upload.stem}_annotated.h5ad"
     summary = annotate_file(upload, loaded_model(str(model)), path, input=values, layer=layer)
-    cells = anndata.read_h5ad(path, backed="r")
-    try:
-        about = cells.uns["scbert"]
+    with opened(path) as cells:
+        about = anndata.io.read_elem(cells.file["uns/scbert"])
         annotated = AnnotatedUpload(
             upload=upload,
             model=str(model),
@@ -133,19 +136,15 @@ def annotate_upload(
             names=[str(name) for name in about["labels"]],
             threshold=float(about["threshold"]),
             path=path,
-            csv=path.with_suffix(".csv"),
         )
         _write_csv(annotated, cells.obs_names)
-    finally:
-        cells.file.close()
     return annotated
 
 
 def reassigned(annotated: AnnotatedUpload, threshold: float) -> AnnotatedUpload:
     """The same cells with another threshold of "unassigned", and new files of them beside the old."""
     labels, _ = assign(annotated.probabilities, annotated.names, threshold)
-    name = f"{annotated.upload.stem}_annotated_{threshold:.2f}.h5ad"
-    path = annotated.path.with_name(name)
+    path = annotated.path.with_name(f"{annotated.upload.stem}_annotated_{threshold:.2f}.h5ad")
     with opened(annotated.path) as cells:
         about = {**anndata.io.read_elem(cells.file["uns/scbert"]), "threshold": float(threshold)}
         cell_names = cells.obs_names
@@ -153,14 +152,7 @@ def reassigned(annotated: AnnotatedUpload, threshold: float) -> AnnotatedUpload:
     atomic_copy_h5ad(annotated.path, path, obs=obs, uns=uns, overwrite=True)
     labels = labels.astype(str)
     summary = {**annotated.summary, "unassigned": int((labels == UNASSIGNED).sum())}
-    changed = replace(
-        annotated,
-        labels=labels,
-        threshold=threshold,
-        summary=summary,
-        path=path,
-        csv=path.with_suffix(".csv"),
-    )
+    changed = replace(annotated, labels=labels, threshold=threshold, summary=summary, path=path)
     _write_csv(changed, cell_names)
     return changed
 
