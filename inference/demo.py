@@ -58,19 +58,16 @@ def run_demo(output: str | Path = "demo") -> dict[str, Any]:
     folder = _folder(output)
     cells = demo_cells()
     atomic_write_h5ad(cells, folder / "cells.h5ad", overwrite=True)
-    run = finetune(
-        folder / "cells.h5ad",
-        LABEL_KEY,
-        folder / "model",
-        input="log1p",
-        test_key="split",
-        overwrite=True,
-    )
+    options = {"input": "log1p", "test_key": "split", "overwrite": True}
+    run = finetune(folder / "cells.h5ad", LABEL_KEY, folder / "model", **options)
     held_out = cells[cells.obs["split"] == "test"].copy()
     annotated = annotate(held_out, model=folder / "model", input="log1p", progress=False)
     atomic_write_h5ad(annotated, folder / "annotated.h5ad", overwrite=True)
-    scores = _scores(annotated)
-    draw(folder, cells, annotated, scores)
+    # the likeliest type of every cell, whatever its confidence: the baseline has no threshold
+    names = np.asarray(annotated.uns["scbert"]["labels"])
+    predicted = names[annotated.obsm["scbert_probabilities"].argmax(axis=1)]
+    scores = classification_metrics(annotated.obs[LABEL_KEY], predicted)
+    draw(folder, cells, annotated, predicted, scores)
     summary = {
         "cells": held_out.n_obs,
         "accuracy": scores["accuracy"],
@@ -106,17 +103,10 @@ def demo_cells() -> AnnData:
     return cells
 
 
-def _scores(annotated: AnnData) -> dict[str, Any]:
-    """Scores of the likeliest type of every cell, whatever its confidence: the baseline has no threshold."""
-    names = np.asarray(annotated.uns["scbert"]["labels"])
-    predicted = names[annotated.obsm["scbert_probabilities"].argmax(axis=1)]
-    return classification_metrics(annotated.obs[LABEL_KEY], predicted)
-
-
-def draw(folder: Path, cells: AnnData, annotated: AnnData, scores: dict[str, Any]) -> None:
+def draw(
+    folder: Path, cells: AnnData, annotated: AnnData, predicted: np.ndarray, scores: dict[str, Any]
+) -> None:
     """Write umap.png and confusion.png."""
-    names = np.asarray(annotated.uns["scbert"]["labels"])
-    predicted = names[annotated.obsm["scbert_probabilities"].argmax(axis=1)]
     right = f"{scores['accuracy']:.0%} right"
     plot_embedding(
         annotated.obsm["X_umap"],
