@@ -6,36 +6,11 @@ from typing import Annotated
 
 import typer
 
-
-class InputKind(StrEnum):
-    auto = "auto"
-    counts = "counts"
-    log1p = "log1p"
-
-
-class CacheFrozen(StrEnum):
-    auto = "auto"
-    memory = "memory"
-    disk = "disk"
-    off = "off"
-
-
-class DtypeName(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Tissue(StrEnum):
-    blood = "blood"
-    tissue = "tissue"
-
-
-class ClassBalance(StrEnum):
-    none = "none"
-    weights = "weights"
-    oversample = "oversample"
-
+InputKind = StrEnum("InputKind", ["auto", "counts", "log1p"])
+CacheFrozen = StrEnum("CacheFrozen", ["auto", "memory", "disk", "off"])
+DtypeName = StrEnum("DtypeName", ["auto", "float32", "bfloat16"])
+Tissue = StrEnum("Tissue", ["blood", "tissue"])
+ClassBalance = StrEnum("ClassBalance", ["none", "weights", "oversample"])
 
 Query = Annotated[
     Path,

@@ -57,28 +57,20 @@ def explain_file(
 
     Parameters
     ----------
-    query
-        Cells.
-    model
-        Fine-tuned model: a folder, a name on the Hub, or a loaded one; the annotator that ships if None.
+    query, model, cells_per_type, n_steps, layer, input, force
+        As in `scbert.explain`.
     output
         Folder for CSV tables, pictures, ``explanation.json`` and ``explained.h5ad``.
     label_key
         Column of obs with true types: differential expression is then taken between those, else between the
         predicted ones.
-    cells_per_type
-        Cells explained of each predicted type.
     n_top
         Genes of a type in the table; the deletion test removes as many.
-    n_steps
-        Points on the path of integrated gradients.
     markers, marker_names
         Marker table (PanglaoDB, CellMarker, or columns cell_type and gene), and a JSON of the query's types ->
         name(s) in it.
     gene_sets
         A .gmt file for enrichment.
-    layer, input, force
-        As in `scbert.annotate`.
     seed
         Of the cells, GradientSHAP and the deletion test.
     overwrite
@@ -139,9 +131,8 @@ def explain_file(
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    for cell_type, genes in tables["top_genes"][lambda top: top["explanation"] == GRADIENTS].groupby(
-        "cell_type"
-    ):
+    decisive = tables["top_genes"][lambda top: top["explanation"] == GRADIENTS]
+    for cell_type, genes in decisive.groupby("cell_type"):
         logger.info("%s: %s", cell_type, ", ".join(genes["gene"].head(8)))
     show(deleted, completeness, result["verdict"])
     logger.info(
@@ -190,11 +181,9 @@ def write_agreement(
     input: str,
 ) -> pd.DataFrame | None:
     """Agreement with differential expression as CSV; None where fewer than two types can be compared."""
-    cells = adata
-    key = label_key
+    cells, key = adata, label_key
     if key is None:
-        key = "scbert_explained_type"
-        cells = adata.copy()
+        cells, key = adata.copy(), "scbert_explained_type"
         cells.obs[key] = predicted
     tables = []
     for name, scores in per_type.items():
