@@ -89,16 +89,16 @@ def finetune(
     label_tree: opt.LabelTree = None,
     coarse_key: opt.CoarseKey = None,
     class_balance: Annotated[
-        opt.ClassBalance | None, typer.Option(help="How class imbalance is handled.", show_default=False)
+        opt.ClassBalance | None, typer.Option(help="How class imbalance is handled.")
     ] = None,
     train_all: Annotated[
         bool | None,
-        typer.Option("--train-all", help="Train every weight of a pretrained base.", show_default=False),
+        typer.Option("--train-all", help="Train every weight of a pretrained base."),
     ] = None,
     layer: opt.Layer = None,
     input: opt.RecipeInput = None,
     min_genes: Annotated[
-        int | None, typer.Option(min=0, help="Expressed genes a training cell needs.", show_default=False)
+        int | None, typer.Option(min=0, help="Expressed genes a training cell needs.")
     ] = None,
     cache_frozen: Annotated[
         opt.CacheFrozen | None, typer.Option(help="Where the frozen layers' outputs are kept between epochs.")
@@ -179,14 +179,10 @@ def embed(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="ORIGINAL.pth", help="Original scBERT checkpoint.", show_default=False)
-    ],
+    checkpoint: Annotated[Path, typer.Argument(metavar="ORIGINAL.pth", help="Original scBERT checkpoint.")],
     genes: Annotated[
         Path,
-        typer.Option(
-            metavar="FILE", help="Its gene panel: a symbol a line, .csv, .gz or .h5ad.", show_default=False
-        ),
+        typer.Option(metavar="FILE", help="Its gene panel: a symbol a line, .csv, .gz or .h5ad."),
     ],
     output: opt.OutputFolder,
     labels: Annotated[
@@ -206,9 +202,7 @@ def convert(
 
 @app.command()
 def pretrain(
-    corpus: Annotated[
-        Path, typer.Argument(metavar="CORPUS", help="Cells, or a folder of files.", show_default=False)
-    ],
+    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="Cells, or a folder of files.")],
     output: opt.OutputFolder,
     recipe: opt.Recipe = None,
     base: Annotated[Path | None, typer.Option(metavar="DIR", help="Model to go on from.")] = None,
@@ -219,15 +213,11 @@ def pretrain(
         Path | None, typer.Option(metavar="FILE", help="Gene vectors, from gene2vec.")
     ] = None,
     epochs: opt.Epochs = None,
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps in place of epochs.", show_default=False)
-    ] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps in place of epochs.")] = None,
     batch_size: opt.BatchSize = None,
     layer: opt.Layer = None,
     input: opt.RecipeInput = None,
-    min_genes: Annotated[
-        int | None, typer.Option(min=0, help="Expressed genes a cell needs.", show_default=False)
-    ] = None,
+    min_genes: Annotated[int | None, typer.Option(min=0, help="Expressed genes a cell needs.")] = None,
     streaming: opt.Streaming = None,
     seed: opt.Seed = None,
     force: opt.Force = False,
@@ -246,17 +236,13 @@ def pretrain(
 
 @app.command()
 def gene2vec(
-    output: Annotated[
-        Path, typer.Option(metavar="FILE", help="Gene vectors to write: .txt, .gz, .npy.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Gene vectors to write: .txt, .gz, .npy.")],
     corpus: Annotated[
-        Path | None, typer.Argument(metavar="CORPUS", help="Cells, or a folder of files.", show_default=False)
+        Path | None, typer.Argument(metavar="CORPUS", help="Cells, or a folder of files.")
     ] = None,
     import_file: Annotated[
         Path | None,
-        typer.Option(
-            "--import", metavar="FILE", help="Existing vectors to import: text or .npy.", show_default=False
-        ),
+        typer.Option("--import", metavar="FILE", help="Existing vectors to import: text or .npy."),
     ] = None,
     genes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Genes to keep to (of an .npy: its genes).")
@@ -328,7 +314,6 @@ def combine_modalities(
         typer.Argument(
             metavar="CELLS",
             help="Cells: RNA (with --atac), .h5mu, 10x multiome .h5, or .h5ad with var['feature_types'].",
-            show_default=False,
         ),
     ],
     output: opt.OutputFile,
@@ -361,9 +346,7 @@ app.command()(explain)
 def map_labels(
     reference: opt.Reference,
     label_key: opt.LabelKey,
-    output: Annotated[
-        Path, typer.Option(metavar="FILE.csv", help="The table to write, and to correct.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Option(metavar="FILE.csv", help="The table to write, and to correct.")],
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
 ) -> None:

@@ -43,10 +43,8 @@ def app(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Model folder to send.", show_default=False)],
-    repo_id: Annotated[
-        str, typer.Argument(metavar="REPO_ID", help="NAME or OWNER/NAME on the Hub.", show_default=False)
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Model folder to send.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="NAME or OWNER/NAME on the Hub.")],
     public: Annotated[
         bool, typer.Option("--public", help="Show it to everybody (private without it).")
     ] = False,

@@ -17,10 +17,8 @@ PROTOCOL_HELP = (
 
 
 def evaluate(
-    protocol: Annotated[str, typer.Argument(metavar="PROTOCOL", help=PROTOCOL_HELP, show_default=False)],
-    cells: Annotated[
-        list[Path], typer.Argument(metavar="CELLS...", help="Labelled cells.", show_default=False)
-    ],
+    protocol: Annotated[str, typer.Argument(metavar="PROTOCOL", help=PROTOCOL_HELP)],
+    cells: Annotated[list[Path], typer.Argument(metavar="CELLS...", help="Labelled cells.")],
     label_key: opt.LabelKey,
     output: opt.OutputFolder,
     group_key: Annotated[
@@ -58,9 +56,7 @@ def evaluate(
         str | None,
         typer.Option(metavar="N,N,...", help="Cells of a type in few-shot.", show_default="1,2,4,8,16"),
     ] = None,
-    max_cells: Annotated[
-        int | None, typer.Option(min=20, help="Take a part of the cells.", show_default=False)
-    ] = None,
+    max_cells: Annotated[int | None, typer.Option(min=20, help="Take a part of the cells.")] = None,
     report: opt.Report = None,
     layer: opt.Layer = None,
     input: opt.Input = opt.InputKind.auto,
