@@ -319,14 +319,9 @@ def nonconformity(probabilities: np.ndarray) -> np.ndarray:
 
 def in_set(probabilities: np.ndarray, quantiles: list[float]) -> np.ndarray:
     """
-    Which classes belong to each cell's set, bool [cells, classes].
+    Which classes belong to each cell's set, bool [cells, classes], by the `conformal_quantiles` of one coverage.
 
-    Parameters
-    ----------
-    probabilities
-        [cells, classes]. A class of probability 0 belongs to no set.
-    quantiles
-        Of one coverage: see `conformal_quantiles`, [classes].
+    A class of probability 0 belongs to no set.
 
     Examples
     --------

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from anndata import AnnData
 from rich.console import Console
-from rich.table import Table
 
 from ..data.splits import stratified_split
 from ..data.write_h5ad import atomic_write_h5ad
 from ..evaluation.embedding_plot import plot_embedding
 from ..evaluation.metrics import classification_metrics, plot_confusion
+from ..evaluation.tables import TextTable
 from ..extras import require
 from ..tokenization import InputError
 from ..training.run_finetune import finetune
@@ -121,15 +121,14 @@ def draw(
 
 def show(summary: dict[str, Any]) -> None:
     """Print the scores as a table, on stderr."""
-    table = Table(title=f"{summary['cells']} held-out cells, 10 types")
-    table.add_column("model")
-    for column in ("accuracy", "macro-F1"):
-        table.add_column(column, justify="right")
-    rows = {"scBERT, the default recipe": "", "logistic regression, same cells": "baseline_"}
-    for name, prefix in rows.items():
-        table.add_row(name, f"{summary[prefix + 'accuracy']:.3f}", f"{summary[prefix + 'macro_f1']:.3f}")
+    models = {"scBERT, the default recipe": "", "logistic regression, same cells": "baseline_"}
+    rows = [
+        [name, f"{summary[prefix + 'accuracy']:.3f}", f"{summary[prefix + 'macro_f1']:.3f}"]
+        for name, prefix in models.items()
+    ]
+    title = f"{summary['cells']} held-out cells, 10 types"
     console = Console(stderr=True)
-    console.print(table)
+    console.print(TextTable(title, ["model", "accuracy", "macro-F1"], rows).rich())
     console.print(
         f"{summary['unassigned']} of the cells have a confidence below {summary['threshold']:.2f} (chosen by leaving "
         "types out in turn) and are 'unassigned' in the file.\n"

@@ -47,7 +47,8 @@ def write_annotation_report(
     tables = [types_table(labels, confidence)]
     if "majority_vote" in about:
         tables.append(_groups(about["majority_vote"]))
-        groups = _group_of_cells(adata, obs, about["majority_vote"]["key"])
+        groups = obs["scbert_leiden"] if "scbert_leiden" in obs else adata.obs[about["majority_vote"]["key"]]
+        groups = np.asarray(groups).astype(object).astype(str)
         if len(set(groups)) <= MAX_GROUPS_DRAWN:
             caption = "Confidence of the cells of every group; the line is the threshold."
             pictures[caption] = plot_confidence(groups, confidence, about["threshold"])
@@ -137,11 +138,6 @@ def _groups(vote: dict[str, Any]) -> TextTable:
     mixed = frozenset(i for i, share in enumerate(vote["share"]) if share < MIXED_SHARE)
     columns = ["group", "majority vote", "cells", "winning share", "confidence", "second"]
     return TextTable(f"Groups of {vote['key']}", columns, rows, mixed)
-
-
-def _group_of_cells(adata: AnnData, obs: dict[str, Any], key: str) -> np.ndarray:
-    groups = obs["scbert_leiden"] if "scbert_leiden" in obs else adata.obs[key]
-    return np.asarray(groups).astype(object).astype(str)
 
 
 def cell_coordinates(adata: AnnData | BackedCells, layer: str | None = None, input: str = "auto"):

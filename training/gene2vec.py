@@ -38,7 +38,6 @@ class GeneVectorReport:
     assigned: int
     initialised: int
     unused: int
-    missing_genes: list[str]
 
     def __str__(self) -> str:
         return (
@@ -294,4 +293,4 @@ def assign_gene_vectors(model, panel, vectors: GeneVectors, seed: int = 0) -> Ge
     with torch.no_grad():
         table.copy_(torch.from_numpy(values))
     unused = len(vectors.genes) - len(np.unique(rows[assigned]))
-    return GeneVectorReport(len(assigned), len(missing), unused, [genes[i] for i in missing])
+    return GeneVectorReport(len(assigned), len(missing), unused)
