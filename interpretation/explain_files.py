@@ -114,7 +114,7 @@ def explain_file(
     with partial_folder(output, overwrite, marker=RESULTS) as folder:
         try:
             tables = write_tables(folder, per_type, n_top, known, names, gene_sets)
-            tables["de_agreement"] = write_agreement(folder, per_type, adata, types, label_key, layer, input)
+            write_agreement(folder, per_type, adata, types, label_key, layer, input)
             write_pictures(folder, found, per_type, part, targets, labels, tokenizer, n_top)
             deleted.to_csv(folder / "deletion_test.csv", index=False)
             add_columns(adata, per_type, tables["top_genes"], layer)
@@ -179,8 +179,8 @@ def write_agreement(
     label_key: str | None,
     layer: str | None,
     input: str,
-) -> pd.DataFrame | None:
-    """Agreement with differential expression as CSV; None where fewer than two types can be compared."""
+) -> None:
+    """Agreement with differential expression as CSV; nothing where fewer than two types can be compared."""
     cells, key = adata, label_key
     if key is None:
         cells, key = adata.copy(), "scbert_explained_type"
@@ -191,11 +191,9 @@ def write_agreement(
             table = differential_expression_agreement(scores, cells, key, layer=layer, input=input)
         except InputError as error:
             logger.warning("Differential expression was left out: %s", error)
-            return None
+            return
         tables.append(table.assign(explanation=name, types="true" if label_key else "predicted"))
-    agreement = pd.concat(tables, ignore_index=True)
-    agreement.to_csv(folder / "de_agreement.csv", index=False)
-    return agreement
+    pd.concat(tables, ignore_index=True).to_csv(folder / "de_agreement.csv", index=False)
 
 
 def write_pictures(

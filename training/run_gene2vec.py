@@ -58,17 +58,11 @@ def gene2vec(
         Word2vec text, `SYMBOL<TAB>numbers`, or `.npy` with `genes` as its list of symbols.
     genes : path, optional
         Gene panel to keep to (or the gene list of an imported `.npy`).
-    size : int
-        Length of the vectors.
-    cutoff : float, optional
-        Least correlation of a pair; 0.9 when `top_pairs` is not given either.
-    top_pairs : int, optional
-        At most so many pairs from each file, the most correlated.
-    min_cells : int
-        Cells of a file that have to express a gene for it to take part.
+    cutoff, top_pairs, min_cells
+        Of each file, as in `coexpressed_pairs`; the cutoff is 0.9 where neither it nor `top_pairs` is given.
     max_cells : int
         Larger files are sampled down to so many cells.
-    iterations, seed, workers
+    size, iterations, seed, workers
         As in `train_gene2vec`.
     layer, input
         Where the values are and what they are, as for every verb.
