@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,7 @@ class ShardedPrediction:
     ) -> np.ndarray | DiskMatrix:
         """Probabilities [cells, labels]."""
         run = self.run
-        shards = list(shard_paths(run, self.folder, query.n_cells))
+        shards = shard_paths(run, self.folder, query.n_cells)
         rank, world_size = launched()
         if rank == 0:
             self._prepare()
@@ -179,10 +178,9 @@ def _worker(run, folder, rank, world_size, problems):
         sys.exit(1)
 
 
-def shard_paths(run: ShardedRun, folder: Path, n_cells: int) -> Iterator[Path]:
+def shard_paths(run: ShardedRun, folder: Path, n_cells: int) -> list[Path]:
     """Files of all shards, in order."""
-    for start in range(0, n_cells, run.shard_cells):
-        yield folder / f"cells-{start:012d}.npz"
+    return [folder / f"cells-{start:012d}.npz" for start in range(0, n_cells, run.shard_cells)]
 
 
 def write_shards(
@@ -196,7 +194,7 @@ def write_shards(
         names = name_genes(names, loaded.tokenizer.gene_panel, run.gene_table)
         alignment = align_genes(names, loaded.tokenizer.gene_panel)
         kind, scale = loaded.tokenizer.resolve_input(matrix, run.input)
-        for path in list(shard_paths(run, folder, matrix.shape[0]))[rank::world_size]:
+        for path in shard_paths(run, folder, matrix.shape[0])[rank::world_size]:
             if path.exists():
                 continue
             start = int(path.stem.rpartition("-")[2])
