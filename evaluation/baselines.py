@@ -140,7 +140,7 @@ class LogisticRegressionBaseline(Baseline):
             self.notes.append("logistic regression stopped before it converged")
 
     def _search(self, matrix: Any, labels: np.ndarray) -> dict[float, float]:
-        """Mean macro-F1 of every C over the inner folds; empty when the rarest type can't be split."""
+        """Mean macro-F1 of every C over the inner folds."""
         joblib, selection = require("joblib"), require("sklearn.model_selection")
         folds = min(INNER_FOLDS, int(np.unique(labels, return_counts=True)[1].min()))
         if folds < 2:

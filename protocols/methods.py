@@ -261,10 +261,10 @@ def all_methods(
         for recipe in recipes:
             name = "scBERT" if len(recipes) == 1 else f"scBERT ({Path(recipe).stem})"
             found.append(scbert(name, {"recipe": recipe, **common}, work / "run"))
+        first = {"recipe": recipes[0], **common}
         for name, more in variants.items():
-            found.append(scbert(name, _merged({"recipe": recipes[0], **common}, more), work / "run"))
+            found.append(scbert(name, _merged(first, more), work / "run"))
         if base:
-            first = {"recipe": recipes[0], **common}
             # frozen random weights would be no fair baseline: all of them are trained
             untrained = {**first, "base": str(ablated["no pretraining"]), "train_all": True}
             found.append(scbert("scBERT, no pretraining", untrained, work / "run", True))
