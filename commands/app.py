@@ -12,8 +12,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,6 @@ def serve(
     max_cells: int = Limits.cells,
     max_megabytes: int = Limits.megabytes,
     mcp: bool = False,
-    on_start: Callable[[str], None] | None = None,
 ) -> None:
     """
     Serve the page until Ctrl-C or SIGTERM.
@@ -66,8 +64,6 @@ def serve(
         Limits of uploads.
     mcp
         Serve the page's functions to agents too, by the Model Context Protocol; on a loopback address only.
-    on_start
-        Called with the address once the page answers.
 
     Raises
     ------
@@ -102,14 +98,14 @@ def serve(
                 mcp_server=mcp,
             )  # fmt: skip
             threading.Thread(target=_keep_sweeping, args=(folder, closed), daemon=True).start()
-            (on_start or partial(_tell_address, mcp))(page.local_url)
+            _tell_address(page.local_url, mcp)
             page.block_thread()
         finally:
             closed.set()
             page.close(verbose=False)
 
 
-def _tell_address(mcp: bool, url: str) -> None:
+def _tell_address(url: str, mcp: bool) -> None:
     say(f"Open {url} in a browser; Ctrl-C ends the page.")
     if mcp:
         say(f"Agents find the same functions at {url.rstrip('/')}/gradio_api/mcp/")

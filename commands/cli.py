@@ -15,30 +15,9 @@ import typer
 
 from .. import __version__
 from ..data.paths import ANNOTATION_FORMATS, check_cells_path, check_output_folder, check_output_path
-from . import labels, share
 from . import options as opt
+from . import share
 from .console import existing, few_collections, guarded, run, show_messages, silence_libraries
-from .options import (
-    BatchSize,
-    ClassBalance,
-    Force,
-    GenesReport,
-    GeneTable,
-    Input,
-    InputKind,
-    Json,
-    Layer,
-    MajorityVote,
-    OutputFile,
-    OutputFolder,
-    Overwrite,
-    Query,
-    Recipe,
-    Report,
-    Resume,
-    Seed,
-    Threshold,
-)
 from .studies import evaluate, explain
 
 # verbs and options that were called otherwise: the old spelling is understood, and not shown
@@ -79,7 +58,7 @@ def _scbert(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the demo's files.")] = Path("demo"),
-    json: Json = False,
+    json: opt.Json = False,
 ) -> None:
     """Fine-tune a small model on real cells, annotate held-out ones and show the scores."""
     given = locals()
@@ -90,19 +69,15 @@ def demo(
 
 @app.command()
 def finetune(
-    reference: Annotated[
-        Path, typer.Argument(metavar="REF", help="Labelled cells: .h5ad, 10x .h5, .zarr.", show_default=False)
-    ],
-    label_key: Annotated[
-        str, typer.Option(help="Column of obs that holds the cell types.", show_default=False)
-    ],
-    output: OutputFolder,
+    reference: opt.Reference,
+    label_key: opt.LabelKey,
+    output: opt.OutputFolder,
     base: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Pretrained model; without it, the default recipe.")
     ] = None,
-    recipe: Recipe = None,
+    recipe: opt.Recipe = None,
     epochs: opt.Epochs = None,
-    batch_size: BatchSize = None,
+    batch_size: opt.BatchSize = None,
     genes: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Gene panel without a base (expressed genes if left out)."),
@@ -114,26 +89,26 @@ def finetune(
     label_tree: opt.LabelTree = None,
     coarse_key: opt.CoarseKey = None,
     class_balance: Annotated[
-        ClassBalance | None, typer.Option(help="How class imbalance is handled.", show_default=False)
+        opt.ClassBalance | None, typer.Option(help="How class imbalance is handled.")
     ] = None,
     train_all: Annotated[
         bool | None,
-        typer.Option("--train-all", help="Train every weight of a pretrained base.", show_default=False),
+        typer.Option("--train-all", help="Train every weight of a pretrained base."),
     ] = None,
-    layer: Layer = None,
+    layer: opt.Layer = None,
     input: opt.RecipeInput = None,
     min_genes: Annotated[
-        int | None, typer.Option(min=0, help="Expressed genes a training cell needs.", show_default=False)
+        int | None, typer.Option(min=0, help="Expressed genes a training cell needs.")
     ] = None,
     cache_frozen: Annotated[
         opt.CacheFrozen | None, typer.Option(help="Where the frozen layers' outputs are kept between epochs.")
     ] = None,
-    seed: Seed = None,
+    seed: opt.Seed = None,
     device: opt.TrainingDevice = None,
     dtype: opt.TrainingDtype = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
 ) -> None:
     """Teach a model the cell types of a labelled reference."""
     given = locals()
@@ -146,26 +121,26 @@ def finetune(
 
 @app.command()
 def annotate(
-    query: Query,
+    query: opt.Query,
     output: opt.AnnotationFile,
     model: opt.Annotator = None,
     tissue: opt.ShippedFor = None,
-    threshold: Threshold = None,
+    threshold: opt.Threshold = None,
     coverage: opt.Coverage = None,
-    majority_vote: MajorityVote = None,
-    report: Report = None,
-    layer: Layer = None,
-    input: Input = InputKind.auto,
-    batch_size: BatchSize = None,
+    majority_vote: opt.MajorityVote = None,
+    report: opt.Report = None,
+    layer: opt.Layer = None,
+    input: opt.Input = opt.InputKind.auto,
+    batch_size: opt.BatchSize = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
-    gene_table: GeneTable = None,
-    genes_report: GenesReport = None,
+    gene_table: opt.GeneTable = None,
+    genes_report: opt.GenesReport = None,
     processes: opt.Processes = None,
-    resume: Resume = False,
-    force: Force = False,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    resume: opt.Resume = False,
+    force: opt.Force = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
 ) -> None:
     """Give every cell a cell type and a confidence."""
     given = locals()
@@ -179,19 +154,19 @@ def annotate(
 
 @app.command()
 def embed(
-    query: Query,
-    output: OutputFile,
+    query: opt.Query,
+    output: opt.OutputFile,
     model: opt.Embedder = None,
-    layer: Layer = None,
-    input: Input = InputKind.auto,
-    batch_size: BatchSize = None,
+    layer: opt.Layer = None,
+    input: opt.Input = opt.InputKind.auto,
+    batch_size: opt.BatchSize = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
-    gene_table: GeneTable = None,
-    genes_report: GenesReport = None,
-    force: Force = False,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    gene_table: opt.GeneTable = None,
+    genes_report: opt.GenesReport = None,
+    force: opt.Force = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
 ) -> None:
     """Write each cell's embedding to obsm["X_scbert"]."""
     given = locals()
@@ -204,21 +179,17 @@ def embed(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="ORIGINAL.pth", help="Original scBERT checkpoint.", show_default=False)
-    ],
+    checkpoint: Annotated[Path, typer.Argument(metavar="ORIGINAL.pth", help="Original scBERT checkpoint.")],
     genes: Annotated[
         Path,
-        typer.Option(
-            metavar="FILE", help="Its gene panel: a symbol a line, .csv, .gz or .h5ad.", show_default=False
-        ),
+        typer.Option(metavar="FILE", help="Its gene panel: a symbol a line, .csv, .gz or .h5ad."),
     ],
-    output: OutputFolder,
+    output: opt.OutputFolder,
     labels: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Class names, one a line (LABEL_0... without).")
     ] = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
 ) -> None:
     """Convert an original checkpoint into a model folder."""
     given = locals()
@@ -231,11 +202,9 @@ def convert(
 
 @app.command()
 def pretrain(
-    corpus: Annotated[
-        Path, typer.Argument(metavar="CORPUS", help="Cells, or a folder of files.", show_default=False)
-    ],
-    output: OutputFolder,
-    recipe: Recipe = None,
+    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="Cells, or a folder of files.")],
+    output: opt.OutputFolder,
+    recipe: opt.Recipe = None,
     base: Annotated[Path | None, typer.Option(metavar="DIR", help="Model to go on from.")] = None,
     genes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Gene panel (the expressed genes without it).")
@@ -244,21 +213,17 @@ def pretrain(
         Path | None, typer.Option(metavar="FILE", help="Gene vectors, from gene2vec.")
     ] = None,
     epochs: opt.Epochs = None,
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps in place of epochs.", show_default=False)
-    ] = None,
-    batch_size: BatchSize = None,
-    layer: Layer = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps in place of epochs.")] = None,
+    batch_size: opt.BatchSize = None,
+    layer: opt.Layer = None,
     input: opt.RecipeInput = None,
-    min_genes: Annotated[
-        int | None, typer.Option(min=0, help="Expressed genes a cell needs.", show_default=False)
-    ] = None,
+    min_genes: Annotated[int | None, typer.Option(min=0, help="Expressed genes a cell needs.")] = None,
     streaming: opt.Streaming = None,
-    seed: Seed = None,
-    force: Force = False,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    seed: opt.Seed = None,
+    force: opt.Force = False,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
 ) -> None:
     """Teach a model to predict hidden expression, without labels."""
     given = locals()
@@ -271,17 +236,13 @@ def pretrain(
 
 @app.command()
 def gene2vec(
-    output: Annotated[
-        Path, typer.Option(metavar="FILE", help="Gene vectors to write: .txt, .gz, .npy.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Gene vectors to write: .txt, .gz, .npy.")],
     corpus: Annotated[
-        Path | None, typer.Argument(metavar="CORPUS", help="Cells, or a folder of files.", show_default=False)
+        Path | None, typer.Argument(metavar="CORPUS", help="Cells, or a folder of files.")
     ] = None,
     import_file: Annotated[
         Path | None,
-        typer.Option(
-            "--import", metavar="FILE", help="Existing vectors to import: text or .npy.", show_default=False
-        ),
+        typer.Option("--import", metavar="FILE", help="Existing vectors to import: text or .npy."),
     ] = None,
     genes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Genes to keep to (of an .npy: its genes).")
@@ -302,14 +263,14 @@ def gene2vec(
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Passes over the pairs.", show_default="10")
     ] = None,
-    layer: Layer = None,
-    input: Input = InputKind.auto,
-    seed: Seed = None,
+    layer: opt.Layer = None,
+    input: opt.Input = opt.InputKind.auto,
+    seed: opt.Seed = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads; repeatable with 1 only.", show_default="1")
     ] = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
 ) -> None:
     """Train gene vectors on co-expression, or import existing ones."""
     given = locals()
@@ -323,8 +284,8 @@ def gene2vec(
 def build_corpus(
     sources: opt.Sources,
     output: opt.CorpusFolder = None,
-    layer: Layer = None,
-    input: Input = InputKind.auto,
+    layer: opt.Layer = None,
+    input: opt.Input = opt.InputKind.auto,
     min_genes: opt.MinGenes = 200,
     min_cells: opt.MinCells = 1,
     max_mito_fraction: opt.MaxMito = None,
@@ -335,9 +296,9 @@ def build_corpus(
     num_proc: opt.NumProc = 1,
     strict: opt.Strict = False,
     verify: opt.Verify = False,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
 ) -> None:
     """Bring many files of cells into one corpus to train on, or verify one."""
     given = locals()
@@ -353,10 +314,9 @@ def combine_modalities(
         typer.Argument(
             metavar="CELLS",
             help="Cells: RNA (with --atac), .h5mu, 10x multiome .h5, or .h5ad with var['feature_types'].",
-            show_default=False,
         ),
     ],
-    output: OutputFile,
+    output: opt.OutputFile,
     atac: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Peaks of the same cells, paired by cell name.")
     ] = None,
@@ -364,8 +324,8 @@ def combine_modalities(
     model: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Model whose regions the peaks are mapped to.")
     ] = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
 ) -> None:
     """Bring RNA and ATAC of the same cells into one file, for the other commands to read."""
     given = locals()
@@ -380,7 +340,23 @@ app.command()(share.app)
 app.command()(share.models)
 app.command()(evaluate)
 app.command()(explain)
-app.command("map-labels")(labels.map_labels)
+
+
+@app.command("map-labels")
+def map_labels(
+    reference: opt.Reference,
+    label_key: opt.LabelKey,
+    output: Annotated[Path, typer.Option(metavar="FILE.csv", help="The table to write, and to correct.")],
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+) -> None:
+    """Propose terms of the Cell Ontology for the labels, in a table to correct."""
+    given = locals()
+    check_cells_path(reference)
+    check_output_path(output, overwrite, inputs=(reference,), suffix=".csv")
+    from ..data.cell_ontology import map_labels as job
+
+    run(job, listing=False, **given)
 
 
 def main(arguments: list[str] | None = None) -> int:

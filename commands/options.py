@@ -6,44 +6,18 @@ from typing import Annotated
 
 import typer
 
-
-class InputKind(StrEnum):
-    auto = "auto"
-    counts = "counts"
-    log1p = "log1p"
-
-
-class CacheFrozen(StrEnum):
-    auto = "auto"
-    memory = "memory"
-    disk = "disk"
-    off = "off"
-
-
-class DtypeName(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Tissue(StrEnum):
-    blood = "blood"
-    tissue = "tissue"
-
-
-class ClassBalance(StrEnum):
-    none = "none"
-    weights = "weights"
-    oversample = "oversample"
-
+InputKind = StrEnum("InputKind", ["auto", "counts", "log1p"])
+CacheFrozen = StrEnum("CacheFrozen", ["auto", "memory", "disk", "off"])
+DtypeName = StrEnum("DtypeName", ["auto", "float32", "bfloat16"])
+Tissue = StrEnum("Tissue", ["blood", "tissue"])
+ClassBalance = StrEnum("ClassBalance", ["none", "weights", "oversample"])
 
 Query = Annotated[
     Path,
-    typer.Argument(
-        metavar="QUERY", help="Cells to read: .h5ad, 10x .h5 or folder, .zarr.", show_default=False
-    ),
+    typer.Argument(metavar="QUERY", help="Cells to read: .h5ad, 10x .h5 or folder, .zarr."),
 ]
-Model = Annotated[Path, typer.Option(metavar="DIR", help="Fine-tuned model folder.", show_default=False)]
+Reference = Annotated[Path, typer.Argument(metavar="REF", help="Labelled cells: .h5ad, 10x .h5, .zarr.")]
+Model = Annotated[Path, typer.Option(metavar="DIR", help="Fine-tuned model folder.")]
 Annotator = Annotated[
     Path | None,
     typer.Option(
@@ -62,18 +36,18 @@ Embedder = Annotated[
 ]
 ShippedFor = Annotated[
     Tissue | None,
-    typer.Option("--tissue", help="Without --model: the shipped annotator of it.", show_default=False),
+    typer.Option("--tissue", help="Without --model: the shipped annotator of it."),
 ]
-OutputFile = Annotated[Path, typer.Option(metavar="FILE", help="The .h5ad to write.", show_default=False)]
+OutputFile = Annotated[Path, typer.Option(metavar="FILE", help="The .h5ad to write.")]
 AnnotationFile = Annotated[
     Path,
-    typer.Option(metavar="FILE", help="The .h5ad to write, or a .csv of the labels.", show_default=False),
+    typer.Option(metavar="FILE", help="The .h5ad to write, or a .csv of the labels."),
 ]
-OutputFolder = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.", show_default=False)]
+OutputFolder = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")]
 Recipe = Annotated[
     str | None, typer.Option(metavar="NAME|FILE", help="Settings: a shipped recipe's name or a .json file.")
 ]
-LabelKey = Annotated[str, typer.Option(help="Column of obs that holds the cell types.", show_default=False)]
+LabelKey = Annotated[str, typer.Option(help="Column of obs that holds the cell types.")]
 Report = Annotated[
     Path | None, typer.Option(metavar="FILE.html", help="Write one HTML file with tables and pictures.")
 ]
@@ -99,7 +73,6 @@ Coverage = Annotated[
         min=0,
         max=1,
         help="Also write sets of types that hold the true one in this share of cells: 0.8, 0.9, 0.95 or 0.99.",
-        show_default=False,
     ),
 ]
 Layer = Annotated[str | None, typer.Option(help="Layer that holds the values (X without it).")]
@@ -110,8 +83,8 @@ RecipeInput = Annotated[
         "--values", help="What the values are; auto fails if ambiguous.", show_default="the recipe's, or auto"
     ),
 ]
-Epochs = Annotated[float | None, typer.Option(min=0, help="Passes over the cells.", show_default=False)]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells per step.", show_default=False)]
+Epochs = Annotated[float | None, typer.Option(min=0, help="Passes over the cells.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells per step.")]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -131,9 +104,7 @@ TrainingDevice = Annotated[
 TrainingDtype = Annotated[
     DtypeName | None, typer.Option(help="Precision of the matrix products.", show_default="the recipe's")
 ]
-Seed = Annotated[
-    int | None, typer.Option(min=0, help="Seed of splits, weights and order.", show_default=False)
-]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of splits, weights and order.")]
 GeneTable = Annotated[
     str | None,
     typer.Option(
@@ -150,16 +121,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on st
 
 Processes = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Number of workers that share the cells; restartable with --resume.", show_default=False
-    ),
+    typer.Option(min=1, help="Number of workers that share the cells; restartable with --resume."),
 ]
 
 Streaming = Annotated[
     bool | None,
-    typer.Option(
-        "--streaming", help="Read neighbouring cells together, in bounded memory.", show_default=False
-    ),
+    typer.Option("--streaming", help="Read neighbouring cells together, in bounded memory."),
 ]
 
 # of `finetune`
@@ -193,16 +160,14 @@ TestFile = Annotated[
 # of `build-corpus`
 Sources = Annotated[
     list[Path],
-    typer.Argument(
-        metavar="SRC...", help="Files or folders of cells, or a manifest .csv.", show_default=False
-    ),
+    typer.Argument(metavar="SRC...", help="Files or folders of cells, or a manifest .csv."),
 ]
 CorpusFolder = Annotated[Path | None, typer.Option("--output", metavar="CORPUS", help="The folder to write.")]
 MinGenes = Annotated[int, typer.Option(min=0, help="Expressed genes a cell needs.")]
 MinCells = Annotated[int, typer.Option(min=1, help="Cells of a file that must express a gene.")]
 MaxMito = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="Greatest mitochondrial share of a cell.", show_default=False),
+    typer.Option(min=0, max=1, help="Greatest mitochondrial share of a cell."),
 ]
 DoubletKey = Annotated[
     str | None, typer.Option(help="Column of obs with doublet scores or calls: those cells are left out.")

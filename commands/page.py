@@ -176,23 +176,25 @@ class Page:
 
     def connect(self) -> None:
         private = {"api_visibility": "private"}
-        shown = [self.status, self.results, self.picture]
         facts = [self.table, self.h5ad, self.csv]
         told = [self.knows, self.sample]
+        drawing = {
+            "fn": self._draw,
+            "inputs": [self.annotated, self.places, self.colour, self.gene],
+            "outputs": [self.status, self.plot],
+            **private,
+        }
         self.model.change(self._tell_known, self.model, told, show_progress="hidden", **private)
         self.upload.change(self._offer_matrices, self.upload, self.matrix, show_progress="hidden", **private)
         self.sample.click(self._take_sample, None, [self.upload, self.values], **private)
         self.button.click(
             self._annotate,
             [self.upload, self.model, self.values, self.matrix],
-            [*shown, *facts, self.annotated, self.threshold, self.genes],
+            [self.status, self.results, self.picture, *facts, self.annotated, self.threshold, self.genes],
             show_progress_on=self.status,
             **private,
         ).success(self._place, self.annotated, [self.places, self.picture, self.report], **private).success(
-            self._draw,
-            [self.annotated, self.places, self.colour, self.gene],
-            [self.status, self.plot],
-            **private,
+            **drawing
         )
         self.threshold.input(
             self._reassign,
@@ -200,18 +202,10 @@ class Page:
             [self.status, *facts, self.annotated],
             trigger_mode="always_last",
             **private,
-        ).success(
-            self._draw,
-            [self.annotated, self.places, self.colour, self.gene],
-            [self.status, self.plot],
-            **private,
-        )
+        ).success(**drawing)
         for change in (self.colour.change, self.gene.submit):
             change(lambda by: gr.update(visible=by == BY_GENE), self.colour, self.gene, **private).success(
-                self._draw,
-                [self.annotated, self.places, self.colour, self.gene],
-                [self.status, self.plot],
-                **private,
+                **drawing
             )
         self.table.select(self._explain, self.annotated, [self.status, self.genes], **private)
 
@@ -236,23 +230,14 @@ class Page:
         return str(write_sample(self.folder)), "log1p of counts per 10,000"
 
     def _annotate(self, upload, model, values, matrix, progress=gr.Progress(track_tqdm=True)) -> tuple:  # noqa: B008 - gradio looks for it there
+        shown, hidden = gr.update(visible=True), gr.update(visible=False)
         try:
             if upload is None:
                 raise InputError("Choose a file first.")
             progress(0, desc="Reading")
             annotated = self._annotated(upload, self.offered.get(model, model), VALUES[values], matrix)
         except Exception as error:
-            hidden = gr.update(visible=False)
-            return (
-                kind_message(error, upload),
-                hidden,
-                hidden,
-                *[gr.update()] * 3,
-                None,
-                gr.update(),
-                hidden,
-            )
-        shown, hidden = gr.update(visible=True), gr.update(visible=False)
+            return kind_message(error, upload), hidden, hidden, *[gr.update()] * 3, None, gr.update(), hidden
         return (
             result_message(annotated), shown, hidden, *self._facts(annotated), annotated, annotated.threshold, hidden
         )  # fmt: skip

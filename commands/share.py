@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from . import options as opt
 from .console import existing, run
-from .options import Json, Overwrite
 
 
 def app(
@@ -31,8 +31,8 @@ def app(
         Path | None,
         typer.Option(metavar="DIR", help="Write the page as a Space of the Hub instead of serving it."),
     ] = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
 ) -> None:
     """Annotate cells on a page in the browser: upload, look, download."""
     given = locals()
@@ -43,16 +43,14 @@ def app(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Model folder to send.", show_default=False)],
-    repo_id: Annotated[
-        str, typer.Argument(metavar="REPO_ID", help="NAME or OWNER/NAME on the Hub.", show_default=False)
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Model folder to send.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="NAME or OWNER/NAME on the Hub.")],
     public: Annotated[
         bool, typer.Option("--public", help="Show it to everybody (private without it).")
     ] = False,
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "apache-2.0",
     message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload model",
-    json: Json = False,
+    json: opt.Json = False,
 ) -> None:
     """Send a model, its code and its card to the Hugging Face Hub."""
     given = locals()
@@ -62,7 +60,7 @@ def push(
     run(job, listing=False, **given)
 
 
-def models(json: Json = False) -> None:
+def models(json: opt.Json = False) -> None:
     """List the annotators that ship, and what they know."""
     from ..inference.shipped import list_shipped as job
 

@@ -7,23 +7,8 @@ from typing import Annotated
 
 import typer
 
+from . import options as opt
 from .console import existing, run
-from .options import (
-    Epochs,
-    Force,
-    Input,
-    InputKind,
-    Json,
-    LabelKey,
-    Layer,
-    Model,
-    OutputFolder,
-    Overwrite,
-    Query,
-    Recipe,
-    Report,
-    Seed,
-)
 
 PROTOCOL_HELP = (
     "cross-validation, leave-one-out (with --group-key), reference-size, few-shot, zero-shot (with --base), "
@@ -32,12 +17,10 @@ PROTOCOL_HELP = (
 
 
 def evaluate(
-    protocol: Annotated[str, typer.Argument(metavar="PROTOCOL", help=PROTOCOL_HELP, show_default=False)],
-    cells: Annotated[
-        list[Path], typer.Argument(metavar="CELLS...", help="Labelled cells.", show_default=False)
-    ],
-    label_key: LabelKey,
-    output: OutputFolder,
+    protocol: Annotated[str, typer.Argument(metavar="PROTOCOL", help=PROTOCOL_HELP)],
+    cells: Annotated[list[Path], typer.Argument(metavar="CELLS...", help="Labelled cells.")],
+    label_key: opt.LabelKey,
+    output: opt.OutputFolder,
     group_key: Annotated[
         str | None,
         typer.Option(help="Column of the groups to leave out, such as dataset or donor."),
@@ -45,11 +28,11 @@ def evaluate(
     label_map: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Other names for types: columns from and to.")
     ] = None,
-    recipe: Recipe = None,
+    recipe: opt.Recipe = None,
     base: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Pretrained model; its ablations join the baselines.")
     ] = None,
-    epochs: Epochs = None,
+    epochs: opt.Epochs = None,
     settings: Annotated[
         str | None, typer.Option(metavar="JSON", help="Settings that go over the recipe's.")
     ] = None,
@@ -73,15 +56,13 @@ def evaluate(
         str | None,
         typer.Option(metavar="N,N,...", help="Cells of a type in few-shot.", show_default="1,2,4,8,16"),
     ] = None,
-    max_cells: Annotated[
-        int | None, typer.Option(min=20, help="Take a part of the cells.", show_default=False)
-    ] = None,
-    report: Report = None,
-    layer: Layer = None,
-    input: Input = InputKind.auto,
-    seed: Seed = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    max_cells: Annotated[int | None, typer.Option(min=20, help="Take a part of the cells.")] = None,
+    report: opt.Report = None,
+    layer: opt.Layer = None,
+    input: opt.Input = opt.InputKind.auto,
+    seed: opt.Seed = None,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
 ) -> None:
     """Compare a model with its baselines, on the same folds."""
     given = locals()
@@ -92,9 +73,9 @@ def evaluate(
 
 
 def explain(
-    query: Query,
-    model: Model,
-    output: OutputFolder,
+    query: opt.Query,
+    model: opt.Model,
+    output: opt.OutputFolder,
     label_key: Annotated[
         str | None, typer.Option(help="Column of true types, for differential expression.")
     ] = None,
@@ -116,12 +97,12 @@ def explain(
     gene_sets: Annotated[
         Path | None, typer.Option(metavar="FILE.gmt", help="Gene sets for enrichment, offline.")
     ] = None,
-    layer: Layer = None,
-    input: Input = InputKind.auto,
-    force: Force = False,
-    seed: Seed = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    layer: opt.Layer = None,
+    input: opt.Input = opt.InputKind.auto,
+    force: opt.Force = False,
+    seed: opt.Seed = None,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
 ) -> None:
     """Say which genes decide on each cell type, by three explanations, and which of them to trust."""
     given = locals()

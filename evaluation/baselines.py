@@ -19,6 +19,10 @@ from .calibration import softmax
 
 UNLABELLED = {"unassigned", "nan", "None", "<NA>", ""}
 C_GRID = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+# of the inner cross-validation; fewer where the rarest type has fewer cells (at least 2)
+INNER_FOLDS = 3
+# of the votes, each lowered where there are fewer
+N_NEIGHBORS, N_COMPONENTS, N_GENES = 15, 50, 2000
 
 
 class Baseline:
@@ -113,8 +117,6 @@ class LogisticRegressionBaseline(Baseline):
         L-BFGS, stronger on most of the cells we measured.
     grid
         Values of C tried; the best mean macro-F1 wins, of equal ones the smallest. One value: no search.
-    folds
-        Of the inner cross-validation; fewer where the rarest type has fewer cells (at least 2).
 
     Examples
     --------
@@ -124,15 +126,10 @@ class LogisticRegressionBaseline(Baseline):
     """
 
     def __init__(
-        self,
-        penalty: str = "l1",
-        grid: Sequence[float] = C_GRID,
-        folds: int = 3,
-        seed: int = 0,
-        threads: int = 1,
+        self, penalty: str = "l1", grid: Sequence[float] = C_GRID, seed: int = 0, threads: int = 1
     ) -> None:
         super().__init__(seed, threads)
-        self.penalty, self.grid, self.folds = penalty, tuple(grid), folds
+        self.penalty, self.grid = penalty, tuple(grid)
         self.name = f"logistic_{penalty}"
 
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
@@ -143,12 +140,12 @@ class LogisticRegressionBaseline(Baseline):
             self.notes.append("logistic regression stopped before it converged")
 
     def _search(self, matrix: Any, labels: np.ndarray) -> dict[float, float]:
-        """Mean macro-F1 of every C over the inner folds; empty when the rarest type can't be split."""
+        """Mean macro-F1 of every C over the inner folds."""
         joblib, selection = require("joblib"), require("sklearn.model_selection")
-        folds = min(self.folds, int(np.unique(labels, return_counts=True)[1].min()))
+        folds = min(INNER_FOLDS, int(np.unique(labels, return_counts=True)[1].min()))
         if folds < 2:
             # a type of one cell can't be in both halves: split by the others' frequencies.
-            folds = self.folds
+            folds = INNER_FOLDS
         splitter = selection.StratifiedKFold(folds, shuffle=True, random_state=self.seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The least populated class")
@@ -189,43 +186,24 @@ def _score_logistic(penalty, C, seed, matrix, labels, train, held) -> float:
 
 
 class NeighboursBaseline(Baseline):
-    """
-    Votes of the nearest training cells on principal components of the most variable genes.
-
-    Parameters
-    ----------
-    n_neighbors, n_components, n_genes
-        k, number of components, and number of genes kept (largest variance of the log values); each is
-        lowered where there are fewer.
-    """
+    """Votes of the nearest training cells on principal components of the genes whose log values vary most."""
 
     name = "knn"
-
-    def __init__(
-        self,
-        n_neighbors: int = 15,
-        n_components: int = 50,
-        n_genes: int = 2000,
-        seed: int = 0,
-        threads: int = 1,
-    ) -> None:
-        super().__init__(seed, threads)
-        self.n_neighbors, self.n_components, self.n_genes = n_neighbors, n_components, n_genes
 
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
         neighbours, decomposition = require("sklearn.neighbors"), require("sklearn.decomposition")
         mean = np.asarray(matrix.mean(axis=0)).ravel()
         variance = np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel() - mean**2
         # stable: of genes with equal variance the first in order, whatever the machine.
-        chosen = np.sort(np.argsort(-variance, kind="stable")[: self.n_genes])
+        chosen = np.sort(np.argsort(-variance, kind="stable")[:N_GENES])
         self.genes = [self.genes[i] for i in chosen]
         kept = matrix[:, chosen]
-        components = min(self.n_components, kept.shape[0] - 1, kept.shape[1])
+        components = min(N_COMPONENTS, kept.shape[0] - 1, kept.shape[1])
         dense = require("sklearn.preprocessing").FunctionTransformer(
             lambda kept: kept.toarray(), accept_sparse=True
         )
         pca = decomposition.PCA(components, svd_solver="covariance_eigh")
-        voters = neighbours.KNeighborsClassifier(min(self.n_neighbors, len(labels)), weights="distance")
+        voters = neighbours.KNeighborsClassifier(min(N_NEIGHBORS, len(labels)), weights="distance")
         self.model = require("sklearn.pipeline").make_pipeline(dense, pca, voters).fit(kept, labels)
 
 

@@ -86,12 +86,8 @@ def fit_temperature(
         belief = prior / len(labels) * log_temperature**2 / 2
         return negative_log_likelihood(logits, labels, np.exp(log_temperature)) + belief
 
-    result = optimize.minimize_scalar(
-        loss,
-        bounds=np.log(bounds),
-        method="bounded",
-        options={"xatol": 1e-6},
-    )
+    options = {"xatol": 1e-6}
+    result = optimize.minimize_scalar(loss, bounds=np.log(bounds), method="bounded", options=options)
     return float(np.exp(result.x))
 
 
@@ -200,10 +196,10 @@ def choose_threshold(
 
 
 def plot_reliability(
-    curves: dict[str, np.ndarray], labels: np.ndarray, path: str | Path | None = None, n_bins: int = 10
+    curves: dict[str, np.ndarray], labels: np.ndarray, path: str | Path | None = None
 ) -> Any:
     """
-    Reliability diagram: accuracy against confidence, with the number of cells of each bin below.
+    Reliability diagram: accuracy against confidence, with the number of cells of each of ten equal bins below.
 
     Parameters
     ----------
@@ -213,8 +209,6 @@ def plot_reliability(
         Indices of the true classes, [cells], the same for all curves.
     path
         Where to save the picture; nothing is saved when None.
-    n_bins
-        Number of equal-width bins of the confidence.
 
     Returns
     -------
@@ -226,7 +220,7 @@ def plot_reliability(
     """
     figure = require("matplotlib.figure").Figure(figsize=(4.6, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
-    edges = np.linspace(0, 1, n_bins + 1)
+    n_bins, edges = 10, np.linspace(0, 1, 11)
     above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfect")
     for number, (name, probabilities) in enumerate(curves.items()):
         values, truth = _checked(probabilities, labels)
@@ -325,14 +319,9 @@ def nonconformity(probabilities: np.ndarray) -> np.ndarray:
 
 def in_set(probabilities: np.ndarray, quantiles: list[float]) -> np.ndarray:
     """
-    Which classes belong to each cell's set, bool [cells, classes].
+    Which classes belong to each cell's set, bool [cells, classes], by the `conformal_quantiles` of one coverage.
 
-    Parameters
-    ----------
-    probabilities
-        [cells, classes]. A class of probability 0 belongs to no set.
-    quantiles
-        Of one coverage: see `conformal_quantiles`, [classes].
+    A class of probability 0 belongs to no set.
 
     Examples
     --------

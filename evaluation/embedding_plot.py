@@ -92,19 +92,9 @@ def _handle(name: str, colour: str, marker: str) -> Any:
 
 def umap_of(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
     """
-    Two dimensions of cells for a picture, by scanpy's UMAP; up to three cells are returned on a line.
+    Places of cells in a picture, [cells, 2], by scanpy's UMAP (with this seed) of their vectors [cells, features].
 
-    Parameters
-    ----------
-    vectors
-        A representation of the cells, [cells, features].
-    seed
-        Of UMAP.
-
-    Returns
-    -------
-    numpy.ndarray
-        [cells, 2].
+    Up to three cells are returned on a line.
 
     Examples
     --------

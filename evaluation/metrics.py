@@ -63,7 +63,6 @@ def classification_metrics(
         true, predicted = true.astype(str), predicted.astype(str)
     classes = None if labels is None else np.asarray(labels).astype(true.dtype.kind).tolist()
     # scikit-learn takes a second to import: only when something is scored.
-    require("sklearn.metrics")
     from .cell_annotation_metric.annotation_scores import annotation_scores
 
     return annotation_scores(predicted.tolist(), true.tolist(), classes)

@@ -79,9 +79,8 @@ class MahalanobisNovelty:
         _, index = np.unique(np.asarray(labels).astype(str), return_inverse=True)
         self.means = np.stack([embeddings[index == k].mean(axis=0) for k in range(index.max() + 1)])
         within = embeddings - self.means[index]
-        estimate = covariance.LedoitWolf(assume_centered=True).fit(within).covariance_
-        # pinvh: a dimension that never varies within a class would make the inverse infinite.
-        self.precision = require("scipy.linalg").pinvh(estimate)
+        # a pseudo-inverse: a dimension that never varies within a class would make the inverse infinite.
+        self.precision = covariance.LedoitWolf(assume_centered=True).fit(within).precision_
         return self
 
     def score(self, embeddings: np.ndarray) -> np.ndarray:
@@ -115,8 +114,8 @@ class NeighbourNovelty:
     def __init__(self, n_neighbors: int = 10) -> None:
         self.n_neighbors = n_neighbors
 
-    def fit(self, embeddings: np.ndarray, labels: Sequence | None = None) -> "NeighbourNovelty":
-        """Keep the training embeddings [cells, hidden]; labels are not needed. Returns itself."""
+    def fit(self, embeddings: np.ndarray) -> "NeighbourNovelty":
+        """Keep the training embeddings [cells, hidden]; returns itself."""
         neighbours = require("sklearn.neighbors")
         used = min(self.n_neighbors, len(embeddings))
         self.index = neighbours.NearestNeighbors(n_neighbors=used).fit(_unit(embeddings))
@@ -133,9 +132,7 @@ def _unit(embeddings: np.ndarray) -> np.ndarray:
     return embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
 
 
-def reject(
-    predictions: Sequence, scores: np.ndarray, threshold: float, unassigned: str = UNASSIGNED
-) -> np.ndarray:
+def reject(predictions: Sequence, scores: np.ndarray, threshold: float) -> np.ndarray:
     """
     Predictions with "unassigned" in the place of every cell whose novelty score exceeds the threshold.
 
@@ -144,7 +141,7 @@ def reject(
     >>> reject(["B", "T"], np.array([0.2, 0.8]), 0.5).tolist()
     ['B', 'unassigned']
     """
-    return np.where(np.asarray(scores) > threshold, unassigned, np.asarray(predictions).astype(str))
+    return np.where(np.asarray(scores) > threshold, UNASSIGNED, np.asarray(predictions).astype(str))
 
 
 def novelty_auroc(scores: np.ndarray, is_novel: Sequence) -> float:
@@ -164,9 +161,7 @@ def novelty_auroc(scores: np.ndarray, is_novel: Sequence) -> float:
     return float(require("sklearn.metrics").roc_auc_score(is_novel, np.asarray(scores)))
 
 
-def novel_type_metrics(
-    y_true: Sequence, y_pred: Sequence, known_labels: Sequence, unassigned: str = UNASSIGNED
-) -> dict[str, float]:
+def novel_type_metrics(y_true: Sequence, y_pred: Sequence, known_labels: Sequence) -> dict[str, float]:
     """
     What a classifier with a rejection rule makes of query cells, some of types it never saw.
 
@@ -175,11 +170,9 @@ def novel_type_metrics(
     y_true
         True labels of the query cells, [cells]. A cell is *truly novel* when its label is none of `known_labels`.
     y_pred
-        Predicted labels, [cells]. A cell is *predicted novel* when its prediction is `unassigned`.
+        Predicted labels, [cells]. A cell is *predicted novel* when its prediction is "unassigned".
     known_labels
         The types that the classifier was trained on.
-    unassigned
-        The word that stands for "none of them".
 
     Returns
     -------
@@ -208,7 +201,7 @@ def novel_type_metrics(
             f"y_true and y_pred must be one label per cell; got {true.shape} and {predicted.shape}"
         )
     novel = ~np.isin(true, np.asarray(list(known_labels)).astype(str))
-    called = predicted == unassigned
+    called = predicted == UNASSIGNED
     right = true == predicted
     return {
         "known_accuracy": _share(right, ~novel),

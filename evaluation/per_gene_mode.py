@@ -41,19 +41,9 @@ class PerGeneModeBaseline:
 
 def count_bins(bins: Any, vocab_size: int) -> np.ndarray:
     """
-    How often each expression id stands at each gene.
+    How often each expression id stands at each gene of CSR bins [cells, genes], int64 [genes, vocab_size].
 
-    Parameters
-    ----------
-    bins
-        CSR [cells, genes], bin 0 not stored.
-    vocab_size
-        Number of expression ids.
-
-    Returns
-    -------
-    numpy.ndarray
-        [genes, vocab_size] int64; zeros are not counted (column 0 is 0), as they are never asked for.
+    Zeros are not stored and not counted (column 0 is 0), as they are never asked for.
 
     Examples
     --------

@@ -22,7 +22,7 @@ from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError
 from ..trained_model.model_folder import load_model, versions
 from ..trained_model.prediction import LoadedModel, log_batch_size, predict_probabilities
-from .annotate_processes import main, sharded_prediction
+from .annotate_processes import ShardedPrediction, main
 from .assignment import assign, prediction_sets, set_sizes, set_words, shift_notes, wider_answers
 from .expression_pca import expression_pca
 from .query import (
@@ -208,21 +208,16 @@ def annotate_file(
             check_output_path(written, overwrite, inputs=(query, *others))
     model, shards = model_or_shipped(model, tissue), None
     if processes is not None or resume:
-        settings = {"layer": layer, "input": input, "gene_table": gene_table, "batch_size": batch_size}
-        shards = sharded_prediction(
-            query, model, output, processes, resume, device=device, dtype=dtype, **settings
-        )
+        options = {"layer": layer, "input": input, "device": device, "dtype": dtype, "batch_size": batch_size}
+        shards = ShardedPrediction(query, model, output, processes, resume, gene_table, **options)
     with opened(query, layer) as adata:
         if majority_vote is not None:
             check_vote(adata, majority_vote)
         loaded = _load_annotator(model, device, dtype, coverage)
         log_batch_size(loaded, batch_size)
         binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
-        predict_all = partial(
-            shards or partial(_predict_all, batch_size=batch_size),
-            progress=progress,
-            new_rows=rows_for(adata, output),
-        )
+        predict = shards or partial(_predict_all, batch_size=batch_size)
+        predict_all = partial(predict, progress=progress, new_rows=rows_for(adata, output))
         parts, summary = _annotation(adata, binned, loaded, threshold, coverage, majority_vote, predict_all)
         if report is not None:
             # before the output: writing closes the query
@@ -290,9 +285,9 @@ def _annotation(
     notes = _notes(adata, query, obs) + doubts(query.alignment, labels, names)
     notes += [] if coverage is None else shift_notes(probabilities)
     if vote_key is not None:
-        groups = adata.obs[vote_key] if vote_key in adata.obs else _leiden(adata, query)
-        vote = majority_vote(labels, groups, probabilities, names)
         own_groups = vote_key not in adata.obs
+        groups = _leiden(adata, query) if own_groups else adata.obs[vote_key]
+        vote = majority_vote(labels, groups, probabilities, names)
         if own_groups and vote.mostly_mixed:
             notes.append(_no_vote(vote))
         else:

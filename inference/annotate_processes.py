@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,29 +41,20 @@ RECORD = "run.json"
 
 @dataclass(frozen=True)
 class ShardedRun:
-    """What every process of a run has to know; a restarted run must have the same.
-
-    Attributes
-    ----------
-    query, model : str
-    stamps : list
-        Size and time of the last change of both.
-    layer, input, gene_table, device, dtype, batch_size
-        As in `annotate_file`.
-    shard_cells : int
-        Cells of a shard, the unit of restarts.
-    """
+    """What every process of a run has to know, options as in `annotate_file`; a restarted run must have the same."""
 
     query: str
     model: str
+    # size and time of the last change of both
     stamps: list
+    # the unit of restarts
+    shard_cells: int
     layer: str | None
     input: str
     gene_table: str | None
     device: str | None
     dtype: str | None
     batch_size: int | None
-    shard_cells: int
 
 
 def launched() -> tuple[int, int]:
@@ -78,33 +68,31 @@ class ShardedPrediction:
 
     Parameters
     ----------
-    run
-        What is to be done.
-    output
-        The final output; the shards stand in ``OUTPUT.partial`` beside it.
-    processes
-        How many to start; a launcher's processes are used as they are.
-    resume
-        Take over finished shards of an interrupted run.
+    query, model, output, processes, resume, gene_table, **options
+        As in `annotate_file`; a launcher's processes are used as they are.
     """
 
-    def __init__(self, run: ShardedRun, output: str | Path, processes: int = 1, resume: bool = False):
-        self.run, self.processes, self.resume = run, processes, resume
+    def __init__(self, query, model, output, processes, resume, gene_table, **options):
+        if isinstance(model, LoadedModel):
+            raise InputError("Several processes load the model themselves: give its folder.")
+        self.processes, self.resume = 1 if processes is None else processes, resume
+        if self.processes < 1:
+            raise InputError(f"The number of processes must be 1 or more; found {processes}.")
+        model = find_model(model)
+        stamps = [[Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in (query, model)]
+        table = None if gene_table is None else str(gene_table)
+        self.run = ShardedRun(str(query), str(model), stamps, SHARD_CELLS, gene_table=table, **options)
         self.folder = Path(output).with_name(f"{Path(output).name}.partial")
 
     def __call__(
-        self,
-        query: BinnedQuery,
-        loaded: LoadedModel,
-        progress: bool,
-        new_rows: NewRows,
+        self, query: BinnedQuery, loaded: LoadedModel, progress: bool, new_rows: NewRows
     ) -> np.ndarray | DiskMatrix:
         """Probabilities [cells, labels]."""
         run = self.run
-        shards = list(shard_paths(run, self.folder, query.n_cells))
+        shards = shard_paths(run, self.folder, query.n_cells)
         rank, world_size = launched()
         if rank == 0:
-            self._prepare(run)
+            self._prepare()
         if world_size > 1:
             # no shard is written before the folder is this run's
             PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
@@ -123,8 +111,8 @@ class ShardedPrediction:
                 probabilities[cells] = stored["probabilities"]
         return probabilities
 
-    def _prepare(self, run):
-        record = self.folder / RECORD
+    def _prepare(self):
+        facts, record = asdict(self.run), self.folder / RECORD
         if self.folder.exists() and not self.resume:
             logger.warning(
                 "Removing %s, left by an interrupted run (--resume would continue it).", self.folder
@@ -133,13 +121,13 @@ class ShardedPrediction:
         self.folder.mkdir(exist_ok=True)
         if record.exists():
             before = json.loads(record.read_text())
-            changed = sorted(name for name, value in asdict(run).items() if before.get(name) != value)
+            changed = sorted(name for name, value in facts.items() if before.get(name) != value)
             if changed:
                 raise InputError(
                     f"{self.folder} was begun with another {', '.join(changed)}. Go on with the same command, or "
                     f"leave --resume out to start anew."
                 )
-        record.write_text(json.dumps(asdict(run)))
+        record.write_text(json.dumps(facts))
 
     def _work(self, run, shards, n_cells, progress):
         """Start the processes and wait for them; one that fails ends all."""
@@ -190,25 +178,15 @@ def _worker(run, folder, rank, world_size, problems):
         sys.exit(1)
 
 
-def shard_paths(run: ShardedRun, folder: Path, n_cells: int) -> Iterator[Path]:
+def shard_paths(run: ShardedRun, folder: Path, n_cells: int) -> list[Path]:
     """Files of all shards, in order."""
-    for start in range(0, n_cells, run.shard_cells):
-        yield folder / f"cells-{start:012d}.npz"
+    return [folder / f"cells-{start:012d}.npz" for start in range(0, n_cells, run.shard_cells)]
 
 
 def write_shards(
     run: ShardedRun, folder: Path, rank: int, world_size: int, loaded: LoadedModel | None = None
 ) -> None:
-    """
-    Predict every `world_size`-th shard from number `rank` on; those that are there already are left as they are.
-
-    Parameters
-    ----------
-    run, folder
-        See `ShardedPrediction`.
-    loaded
-        The model, where this process has it; it is loaded otherwise.
-    """
+    """Predict every `world_size`-th shard from number `rank` on; those that are there already are left as they are."""
     if loaded is None:
         loaded = load_model(run.model, "annotation", _device(run.device, rank), run.dtype)
     with opened(run.query, run.layer) as adata:
@@ -216,7 +194,7 @@ def write_shards(
         names = name_genes(names, loaded.tokenizer.gene_panel, run.gene_table)
         alignment = align_genes(names, loaded.tokenizer.gene_panel)
         kind, scale = loaded.tokenizer.resolve_input(matrix, run.input)
-        for path in list(shard_paths(run, folder, matrix.shape[0]))[rank::world_size]:
+        for path in shard_paths(run, folder, matrix.shape[0])[rank::world_size]:
             if path.exists():
                 continue
             start = int(path.stem.rpartition("-")[2])
@@ -233,24 +211,6 @@ def _device(device, rank):
     if device is None and torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
     return device
-
-
-def sharded_prediction(
-    query, model, output, processes, resume, *, layer, input, gene_table, device, dtype, batch_size
-) -> ShardedPrediction:
-    """The `ShardedPrediction` of the options of `annotate_file`."""
-    if isinstance(model, LoadedModel):
-        raise InputError("Several processes load the model themselves: give its folder.")
-    processes = 1 if processes is None else processes
-    if processes < 1:
-        raise InputError(f"The number of processes must be 1 or more; found {processes}.")
-    model = find_model(model)
-    stamps = [[Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in (query, model)]
-    table = None if gene_table is None else str(gene_table)
-    run = ShardedRun(
-        str(query), str(model), stamps, layer, input, table, device, dtype, batch_size, SHARD_CELLS
-    )
-    return ShardedPrediction(run, output, processes, resume)
 
 
 def main(annotate_file: Any, arguments: list[str] | None = None) -> int:

@@ -67,10 +67,8 @@ def back_off(
 
     Parameters
     ----------
-    probabilities
-        [cells, labels]; all zero for a cell without expression.
-    names
-        Labels in the order of the columns.
+    probabilities, names
+        As in `assign`.
     threshold
         What a label, or the sum of the labels below a type, has to reach.
     parents
@@ -130,10 +128,8 @@ def prediction_sets(
 
     Parameters
     ----------
-    probabilities
-        [cells, labels]; all zero for a cell without expression.
-    names
-        Labels in the order of the columns.
+    probabilities, names
+        As in `assign`.
     quantiles
         [labels], of `scbert.evaluation.calibration.conformal_quantiles`.
 

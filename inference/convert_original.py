@@ -74,13 +74,7 @@ def save_model_folder(model, tokenizer, output, overwrite: bool = False) -> None
 
 
 def read_labels(path) -> list[str]:
-    """Class names, one a line, in the checkpoint's order.
-
-    Raises
-    ------
-    InputError
-        If the file holds none or is no text.
-    """
+    """Class names, one a line, in the checkpoint's order; an `InputError` if the file holds none or is no text."""
     try:
         with open_text(path) as handle:
             labels = [line.strip() for line in handle if line.strip()]

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from anndata import AnnData
 from rich.console import Console
-from rich.table import Table
 
 from ..data.splits import stratified_split
 from ..data.write_h5ad import atomic_write_h5ad
 from ..evaluation.embedding_plot import plot_embedding
 from ..evaluation.metrics import classification_metrics, plot_confusion
+from ..evaluation.tables import TextTable
 from ..extras import require
 from ..tokenization import InputError
 from ..training.run_finetune import finetune
@@ -58,19 +58,16 @@ def run_demo(output: str | Path = "demo") -> dict[str, Any]:
     folder = _folder(output)
     cells = demo_cells()
     atomic_write_h5ad(cells, folder / "cells.h5ad", overwrite=True)
-    run = finetune(
-        folder / "cells.h5ad",
-        LABEL_KEY,
-        folder / "model",
-        input="log1p",
-        test_key="split",
-        overwrite=True,
-    )
+    options = {"input": "log1p", "test_key": "split", "overwrite": True}
+    run = finetune(folder / "cells.h5ad", LABEL_KEY, folder / "model", **options)
     held_out = cells[cells.obs["split"] == "test"].copy()
     annotated = annotate(held_out, model=folder / "model", input="log1p", progress=False)
     atomic_write_h5ad(annotated, folder / "annotated.h5ad", overwrite=True)
-    scores = _scores(annotated)
-    draw(folder, cells, annotated, scores)
+    # the likeliest type of every cell, whatever its confidence: the baseline has no threshold
+    names = np.asarray(annotated.uns["scbert"]["labels"])
+    predicted = names[annotated.obsm["scbert_probabilities"].argmax(axis=1)]
+    scores = classification_metrics(annotated.obs[LABEL_KEY], predicted)
+    draw(folder, cells, annotated, predicted, scores)
     summary = {
         "cells": held_out.n_obs,
         "accuracy": scores["accuracy"],
@@ -106,17 +103,10 @@ def demo_cells() -> AnnData:
     return cells
 
 
-def _scores(annotated: AnnData) -> dict[str, Any]:
-    """Scores of the likeliest type of every cell, whatever its confidence: the baseline has no threshold."""
-    names = np.asarray(annotated.uns["scbert"]["labels"])
-    predicted = names[annotated.obsm["scbert_probabilities"].argmax(axis=1)]
-    return classification_metrics(annotated.obs[LABEL_KEY], predicted)
-
-
-def draw(folder: Path, cells: AnnData, annotated: AnnData, scores: dict[str, Any]) -> None:
+def draw(
+    folder: Path, cells: AnnData, annotated: AnnData, predicted: np.ndarray, scores: dict[str, Any]
+) -> None:
     """Write umap.png and confusion.png."""
-    names = np.asarray(annotated.uns["scbert"]["labels"])
-    predicted = names[annotated.obsm["scbert_probabilities"].argmax(axis=1)]
     right = f"{scores['accuracy']:.0%} right"
     plot_embedding(
         annotated.obsm["X_umap"],
@@ -131,15 +121,14 @@ def draw(folder: Path, cells: AnnData, annotated: AnnData, scores: dict[str, Any
 
 def show(summary: dict[str, Any]) -> None:
     """Print the scores as a table, on stderr."""
-    table = Table(title=f"{summary['cells']} held-out cells, 10 types")
-    table.add_column("model")
-    for column in ("accuracy", "macro-F1"):
-        table.add_column(column, justify="right")
-    rows = {"scBERT, the default recipe": "", "logistic regression, same cells": "baseline_"}
-    for name, prefix in rows.items():
-        table.add_row(name, f"{summary[prefix + 'accuracy']:.3f}", f"{summary[prefix + 'macro_f1']:.3f}")
+    models = {"scBERT, the default recipe": "", "logistic regression, same cells": "baseline_"}
+    rows = [
+        [name, f"{summary[prefix + 'accuracy']:.3f}", f"{summary[prefix + 'macro_f1']:.3f}"]
+        for name, prefix in models.items()
+    ]
+    title = f"{summary['cells']} held-out cells, 10 types"
     console = Console(stderr=True)
-    console.print(table)
+    console.print(TextTable(title, ["model", "accuracy", "macro-F1"], rows).rich())
     console.print(
         f"{summary['unassigned']} of the cells have a confidence below {summary['threshold']:.2f} (chosen by leaving "
         "types out in turn) and are 'unassigned' in the file.\n"

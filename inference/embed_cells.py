@@ -15,6 +15,7 @@ from ..trained_model.model_folder import load_model, versions
 from ..trained_model.prediction import LoadedModel, log_batch_size, predict_cells
 from .query import (
     BinnedQuery,
+    NewRows,
     copy_with_parts,
     opened,
     overlap_numbers,
@@ -85,7 +86,8 @@ def embed(
     """
     adata = read_cells(cells, layer=layer, check=False)
     loaded = load_model(PRETRAINED if model is None else model, "embedding", device, dtype)
-    parts, _ = _embedding(adata, loaded, layer, input, batch_size, force, progress, gene_table)
+    binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table)
+    parts, _ = _embedding(binned, loaded, batch_size, progress, rows_in_memory)
     return copy_with_parts(adata, parts, own=adata is not cells)
 
 
@@ -120,18 +122,8 @@ def embed_file(
     with opened(query, layer) as adata:
         loaded = load_model(PRETRAINED if model is None else model, "embedding", device, dtype)
         log_batch_size(loaded, batch_size)
-        parts, summary = _embedding(
-            adata,
-            loaded,
-            layer,
-            input,
-            batch_size,
-            force,
-            progress,
-            gene_table,
-            genes_report,
-            rows_for(adata, output),
-        )
+        binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
+        parts, summary = _embedding(binned, loaded, batch_size, progress, rows_for(adata, output))
         write_parts(query, adata, parts, output, overwrite)
     seconds = time.monotonic() - started
     logger.info(
@@ -142,27 +134,18 @@ def embed_file(
 
 
 def _embedding(
-    adata,
-    loaded: LoadedModel,
-    layer,
-    input,
-    batch_size,
-    force,
-    progress,
-    gene_table=None,
-    genes_report=None,
-    new_rows=rows_in_memory,
-):
-    """Embedding of an AnnData as ``{"obsm": ..., "uns": ...}``, and a summary."""
-    query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
+    query: BinnedQuery, loaded: LoadedModel, batch_size: int | None, progress: bool, new_rows: NewRows
+) -> tuple[dict[str, dict], dict[str, Any]]:
+    """Embedding of the cells as ``{"obsm": ..., "uns": ...}``, and a summary."""
     vectors = new_rows((query.n_cells, loaded.embedding_size))
     with progress_bar(query.n_cells, "Embedding", progress) as bar:
         for start, bins in query.chunks():
             found = predict_cells(loaded, bins, ("embeddings",), batch_size, bar.update)
             vectors[start : start + bins.shape[0]] = found["embeddings"]
     overlap = overlap_numbers(query.alignment)
-    about = {"model": loaded.name, "pooling": loaded.embedding_kind}
-    about |= {
+    about = {
+        "model": loaded.name,
+        "pooling": loaded.embedding_kind,
         "gene_overlap": overlap,
         "versions": versions(),
         "dtype": str(loaded.dtype).removeprefix("torch."),

@@ -24,7 +24,6 @@ def expression_pca(
     layer: str | None = None,
     input: str = "auto",
     rows: np.ndarray | None = None,
-    seed: int = 0,
 ) -> np.ndarray:
     """
     A cell's place by its own expression: ``obsm["X_pca"]``, or principal components of highly variable genes.
@@ -39,8 +38,6 @@ def expression_pca(
         Where the values stand, and what they are: ``"auto"``, ``"counts"`` or ``"log1p"``.
     rows
         Sorted rows of the cells wanted; all of them if left out.
-    seed
-        Of the decomposition.
 
     Returns
     -------
@@ -64,9 +61,7 @@ def expression_pca(
     if "X_pca" in adata.obsm:
         return np.asarray(adata.obsm["X_pca"][:], dtype=np.float32)[rows]
     scanpy = require("scanpy", "scanpy")
-    matrix, names = matrix_rows(adata, layer)
-    part = AnnData(take_rows(matrix, rows), var=pd.DataFrame(index=names))
-    values, genes = log_normalize(part, input=expression_kind(matrix, input))
+    values, genes = log_rows(adata, rows, layer, input)
     cells = AnnData(values, var=pd.DataFrame(index=genes))
     scanpy.pp.filter_genes(cells, min_cells=1)
     if cells.n_vars > N_VARIABLE_GENES:
@@ -75,12 +70,17 @@ def expression_pca(
     components = min(N_COMPONENTS, cells.n_obs - 1, cells.n_vars - 1)
     if components < 1:
         return np.zeros((cells.n_obs, 1), dtype=np.float32)
-    return scanpy.pp.pca(cells.X, n_comps=components, random_state=seed, dtype="float32")
+    return scanpy.pp.pca(cells.X, n_comps=components, random_state=0, dtype="float32")
 
 
-def expression_kind(matrix, input: str = "auto") -> str:
-    """What the values of a matrix are, ``"counts"`` or ``"log1p"``, by a sample of its rows."""
-    return detect_input_kind(sample_rows(matrix)) if input == "auto" else input
+def log_rows(
+    adata: AnnData | BackedCells, rows: np.ndarray, layer: str | None, input: str
+) -> tuple[sp.csr_matrix, list[str]]:
+    """`log_normalize` of sorted rows of cells that may be on disk; what the values are is told by a sample of all."""
+    matrix, names = matrix_rows(adata, layer)
+    kind = detect_input_kind(sample_rows(matrix)) if input == "auto" else input
+    part = AnnData(take_rows(matrix, rows), var=pd.DataFrame(index=names))
+    return log_normalize(part, input=kind)
 
 
 def take_rows(matrix, rows: np.ndarray) -> sp.csr_matrix:

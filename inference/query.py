@@ -59,28 +59,17 @@ class BinnedQuery:
 
     Parameters
     ----------
-    adata
-        In memory or backed.
     tokenizer
         The model's.
-    layer, input
-        Where the values stand, and what they are.
-    force
-        Go on where less than 30% of the model's genes are found.
-    progress
-        Show a bar while the cells are read.
-    gene_table, genes_report
-        See `name_genes`.
+    adata, layer, input, force, progress, gene_table, genes_report
+        As in `annotate_file`.
 
     Attributes
     ----------
     alignment : GeneAlignment
         How the genes match.
-    layer, input : str
-        As given.
-    n_cells : int
-    n_empty : int
-        Cells that express no gene of the panel.
+    n_cells, n_empty : int
+        All cells, and those that express no gene of the panel.
     """
 
     def __init__(
@@ -101,10 +90,8 @@ class BinnedQuery:
         self.alignment = align_genes(names, tokenizer.gene_panel)
         self.alignment.hint = raw_hint(adata, tokenizer.gene_panel, layer)
         self.alignment.check(force=force)
-        logger.log(
-            logging.WARNING if force and self.alignment.overlap < 0.3 else logging.INFO,
-            overlap_report(self.alignment),
-        )
+        forced = force and self.alignment.overlap < 0.3
+        logger.log(logging.WARNING if forced else logging.INFO, overlap_report(self.alignment))
         self._kept: list[sp.csr_matrix] | None = []
         self.n_empty, size = 0, 0
         with progress_bar(self.n_cells, "Reading", progress) as bar:
@@ -140,24 +127,10 @@ def name_genes(
     report: str | Path | None = None,
 ) -> list[str]:
     """
-    Names of the query's genes in the model's words.
+    Names of the query's genes in the model's words, one per column; `gene_table` and `report` as in `annotate_file`.
 
-    Parameters
-    ----------
-    gene_names
-        Of the query's columns.
-    gene_panel
-        Of the model.
-    gene_table
-        Table of other names (HGNC complete set or NCBI gene_info), ``"hgnc"`` to download it once. Without it names are
-        matched exactly; only a file that names all its genes by Ensembl ids is mapped by the table that ships.
-    report
-        CSV file to write: every gene matched, renamed, ambiguous, unused or absent.
-
-    Returns
-    -------
-    list of str
-        One name per column.
+    Without a table names are matched exactly; only a file that names all its genes by Ensembl ids is mapped by the
+    table that ships.
     """
     table, source = None, "the gene table"
     if gene_table is not None:

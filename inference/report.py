@@ -16,6 +16,7 @@ from ..evaluation.report import Section, report_html
 from ..evaluation.tables import TextTable
 from ..extras import require
 from .expression_pca import expression_pca
+from .voting import MIXED_SHARE
 
 # more cells make a UMAP slow and no clearer
 MAX_CELLS_DRAWN = 5000
@@ -33,18 +34,7 @@ def write_annotation_report(
     """
     Write one HTML file: cells per type, gene overlap, confidence by type and by cluster, a UMAP.
 
-    Parameters
-    ----------
-    path
-        Where.
-    adata
-        The query.
-    parts, summary
-        The annotation, of `annotate`.
-    places
-        Where the cells are drawn: what `cell_coordinates` returns.
-    overwrite
-        Replace an existing file.
+    `parts` and `summary` are the annotation of the query, `places` what `cell_coordinates` says of it.
     """
     obs, about = parts["obs"], parts["uns"]["scbert"]
     labels, confidence = np.asarray(obs["scbert_cell_type"], dtype=object), obs["scbert_confidence"]
@@ -57,7 +47,8 @@ def write_annotation_report(
     tables = [types_table(labels, confidence)]
     if "majority_vote" in about:
         tables.append(_groups(about["majority_vote"]))
-        groups = _group_of_cells(adata, obs, about["majority_vote"]["key"])
+        groups = obs["scbert_leiden"] if "scbert_leiden" in obs else adata.obs[about["majority_vote"]["key"]]
+        groups = np.asarray(groups).astype(object).astype(str)
         if len(set(groups)) <= MAX_GROUPS_DRAWN:
             caption = "Confidence of the cells of every group; the line is the threshold."
             pictures[caption] = plot_confidence(groups, confidence, about["threshold"])
@@ -121,15 +112,8 @@ def types_table(labels: np.ndarray, confidence: np.ndarray) -> TextTable:
     rows = []
     for name, count in pd.Series(labels).value_counts().items():
         values = confidence[labels == name]
-        rows.append(
-            [
-                name,
-                f"{count:,}",
-                f"{count / len(labels):.1%}",
-                f"{values.mean():.3f}",
-                f"{np.median(values):.3f}",
-            ]
-        )
+        middle = [f"{values.mean():.3f}", f"{np.median(values):.3f}"]
+        rows.append([name, f"{count:,}", f"{count / len(labels):.1%}", *middle])
     columns = ["cell type", "cells", "share", "mean confidence", "median"]
     return TextTable(f"{len(labels):,} cells", columns, rows)
 
@@ -145,8 +129,6 @@ def _set_sizes(sets: dict[str, Any]) -> TextTable:
 
 def _groups(vote: dict[str, Any]) -> TextTable:
     """Every group's vote; those with a winner of less than 60% are marked."""
-    from .voting import MIXED_SHARE
-
     rows = [
         [str(group), str(label), f"{cells:,}", f"{share:.0%}", f"{sure:.3f}", str(second)]
         for group, label, cells, share, sure, second in zip(
@@ -156,11 +138,6 @@ def _groups(vote: dict[str, Any]) -> TextTable:
     mixed = frozenset(i for i, share in enumerate(vote["share"]) if share < MIXED_SHARE)
     columns = ["group", "majority vote", "cells", "winning share", "confidence", "second"]
     return TextTable(f"Groups of {vote['key']}", columns, rows, mixed)
-
-
-def _group_of_cells(adata: AnnData, obs: dict[str, Any], key: str) -> np.ndarray:
-    groups = obs["scbert_leiden"] if "scbert_leiden" in obs else adata.obs[key]
-    return np.asarray(groups).astype(object).astype(str)
 
 
 def cell_coordinates(adata: AnnData | BackedCells, layer: str | None = None, input: str = "auto"):

@@ -124,23 +124,7 @@ def list_shipped() -> dict[str, Any]:
 
 
 def doubts(alignment: GeneAlignment, labels: pd.Categorical | np.ndarray, names: list[str]) -> list[str]:
-    """
-    What speaks against an annotation as a whole.
-
-    Parameters
-    ----------
-    alignment
-        How the query's genes match the model's.
-    labels
-        Of the cells, [cells].
-    names
-        The types of the model.
-
-    Returns
-    -------
-    list of str
-        Nothing, or a sentence for each doubt.
-    """
+    """What speaks against an annotation as a whole, in sentences: `labels` of the cells, `names` the model's types."""
     found = []
     if alignment.overlap < FEW_GENES:
         found.append(

@@ -14,7 +14,6 @@ import pandas as pd
 
 from ..data.labels import UNASSIGNED
 from ..data.paths import atomic_path
-from ..data.read import log_normalize, matrix_rows
 from ..data.write_h5ad import atomic_copy_h5ad
 from ..evaluation.tables import TextTable
 from ..extras import require
@@ -23,7 +22,7 @@ from ..trained_model.model_folder import load_model
 from ..trained_model.prediction import LoadedModel
 from .annotate_cells import annotate_file
 from .assignment import assign
-from .expression_pca import expression_kind, take_rows
+from .expression_pca import log_rows
 from .query import opened
 from .report import cell_coordinates, types_table, write_annotation_report
 
@@ -40,37 +39,29 @@ class Limits:
 
 @dataclass(frozen=True)
 class AnnotatedUpload:
-    """
-    Annotated cells, as a page shows them and sends them back.
-
-    Attributes
-    ----------
-    upload, model, layer, values
-        What was annotated, with which model, and how its values were read.
-    summary
-        Of `annotate_file`.
-    labels, confidence, probabilities
-        Of every cell: [cells], [cells], [cells, types of the model].
-    names
-        The types of the model.
-    threshold
-        Cells whose confidence is below it are "unassigned".
-    path, csv
-        The annotated .h5ad, and a .csv of the new columns.
-    """
+    """Annotated cells, as a page shows them and sends them back."""
 
     upload: Path
     model: str
+    # how its values were read
     layer: str | None
     values: str
+    # of `annotate_file`
     summary: dict[str, Any]
+    # of every cell: [cells], [cells], [cells, types of the model]
     labels: np.ndarray
     confidence: np.ndarray
     probabilities: np.ndarray
+    # the types of the model
     names: list[str]
     threshold: float
+    # the annotated .h5ad
     path: Path
-    csv: Path
+
+    @property
+    def csv(self) -> Path:
+        """The .csv beside the annotated cells."""
+        return self.path.with_suffix(".csv")
 
     @property
     def table(self) -> TextTable:
@@ -87,27 +78,9 @@ def annotate_upload(
     layer: str | None = None,
 ) -> AnnotatedUpload:
     """
-    Annotate an uploaded file.
+    Annotate an uploaded .h5ad or 10x .h5, as `annotate_file` does with `values` as its input.
 
-    Parameters
-    ----------
-    upload
-        .h5ad or 10x .h5.
-    model
-        Model folder, or its name on the Hub.
-    folder
-        Where a folder for the results is made.
-    limits
-        Larger uploads are refused.
-    values
-        What the values are: ``"auto"``, ``"counts"`` or ``"log1p"``.
-    layer
-        Layer that holds them, or ``"raw"``; X by default.
-
-    Raises
-    ------
-    InputError
-        When the upload is too large, or as `scbert.annotate`.
+    A folder for the results is made in `folder`; an upload beyond the limits is refused by an `InputError`.
 
     Examples
     --------
@@ -118,9 +91,8 @@ def annotate_upload(
     _check_size(upload, limits or Limits())
     path = Path(tempfile.mkdtemp(prefix="results-", dir=folder)) / f"{upload.stem}_annotated.h5ad"
     summary = annotate_file(upload, loaded_model(str(model)), path, input=values, layer=layer)
-    cells = anndata.read_h5ad(path, backed="r")
-    try:
-        about = cells.uns["scbert"]
+    with opened(path) as cells:
+        about = anndata.io.read_elem(cells.file["uns/scbert"])
         annotated = AnnotatedUpload(
             upload=upload,
             model=str(model),
@@ -133,19 +105,15 @@ def annotate_upload(
             names=[str(name) for name in about["labels"]],
             threshold=float(about["threshold"]),
             path=path,
-            csv=path.with_suffix(".csv"),
         )
         _write_csv(annotated, cells.obs_names)
-    finally:
-        cells.file.close()
     return annotated
 
 
 def reassigned(annotated: AnnotatedUpload, threshold: float) -> AnnotatedUpload:
     """The same cells with another threshold of "unassigned", and new files of them beside the old."""
     labels, _ = assign(annotated.probabilities, annotated.names, threshold)
-    name = f"{annotated.upload.stem}_annotated_{threshold:.2f}.h5ad"
-    path = annotated.path.with_name(name)
+    path = annotated.path.with_name(f"{annotated.upload.stem}_annotated_{threshold:.2f}.h5ad")
     with opened(annotated.path) as cells:
         about = {**anndata.io.read_elem(cells.file["uns/scbert"]), "threshold": float(threshold)}
         cell_names = cells.obs_names
@@ -153,14 +121,7 @@ def reassigned(annotated: AnnotatedUpload, threshold: float) -> AnnotatedUpload:
     atomic_copy_h5ad(annotated.path, path, obs=obs, uns=uns, overwrite=True)
     labels = labels.astype(str)
     summary = {**annotated.summary, "unassigned": int((labels == UNASSIGNED).sum())}
-    changed = replace(
-        annotated,
-        labels=labels,
-        threshold=threshold,
-        summary=summary,
-        path=path,
-        csv=path.with_suffix(".csv"),
-    )
+    changed = replace(annotated, labels=labels, threshold=threshold, summary=summary, path=path)
     _write_csv(changed, cell_names)
     return changed
 
@@ -198,10 +159,7 @@ def drawn_cells(annotated: AnnotatedUpload, places: tuple, gene: str | None = No
 
 
 def _expression(cells, annotated: AnnotatedUpload, rows: np.ndarray, gene: str) -> np.ndarray:
-    matrix, names = matrix_rows(cells, annotated.layer)
-    kind = expression_kind(matrix, annotated.values)
-    part = anndata.AnnData(take_rows(matrix, rows), var=pd.DataFrame(index=names))
-    values, genes = log_normalize(part, input=kind)
+    values, genes = log_rows(cells, rows, annotated.layer, annotated.values)
     if gene not in genes:
         raise InputError(
             f"There is no gene {gene!r} in the file. Its names look like {', '.join(genes[:3])}."

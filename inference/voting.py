@@ -176,15 +176,8 @@ def check_vote(adata: AnnData, key: str) -> None:
     import scanpy  # noqa: F401
 
 
-def leiden_groups(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
-    """
-    Fine Leiden clusters of cells, [cells] of strings.
-
-    Parameters
-    ----------
-    vectors
-        A representation of the cells, [cells, features].
-    """
+def leiden_groups(vectors: np.ndarray) -> np.ndarray:
+    """Fine Leiden clusters, [cells] of strings, of cells by their vectors [cells, features]."""
     import scanpy
 
     n_cells = len(vectors)
@@ -193,9 +186,9 @@ def leiden_groups(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
     cells = AnnData(obs=pd.DataFrame(index=[str(i) for i in range(n_cells)]), obsm={"vectors": vectors})
     resolution = next(value for limit, value in RESOLUTIONS if n_cells < limit)
     neighbors = min(10, n_cells - 1)
-    scanpy.pp.neighbors(cells, n_neighbors=neighbors, use_rep="vectors", random_state=seed)
+    scanpy.pp.neighbors(cells, n_neighbors=neighbors, use_rep="vectors", random_state=0)
     scanpy.tl.leiden(
-        cells, resolution=resolution, random_state=seed, flavor="igraph", n_iterations=2, directed=False
+        cells, resolution=resolution, random_state=0, flavor="igraph", n_iterations=2, directed=False
     )
     logger.info("Leiden: %d groups at resolution %d.", cells.obs["leiden"].nunique(), resolution)
     return cells.obs["leiden"].astype(str).to_numpy()

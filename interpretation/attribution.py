@@ -12,6 +12,8 @@ from ..tokenization import ScBertTokenizer
 
 # cells whose path of steps is computed at a time
 CELLS_AT_ONCE = 2
+# of GradientSHAP: random points per cell, and the noise as a share of the standard deviation of the embeddings' weights
+N_SAMPLES, SPREAD = 16, 0.1
 
 
 @dataclass
@@ -102,8 +104,6 @@ def gradient_shap(
     tokenizer: ScBertTokenizer,
     bins: sp.csr_matrix,
     targets: np.ndarray,
-    n_samples: int = 16,
-    spread: float = 0.1,
     seed: int = 0,
 ) -> Attribution:
     """
@@ -114,10 +114,6 @@ def gradient_shap(
     ----------
     model, tokenizer, bins, targets
         As in `integrated_gradients`.
-    n_samples
-        Random points per cell.
-    spread
-        Standard deviation of the noise, as a share of that of the embeddings' weights.
     seed
         Of the points and the noise.
 
@@ -138,7 +134,7 @@ def gradient_shap(
     """
     captum = require("captum.attr", "explain")
     layer = model.base_model.embeddings.expression_embeddings
-    noise = spread * float(layer.weight.detach().std())
+    noise = SPREAD * float(layer.weight.detach().std())
 
     def attribute(forward, inputs, baselines, target, others):
         # on the embeddings themselves: captum's layer variant cannot keep several inputs of a batch together
@@ -151,11 +147,11 @@ def gradient_shap(
             layer(baselines[:1]).detach(),
             target=target,
             additional_forward_args=others,
-            n_samples=n_samples,
+            n_samples=N_SAMPLES,
             stdevs=noise,
             return_convergence_delta=True,
         )
-        return values, delta.view(len(inputs), n_samples).mean(dim=1)
+        return values, delta.view(len(inputs), N_SAMPLES).mean(dim=1)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

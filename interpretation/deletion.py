@@ -8,6 +8,8 @@ import scipy.sparse as sp
 
 from ..trained_model.prediction import LoadedModel, predict_cells
 
+# draws of random genes that are averaged
+N_RANDOM = 3
 COLUMNS = ["explanation", "genes_removed", "margin", "drop", "random_drop", "ratio", "cells_hurt_more"]
 
 
@@ -17,7 +19,6 @@ def deletion_test(
     targets: np.ndarray,
     explanations: Mapping[str, np.ndarray],
     n_genes: int = 20,
-    n_random: int = 3,
     seed: int = 0,
 ) -> pd.DataFrame:
     """
@@ -37,10 +38,8 @@ def deletion_test(
         Name -> scores [cells, panel]; a cell's `n_genes` expressed genes of the highest score are removed.
     n_genes
         How many genes each cell loses (all it expresses where there are fewer).
-    n_random
-        Draws of random expressed genes that are averaged.
     seed
-        Of the draws.
+        Of the draws of random genes.
 
     Returns
     -------
@@ -63,7 +62,7 @@ def deletion_test(
 
     whole = margin(bins)
     rng = np.random.default_rng(seed)
-    draws = [whole - margin(remove_top(bins, rng.random(bins.shape), n_genes)) for _ in range(n_random)]
+    draws = [whole - margin(remove_top(bins, rng.random(bins.shape), n_genes)) for _ in range(N_RANDOM)]
     by_chance = np.mean(draws, axis=0)
     rows = []
     for name, scores in explanations.items():

@@ -56,7 +56,7 @@ def read_gmt(path: str | Path) -> dict[str, list[str]]:
 
 def enrich_genes(
     genes: Iterable[str],
-    gene_sets: str | Path | Mapping[str, Iterable[str]],
+    gene_sets: Mapping[str, Iterable[str]],
     background: Iterable[str],
     min_size: int = 5,
     max_size: int = 1000,
@@ -69,7 +69,7 @@ def enrich_genes(
     genes
         The genes asked about, for example the top genes of a cell type.
     gene_sets
-        A .gmt(.gz) file, or name -> genes.
+        Name -> genes, such as `read_gmt` gives.
     background
         All genes that could have been in the list: the model's panel, or its expressed part. Genes and sets are
         cut down to it; a whole genome as background would find the tissue instead of the question.
@@ -94,8 +94,6 @@ def enrich_genes(
     >>> table[["term", "n_overlap"]].values.tolist()
     [['T cells', 2]]
     """
-    if isinstance(gene_sets, str | Path):
-        gene_sets = read_gmt(gene_sets)
     universe = dict.fromkeys(map(str, background))
     asked = [gene for gene in dict.fromkeys(map(str, genes)) if gene in universe]
     within = {
@@ -133,7 +131,8 @@ def enrich_by_type(
     **limits: int,
 ) -> pd.DataFrame:
     """
-    `enrich_genes` for the top genes of every cell type, in one table with a first column ``cell_type``.
+    `enrich_genes` for the top genes of every cell type, in one table with a first column ``cell_type``; by the sets of
+    a .gmt(.gz) file, or name -> genes.
 
     Adjusted p-values are within a type.
 

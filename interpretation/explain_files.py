@@ -57,28 +57,20 @@ def explain_file(
 
     Parameters
     ----------
-    query
-        Cells.
-    model
-        Fine-tuned model: a folder, a name on the Hub, or a loaded one; the annotator that ships if None.
+    query, model, cells_per_type, n_steps, layer, input, force
+        As in `scbert.explain`.
     output
         Folder for CSV tables, pictures, ``explanation.json`` and ``explained.h5ad``.
     label_key
         Column of obs with true types: differential expression is then taken between those, else between the
         predicted ones.
-    cells_per_type
-        Cells explained of each predicted type.
     n_top
         Genes of a type in the table; the deletion test removes as many.
-    n_steps
-        Points on the path of integrated gradients.
     markers, marker_names
         Marker table (PanglaoDB, CellMarker, or columns cell_type and gene), and a JSON of the query's types ->
         name(s) in it.
     gene_sets
         A .gmt file for enrichment.
-    layer, input, force
-        As in `scbert.annotate`.
     seed
         Of the cells, GradientSHAP and the deletion test.
     overwrite
@@ -122,7 +114,7 @@ def explain_file(
     with partial_folder(output, overwrite, marker=RESULTS) as folder:
         try:
             tables = write_tables(folder, per_type, n_top, known, names, gene_sets)
-            tables["de_agreement"] = write_agreement(folder, per_type, adata, types, label_key, layer, input)
+            write_agreement(folder, per_type, adata, types, label_key, layer, input)
             write_pictures(folder, found, per_type, part, targets, labels, tokenizer, n_top)
             deleted.to_csv(folder / "deletion_test.csv", index=False)
             add_columns(adata, per_type, tables["top_genes"], layer)
@@ -139,9 +131,8 @@ def explain_file(
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    for cell_type, genes in tables["top_genes"][lambda top: top["explanation"] == GRADIENTS].groupby(
-        "cell_type"
-    ):
+    decisive = tables["top_genes"][lambda top: top["explanation"] == GRADIENTS]
+    for cell_type, genes in decisive.groupby("cell_type"):
         logger.info("%s: %s", cell_type, ", ".join(genes["gene"].head(8)))
     show(deleted, completeness, result["verdict"])
     logger.info(
@@ -188,13 +179,11 @@ def write_agreement(
     label_key: str | None,
     layer: str | None,
     input: str,
-) -> pd.DataFrame | None:
-    """Agreement with differential expression as CSV; None where fewer than two types can be compared."""
-    cells = adata
-    key = label_key
+) -> None:
+    """Agreement with differential expression as CSV; nothing where fewer than two types can be compared."""
+    cells, key = adata, label_key
     if key is None:
-        key = "scbert_explained_type"
-        cells = adata.copy()
+        cells, key = adata.copy(), "scbert_explained_type"
         cells.obs[key] = predicted
     tables = []
     for name, scores in per_type.items():
@@ -202,11 +191,9 @@ def write_agreement(
             table = differential_expression_agreement(scores, cells, key, layer=layer, input=input)
         except InputError as error:
             logger.warning("Differential expression was left out: %s", error)
-            return None
+            return
         tables.append(table.assign(explanation=name, types="true" if label_key else "predicted"))
-    agreement = pd.concat(tables, ignore_index=True)
-    agreement.to_csv(folder / "de_agreement.csv", index=False)
-    return agreement
+    pd.concat(tables, ignore_index=True).to_csv(folder / "de_agreement.csv", index=False)
 
 
 def write_pictures(

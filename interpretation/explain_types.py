@@ -129,14 +129,10 @@ def explanations(
     completeness = {GRADIENTS: gradients.relative_error, SHAP: shap.relative_error}
     if gradients.relative_error > 0.05:
         # the logit jumps where a token changes its bucket, and between two jumps no gradient sees it
-        jumps = ", but with LSH attention only a part of it goes away" * (
-            model.config.attention_type == "lsh"
-        )
-        logger.warning(
-            "Integrated gradients miss %.1f%% of what they explain; raise --steps%s.",
-            100 * gradients.relative_error,
-            jumps,
-        )
+        of_lsh = model.config.attention_type == "lsh"
+        jumps = ", but with LSH attention only a part of it goes away" if of_lsh else ""
+        missed = f"{gradients.relative_error:.1%}"
+        logger.warning("Integrated gradients miss %s of what they explain; raise --steps%s.", missed, jumps)
     return found, completeness
 
 
@@ -152,8 +148,7 @@ def attention_by_gene(
         )
         received = gene_attention(model, ids, mask, gene_ids=genes, modality_ids=modalities).cpu().numpy()
         whole = np.zeros((len(received), n_genes + 1), dtype=np.float32)
-        np.put_along_axis(whole, genes.cpu().numpy(), received, axis=1)
-        # pads share a gene id with a real token: written again, so that the token's own weight stands
+        # without the pads, which share a gene id with a real token
         for row, (tokens, places, keep) in enumerate(zip(received, genes.cpu().numpy(), mask.cpu().numpy())):
             whole[row, places[keep > 0]] = tokens[keep > 0]
         weights[start : start + batch] = whole[:, :n_genes]

@@ -210,12 +210,11 @@ def differential_expression_agreement(
     adata: Any,
     label_key: str,
     n_top: int = 50,
-    method: str = "t-test",
     layer: str | None = None,
     input: str = "auto",
 ) -> pd.DataFrame:
     """
-    Agreement of gene scores with each type's differential expression against all other cells.
+    Agreement of gene scores with each type's differential expression (t-test) against all other cells.
 
     Parameters
     ----------
@@ -227,8 +226,6 @@ def differential_expression_agreement(
         Column of obs with the cell types.
     n_top
         Length of the two lists compared.
-    method
-        Of scanpy's `rank_genes_groups`: ``"t-test"`` or ``"wilcoxon"``.
     layer, input
         As everywhere: where the values are, and of what kind.
 
@@ -264,7 +261,7 @@ def differential_expression_agreement(
         ),
         var=pd.DataFrame(index=pd.Index(shared)),
     )
-    scanpy.tl.rank_genes_groups(cells, "type", groups=[str(name) for name in types], method=method)
+    scanpy.tl.rank_genes_groups(cells, "type", groups=[str(name) for name in types], method="t-test")
     rows = [_agreement(scores, name, _expression_scores(scanpy, cells, name), n_top) for name in types]
     return pd.DataFrame(rows)
 
@@ -283,9 +280,8 @@ def _agreement(scores: pd.DataFrame, cell_type: str, expression: pd.Series, n_to
     constant = np.ptp(values) == 0 or np.ptp(expression.to_numpy()) == 0
     correlation = float("nan")
     if not constant:
-        correlation = float(
-            require("scipy.stats", "explain").spearmanr(values, expression.to_numpy()).statistic
-        )
+        spearmanr = require("scipy.stats", "explain").spearmanr
+        correlation = float(spearmanr(values, expression.to_numpy()).statistic)
     return {
         "cell_type": cell_type,
         "n_genes": len(values),

@@ -20,7 +20,6 @@ def plot_summary(
     path: str | Path | None = None,
     n_genes: int = 20,
     title: str | None = None,
-    seed: int = 0,
 ) -> Any:
     """
     SHAP-style summary ("beeswarm"): one row per gene, one point per cell, coloured by expression.
@@ -28,7 +27,8 @@ def plot_summary(
     Parameters
     ----------
     contributions
-        Contribution of every gene to the explained output, [cells, genes]; right is for it, left against it.
+        Contribution of every gene to the explained output, [cells, genes]; right is for it, left against it. Of more
+        than 2,000 cells as many are drawn.
     expression
         Expression bins or values of the same cells and genes, [cells, genes], dense or scipy sparse. Colours are
         scaled within a gene from its 5th to its 95th percentile.
@@ -41,8 +41,6 @@ def plot_summary(
         name.
     title
         Text above the picture, such as the cell type explained.
-    seed
-        Of the 2,000 cells that are drawn when there are more.
 
     Returns
     -------
@@ -72,10 +70,9 @@ def plot_summary(
     shown = np.argsort(-importance, kind="stable")[:n_genes]
     cells = np.arange(len(contributions))
     if len(cells) > MAX_CELLS:
-        cells = np.sort(np.random.default_rng(seed).choice(cells, MAX_CELLS, replace=False))
-    figure = require("matplotlib.figure", "explain").Figure(
-        figsize=(6.4, 1.4 + 0.3 * len(shown)), layout="constrained"
-    )
+        cells = np.sort(np.random.default_rng(0).choice(cells, MAX_CELLS, replace=False))
+    size = (6.4, 1.4 + 0.3 * len(shown))
+    figure = require("matplotlib.figure", "explain").Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
     points = None
@@ -125,11 +122,8 @@ def _scaled(values: np.ndarray) -> np.ndarray:
 def _swarm(values: np.ndarray, n_bins: int = 100, width: float = 0.4) -> np.ndarray:
     """Offsets that stack points of nearly equal value symmetrically, [points], within `width` of 0."""
     span = np.ptp(values)
-    bins = (
-        np.zeros(len(values), dtype=int)
-        if span == 0
-        else ((values - values.min()) / span * n_bins).astype(int)
-    )
+    # all in one bin where they are equal
+    bins = ((values - values.min()) / (span or 1) * n_bins).astype(int)
     order = np.argsort(bins, kind="stable")
     starts = np.r_[0, np.flatnonzero(np.diff(bins[order])) + 1]
     sizes = np.diff(np.r_[starts, len(values)])
@@ -175,9 +169,8 @@ def plot_top_genes(
     spread = values.std(axis=1, keepdims=True)
     values = (values - values.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
     limit = max(float(np.abs(values).max(initial=0.0)), 1e-9)
-    figure = require("matplotlib.figure", "explain").Figure(
-        figsize=(2.6 + 0.36 * scores.shape[1], 1.8 + 0.2 * len(genes)), layout="constrained"
-    )
+    size = (2.6 + 0.36 * scores.shape[1], 1.8 + 0.2 * len(genes))
+    figure = require("matplotlib.figure", "explain").Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     axes.set_xticks(

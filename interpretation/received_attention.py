@@ -111,8 +111,8 @@ def _softmax_received(attention, hidden_states, attention_mask):
     return received
 
 
-def _lsh_received(attention, hidden_states, attention_mask):
-    return attention.received(hidden_states, attention_mask)
-
-
-RECEIVED = {"favor": _favor_received, "softmax": _softmax_received, "lsh": _lsh_received}
+RECEIVED = {
+    "favor": _favor_received,
+    "softmax": _softmax_received,
+    "lsh": lambda attention, hidden_states, mask: attention.received(hidden_states, mask),
+}

@@ -193,7 +193,7 @@ def _retried(action: Callable[[], T], repo_id: str) -> T:
         except LocalTokenNotFoundError as error:
             raise InputError(_NO_RIGHTS.format(name=repo_id, seen="no token was found")) from error
         except CONNECTION_FAULTS as error:
-            status = _status(error)
+            status = getattr(getattr(error, "response", None), "status_code", None)
             if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
                 raise InputError(_NO_RIGHTS.format(name=repo_id, seen=_short(error).rstrip("."))) from None
             if status is not None and status < 500 and status not in (408, 429):
@@ -214,10 +214,6 @@ _NO_RIGHTS = (
     "The Hub does not let you write to {name} ({seen}). Log in with `hf auth login`, or set HF_TOKEN, with a token "
     "that may write there."
 )
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _short(error: BaseException) -> str:

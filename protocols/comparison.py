@@ -146,7 +146,7 @@ def score_tables(summary: Sequence[dict[str, Any]], title: str) -> list[TextTabl
 def _one_setting(summary: Sequence[dict[str, Any]], title: str) -> TextTable:
     rows = [
         [
-            _name(entry),
+            ("⚠ " if entry["beats"] else "") + entry["model"],
             *(_value(entry, score) for score in SCORES),
             _number(entry.get("ece", np.nan)),
             "" if np.isnan(entry["p_value"]) else f"{entry['p_value']:.2g}",
@@ -155,7 +155,8 @@ def _one_setting(summary: Sequence[dict[str, Any]], title: str) -> TextTable:
         for entry in summary
     ]
     columns = ["model", *SCORES.values(), "ECE", "p (Wilcoxon)", "s/fold"]
-    return TextTable(f"{title} ({_folds(summary)})", columns, rows, _marked(summary))
+    marked = frozenset(number for number, entry in enumerate(summary) if entry["beats"])
+    return TextTable(f"{title} ({_folds(summary)})", columns, rows, marked)
 
 
 def _over_settings(summary, settings: list[str], score: str, title: str) -> TextTable:
@@ -182,14 +183,6 @@ def _novelty(summary: Sequence[dict[str, Any]], title: str) -> TextTable:
 def _folds(summary: Sequence[dict[str, Any]]) -> str:
     folds = max(entry["folds"] for entry in summary)
     return f"mean ± sd of {folds} folds" if folds > 1 else "one fold"
-
-
-def _marked(summary: Sequence[dict[str, Any]]) -> frozenset[int]:
-    return frozenset(number for number, entry in enumerate(summary) if entry["beats"])
-
-
-def _name(entry: dict[str, Any]) -> str:
-    return ("⚠ " if entry["beats"] else "") + entry["model"]
 
 
 def _value(entry: dict[str, Any], score: str) -> str:

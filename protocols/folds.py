@@ -1,7 +1,7 @@
 """The protocols: which cells are learnt from and which are tested, in every fold of every setting."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import anndata
@@ -216,7 +216,7 @@ PROTOCOLS: dict[str, Callable[[anndata.AnnData, ProtocolOptions], list[Fold]]] =
     "marker-deletion": marker_deletion,
     "modalities": modalities,
     # the models vary here, not the cells
-    "hyperparameters": lambda cells, options: zero_shot(cells, options),
+    "hyperparameters": zero_shot,
 }
 
 
@@ -242,16 +242,7 @@ def read_folds(folder: str | Path, cells: anndata.AnnData, folds: Sequence[Fold]
         raise InputError(
             f"{folder} has none of the files {', '.join(list(paths)[:3])}, ... of this protocol."
         )
-    return [
-        Fold(
-            fold.name,
-            read_split(str(paths[fold.file]), cells.obs_names),
-            fold.setting,
-            fold.novel,
-            fold.deleted,
-        )
-        for fold in kept
-    ]
+    return [replace(fold, split=read_split(str(paths[fold.file]), cells.obs_names)) for fold in kept]
 
 
 def groups_of(cells: anndata.AnnData, group_key: str | None) -> np.ndarray:

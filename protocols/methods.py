@@ -53,8 +53,6 @@ class Outputs:
         Of scBERT only, for calibration and novelty.
     threshold
         Of "unassigned", as it stands in the model.
-    masked_accuracy
-        Of the pretraining, on validation cells, where it was part of the run.
     notes
         What a reader of the score has to know.
     """
@@ -67,7 +65,6 @@ class Outputs:
     train_embeddings: np.ndarray | None = None
     train_labels: np.ndarray | None = None
     threshold: float = 0.5
-    masked_accuracy: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -264,10 +261,10 @@ def all_methods(
         for recipe in recipes:
             name = "scBERT" if len(recipes) == 1 else f"scBERT ({Path(recipe).stem})"
             found.append(scbert(name, {"recipe": recipe, **common}, work / "run"))
+        first = {"recipe": recipes[0], **common}
         for name, more in variants.items():
-            found.append(scbert(name, _merged({"recipe": recipes[0], **common}, more), work / "run"))
+            found.append(scbert(name, _merged(first, more), work / "run"))
         if base:
-            first = {"recipe": recipes[0], **common}
             # frozen random weights would be no fair baseline: all of them are trained
             untrained = {**first, "base": str(ablated["no pretraining"]), "train_all": True}
             found.append(scbert("scBERT, no pretraining", untrained, work / "run", True))

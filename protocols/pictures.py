@@ -12,8 +12,8 @@ from ..extras import require
 from .methods import Outputs
 
 
-def plot_scores(rows: Sequence[dict[str, Any]], path: Path, title: str, score: str = "macro_f1") -> Any:
-    """Every method's score in the rows of `fold_scores`: a bar with its folds as points, or a line over settings."""
+def plot_scores(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Any:
+    """Every method's macro-F1 in the rows of `fold_scores`: a bar with its folds as points, or a line over settings."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     size = (6.4, 3.8) if len(settings) > 1 else (6.4, 1.2 + 0.32 * len(models))
@@ -27,25 +27,25 @@ def plot_scores(rows: Sequence[dict[str, Any]], path: Path, title: str, score: s
         )
         if len(settings) > 1:
             means = [
-                np.mean([row[score] for row in mine if row["setting"] == s] or [np.nan]) for s in settings
+                np.mean([row["macro_f1"] for row in mine if row["setting"] == s] or [np.nan])
+                for s in settings
             ]
             line = "-" if not mine[0]["baseline"] else "--"
             axes.plot(range(len(settings)), means, line, marker="osD^vP"[number % 6], label=model, **style)
         else:
-            values = [row[score] for row in mine]
+            values = [row["macro_f1"] for row in mine]
             axes.barh(number, np.mean(values), alpha=0.45, height=0.7, **style)
             axes.scatter(values, np.full(len(values), number), s=14, zorder=3, **style)
-    name = score.replace("_", "-").replace("f1", "F1")
     if len(settings) > 1:
         axes.set_xticks(range(len(settings)), settings, rotation=20, ha="right", fontsize=8)
-        axes.set_ylabel(name)
+        axes.set_ylabel("macro-F1")
         axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     else:
         axes.set_yticks(range(len(models)), models, fontsize=8)
         axes.invert_yaxis()
-        lowest = min(row[score] for row in rows)
+        lowest = min(row["macro_f1"] for row in rows)
         axes.set_xlim(max(0.0, np.floor(lowest * 10) / 10 - 0.1), 1)
-        axes.set_xlabel(name)
+        axes.set_xlabel("macro-F1")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

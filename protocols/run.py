@@ -241,12 +241,8 @@ def run_all(methods: list[Method], cells: anndata.AnnData, folds: list[Fold], se
                 runs.main.append((fold, outputs, true))
             place = f"{number + 1}/{len(folds)} {fold.setting} {fold.name}".replace("  ", " ")
             logger.info(
-                "%s, %s: accuracy %.3f, macro-F1 %.3f (%.0f s)",
-                place,
-                method.name,
-                row["accuracy"],
-                row["macro_f1"],
-                row["seconds"],
+                f"{place}, {method.name}: accuracy {row['accuracy']:.3f}, macro-F1 {row['macro_f1']:.3f} "
+                f"({row['seconds']:.0f} s)"
             )
     return runs
 

@@ -55,11 +55,6 @@ class RedrawFeaturesCallback(TrainerCallback):
 
     The draw is decided by seed and step, so that every process has the same features and a resumed run the
     features of an uninterrupted one. Evaluation uses those of the last step.
-
-    Parameters
-    ----------
-    seed
-        With the number of the draw, decides the features.
     """
 
     def __init__(self, seed: int = 0):
@@ -137,17 +132,12 @@ class ProgressBar(TrainerCallback):
     """
     One bar over all steps on stderr, where that is a terminal, with the time that is left and the last scores.
 
-    Parameters
-    ----------
-    describe
-        Makes a text of the metrics of an evaluation.
-    console
-        Where to draw.
+    `describe` makes a text of the metrics of an evaluation.
     """
 
-    def __init__(self, describe: Callable[[dict[str, float]], str], console: Console | None = None):
+    def __init__(self, describe: Callable[[dict[str, float]], str]):
         self.describe = describe
-        console = console or Console(stderr=True)
+        console = Console(stderr=True)
         columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
         self.progress = Progress(
             *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal

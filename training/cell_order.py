@@ -59,8 +59,6 @@ class OversamplingSampler(EpochSampler):
     ----------
     targets
         Class of every training cell, [cells].
-    seed
-        With the epoch, decides the draw.
     """
 
     def __init__(self, targets: np.ndarray, seed: int = 0):
@@ -84,8 +82,6 @@ class LengthGroupedSampler(EpochSampler):
         Expressed genes of every cell, [cells].
     batch_size
         Cells of one step's batch over all processes.
-    seed
-        With the epoch, decides the order.
 
     Examples
     --------

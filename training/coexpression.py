@@ -139,20 +139,15 @@ def _usable_genes(expression, min_cells: int):
     mean = np.asarray(expression.sum(axis=0, dtype=np.float64)).ravel() / cells
     square = np.asarray(expression.multiply(expression).sum(axis=0, dtype=np.float64)).ravel() / cells
     deviation = np.sqrt(np.clip(square - mean**2, 0.0, None))
-    seen = np.diff(expression.indptr) - _explicit_zeros(expression)
+    seen = np.asarray((expression != 0).sum(axis=0)).ravel()
     kept = np.flatnonzero((seen >= min_cells) & (deviation > 1e-6))
     return kept, mean.astype(np.float32), deviation.astype(np.float32)
-
-
-def _explicit_zeros(columns) -> np.ndarray:
-    stored_zero = np.concatenate([[0], np.cumsum(columns.data == 0)])
-    return stored_zero[columns.indptr[1:]] - stored_zero[columns.indptr[:-1]]
 
 
 def _correlation_block(expression, mean, deviation, start: int, stop: int) -> np.ndarray:
     """Correlations of genes start..stop with genes start..end: [stop - start, genes - start]."""
     block = np.zeros((stop - start, expression.shape[1] - start), dtype=np.float32)
-    product = np.empty_like(block[:, : block.shape[1]])
+    product = np.empty_like(block)
     columns = expression[:, start:] if start else expression
     for first in range(0, expression.shape[0], CELLS_AT_ONCE):
         # at one gene in ten expressed a dense product beats a sparse one; the cells are few at a time
@@ -196,18 +191,15 @@ class _PairSelection:
             )
 
     def _keep_strongest(self) -> None:
-        pairs, values = self._joined()
+        # one empty part, so that there is something to join where no gene is left
+        parts = self.parts or [(np.empty((0, 2), np.int32), np.empty(0, np.float32))]
+        pairs, values = (np.concatenate(arrays) for arrays in zip(*parts))
         if self.top_pairs is not None and len(values) > self.top_pairs:
             # a stable order makes ties, and so the whole training, reproducible
             kept = np.sort(np.argsort(-values, kind="stable")[: self.top_pairs])
             pairs, values = pairs[kept], values[kept]
             self.threshold = max(self.threshold, float(values.min()))
         self.parts, self.held = [(pairs, values)], len(values)
-
-    def _joined(self):
-        if not self.parts:
-            return np.empty((0, 2), np.int32), np.empty(0, np.float32)
-        return np.concatenate([p for p, _ in self.parts]), np.concatenate([v for _, v in self.parts])
 
     def result(self):
         self._keep_strongest()

@@ -92,19 +92,9 @@ class FrozenLayerCache:
         modality_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
         """
-        Hidden states after the frozen layers.
+        Hidden states after the frozen layers, ``[batch, length, hidden]``, and how many layers these are.
 
-        Parameters
-        ----------
-        input_ids, attention_mask, gene_ids, modality_ids
-            As `ScBertModel.forward` takes them.
-
-        Returns
-        -------
-        hidden_states
-            ``[batch, length, hidden]``; zero at padding, which nothing reads.
-        n_layers
-            Layers these states have passed.
+        Inputs are as `ScBertModel.forward` takes them; the states are zero at padding, which nothing reads.
         """
         self._check_weights()
         # ids may be given once for all cells

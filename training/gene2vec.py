@@ -18,6 +18,10 @@ from .coexpression import GenePairs
 
 logger = logging.getLogger(__name__)
 
+# a gene needs to stand in so many pairs
+MIN_PAIRS = 5
+NEGATIVE_SAMPLES = 5
+
 
 @dataclass
 class GeneVectors:
@@ -34,7 +38,6 @@ class GeneVectorReport:
     assigned: int
     initialised: int
     unused: int
-    missing_genes: list[str]
 
     def __str__(self) -> str:
         return (
@@ -68,8 +71,6 @@ def train_gene2vec(
     pairs: GenePairs,
     size: int = 200,
     iterations: int = 10,
-    min_count: int = 5,
-    negative: int = 5,
     seed: int = 0,
     workers: int = 1,
     progress=None,
@@ -84,10 +85,6 @@ def train_gene2vec(
         Length of a vector; the model's hidden size.
     iterations : int
         Passes over the pairs, shuffled anew for each.
-    min_count : int
-        A gene needs to stand in so many pairs.
-    negative : int
-        Negative samples per pair.
     seed : int
         Seed of shuffling, initialisation and sampling.
     workers : int
@@ -104,7 +101,7 @@ def train_gene2vec(
     Raises
     ------
     InputError
-        If no gene stands in `min_count` pairs.
+        If no gene stands in five pairs.
 
     Examples
     --------
@@ -115,29 +112,21 @@ def train_gene2vec(
     from gensim.models import Word2Vec
 
     uses = np.bincount(pairs.pairs.ravel(), minlength=len(pairs.genes))
-    if not np.any(uses >= min_count):
-        raise InputError(_too_few_pairs(pairs, min_count))
+    if not np.any(uses >= MIN_PAIRS):
+        raise InputError(_too_few_pairs(pairs))
     logging.getLogger("gensim").setLevel(logging.WARNING)
-    model = Word2Vec(
-        vector_size=size,
-        window=1,
-        min_count=min_count,
-        sg=1,
-        hs=0,
-        negative=negative,
-        seed=seed,
-        workers=workers,
-    )
+    skip_gram = {"sg": 1, "hs": 0, "window": 1, "min_count": MIN_PAIRS, "negative": NEGATIVE_SAMPLES}
+    model = Word2Vec(vector_size=size, seed=seed, workers=workers, **skip_gram)
     sentences = _ShuffledPairs(pairs, seed, progress)
     model.build_vocab(sentences)
     model.train(sentences, total_examples=model.corpus_count, epochs=iterations)
     return GeneVectors(list(model.wv.index_to_key), np.asarray(model.wv.vectors, dtype=np.float32))
 
 
-def _too_few_pairs(pairs: GenePairs, min_count: int) -> str:
+def _too_few_pairs(pairs: GenePairs) -> str:
     ladder = ", ".join(f"{count:,} at {level}" for level, count in sorted(pairs.pairs_above.items()))
     return (
-        f"{len(pairs.pairs):,} gene pairs are correlated enough and no gene stands in {min_count} of them, "
+        f"{len(pairs.pairs):,} gene pairs are correlated enough and no gene stands in {MIN_PAIRS} of them, "
         "so there is nothing to train on. Single cells correlate less than bulk samples: lower --cutoff or "
         f"keep the strongest pairs with --top-pairs. Pairs there are: {ladder or 'none'}."
     )
@@ -146,13 +135,8 @@ def _too_few_pairs(pairs: GenePairs, min_count: int) -> str:
 def save_gene_vectors(vectors: GeneVectors, path) -> None:
     """Write vectors as word2vec text, or as `.npy` with the genes beside it in `.genes.txt`.
 
-    An existing file is replaced; the new one appears under its name only when complete.
-
-    Parameters
-    ----------
-    vectors : GeneVectors
-    path : str or os.PathLike
-        `.npy` for the binary form, `.gz` for compressed text.
+    Text is compressed where the name ends in `.gz`. An existing file is replaced; the new one appears under its name
+    only when complete.
     """
     path = Path(path)
     if path.suffix == ".npy":
@@ -296,19 +280,17 @@ def assign_gene_vectors(model, panel, vectors: GeneVectors, seed: int = 0) -> Ge
         )
     row_of = {gene: row for row, gene in enumerate(vectors.genes)}
     rows = np.array([row_of.get(gene, -1) for gene in genes])
-    if not np.any(rows >= 0):
+    assigned, missing = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
+    if not len(assigned):
         raise InputError(
             f"No gene of the panel (first: {', '.join(genes[:3])}) has a vector (first: "
             f"{', '.join(vectors.genes[:3])}); both need to name genes alike."
         )
     values = np.zeros(table.shape, dtype=np.float32)
-    values[:-1][rows >= 0] = vectors.matrix[rows[rows >= 0]]
-    missing = np.flatnonzero(rows < 0)
-    deviation = float(vectors.matrix[rows[rows >= 0]].std())
+    values[assigned] = vectors.matrix[rows[assigned]]
+    deviation = float(values[assigned].std())
     values[missing] = np.random.default_rng(seed).normal(0.0, deviation, (len(missing), values.shape[1]))
     with torch.no_grad():
         table.copy_(torch.from_numpy(values))
-    used = len(np.unique(rows[rows >= 0]))
-    return GeneVectorReport(
-        int(np.sum(rows >= 0)), len(missing), len(vectors.genes) - used, [genes[i] for i in missing]
-    )
+    unused = len(vectors.genes) - len(np.unique(rows[assigned]))
+    return GeneVectorReport(len(assigned), len(missing), unused)

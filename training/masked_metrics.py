@@ -124,19 +124,7 @@ def commonest_in_sight(input_ids: torch.Tensor, mask_token_id: int) -> torch.Ten
     The bin that most of a cell's expressed genes in sight have; 1 where none is.
 
     A second baseline: in shallow cells most genes have one count, which the size factor sends to one bin of the
-    cell, so that knowing the cell's depth alone predicts much.
-
-    Parameters
-    ----------
-    input_ids
-        [batch, length], after masking.
-    mask_token_id
-        Tells what is hidden.
-
-    Returns
-    -------
-    torch.Tensor
-        [batch] int64.
+    cell, so that knowing the cell's depth alone predicts much. Of ids [batch, length] after masking, int64 [batch].
 
     Examples
     --------

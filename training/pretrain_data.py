@@ -166,7 +166,7 @@ def _open_files(data: PretrainDataArguments, tokenizer: ScBertTokenizer | dict[s
         genes = {} if data.genes else _expressed_genes(files, data.layer)
         genome_build = common_build(files) if any(genes.values()) else None
         tokenizer = _tokenizer_of(tokenizer, data, genes, genome_build)
-    parts, report = [], {"files": {}, "left_out": {}}
+    parts, sizes, report = [], [], {"files": {}, "left_out": {}}
     for path in files:
         try:
             part = _open_file(path, data, tokenizer, overlap)
@@ -177,13 +177,12 @@ def _open_files(data: PretrainDataArguments, tokenizer: ScBertTokenizer | dict[s
             report["left_out"][path.name] = str(problem)
             continue
         parts.append(part)
-        report["files"][path.name] = {"cells": part.n_cells if data.streaming else part.shape[0]}
+        sizes.append(part.n_cells if data.streaming else part.shape[0])
+        report["files"][path.name] = {"cells": sizes[-1]}
     if not parts:
         raise InputError(f"No file of {data.corpus} can be used; all were left out, as named above.")
     cells = BinnedCells(parts, tokenizer) if data.streaming else sp.vstack(parts, format="csr")
-    sizes = [part.n_cells if data.streaming else part.shape[0] for part in parts]
-    files = np.repeat(np.arange(len(parts)), sizes)
-    return cells, tokenizer, report, files
+    return cells, tokenizer, report, np.repeat(np.arange(len(parts)), sizes)
 
 
 def _open_file(path: Path, data: PretrainDataArguments, tokenizer: ScBertTokenizer, overlap: float):

@@ -45,8 +45,8 @@ class MaskedExpressionTrainer(CellTrainer):
     def __init__(
         self,
         baseline: PerGeneModeBaseline,
-        streaming: bool = False,
-        mean_cell: np.ndarray | None = None,
+        streaming: bool,
+        mean_cell: np.ndarray | None,
         **options: Any,
     ):
         args, n_cells = options["args"], len(options["train_dataset"])
@@ -169,20 +169,7 @@ def build_pretrainer(
     data_arguments: PretrainDataArguments,
     arguments: PretrainTrainingArguments,
 ) -> MaskedExpressionTrainer:
-    """
-    Put model, cells and settings together.
-
-    Parameters
-    ----------
-    model
-        `ScBertForMaskedExpression`.
-    data
-        Splits, tokenizer and counts.
-    data_arguments
-        Probabilities of the masks.
-    arguments
-        Settings.
-    """
+    """Put model, cells and settings together."""
     whole = model.config.cell_loss_weight > 0
     return MaskedExpressionTrainer(
         PerGeneModeBaseline(data.bin_counts),

@@ -58,17 +58,11 @@ def gene2vec(
         Word2vec text, `SYMBOL<TAB>numbers`, or `.npy` with `genes` as its list of symbols.
     genes : path, optional
         Gene panel to keep to (or the gene list of an imported `.npy`).
-    size : int
-        Length of the vectors.
-    cutoff : float, optional
-        Least correlation of a pair; 0.9 when `top_pairs` is not given either.
-    top_pairs : int, optional
-        At most so many pairs from each file, the most correlated.
-    min_cells : int
-        Cells of a file that have to express a gene for it to take part.
+    cutoff, top_pairs, min_cells
+        Of each file, as in `coexpressed_pairs`; the cutoff is 0.9 where neither it nor `top_pairs` is given.
     max_cells : int
         Larger files are sampled down to so many cells.
-    iterations, seed, workers
+    size, iterations, seed, workers
         As in `train_gene2vec`.
     layer, input
         Where the values are and what they are, as for every verb.
@@ -90,7 +84,9 @@ def gene2vec(
         raise InputError("Give either a corpus to train on or --import FILE with vectors to bring in.")
     check_output_path(output, overwrite, inputs=(corpus, import_file))
     if import_file is not None:
-        return _import_vectors(import_file, output, genes)
+        vectors = load_gene_vectors(import_file, genes)
+        save_gene_vectors(vectors, output)
+        return _summary(output, vectors)
     if cutoff is None and top_pairs is None:
         cutoff = 0.9
     panel = None if genes is None else set(read_gene_names(genes))
@@ -104,7 +100,9 @@ def gene2vec(
             pairs, size=size, iterations=iterations, seed=seed, workers=workers, progress=bar.update
         )
     save_gene_vectors(vectors, output)
-    return _summary(output, pairs, vectors, files=len(parts), skipped=skipped)
+    ladder = {str(level): count for level, count in sorted(pairs.pairs_above.items())}
+    found = {"pairs": len(pairs.pairs), "pairs_above": ladder}
+    return {**_summary(output, vectors), "files": len(parts), "skipped": skipped, **found}
 
 
 def _pairs_of_files(files: list[Path], source: dict, limits: dict) -> tuple[list[GenePairs], list[str]]:
@@ -127,18 +125,7 @@ def _pairs_of_files(files: list[Path], source: dict, limits: dict) -> tuple[list
 
 
 def corpus_files(corpus) -> list[Path]:
-    """The files of cells of a corpus: itself, or those in the folder, by name.
-
-    Parameters
-    ----------
-    corpus : path
-        A file (or 10x matrix folder), or a folder of `.h5ad`, `.h5` or `.zarr`.
-
-    Raises
-    ------
-    InputError
-        If the folder holds none.
-    """
+    """The files of cells of a corpus: itself, or those in the folder, by name; an `InputError` if it holds none."""
     corpus = Path(corpus)
     if corpus.is_file() or corpus.suffix == ".zarr" or is_10x_folder(corpus):
         return [corpus]
@@ -148,23 +135,11 @@ def corpus_files(corpus) -> list[Path]:
     return found
 
 
-def read_log_expression(path, panel=None, layer=None, input="auto", max_cells=20_000, seed=0):
-    """Log-normalised expression of one file, [cells, genes] CSR, and its gene names.
+def read_log_expression(path, panel, layer, input, max_cells, seed):
+    """Log-normalised expression of one file (or `CorpusPart`), [cells, genes] CSR, and its gene names.
 
-    Parameters
-    ----------
-    path : path, or CorpusPart
-    panel : set of str, optional
-        Keep these genes only; the size factor is taken after that, as in the model's own input.
-    layer, input
-        Where the values are and what they are.
-    max_cells : int
-        A larger file is sampled, with `seed`.
-
-    Raises
-    ------
-    InputError
-        If the values are neither counts nor log1p, or fewer than two genes of the panel are there.
+    Other genes than the panel's are left out, and the size factor is taken after that, as in the model's own input. A
+    file of more than `max_cells` is sampled.
     """
     if isinstance(path, CorpusPart):
         if layer or input != "auto":
@@ -191,20 +166,5 @@ def _sample_file(path, layer, input, max_cells, seed):
     return values, gene_names_of(source.var, source.var_names), kind
 
 
-def _import_vectors(source, output: Path, genes) -> dict:
-    vectors = load_gene_vectors(source, genes)
-    save_gene_vectors(vectors, output)
-    return _summary(output, None, vectors)
-
-
-def _summary(output: Path, pairs: GenePairs | None, vectors, **more) -> dict:
-    summary = {
-        "output": str(output),
-        "genes": len(vectors.genes),
-        "size": int(vectors.matrix.shape[1]),
-        **more,
-    }
-    if pairs is not None:
-        summary["pairs"] = len(pairs.pairs)
-        summary["pairs_above"] = {str(level): count for level, count in sorted(pairs.pairs_above.items())}
-    return summary
+def _summary(output: Path, vectors) -> dict:
+    return {"output": str(output), "genes": len(vectors.genes), "size": int(vectors.matrix.shape[1])}

@@ -54,18 +54,9 @@ def cosine_restart_rate(
 
 def cosine_restarts(optimizer: Optimizer, max_rate: float, steps_per_unit: int, **shape: float) -> LambdaLR:
     """
-    `cosine_restart_rate` as a scheduler that is stepped with the optimizer.
+    `cosine_restart_rate` as a scheduler that is stepped with the optimizer, whose groups keep their ratios.
 
-    Parameters
-    ----------
-    optimizer
-        Whose learning rates are set; groups keep their ratios.
-    max_rate
-        The first cycle's highest rate.
-    steps_per_unit
-        Optimizer steps per unit of time: those of an epoch, as in the original.
-    **shape
-        Further arguments of `cosine_restart_rate`.
+    A unit of time is `steps_per_unit` steps: those of an epoch, as in the original.
     """
 
     def factor(step: int) -> float:
