@@ -1,21 +1,23 @@
 """
 How the default recipe does on many studies, beside plain classifiers on the same cells and folds.
 
-    python scripts/evidence.py CELLS --work build/evidence --half choose    # hours: it goes on where it stopped
+    python scripts/evidence.py CELLS --work build/evidence --half choose --cell-axes build/mini_choose
     python scripts/evidence.py CELLS --work build/evidence --half report --cell-axes build/mini/pretrained
     python scripts/evidence.py CELLS --work build/evidence --table docs/results/evidence.md   # of what is there
 
-CELLS is the folder of the labelled .h5ad files. The studies are in two halves, named before anything was measured on
-them: all settings of the recipe were chosen on the first (CHOOSE). The second (REPORT) was read four times, after
-changes that the first had chosen (docs/results.md says which). Protocols: 5-fold cross-validation (of at most 4,000
-cells); leaving out a batch, donor or condition at a time; few-shot with 1, 2, 5 and 10 cells a type (5 draws); from one
-cohort to another, and to studies of other chemistries whose cells marker genes name (blood_cells.py); and types left
-out in turn. Every method is given the counts of the same training cells and asked for the types of the same test cells
-whose type it was shown.
+CELLS is the folder of the labelled .h5ad files. It takes hours, and goes on where it stopped. The studies are in two
+halves, named before anything was measured on them: all settings of the recipe were chosen on the first (CHOOSE). The
+second (REPORT) was read five times, after changes that the first had chosen (docs/results.md says which). Protocols:
+5-fold cross-validation (of at most 4,000 cells); leaving out a batch, donor or condition at a time; few-shot with 1,
+2, 5 and 10 cells a type (5 draws); from one cohort to another, and to studies of other chemistries whose cells marker
+genes name (blood_cells.py); and types left out in turn. Every method is given the counts of the same training cells
+and asked for the types of the same test cells whose type it was shown.
 
-With few cells a type the default recipe goes along axes that scbert-mini learnt from cells without labels. No cell of
-the first half stands in its corpus; cells of the second do, so that half needs another, made without them (make_mini.py
---leave-out, for the files in `IN_CORPUS`).
+The default recipe knows two things from elsewhere, and both must come from other cells here. Axes of cells, with few
+cells a type: no cell of the first half stands in scbert-mini's corpus; cells of the second do, so that half needs
+another model, made without them (make_mini.py --leave-out, for the files in `IN_CORPUS`). And what studies differ in:
+for each half a table without its studies and without those that are taught from (study_effects.py --model --leave-
+out, for the studies in `NOT_IN_EFFECTS`; for the first half into a copy of scbert-mini's folder).
 """
 
 import argparse

@@ -153,6 +153,26 @@ IN_CORPUS = (
     "embryo_yan_counts",
     "pbmc_10x_v2_v3_5p",
 )
+# studies that must not be in the table of what studies differ in (study_effects.py --leave-out): those of the half,
+# and both cohorts that are taught from
+NOT_IN_EFFECTS = {
+    "choose": (
+        *COHORTS,
+        *MARKED["choose"],
+        "skin_ctcl_gse128531",
+        "malt_lymphoma_streak",
+        "breast_tumor_copykat",
+        "scmixology_celseq_dropseq",
+        "fetal_cortex_camp",
+    ),
+    "report": (
+        *COHORTS,
+        *MARKED["report"],
+        "pbmc_10x_v2_v3_5p",
+        "breast_tnbc_wu_cid4465",
+        "oligodendroglioma_smartseq2",
+    ),
+}
 
 
 def read_study(folder: Path, file: str, label_key: str, group) -> Study:
