@@ -33,17 +33,6 @@ NAMES = {"cell": pa.string(), "file": pa.string()}
 ARROW_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "string": pa.string()}
 
 
-@dataclass(frozen=True)
-class QualityRules:
-    """Which cells and genes of a file are taken; see `choose_cells`."""
-
-    min_genes: int = 200
-    min_cells: int = 1
-    max_mito_fraction: float | None = None
-    doublet_key: str | None = None
-    max_doublet_score: float = 0.5
-
-
 @dataclass
 class Scan:
     """What the scan of a file found.
@@ -98,14 +87,7 @@ def _scan(adata, source, input, rules):
         hashes.append(hash_cells(chunk, gene_hashes))
 
     quality = measure_cells(adata, source.layer, on_chunk=look)
-    keep, report = choose_cells(
-        adata,
-        rules.min_genes,
-        rules.max_mito_fraction,
-        rules.doublet_key,
-        rules.max_doublet_score,
-        quality=quality,
-    )
+    keep, report = choose_cells(adata.obs, quality, rules)
     taken = quality.cells_per_gene >= max(1, rules.min_cells)
     modalities = feature_modalities(adata.var) if len(names) == adata.n_vars else None
     modalities = np.zeros(len(names), dtype=int) if modalities is None else modalities
