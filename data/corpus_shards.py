@@ -35,31 +35,19 @@ ARROW_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "st
 
 @dataclass
 class Scan:
-    """What the scan of a file found.
+    """What the scan of a file found."""
 
-    Attributes
-    ----------
-    facts : dict
-        ``genes`` (names to be taken), ``modalities``, ``genome_build``, ``obs`` (column -> kind), ``kind`` (counts
-        or log1p), ``covers_all_genes`` (or log1p of a part of them), ``cells`` and the report of the rules.
-    keep : numpy.ndarray of bool [cells]
-    hashes : numpy.ndarray of uint64 [cells]
-        Equal where genes and values of two cells are.
-    """
-
+    # genes (names to be taken), modalities, genome_build, obs (column -> kind), kind (counts or log1p),
+    # covers_all_genes (or log1p of a part of them), cells, and rules: the report of `choose_cells`
     facts: dict
+    # bool [cells]
     keep: np.ndarray
+    # uint64 [cells], equal where genes and values of two cells are
     hashes: np.ndarray
 
 
 def scan_file(source, input, rules, record):
-    """The `Scan` of a `Source`, in bounded memory; kept in `record`, an .npz file, and read from there the next time.
-
-    Raises
-    ------
-    InputError
-        If the file is damaged, or holds no expression.
-    """
+    """The `Scan` of a `Source`, in bounded memory; kept in `record`, an .npz file, and read from there next time."""
     if record.exists():
         with np.load(record) as stored:
             return Scan(json.loads(str(stored["facts"])), stored["keep"], stored["hashes"])
