@@ -11,26 +11,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tiles:
-    """
-    How a kernel is cut.
+    """How a kernel is cut."""
 
-    Attributes
-    ----------
-    features
-        Tiles of features, powers of two.
-    positions
-        Of a block.
-    warps, stages
-        Of a program, and of its pipelines.
-    resident
-        Whether the tiles stand side by side, all of them; else they are fetched one after another, all of the size of
-        the first. Sums over positions always hold theirs.
-    """
-
+    # powers of two
     features: tuple[int, ...]
+    # of a block
     positions: int
+    # of a program, and of its pipelines
     warps: int
     stages: int
+    # whether the tiles stand side by side, all of them; else they are fetched one after another, all of the size of the
+    # first; sums over positions always hold theirs
     resident: bool = False
 
 
@@ -52,18 +43,9 @@ HOPPER = GENERAL | {
 
 def choose_tiles(capability: tuple[int, int], half: bool, width: int, features: int) -> tuple[Tiles, Tiles]:
     """
-    Tiles for `sum_kernel`, and for `apply_kernel` and `gradient_kernel`.
+    Tiles for `sum_kernel`, and for `apply_kernel` and `gradient_kernel`, on a GPU of a capability.
 
-    Parameters
-    ----------
-    capability
-        Of the GPU.
-    half
-        Whether products are of bfloat16, not of float32.
-    width
-        Larger one of the sizes of a head's keys and values.
-    features
-        Random features.
+    Products are of bfloat16 (``half``) or of float32; the width is the larger one of a head's keys and values.
 
     Examples
     --------
