@@ -26,24 +26,13 @@ MAX_BATCH = 256
 
 @dataclass
 class LoadedModel:
-    """
-    A model ready to be run, with its tokenizer.
-
-    Attributes
-    ----------
-    model
-        Any scBERT model.
-    tokenizer
-        Its gene panel has one gene less than the model has positions.
-    name
-        Where it came from.
-    dtype
-        Precision of the matrix products: float32, or a half precision under autocast.
-    """
+    """A model ready to be run, with its tokenizer, whose panel has one gene less than the model has positions."""
 
     model: PreTrainedModel
     tokenizer: ScBertTokenizer
+    # where it came from
     name: str = "in memory"
+    # precision of the matrix products: float32, or a half precision under autocast
     dtype: torch.dtype = torch.float32
 
     @property
@@ -82,14 +71,7 @@ class LoadedModel:
         return 0.5 if chosen is None else float(chosen)
 
     def quantiles(self, coverage: float) -> list[float]:
-        """
-        Largest score of each label within a prediction set of a coverage, [labels].
-
-        Raises
-        ------
-        InputError
-            If the model has none of this coverage.
-        """
+        """Largest score of each label within a prediction set of a coverage, [labels]."""
         known = {
             float(name): values for name, values in (self.model.config.conformal_quantiles or {}).items()
         }
@@ -157,10 +139,7 @@ def predict_cells(
     """
     Outputs of all cells in their order; arguments as in `predict`.
 
-    Parameters
-    ----------
-    on_batch
-        Called with the number of cells of every batch that is done.
+    `on_batch` is called with the number of cells of every batch that is done.
 
     Examples
     --------
