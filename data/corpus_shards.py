@@ -109,12 +109,8 @@ def hash_cells(chunk, gene_hashes):
     """
     values = chunk.data.astype(np.float32).view(np.uint32).astype(np.uint64)
     values *= np.uint64(0x9E3779B97F4A7C15)
-    values ^= gene_hashes[chunk.indices]
-    # the finalizer of splitmix64: neighbouring inputs come out unrelated, so that sums seldom collide
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        values ^= values >> np.uint64(shift)
-        values *= np.uint64(factor)
-    values ^= values >> np.uint64(31)
+    # pandas has the finalizer of splitmix64: neighbouring inputs come out unrelated, so that sums seldom collide
+    values = pd.util.hash_array(values ^ gene_hashes[chunk.indices])
     sums = np.zeros(chunk.shape[0], dtype=np.uint64)
     rows = np.flatnonzero(np.diff(chunk.indptr))
     if len(rows):

@@ -6,7 +6,8 @@ test_favor_compiled.py keeps them within bounds), not from timings. Hopper keeps
 at hand for all the positions a program goes over; elsewhere, and where they do not fit, tiles of them are fetched anew.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,14 @@ def _fitted(tiles: Tiles, rows: int) -> Tiles:
     """The same with no more tiles than so many rows need."""
     if rows >= sum(tiles.features):
         return tiles
-    left, features = -(-rows // 16) * 16, []
+    return replace(tiles, features=powers_of_two(rows, tiles.features[0]))
+
+
+@functools.cache
+def powers_of_two(n: int, largest: int) -> tuple[int, ...]:
+    """Powers of two of at least 16 that hold n rows or columns."""
+    found, left = [], -(-n // 16) * 16
     while left:
-        size = min(tiles.features[0], 1 << (left.bit_length() - 1))
-        features.append(size)
-        left -= size
-    return Tiles(tuple(features), tiles.positions, tiles.warps, tiles.stages, tiles.resident)
+        found.append(min(largest, 1 << (left.bit_length() - 1)))
+        left -= found[-1]
+    return tuple(found)

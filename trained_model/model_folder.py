@@ -78,7 +78,7 @@ def find_model(model: str | Path) -> Path:
 
 def check_model_folder(folder: str | Path) -> dict[str, Any]:
     """
-    The content of a model folder's config.json; one that holds no complete scBERT model, by its files alone, is refused.
+    The content of a model folder's config.json; one without a complete scBERT model, by its files alone, is refused.
 
     The `InputError` says what is missing, damaged, or of which other type it is.
     """

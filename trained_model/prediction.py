@@ -274,24 +274,20 @@ def _forward(loaded: LoadedModel, encoded: dict[str, np.ndarray], outputs: Colle
 @contextlib.contextmanager
 def _watched(network: torch.nn.Module, outputs: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
     """What passes by within the model's forward: what the encoder returns, what the output layer reads."""
-    found, hooks = {}, []
-    if "embeddings" in outputs:
-        hooks.append(
-            network.base_model.register_forward_hook(
-                lambda module, args, output: found.update(embeddings=output)
-            )
-        )
-    if "pooled" in outputs:
-        hooks.append(
-            network.classifier.out_proj.register_forward_pre_hook(
-                lambda module, args: found.update(pooled=args[0])
-            )
-        )
-    try:
+    found = {}
+
+    def keep_encoded(module, args, output):
+        found["embeddings"] = output
+
+    def keep_pooled(module, args):
+        found["pooled"] = args[0]
+
+    with contextlib.ExitStack() as hooks:
+        if "embeddings" in outputs:
+            hooks.enter_context(network.base_model.register_forward_hook(keep_encoded))
+        if "pooled" in outputs:
+            hooks.enter_context(network.classifier.out_proj.register_forward_pre_hook(keep_pooled))
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
