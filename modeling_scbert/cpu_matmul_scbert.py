@@ -33,7 +33,7 @@ class MatmulReport:
 
     # float32 products now go to oneDNN
     enabled: bool
-    # largest relative one of its products against float64; None where the switch does not exist
+    # largest relative error of its products against float64; None where the switch does not exist
     error: float | None = None
     # time of the products before, over the time with oneDNN
     speedup: float | None = None

@@ -32,6 +32,7 @@ def align_weights(model: nn.Module):
     path: the logits of a reloaded model differed in the last bit from those of the model that was saved.
     """
     for tensor in (*model.parameters(), *model.buffers()):
+        # a line is 64 bytes
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
 

@@ -17,7 +17,7 @@ def rows_at(positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def labelled_positions(labels: torch.Tensor) -> torch.Tensor | None:
     """
-    Positions ``[batch, n]`` of the labelled tokens of a batch, in order; None if no token has a label, but -100.
+    Positions ``[batch, n]`` of the labelled tokens of a batch (not -100), in order; None if there are none.
 
     ``n`` is the largest number of labelled tokens of a sequence; shorter rows go on with tokens that have no label.
 

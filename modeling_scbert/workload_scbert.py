@@ -32,9 +32,9 @@ def flops_per_token(config) -> float:
 
 def expect_work(config, tokens: float, training: bool = False) -> None:
     """
-    Say how much a model is going to compute in this process: of all cells still to come, the tokens, over all epochs.
+    Say how much a model is going to compute in this process: the tokens of all cells still to come, over all epochs.
 
-    To train on them is three times the work.
+    Training on them is three times the work.
 
     Examples
     --------

@@ -138,7 +138,7 @@ class GeneAlignment:
         return np.setdiff1d(np.arange(self.panel_size), self.target)
 
     def apply(self, csr):
-        """CSR [cells, genes of the file] as [cells, panel], in its order; duplicates summed, absent genes zero."""
+        """CSR [cells, genes of the file] to CSR [cells, panel]; duplicates summed, absent genes zero."""
         if csr.shape[1] != len(self.target):
             raise InputError(f"Got {csr.shape[1]} columns of expression for {len(self.target)} gene names.")
         if self._identity:
@@ -182,9 +182,9 @@ class GeneAlignment:
         ]
 
     def check(self, minimum=MINIMUM_OVERLAP, force=False):
-        """Refuse a low overlap between the file's genes and the panel: a smaller share of it than `minimum` found.
+        """Refuse a low overlap of the file's genes with the panel: a share of it below `minimum`.
 
-        To `force` is to accept any overlap but none.
+        With `force` any overlap but none is accepted.
         """
         if self.n_matched and (force or self.overlap >= minimum):
             return
@@ -288,7 +288,7 @@ def trust(absent, n_genes):
 
 
 def measured_share(levels, absent, log_base, bin_width):
-    """Share of a cell's counts that genes not absent (panel indices) have, as far as levels are trusted.
+    """Share of a cell's counts that genes other than `absent` (panel indices) have, as far as levels are trusted.
 
     Examples
     --------
