@@ -60,36 +60,19 @@ SHORT_FORMS = {
 
 @dataclass
 class CellOntology:
-    """
-    The terms of the Cell Ontology that may name a cell.
-
-    Attributes
-    ----------
-    names
-        Term id -> name.
-    synonyms
-        Term id -> exact synonyms.
-    ancestors
-        Term id -> ids of all terms above it (is-a).
-    lineages
-        Ids of well-known types such as "T cell", which a tree of types prefers to groups by function.
-    """
+    """The terms of the Cell Ontology that may name a cell, by term id."""
 
     names: dict[str, str]
+    # exact ones
     synonyms: dict[str, list[str]]
+    # ids of all terms above it (is-a)
     ancestors: dict[str, set[str]]
+    # ids of well-known types such as "T cell", which a tree of types prefers to groups by function
     lineages: set[str] = field(default_factory=set)
 
 
 def read_cell_ontology() -> CellOntology:
-    """
-    The Cell Ontology as `cellxgene-ontology-guide` carries it: terms that CELLxGENE accepts, without obsolete ones.
-
-    Raises
-    ------
-    MissingLibrary
-        If the library is not installed.
-    """
+    """The Cell Ontology as `cellxgene-ontology-guide` carries it: terms that CELLxGENE accepts, none obsolete."""
     library = "cellxgene_ontology_guide"
     graph = require(f"{library}.ontology_parser").OntologyParser().cxg_schema.ontology("CL")
     kinds = require(f"{library}.entities").CuratedOntologyTermList
@@ -113,19 +96,9 @@ def propose_terms(labels: Iterable[str], ontology: CellOntology) -> pd.DataFrame
     """
     A term of the Cell Ontology for each label, and how it was found.
 
-    Parameters
-    ----------
-    labels
-        Names of cell types.
-    ontology
-        Where they are looked for.
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``label``, ``term_id``, ``term_name``, ``found``: by ``"name"`` or ``"synonym"``, exactly but for case, hyphens
-        and the plural of "cell"; or ``"to confirm"``, the name most like the label, which a person has to look at.
-        Where nothing is alike all but the label are empty.
+    The columns are ``label``, ``term_id``, ``term_name``, ``found``: by ``"name"`` or ``"synonym"``, exactly but for
+    case, hyphens and the plural of "cell"; or ``"to confirm"``, the name most like the label, which a person has to
+    look at. Where nothing is alike all but the label are empty.
 
     Examples
     --------
@@ -250,26 +223,10 @@ def map_labels(
 
 def read_terms(path: str | Path, labels: list[str], ontology: CellOntology) -> dict[str, str]:
     """
-    Terms of labels from a table that `map_labels` wrote and a person corrected.
+    Label -> term id from a table that `map_labels` wrote and a person corrected, of the labels that have one.
 
-    Parameters
-    ----------
-    path
-        A .csv with the columns ``label`` and ``term_id``, and perhaps ``found``: rows "to confirm" are not taken.
-    labels
-        The cell types wanted. Rows of others are passed over.
-    ontology
-        What every term is checked against.
-
-    Returns
-    -------
-    dict
-        Label -> term id, of the labels that have one.
-
-    Raises
-    ------
-    InputError
-        If the table cannot be read, names a label twice, or a term that is none for a cell.
+    It is a .csv with the columns ``label`` and ``term_id``, and perhaps ``found``: rows "to confirm" are not taken,
+    rows of other `labels` than these passed over. Every term is checked against the `ontology`.
     """
     table = read_table(path, ("label", "term_id"))
     table = table[table["label"].isin(labels)]
@@ -292,14 +249,7 @@ def read_terms(path: str | Path, labels: list[str], ontology: CellOntology) -> d
 
 
 def read_table(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """
-    A .csv as text, empty where nothing stands.
-
-    Raises
-    ------
-    InputError
-        If it cannot be read, or lacks a column.
-    """
+    """A .csv as text, empty where nothing stands; one that lacks a column is refused."""
     try:
         table = pd.read_csv(
             path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig"

@@ -24,9 +24,10 @@ from ..tokenization import InputError
 from ..tokenization.expression_scbert import INPUT_KINDS
 from ..tokenization.genes_scbert import write_gene_panel
 from .corpus_manifest import FORMAT, GENES, MANIFEST, checksum, verify_corpus
-from .corpus_shards import QualityRules, corpus_schema, scan_file, write_file
+from .corpus_shards import corpus_schema, scan_file, write_file
 from .corpus_sources import find_sources
 from .paths import PARTIAL, partial_folder
+from .quality_control import QualityRules
 from .worker_processes import end_with_parent
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def build_corpus(
     layer, input
         Where the values are, and what they are: ``"auto"``, ``"counts"`` or ``"log1p"``.
     min_genes, max_mito_fraction, doublet_key, max_doublet_score
-        See `choose_cells`.
+        See `QualityRules`.
     min_cells : int
         A gene is taken from a file if at least this many of the file's cells express it.
     keep_duplicates : bool

@@ -22,16 +22,8 @@ def is_corpus(path):
 def read_manifest(folder):
     """The manifest of a corpus, with its genes.
 
-    Returns
-    -------
-    dict
-        ``sources`` (per file: report and shards), ``cells``, ``genes`` (names in the order of the gene ids),
-        ``modalities``, and what it was built with.
-
-    Raises
-    ------
-    InputError
-        If the folder is not a corpus, is damaged, or has a later format.
+    It holds ``sources`` (per file: report and shards), ``cells``, ``genes`` (names in the order of the gene ids),
+    ``modalities``, and what it was built with.
     """
     folder = Path(folder)
     if not is_corpus(folder):
@@ -63,17 +55,9 @@ def shards_of_source(source):
 
 
 def verify_corpus(folder):
-    """Read every shard and compare it with its checksum.
+    """Read every shard and compare it with its checksum: ``corpus``, ``shards``, ``cells`` and ``bytes``.
 
-    Returns
-    -------
-    dict
-        ``corpus``, ``shards``, ``cells``, ``bytes``.
-
-    Raises
-    ------
-    InputError
-        Naming every file that is missing or differs.
+    Every file that is missing or differs is named in one `InputError`.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)

@@ -33,44 +33,21 @@ NAMES = {"cell": pa.string(), "file": pa.string()}
 ARROW_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "string": pa.string()}
 
 
-@dataclass(frozen=True)
-class QualityRules:
-    """Which cells and genes of a file are taken; see `choose_cells`."""
-
-    min_genes: int = 200
-    min_cells: int = 1
-    max_mito_fraction: float | None = None
-    doublet_key: str | None = None
-    max_doublet_score: float = 0.5
-
-
 @dataclass
 class Scan:
-    """What the scan of a file found.
+    """What the scan of a file found."""
 
-    Attributes
-    ----------
-    facts : dict
-        ``genes`` (names to be taken), ``modalities``, ``genome_build``, ``obs`` (column -> kind), ``kind`` (counts
-        or log1p), ``covers_all_genes`` (or log1p of a part of them), ``cells`` and the report of the rules.
-    keep : numpy.ndarray of bool [cells]
-    hashes : numpy.ndarray of uint64 [cells]
-        Equal where genes and values of two cells are.
-    """
-
+    # genes (names to be taken), modalities, genome_build, obs (column -> kind), kind (counts or log1p),
+    # covers_all_genes (or log1p of a part of them), cells, and rules: the report of `choose_cells`
     facts: dict
+    # bool [cells]
     keep: np.ndarray
+    # uint64 [cells], equal where genes and values of two cells are
     hashes: np.ndarray
 
 
 def scan_file(source, input, rules, record):
-    """The `Scan` of a `Source`, in bounded memory; kept in `record`, an .npz file, and read from there the next time.
-
-    Raises
-    ------
-    InputError
-        If the file is damaged, or holds no expression.
-    """
+    """The `Scan` of a `Source`, in bounded memory; kept in `record`, an .npz file, and read from there next time."""
     if record.exists():
         with np.load(record) as stored:
             return Scan(json.loads(str(stored["facts"])), stored["keep"], stored["hashes"])
@@ -98,14 +75,7 @@ def _scan(adata, source, input, rules):
         hashes.append(hash_cells(chunk, gene_hashes))
 
     quality = measure_cells(adata, source.layer, on_chunk=look)
-    keep, report = choose_cells(
-        adata,
-        rules.min_genes,
-        rules.max_mito_fraction,
-        rules.doublet_key,
-        rules.max_doublet_score,
-        quality=quality,
-    )
+    keep, report = choose_cells(adata.obs, quality, rules)
     taken = quality.cells_per_gene >= max(1, rules.min_cells)
     modalities = feature_modalities(adata.var) if len(names) == adata.n_vars else None
     modalities = np.zeros(len(names), dtype=int) if modalities is None else modalities
@@ -139,12 +109,8 @@ def hash_cells(chunk, gene_hashes):
     """
     values = chunk.data.astype(np.float32).view(np.uint32).astype(np.uint64)
     values *= np.uint64(0x9E3779B97F4A7C15)
-    values ^= gene_hashes[chunk.indices]
-    # the finalizer of splitmix64: neighbouring inputs come out unrelated, so that sums seldom collide
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        values ^= values >> np.uint64(shift)
-        values *= np.uint64(factor)
-    values ^= values >> np.uint64(31)
+    # pandas has the finalizer of splitmix64: neighbouring inputs come out unrelated, so that sums seldom collide
+    values = pd.util.hash_array(values ^ gene_hashes[chunk.indices])
     sums = np.zeros(chunk.shape[0], dtype=np.uint64)
     rows = np.flatnonzero(np.diff(chunk.indptr))
     if len(rows):

@@ -16,20 +16,13 @@ TABLES = (".csv", ".tsv")
 
 @dataclass(frozen=True)
 class Source:
-    """One file of cells.
-
-    Attributes
-    ----------
-    path : pathlib.Path
-    layer : str or None
-        Layer that holds the values, ``"raw"``, or None for X.
-    columns : dict of str to str
-        What a manifest says of all its cells: dataset, donor, species and the like.
-    """
+    """One file of cells."""
 
     path: Path
+    # that holds the values, "raw", or None for X
     layer: str | None = None
-    columns: dict = field(default_factory=dict)
+    # what a manifest says of all its cells: dataset, donor, species and the like
+    columns: dict[str, str] = field(default_factory=dict)
 
     def stamp(self):
         """Size and time of the last change, by which another file of the same name is told."""
@@ -43,18 +36,9 @@ class Source:
 def find_sources(paths, layer=None):
     """The files named by `paths`, in order.
 
-    Parameters
-    ----------
-    paths : sequence of path
-        Files of cells, folders of them, and manifests: a .csv or .tsv table with a column ``path`` (relative
-        to the table), ``layer`` if needed, and any further columns (``dataset``, ``donor``, ``species``),
-        which are recorded with each cell of the file.
-    layer : str, optional
-        For files whose layer no manifest names.
-
-    Returns
-    -------
-    list of Source
+    They may be files of cells, folders of them, and manifests: a .csv or .tsv table with a column ``path`` (relative to
+    the table), ``layer`` if needed (else it is `layer`), and any further columns (``dataset``, ``donor``, ``species``),
+    which are recorded with each cell of the file.
 
     Raises
     ------
@@ -71,20 +55,16 @@ def find_sources(paths, layer=None):
         if path.suffix in TABLES:
             sources += _read_manifest(path, layer)
         elif path.is_dir() and path.suffix != ".zarr" and not is_10x_folder(path):
-            sources += [_source(found, layer) for found in _files_in(path)]
+            sources += [Source(found, layer) for found in _files_in(path)]
         else:
-            sources.append(_source(path, layer))
-    seen = {}
+            sources.append(Source(path, layer))
+    seen = set()
     for source in sources:
         key = (source.path.resolve(), source.layer)
         if key in seen:
             raise InputError(f"{source.path} is listed twice among the sources; list it once.")
-        seen[key] = source
+        seen.add(key)
     return sources
-
-
-def _source(path, layer, columns=None):
-    return Source(path, layer, columns or {})
 
 
 def _files_in(folder):
@@ -110,5 +90,5 @@ def _read_manifest(path, layer):
         known = {name: value for name, value in row.items() if isinstance(value, str) and value}
         # a path joined to an absolute one is the latter
         file = path.parent / known.pop("path")
-        sources.append(_source(file, known.pop("layer", layer), known))
+        sources.append(Source(file, known.pop("layer", layer), known))
     return sources

@@ -32,11 +32,8 @@ class Shard:
 
     def __init__(self, folder, facts, alignment):
         self.path, self.alignment = Path(folder) / facts["file"], alignment
-        self.n_cells, self.kind, self.covers_all_genes = (
-            facts["cells"],
-            facts["kind"],
-            facts["covers_all_genes"],
-        )
+        self.n_cells, self.kind = facts["cells"], facts["kind"]
+        self.covers_all_genes = facts["covers_all_genes"]
         self._bytes, self._batches = facts["bytes"], None
 
     def check(self):
@@ -162,14 +159,9 @@ class CorpusPart:
         return Path(self.shards[0]["source"]).name
 
     def sample(self, max_cells=None, seed=0):
-        """Cells drawn at random, in ascending order.
+        """Cells drawn at random, in ascending order: CSR [cells, genes], the genes' names, "counts" or "log1p".
 
-        Returns
-        -------
-        values : scipy.sparse.csr_matrix [cells, genes]
-            The genes expressed here; of genes that only other files have, nothing is known.
-        names : list of str [genes]
-        kind : {"counts", "log1p"}
+        The genes are those expressed here; of genes that only other files have, nothing is known.
         """
         alignment = align_genes(self.genes, self.genes)
         shards = [Shard(self.folder, shard, alignment) for shard in self.shards]
@@ -190,12 +182,8 @@ def corpus_parts(folder):
 class BinnedCells:
     """Expression bins of the cells of shards or files, read and binned when they are asked for.
 
-    They are indexed as the rows of a CSR matrix are: ``cells[rows]`` is CSR [rows, panel], in any order of rows.
-
-    Parameters
-    ----------
-    parts : sequence of Shard or CellFile
-    tokenizer : ScBertTokenizer
+    They are indexed as the rows of a CSR matrix are: ``cells[rows]`` is CSR [rows, panel], in any order of rows. Their
+    `parts` are `Shard` or `CellFile` objects.
 
     Examples
     --------

@@ -16,17 +16,8 @@ class DiskMatrix:
     The pages of a mapping count as memory of the process while it stands, so that a lasting one would grow with the
     rows. The file is gone when this is forgotten, or the process killed.
 
-    Parameters
-    ----------
-    shape
-        Rows and columns.
-    output
-        The final output that the rows are for: the file lies on its disk, and its name is told if that is full.
-
-    Raises
-    ------
-    OSError
-        If the disk has no room for the whole matrix.
+    `output` is the final one that the rows are for: the file lies on its disk, and its name is told in the `OSError` of
+    a disk that has no room for the whole matrix.
 
     Examples
     --------

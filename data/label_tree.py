@@ -45,17 +45,7 @@ def tree_from_table(path: str | Path, labels: list[str]) -> dict[str, str]:
     """
     The tree of a .csv with the columns ``label`` and ``parent``; parents may have parents.
 
-    Parameters
-    ----------
-    path
-        The table. A row without a parent is a type with nothing above it.
-    labels
-        The types of the model; what is above none of them is left out.
-
-    Raises
-    ------
-    InputError
-        If the table cannot be read, gives a label two parents, goes round in a circle or names none of the labels.
+    A row without a parent is a type with nothing above it. What is above none of the model's `labels` is left out.
     """
     table = read_table(path, ("label", "parent"))
     parents: dict[str, str] = {}
@@ -73,14 +63,8 @@ def tree_from_column(
     """
     The tree of two levels that a coarser column makes: each label under the type most of its cells have there.
 
-    Parameters
-    ----------
-    labels, coarse
-        Of the reference's cells, [cells]; None where a cell has none.
-    classes
-        The types of the model.
-    coarse_key
-        Name of the column, for messages.
+    `labels` and `coarse` types are those of the reference's cells, [cells], None where a cell has none; `classes` are
+    the types of the model, and `coarse_key` is the name of the column, for messages.
 
     Examples
     --------
@@ -95,13 +79,8 @@ def tree_from_column(
             continue
         [(parent, count)] = counts.most_common(1)
         if count < CLEAR_SHARE * counts.total():
-            logger.warning(
-                "Only %.0f%% of the cells of %s are %s in %s.",
-                100 * count / counts.total(),
-                name,
-                parent,
-                coarse_key,
-            )
+            share = 100 * count / counts.total()
+            logger.warning("Only %.0f%% of the cells of %s are %s in %s.", share, name, parent, coarse_key)
         if parent != name:
             parents[name] = parent
     return _above(parents, classes, f"the column {coarse_key!r}")
@@ -117,21 +96,8 @@ def tree_from_ontology(
     labels are taken in turn where they stand above those taken, below them or apart: those of labels first, then
     well-known types, wide ones first, then others, narrow ones first. The root, "cell", says nothing and is left out.
 
-    Parameters
-    ----------
-    terms
-        Label -> term id.
-    ontology
-        Names and ancestors.
-    labels
-        All types of the model, also those without a term.
-
-    Returns
-    -------
-    parents : dict
-        Child -> parent.
-    term_ids : dict
-        Term ids of the labels and of all types above them.
+    Of `terms` (label -> term id) and all types of the model, `labels`, also those without a term, come parents (child
+    -> parent), and the term ids of the labels and of all types above them.
     """
     below: dict[str, set[str]] = {}
     for label, term_id in terms.items():

@@ -91,24 +91,8 @@ def choose_classes(labels: Sequence[str | None], label_key: str) -> tuple[list[s
     """
     The classes to be learnt, however few cells they have, and what a reader has to know of them.
 
-    Parameters
-    ----------
-    labels
-        Output of `find_labels`, [cells].
-    label_key
-        For messages.
-
-    Returns
-    -------
-    classes : list of str
-        Sorted.
-    report : dict
-        ``unlabelled`` (cells), ``small_classes`` (``{name: cells}``, fewer than three cells).
-
-    Raises
-    ------
-    InputError
-        If there are fewer than two classes.
+    Of `find_labels`' output [cells], which must have two classes at least: the sorted classes, and a report of
+    ``unlabelled`` (cells) and ``small_classes`` (``{name: cells}``, fewer than three cells).
 
     Examples
     --------
@@ -129,27 +113,17 @@ def choose_classes(labels: Sequence[str | None], label_key: str) -> tuple[list[s
     )
 
 
-def _listed(names: Any, limit: int = 10) -> str:
+def _listed(names: Any) -> str:
     names = [str(name) for name in names]
-    shown = ", ".join(name if len(name) <= 40 else name[:39] + "…" for name in names[:limit])
-    return (shown or "nothing") + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    shown = ", ".join(name if len(name) <= 40 else name[:39] + "…" for name in names[:10])
+    return (shown or "nothing") + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def label_notes(column: pd.Series, labels: np.ndarray) -> list[str]:
     """
-    Sentences on cells whose labels are not learnt from.
+    A sentence for each kind of cell whose label is not learnt from.
 
-    Parameters
-    ----------
-    column
-        The column of obs as it stands in the file, [cells].
-    labels
-        The same as `find_labels` reads it: None where a cell has no label, [cells].
-
-    Returns
-    -------
-    list of str
-        Nothing, or a sentence for each kind of cell left out.
+    `column` is that of obs as it stands in the file, [cells], `labels` what `find_labels` makes of it.
 
     Examples
     --------
@@ -177,14 +151,7 @@ def label_notes(column: pd.Series, labels: np.ndarray) -> list[str]:
 
 def cell_notes(gene_names: Iterable[str], expressed_genes: np.ndarray) -> list[str]:
     """
-    Sentences on genes named twice, and on cells that express nothing.
-
-    Parameters
-    ----------
-    gene_names
-        Of the columns.
-    expressed_genes
-        How many genes every cell expresses, [cells].
+    Sentences on genes named twice, and on cells that express nothing: `expressed_genes` [cells] is 0 there.
 
     Examples
     --------

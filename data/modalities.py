@@ -27,17 +27,7 @@ def read_mudata(path, genome=None):
 
 
 def modalities_of(mdata):
-    """AnnData objects of a MuData by feature type.
-
-    Parameters
-    ----------
-    mdata : mudata.MuData
-        Its modalities are named rna (or gex), atac (or peaks), prot.
-
-    Returns
-    -------
-    dict of str to anndata.AnnData
-    """
+    """AnnData objects of a MuData by feature type; its modalities are named rna (or gex), atac (or peaks), prot."""
     known = {
         MODALITY_NAMES[name.lower()]: mdata[name] for name in mdata.mod if name.lower() in MODALITY_NAMES
     }
@@ -55,17 +45,9 @@ def modalities_of(mdata):
 def combine_modalities(modalities, genome=None):
     """One AnnData of the cells that every modality has.
 
-    Parameters
-    ----------
-    modalities : dict of str to anndata.AnnData
-        By feature type (`FEATURE_TYPES`); cells are paired by name, in the order of the first.
-    genome : str, optional
-        Genome build of the peaks.
-
-    Returns
-    -------
-    anndata.AnnData
-        X CSR; `obs` of the first modality, and further columns of the others.
+    `modalities` are AnnData objects by feature type (`FEATURE_TYPES`); cells are paired by name, in the order of the
+    first. X is CSR; `obs` that of the first modality, and further columns of the others. `genome` is the build of the
+    peaks, if it is known.
     """
     parts = list(modalities.values())
     for kind, part in modalities.items():

@@ -28,10 +28,6 @@ def read_multiomics(path, atac=None, genome=None):
     anndata.AnnData
         ``var["feature_types"]`` says each feature's modality; ``uns["genome_build"]`` the build, if known.
 
-    Raises
-    ------
-    InputError
-
     Examples
     --------
     >>> adata = read_multiomics("multiome.h5mu", genome="GRCh38")  # doctest: +SKIP
@@ -94,13 +90,7 @@ def combine_files(cells, output, atac=None, genome=None, model=None, overwrite=F
 
 
 def common_build(paths):
-    """The genome build that the files name, or None if none of them does.
-
-    Raises
-    ------
-    InputError
-        If they name several: regions of different builds cannot be compared.
-    """
+    """The genome build that the files name, or None if none of them does; several are refused."""
     builds = {}
     for path in paths:
         with opened_cells(path, check=False) as cells:

@@ -78,18 +78,9 @@ def _cells_below(folder):
 
 
 def check_output_path(path, overwrite=False, inputs=(), suffix=None):
-    """Refuse an output that exists, cannot be written, or is an input.
+    """Refuse an output, file or folder, that exists, cannot be written, or is one of the `inputs`.
 
-    Parameters
-    ----------
-    path : str or os.PathLike
-        Output file or folder.
-    overwrite : bool
-        Accept an existing one.
-    inputs : sequence of path
-        Files the command reads; none of them may be the output, whatever `overwrite` says.
-    suffix : str or tuple of str, optional
-        How the name has to end, such as ``".h5ad"``.
+    No `overwrite` lets an input be written. The name has to end in `suffix`, or one of several, if that is given.
     """
     path = Path(path)
     suffixes = (suffix,) if isinstance(suffix, str) else suffix
@@ -122,10 +113,7 @@ def _same_file(path, source):
 def check_output_folder(path, overwrite=False, marker="config.json"):
     """Like `check_output_path` for a folder; one that exists may be replaced only if it is empty or holds `marker`.
 
-    Returns
-    -------
-    pathlib.Path
-        Absolute, with links in it as they are.
+    The path comes back absolute, with links in it as they are.
     """
     path = Path(os.path.abspath(path))
     check_output_path(path, overwrite)
@@ -145,15 +133,7 @@ def check_output_folder(path, overwrite=False, marker="config.json"):
 def atomic_path(path, overwrite=False, inputs=()):
     """A temporary path beside `path`, moved to it when the block ends well and removed when it does not.
 
-    Parameters
-    ----------
-    path, overwrite, inputs
-        See `check_output_path`.
-
-    Yields
-    ------
-    pathlib.Path
-        To be written by the caller.
+    The arguments are those of `check_output_path`.
 
     Examples
     --------
@@ -224,19 +204,8 @@ def _umask():
 def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
     """Build a folder as ``DIR.partial``; rename it to ``DIR`` when the block ends well.
 
-    When the block fails, the partial folder stays, so that its checkpoints can be resumed.
-
-    Parameters
-    ----------
-    path, overwrite, marker
-        See `check_output_folder`.
-    resume : bool
-        Continue in an existing partial folder; otherwise it is removed first.
-
-    Yields
-    ------
-    pathlib.Path
-        The partial folder.
+    When the block fails, the partial folder stays, so that its checkpoints can be resumed: with `resume`; otherwise it
+    is removed first. The other arguments are those of `check_output_folder`.
 
     Examples
     --------

@@ -11,25 +11,42 @@ from .read import CHUNK_SIZE, matrix_rows
 MITOCHONDRIAL = "MT-"
 
 
-@dataclass
-class CellQuality:
-    """Measures of every cell, [cells] each; made by `measure_cells`.
+@dataclass(frozen=True)
+class QualityRules:
+    """Which cells and genes of a file are taken.
 
     Attributes
     ----------
-    n_genes : numpy.ndarray of int
-        Expressed genes.
-    total : numpy.ndarray of float
-        Sum of the values.
-    mito_fraction : numpy.ndarray of float, or None
-        Share of the sum in mitochondrial genes (``MT-...``); None if there are none.
-    cells_per_gene : numpy.ndarray of int, [genes]
-        Cells expressing each gene.
+    min_genes : int
+        Least number of expressed genes of a cell.
+    min_cells : int
+        Least number of cells that express a gene; for `corpus_shards`, `choose_cells` does not look at it.
+    max_mito_fraction : float or None
+        Largest share of mitochondrial counts; None for no limit.
+    doublet_key : str or None
+        Column of `obs` with a doublet score, or a doublet call (true, or the word "doublet").
+    max_doublet_score : float
+        Largest score.
     """
 
+    min_genes: int = 200
+    min_cells: int = 1
+    max_mito_fraction: float | None = None
+    doublet_key: str | None = None
+    max_doublet_score: float = 0.5
+
+
+@dataclass
+class CellQuality:
+    """Measures of every cell; made by `measure_cells`."""
+
+    # expressed genes, int [cells]
     n_genes: np.ndarray
+    # sum of the values, [cells]
     total: np.ndarray
+    # share of the sum in mitochondrial genes (MT-...), [cells]; None if there are none
     mito_fraction: np.ndarray | None
+    # cells expressing each gene, int [genes]
     cells_per_gene: np.ndarray
 
 
@@ -54,31 +71,15 @@ def measure_cells(adata, layer=None, chunk_size=CHUNK_SIZE, on_chunk=None):
     return CellQuality(np.concatenate(n_genes), total, share if mito.any() else None, per_gene)
 
 
-def choose_cells(
-    adata,
-    min_genes=200,
-    max_mito_fraction=None,
-    doublet_key=None,
-    max_doublet_score=0.5,
-    layer=None,
-    quality=None,
-):
-    """Cells that pass the quality rules, and how many each rule leaves out.
+def choose_cells(obs, quality, rules):
+    """Cells that pass the `QualityRules`, and how many each rule leaves out.
 
     Parameters
     ----------
-    adata : anndata.AnnData
-    min_genes : int
-        Least number of expressed genes.
-    max_mito_fraction : float, optional
-        Largest share of mitochondrial counts; no limit if left out.
-    doublet_key : str, optional
-        Column of `obs` with a doublet score, or a doublet call (true, or the word "doublet").
-    max_doublet_score : float
-        Largest score.
-    layer : str, optional
-    quality : CellQuality, optional
-        What `measure_cells` returned, if it is known already.
+    obs : pandas.DataFrame [cells]
+    quality : CellQuality
+        Of the same cells.
+    rules : QualityRules
 
     Returns
     -------
@@ -95,18 +96,18 @@ def choose_cells(
     Examples
     --------
     >>> import anndata
-    >>> keep, report = choose_cells(anndata.AnnData(np.eye(3, dtype="float32")), min_genes=1)
+    >>> cells = anndata.AnnData(np.eye(3, dtype="float32"))
+    >>> keep, report = choose_cells(cells.obs, measure_cells(cells), QualityRules(min_genes=1))
     >>> report
     {'few_genes': 0, 'mitochondrial': 0, 'doublets': 0, 'kept': 3}
     """
-    quality = measure_cells(adata, layer) if quality is None else quality
-    rules = {
-        "few_genes": quality.n_genes < min_genes,
-        "mitochondrial": _above_mito(quality, max_mito_fraction),
-        "doublets": _is_doublet(adata.obs, doublet_key, max_doublet_score),
+    faults = {
+        "few_genes": quality.n_genes < rules.min_genes,
+        "mitochondrial": _above_mito(quality, rules.max_mito_fraction),
+        "doublets": _is_doublet(obs, rules.doublet_key, rules.max_doublet_score),
     }
-    keep, report = np.ones(adata.n_obs, dtype=bool), {}
-    for name, bad in rules.items():
+    keep, report = np.ones(len(obs), dtype=bool), {}
+    for name, bad in faults.items():
         report[name] = int((keep & bad).sum())
         keep &= ~bad
     report["kept"] = int(keep.sum())

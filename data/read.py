@@ -152,17 +152,8 @@ def opened_cells(path, **options):
 def matrix_rows(cells, layer=None):
     """Something that gives rows of a matrix by slice, and the names of its columns.
 
-    Parameters
-    ----------
-    cells : anndata.AnnData
-        In memory or backed; CSR, CSC or dense.
-    layer : str, optional
-
-    Returns
-    -------
-    matrix
-        Has `shape`, and `matrix[start:stop]` is cheap in time or flat in memory.
-    gene_names : list of str
+    The matrix of `cells`, in memory or backed, may be CSR, CSC or dense. What comes back has a `shape`, and its
+    ``[start:stop]`` is cheap in time or flat in memory.
     """
     matrix, source = select_matrix(cells, layer)
     if getattr(matrix, "format", None) == "csc":
@@ -215,15 +206,9 @@ def log_normalize(adata: Any, layer: str | None = None, input: str = "auto") -> 
 
 
 def to_counts_scale(csr, kind, target_sum=1e4):
-    """Values on the scale of counts, whatever `kind` they came in.
+    """Values on the scale of counts: those of the kind ``"counts"`` as they are, ``expm1`` of ``"log1p"`` in float64.
 
-    Parameters
-    ----------
-    csr : scipy.sparse.csr_matrix [cells, genes]
-    kind : str
-        ``"counts"`` (returned as they are) or ``"log1p"`` (``expm1`` of them, in float64).
-    target_sum : float
-        For ``"log1p"``: rows are rescaled to it if they share another sum.
+    Rows of the latter are rescaled to `target_sum` if they share another sum.
     """
     if kind == "counts":
         return csr
@@ -250,12 +235,8 @@ def row_blocks(n_rows):
 class CscRows:
     """Rows of a CSC matrix on disk, gathered by passing over its columns in blocks.
 
-    Every slice reads the whole matrix once, so take large slices; memory holds one block of columns and
-    the rows asked for.
-
-    Parameters
-    ----------
-    dataset : anndata.abc.CSCDataset
+    Every slice reads the whole matrix (`anndata.abc.CSCDataset`) once, so take large slices; memory holds one block of
+    columns and the rows asked for.
     """
 
     def __init__(self, dataset):
@@ -290,13 +271,7 @@ def _column_blocks(indptr):
 
 
 def read_gene_names(path):
-    """Ordered gene names from a text file (one per line, .txt, .csv, .gz) or the var_names of an .h5ad.
-
-    Raises
-    ------
-    InputError
-        If the file is missing or damaged, or names a gene twice.
-    """
+    """Ordered gene names, each once, from a text file (one per line, .txt, .csv, .gz) or the var_names of an .h5ad."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There is no gene file {path}.")

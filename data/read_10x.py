@@ -36,17 +36,8 @@ def _find(folder, names):
 def read_10x_folder(folder, every_feature=False):
     """Read matrix.mtx, features.tsv (or genes.tsv) and barcodes.tsv, gzip-compressed or not.
 
-    Parameters
-    ----------
-    folder : str or os.PathLike
-    every_feature : bool
-        Keep features other than gene expression, such as peaks.
-
-    Returns
-    -------
-    anndata.AnnData
-        CSR counts; symbols in `var_names`, ids in ``var["gene_ids"]``; gene expression features only, unless
-        asked for all.
+    The AnnData has CSR counts, symbols in `var_names`, ids in ``var["gene_ids"]``; gene expression only, unless
+    `every_feature` keeps others too, such as peaks.
     """
     matrix_file = _find(folder, ["matrix.mtx"])
     features_file = _find(folder, ["features.tsv", "genes.tsv"])
@@ -78,16 +69,7 @@ def _read_table(path):
 def read_10x_h5(path, every_feature=False):
     """Read a Cell Ranger .h5 file, of version 3 and later or of version 2 (one genome).
 
-    Parameters
-    ----------
-    path : str or os.PathLike
-    every_feature : bool
-        Keep features other than gene expression, such as peaks.
-
-    Returns
-    -------
-    anndata.AnnData
-        As `read_10x_folder`; with ``var["genome"]`` where the file says it.
+    As `read_10x_folder`; with ``var["genome"]`` where the file says it.
     """
     with h5py.File(path, "r") as file:
         group = _matrix_group(file, path)

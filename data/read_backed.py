@@ -23,22 +23,8 @@ def open_cells(path, layer=None):
     """
     Open cells with as little in memory as their format allows.
 
-    Parameters
-    ----------
-    path : str or os.PathLike
-        .h5ad (stays on disk), or any other format of `read_cells` (read into memory).
-    layer : str, optional
-        Layer whose values will be used, or ``"raw"``; checked here.
-
-    Returns
-    -------
-    BackedCells or anndata.AnnData
-        Where `isbacked`, to be closed by ``file.close()``.
-
-    Raises
-    ------
-    InputError
-        As `read_cells`.
+    An .h5ad stays on disk, as `BackedCells`, to be closed by ``file.close()``; any other format of `read_cells` is read
+    into memory. That there is the `layer`, or ``"raw"``, is checked here; errors are those of `read_cells`.
 
     Examples
     --------
@@ -61,12 +47,7 @@ def open_cells(path, layer=None):
 
 class BackedCells:
     """
-    What reading cells needs of an AnnData, over an open .h5ad file.
-
-    Parameters
-    ----------
-    path
-        An .h5ad file as anndata has written it since 0.8.
+    What reading cells needs of an AnnData, over an open .h5ad file as anndata has written it since 0.8.
 
     Attributes
     ----------

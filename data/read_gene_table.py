@@ -19,11 +19,7 @@ ENSEMBL_IDS = Path(__file__).with_name("ensembl_ids.csv.gz")
 
 
 def shipped_gene_table():
-    """Ensembl ids of the genes of the models that ship, for files that have no symbols.
-
-    Returns
-    -------
-    GeneTable
+    """Ensembl ids of the genes of the models that ship, for files that have no symbols, as a `GeneTable`.
 
     Source: HGNC complete set of 2018-11, and NCBI gene_info of 2019-02 for the ids it lacks.
 
@@ -40,21 +36,9 @@ def shipped_gene_table():
     return GeneTable((symbol, symbol, [], [], names) for symbol, names in ids.items())
 
 
-def load_gene_table(table="hgnc", sha256=None):
-    """Read a gene table from a file, or the HGNC complete set from the cache.
-
-    Parameters
-    ----------
-    table : str or os.PathLike
-        Path of a table (see `GeneTable.from_file`), or ``"hgnc"``.
-    sha256 : str, optional
-        Checksum that a downloaded table must have; by default that of the first download.
-
-    Returns
-    -------
-    GeneTable
-    """
-    return GeneTable.from_file(fetch_hgnc(sha256=sha256) if str(table) == "hgnc" else table)
+def load_gene_table(table):
+    """The `GeneTable` of a file, see `GeneTable.from_file`, or of ``"hgnc"``, the HGNC complete set from the cache."""
+    return GeneTable.from_file(fetch_hgnc() if str(table) == "hgnc" else table)
 
 
 def fetch_hgnc(folder=None, url=HGNC_URL, sha256=None):
@@ -77,7 +61,13 @@ def fetch_hgnc(folder=None, url=HGNC_URL, sha256=None):
     InputError
         If pooch is not installed, the site cannot be reached, or the checksum is another.
     """
-    pooch = _import_pooch()
+    try:
+        import pooch
+    except ImportError:
+        raise InputError(
+            f"Downloading the gene table needs pooch: {how_to_install('pooch')}. Or give it as a file "
+            f"(gene_table=FILE, or --gene-table FILE)."
+        ) from None
     folder = Path(folder or os.environ.get("SCBERT_CACHE") or pooch.os_cache("scbert"))
     record = folder / f"{HGNC_FILE}.sha256"
     known = sha256 or (record.read_text(encoding="ascii").strip() if record.is_file() else None)
@@ -100,14 +90,3 @@ def fetch_hgnc(folder=None, url=HGNC_URL, sha256=None):
         ) from error
     record.write_text(pooch.file_hash(path) + "\n", encoding="ascii")
     return Path(path)
-
-
-def _import_pooch():
-    try:
-        import pooch
-    except ImportError:
-        raise InputError(
-            f"Downloading the gene table needs pooch: {how_to_install('pooch')}. Or give it as a file "
-            f"(gene_table=FILE, or --gene-table FILE)."
-        ) from None
-    return pooch

@@ -26,15 +26,7 @@ BUILDS = {
 def genome_build(name):
     """UCSC's name of a genome build, given any of its names, with or without a release.
 
-    Parameters
-    ----------
-    name : str or None
-        Such as ``"GRCh38"``, ``"GRCh38-2020-A"`` or ``"hg38"``.
-
-    Returns
-    -------
-    str or None
-        The name unchanged if the build is not known here.
+    The name comes back unchanged if the build is not known here.
 
     Examples
     --------
@@ -43,12 +35,9 @@ def genome_build(name):
     """
     if not name:
         return None
-    known = [
-        build
-        for build, prefixes in BUILDS.items()
-        if str(name).lower().replace("_", "-").startswith(prefixes)
-    ]
-    return known[0] if known else str(name)
+    spelt = str(name).lower().replace("_", "-")
+    known = (build for build, prefixes in BUILDS.items() if spelt.startswith(prefixes))
+    return next(known, str(name))
 
 
 def parse_regions(names, genome=None):
@@ -121,14 +110,9 @@ def _chromosome_lengths(genome):
 
 @dataclass
 class RegionMapping:
-    """Which panel region each peak goes to; made by `map_regions`.
+    """Which panel region each peak goes to; made by `map_regions`."""
 
-    Attributes
-    ----------
-    matrix : scipy.sparse.csr_matrix [peaks, regions]
-        A 1 in the row of each mapped peak; the rows of the others are empty.
-    """
-
+    # [peaks, regions], a 1 in the row of each mapped peak; the rows of the others are empty
     matrix: sp.csr_matrix
 
     @property
@@ -149,15 +133,8 @@ class RegionMapping:
 def map_regions(peaks, regions):
     """Give every peak the region it overlaps most.
 
-    Parameters
-    ----------
-    peaks, regions : pandas.DataFrame
-        As `parse_regions` returns them, of one genome build.
-
-    Returns
-    -------
-    RegionMapping
-        If several regions overlap equally, the first of the panel is taken; no peak is counted twice.
+    Both are tables of `parse_regions`, of one genome build. If several regions overlap equally, the first of the panel
+    is taken; no peak is counted twice.
 
     Examples
     --------
@@ -171,13 +148,8 @@ def map_regions(peaks, regions):
     pairs = require("bioframe").overlap(
         peaks, regions, how="inner", return_index=True, return_input=False, return_overlap=True
     )
-    pairs = pd.DataFrame(
-        {
-            "peak": pairs["index"].to_numpy(dtype=np.int64),
-            "region": pairs["index_"].to_numpy(dtype=np.int64),
-            "length": (pairs["overlap_end"] - pairs["overlap_start"]).to_numpy(dtype=np.int64),
-        }
-    )
+    pairs = pairs.astype(np.int64).rename(columns={"index": "peak", "index_": "region"})
+    pairs["length"] = pairs["overlap_end"] - pairs["overlap_start"]
     # regions that only touch end to end share no base
     pairs = pairs[pairs["length"] > 0].sort_values(
         ["peak", "length", "region"], ascending=[True, False, True]

@@ -1,6 +1,5 @@
 """Cells to train, validate and test on: splits and folds that others can repeat, and files of them."""
 
-import csv
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,10 +66,6 @@ def stratified_folds(classes: np.ndarray, n_folds: int, seed: int = 0) -> np.nda
     ----------
     classes
         Class of every cell, [cells].
-    n_folds
-        Number of folds.
-    seed
-        Decides the draw.
 
     Returns
     -------
@@ -107,47 +102,24 @@ def stratified_folds(classes: np.ndarray, n_folds: int, seed: int = 0) -> np.nda
 
 def write_split(path: str, cells: Sequence[str], split: Sequence, overwrite: bool = False) -> None:
     """
-    Write which cell is in which split or fold, as CSV with the columns cell and split.
+    Write which cell is in which split or fold, as CSV with the columns cell and split; in place only when complete.
 
-    Parameters
-    ----------
-    path
-        Output; in place only when complete.
-    cells
-        Names of the cells (`obs_names`), each once.
-    split
-        Name or number of each cell's split.
-    overwrite
-        Replace an existing file.
+    `cells` are names (`obs_names`), each once, `split` the name or number of each cell's split.
     """
     if len(set(cells)) < len(cells):
         raise InputError(
             "Cells share names, so a file could not tell them apart; make obs_names unique first."
         )
-    with (
-        atomic_path(path, overwrite) as temporary,
-        open(temporary, "w", encoding="utf-8", newline="") as handle,
-    ):
-        writer = csv.writer(handle)
-        writer.writerow(SPLIT_COLUMNS)
-        writer.writerows(zip(cells, split, strict=True))
+    table = pd.DataFrame(zip(cells, split, strict=True), columns=SPLIT_COLUMNS)
+    with atomic_path(path, overwrite) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\r\n")
 
 
 def read_split(path: str, cells: Sequence[str]) -> np.ndarray:
     """
-    Read a file of `write_split` for these cells.
+    Read a file of `write_split` for these cells, in their order: an object array [cells] of str.
 
-    Parameters
-    ----------
-    path
-        CSV with the columns cell and split.
-    cells
-        Names of the cells wanted, in order; the file may hold others too.
-
-    Returns
-    -------
-    numpy.ndarray
-        Object array [cells] of str.
+    The file may hold other cells too.
 
     Raises
     ------

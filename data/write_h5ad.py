@@ -22,16 +22,7 @@ TABLE_VERSION = "0.2.0"
 def atomic_write_h5ad(adata, path, overwrite=False, inputs=(), compression="gzip"):
     """Write an AnnData so that `path` is either untouched or complete.
 
-    Parameters
-    ----------
-    adata : anndata.AnnData
-    path : str or os.PathLike
-    overwrite : bool
-        Replace an existing file.
-    inputs : sequence of path
-        Files that must not be overwritten in any case.
-    compression : str
-        As h5py has it.
+    `inputs` are files that must not be overwritten in any case; `compression` is as h5py has it.
 
     Raises
     ------
@@ -65,23 +56,8 @@ def _elements(adata):
 def atomic_copy_h5ad(source, path, obs=None, obsm=None, uns=None, overwrite=False):
     """Copy an .h5ad file and add to the copy; X and all else stay as they are, and out of memory.
 
-    Parameters
-    ----------
-    source : str or os.PathLike
-        Existing .h5ad file, left untouched.
-    path : str or os.PathLike
-        Output.
-    obs : dict of str to array [cells], optional
-        Columns to add to (or replace in) `obs`.
-    obsm, uns : dict, optional
-        Elements to add or replace; a `DiskMatrix` is copied in blocks.
-    overwrite : bool
-        Replace an existing file.
-
-    Raises
-    ------
-    InputError, OSError
-        As `atomic_write_h5ad`.
+    Added or replaced are columns of `obs` (dict of str to array [cells]) and elements of `obsm` and `uns`; a
+    `DiskMatrix` is copied in blocks. Errors are those of `atomic_write_h5ad`.
     """
     with atomic_path(path, overwrite, inputs=(source,)) as temporary:
         shutil.copyfile(source, temporary)

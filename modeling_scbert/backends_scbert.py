@@ -34,21 +34,13 @@ class BackendError(ValueError):
 
 @dataclass(frozen=True)
 class Backend:
-    """
-    One way to do a job.
+    """One way to do a job."""
 
-    Attributes
-    ----------
-    supports
-        Called with what is given; the reason why this backend cannot serve it, or None.
-    run
-        Does the job.
-    worthwhile
-        Called likewise, unless the backend was asked for by name; the reason why it would not pay, or None.
-    """
-
+    # called with what is given; the reason why this backend cannot serve it, or None
     supports: Callable[..., str | None]
+    # does the job
     run: Callable[..., Any]
+    # called likewise, unless the backend was asked for by name; the reason why it would not pay, or None
     worthwhile: Callable[..., str | None] = lambda *_: None
 
 

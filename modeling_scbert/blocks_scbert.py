@@ -26,16 +26,7 @@ MIN_CELL_SECONDS = 0.01
 
 def choose_block(layer: nn.Module, hidden_states: torch.Tensor, output_attentions: bool = False) -> str:
     """
-    Name of the backend that is to run a block.
-
-    Parameters
-    ----------
-    layer
-        `ScBertLayer`.
-    hidden_states
-        ``[batch, length, hidden]``.
-    output_attentions
-        Whether the attention matrix is wanted as well.
+    Name of the backend that is to run a block, a `ScBertLayer`, on hidden states ``[batch, length, hidden]``.
 
     Examples
     --------
@@ -66,24 +57,10 @@ def run_block(
     queries: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    A block's output by a backend.
+    A block's output by a backend that supports it, a new tensor ``[batch, length, hidden]`` or ``[batch, n, hidden]``.
 
-    Parameters
-    ----------
-    name
-        Of a backend that supports the block.
-    layer
-        `ScBertLayer`.
-    hidden_states
-        ``[batch, length, hidden]``.
-    attention_mask
-        ``[batch, length]``, true where a position may be attended to; or the bounds of packed cells.
-    queries
-        ``[batch, n, hidden]``: rows of ``hidden_states`` at which alone the output is wanted; by default all.
-
-    Returns
-    -------
-    ``[batch, length, hidden]`` or ``[batch, n, hidden]``, a new tensor.
+    The mask ``[batch, length]`` is true where a position may be attended to, or holds the bounds of packed cells.
+    ``queries [batch, n, hidden]`` are rows of ``hidden_states`` at which alone the output is wanted; all by default.
     """
     run = BLOCKS[name].run
     if name != "plain" and is_packed(attention_mask):

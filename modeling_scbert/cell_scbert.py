@@ -6,7 +6,7 @@ from transformers import initialization as init
 
 from .configuration_scbert import ScBertConfig
 from .embeddings_scbert import expression_plane
-from .packing_scbert import is_packed, unpack
+from .packing_scbert import is_packed, unpack, unpacked
 
 
 class ScBertCell(nn.Module):
@@ -43,29 +43,14 @@ class ScBertCell(nn.Module):
 
     def forward(self, hidden_states, gene_table, input_ids=None, attention_mask=None, gene_ids=None):
         """
-        Vectors ``[batch, hidden]``.
+        Vectors ``[batch, hidden]`` of last hidden states ``[batch, length, hidden]``, or of packed cells.
 
-        Parameters
-        ----------
-        hidden_states
-            Last ones ``[batch, length, hidden]``, or of packed cells.
-        gene_table
-            ``[genes + 1, hidden]``; the last row is that of the trailing token.
-        input_ids
-            ``[batch, length]``, to tell masked and expressed tokens; without, none is masked.
-        attention_mask, gene_ids
-            As in `ScBertModel`.
+        The gene table is ``[genes + 1, hidden]``, the trailing token last. ``input_ids [batch, length]`` tell masked
+        and expressed tokens; without, none is masked. The rest is as in `ScBertModel`.
         """
         if is_packed(attention_mask):
-            if gene_ids is None:
-                raise ValueError(
-                    "Packed cells need gene_ids: a token's place in the row does not tell its gene."
-                )
-            ones, bounds = torch.ones_like(gene_ids), attention_mask
-            given = (hidden_states, input_ids, ones, gene_ids)
-            hidden_states, input_ids, attention_mask, gene_ids = (
-                None if x is None else unpack(x, bounds) for x in given
-            )
+            input_ids = None if input_ids is None else unpack(input_ids, attention_mask)
+            hidden_states, attention_mask, gene_ids = unpacked(hidden_states, attention_mask, gene_ids)
         dtype = hidden_states.dtype
         # in full precision: a cell is a small difference of large sums
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -99,18 +84,9 @@ class ScBertCell(nn.Module):
 
 def read_bins(plane: torch.Tensor, highest: int) -> torch.Tensor:
     """
-    Bins by their place on the arc of ordinal expression.
+    Bins ``[...]`` by their place on the arc of ordinal expression, at the end of which is the ``highest``.
 
-    Parameters
-    ----------
-    plane
-        Coordinates in the plane of the arc, at any distance from its center, ``[..., 2]``.
-    highest
-        The bin at the end of the arc.
-
-    Returns
-    -------
-    ``[...]``.
+    Coordinates ``[..., 2]`` are those in the plane of the arc, at any distance from its center.
 
     Examples
     --------

@@ -74,12 +74,7 @@ class LayerSteps:
     """
     The pieces of a FAVOR+ block that work on one chunk of positions, and the forward pass made of them.
 
-    Parameters
-    ----------
-    layer
-        `ScBertLayer`.
-    dtype
-        Of the hidden states; features are computed in at least float32.
+    Features are computed in the dtype of the hidden states, and at least in float32.
     """
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype):

@@ -50,21 +50,13 @@ SHARE_SPARED = 0.3
 
 @dataclass(frozen=True)
 class CompileReport:
-    """
-    What came of compiling blocks.
+    """What came of compiling blocks."""
 
-    Attributes
-    ----------
-    operators
-        ``layer_forward`` and ``layer_backward``; None where they are not to be used.
-    error
-        Largest difference from the portable steps, of outputs and gradients; None where nothing was built.
-    reason
-        Why they are not in use, where they are not.
-    """
-
+    # `layer_forward` and `layer_backward`; None where they are not to be used
     operators: object | None = None
+    # largest difference from the portable steps, of outputs and gradients; None where nothing was built
     error: float | None = None
+    # why they are not in use, where they are not
     reason: str = ""
 
     def __str__(self) -> str:
@@ -95,12 +87,8 @@ def compiled_blocks(layer_class: type[nn.Module], config_class: type) -> Compile
     The operators compiled for this machine: built at the first call, kept on disk, checked once in a process; logged.
 
     They are kept in the folder ``compiled`` of ``$SCBERT_CACHE``, or else of ``scbert`` in ``$XDG_CACHE_HOME`` or
-    ``~/.cache``; the compiler is ``$CXX`` or ``c++``.
-
-    Parameters
-    ----------
-    layer_class, config_class
-        `ScBertLayer` and `ScBertConfig`, for a block to compare on.
+    ``~/.cache``; the compiler is ``$CXX`` or ``c++``. The classes are `ScBertLayer` and `ScBertConfig`, for a block to
+    compare on.
 
     Examples
     --------

@@ -155,11 +155,8 @@ class ScBertConfig(PreTrainedConfig):
         """All fields, and the model's pipeline, whose code travels with a checkpoint."""
         # one task only, or transformers could not tell which is meant by pipeline(model=FOLDER)
         if "ScBertForCellClassification" in (self.architectures or []):
-            task, impl, auto = (
-                "cell-type-annotation",
-                "CellTypeAnnotationPipeline",
-                "AutoModelForSequenceClassification",
-            )
+            task, impl = "cell-type-annotation", "CellTypeAnnotationPipeline"
+            auto = "AutoModelForSequenceClassification"
         else:
             task, impl, auto = "cell-embedding", "CellEmbeddingPipeline", "AutoModel"
         pipelines = {task: {"impl": f"pipeline_scbert.{impl}", "pt": [auto]}}
@@ -176,12 +173,9 @@ class ScBertConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.num_hidden_layers < 0 or self.feature_redraw_interval < 0:
             raise ValueError("num_hidden_layers and feature_redraw_interval cannot be negative.")
-        if self.kernel_epsilon < 0:
-            raise ValueError(f"kernel_epsilon is {self.kernel_epsilon}; it cannot be negative.")
-        if self.cell_vector_size < 0:
-            raise ValueError(f"cell_vector_size is {self.cell_vector_size}; it cannot be negative.")
-        if self.cell_loss_weight < 0:
-            raise ValueError(f"cell_loss_weight is {self.cell_loss_weight}; it cannot be negative.")
+        for name in ("kernel_epsilon", "cell_vector_size", "cell_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative.")
         if self.cell_loss_weight and self.pooling != "cell":
             raise ValueError('cell_loss_weight needs pooling="cell": the cell is predicted from that vector.')
         if self.pooling == "cell" and not self.ordinal_expression:

@@ -84,13 +84,7 @@ def convert_checkpoint(path, num_genes: int | None = None, labels=None) -> ScBer
 
 
 def read_checkpoint(path) -> dict:
-    """What the file holds, read without running any code in it.
-
-    Raises
-    ------
-    CheckpointError
-        If it is no complete zip of torch's, or holds objects other than tensors and plain values.
-    """
+    """What the file holds, read without running any code in it: tensors and plain values of a zip of torch's."""
     if not zipfile.is_zipfile(path):
         # a missing or unreadable file says so itself
         with open(path, "rb") as file:
@@ -126,13 +120,7 @@ def read_checkpoint(path) -> dict:
 
 
 def original_state(checkpoint) -> dict[str, torch.Tensor]:
-    """Name to tensor, without the wrapper's `module.` and the redraw counter.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no state dict, or a name is not the original's.
-    """
+    """Name to tensor, without the wrapper's `module.` and the redraw counter; names must be the original's."""
     state = checkpoint.get("model_state_dict", checkpoint) if isinstance(checkpoint, dict) else None
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(
@@ -198,13 +186,7 @@ def is_fine_tuned(state: dict[str, torch.Tensor]) -> bool:
 
 
 def with_gene_table(state: dict[str, torch.Tensor], num_genes: int | None) -> dict[str, torch.Tensor]:
-    """The state with a gene table that fits the panel; zeros, and a warning, where it has none.
-
-    Raises
-    ------
-    CheckpointError
-        If the table does not have one row more than the panel has genes.
-    """
+    """The state with a gene table that fits the panel, a row a gene and one more; zeros, and a warning, without one."""
     if GENE_TABLE in state:
         rows = _shape(state, GENE_TABLE, 2)[0]
         if num_genes is not None and rows != num_genes + 1:
@@ -224,14 +206,7 @@ def with_gene_table(state: dict[str, torch.Tensor], num_genes: int | None) -> di
 
 
 def config_of(state: dict[str, torch.Tensor], labels=None) -> ScBertConfig:
-    """The configuration that the tensors' shapes tell.
-
-    Raises
-    ------
-    CheckpointError
-        If a weight that tells a size is missing or of another form, layers are missing between others,
-        or the labels are not as many as the classes.
-    """
+    """The configuration that the tensors' shapes tell; there must be as many labels as classes."""
     vocab_size, hidden_size = _shape(state, "token_emb.weight", 2)
     first = "performer.net.layers.0"
     num_random_features, head_dim = _shape(state, f"{first}.0.fn.fast_attention.projection_matrix", 2)
@@ -280,13 +255,7 @@ def label_names(labels, num_labels: int) -> list[str]:
 
 
 def load_exactly(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Load a converted state into a model; every weight, of exactly its shape.
-
-    Raises
-    ------
-    CheckpointError
-        Naming the missing weights or those of a wrong shape.
-    """
+    """Load a converted state into a model; every weight, of exactly its shape."""
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     missing = sorted(wanted.keys() - state.keys())
     surplus = sorted(state.keys() - wanted.keys())

@@ -29,21 +29,13 @@ _considered = []
 
 @dataclass
 class MatmulReport:
-    """
-    What was found, and whether it was kept.
+    """What was found, and whether it was kept."""
 
-    Attributes
-    ----------
-    enabled
-        Float32 products now go to oneDNN.
-    error
-        Largest relative error of its products against float64; None where the switch does not exist.
-    speedup
-        Time of the products before, over the time with oneDNN.
-    """
-
+    # float32 products now go to oneDNN
     enabled: bool
+    # largest relative error of its products against float64; None where the switch does not exist
     error: float | None = None
+    # time of the products before, over the time with oneDNN
     speedup: float | None = None
 
     def __str__(self) -> str:
@@ -58,15 +50,8 @@ def use_onednn(max_error: float = MAX_ERROR) -> MatmulReport:
     """
     Let oneDNN do this process's float32 matrix products on the CPU, if it does them in float32 and faster.
 
-    Parameters
-    ----------
-    max_error
-        Relative error above which it is not kept.
-
-    Returns
-    -------
-    MatmulReport
-        Also logged. ``torch.backends.mkldnn.matmul.fp32_precision = "none"`` undoes it.
+    It is not kept where its relative error is above ``max_error``. The report is also logged; `restore_matmul` undoes
+    it.
 
     Examples
     --------
@@ -104,7 +89,7 @@ def restore_matmul() -> None:
         torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
-def _measure(repeats: int = 3) -> tuple[float, float]:
+def _measure() -> tuple[float, float]:
     """Largest relative error over the shapes, and the sum of their best times."""
     generator = torch.Generator().manual_seed(0)
     largest, total = 0.0, 0.0
@@ -112,7 +97,7 @@ def _measure(repeats: int = 3) -> tuple[float, float]:
         left = torch.randn(rows, inner, generator=generator)
         right = torch.randn(inner, columns, generator=generator)
         product, best = left @ right, float("inf")
-        for _ in range(repeats):
+        for _ in range(3):
             start = time.perf_counter()
             torch.mm(left, right, out=product)
             best = min(best, time.perf_counter() - start)

@@ -4,13 +4,14 @@ Steps of a FAVOR+ block on CUDA, forward and backward; cuda_layer_scbert.py make
 They launch on the current device.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import triton
 from torch.nn import functional as F
 
+from .favor_tiles_scbert import powers_of_two
 from .favor_triton_scbert import FavorLaunches, capability_of, processors_of, triton_state
 from .feed_forward_kernels_scbert import (
     feed_forward_kernel,
@@ -43,13 +44,14 @@ class CudaSteps:
         self.qkv = torch.cat([cast[f"attention.{x}_proj.weight"] for x in "qkv"])
         self.out = cast["attention.o_proj.weight"]
         self.hidden, self.inner = self.out.shape
+        self.block = max(16, triton.next_power_of_2(self.hidden))
         # both with the hidden size inside
         self.w1, self.w2 = cast["intermediate.weight"].contiguous(), cast["output.weight"].T.contiguous()
         device = self.out.device
         wide = capability_of(device)[0] in (9, 10)
         self.tiles = {
             "C": self.hidden,
-            "PIECES": _pieces(self.hidden),
+            "PIECES": powers_of_two(self.hidden, 128),
             "INNER": len(self.w1),
             "BLOCK_N": 128 if wide else 64,
             "BLOCK_I": 64 if wide else 32,
@@ -101,7 +103,7 @@ class CudaSteps:
             *(x.contiguous(), attended if branch else x, bias if branch else weights[0], *weights),
             *(normed, residual, x.shape[1], tokens, self.norm_epsilon),
             C=self.hidden,
-            BLOCK_C=_power(self.hidden),
+            BLOCK_C=self.block,
             BLOCK_N=NORM_ROWS,
             HAS_BRANCH=branch,
         )
@@ -194,7 +196,7 @@ class CudaSteps:
             *(x.contiguous(), normed_grad, normed_grad if residual_grad is None else residual_grad),
             *(self.weights[f"{name}.weight"], x_grad, *parts, tokens, self.norm_epsilon),
             C=self.hidden,
-            BLOCK_C=_power(self.hidden),
+            BLOCK_C=self.block,
             BLOCK_N=NORM_ROWS,
             HAS_RESIDUAL=residual_grad is not None,
         )
@@ -215,17 +217,3 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def _total(x: torch.Tensor) -> torch.Tensor:
     return x.sum((0, 1), dtype=torch.float32)
-
-
-def _power(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
-
-
-@functools.cache
-def _pieces(n: int) -> tuple[int, ...]:
-    """Powers of two of at least 16 that hold n columns, 128 at most."""
-    pieces, left = [], -(-n // 16) * 16
-    while left:
-        pieces.append(min(128, 1 << (left.bit_length() - 1)))
-        left -= pieces[-1]
-    return tuple(pieces)

@@ -42,18 +42,8 @@ class ScBertGeneEmbeddings(nn.Module):
 
 def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.Tensor:
     """
-    Fixed sine/cosine positions (Vaswani et al. 2017, section 3.5).
-
-    Parameters
-    ----------
-    position_ids
-        Integers, any shape.
-    hidden_size
-        Even width of the encoding.
-
-    Returns
-    -------
-    Float32 tensor ``[*position_ids.shape, hidden_size]``: sines at even, cosines at odd features.
+    Fixed positions (Vaswani et al. 2017, section 3.5), sines at even, cosines at odd features: float32
+    ``[*position_ids.shape, hidden_size]``, of an even size.
     """
     pairs = torch.arange(0, hidden_size, 2, device=position_ids.device, dtype=torch.float32)
     angles = position_ids.float().unsqueeze(-1) * torch.exp(pairs * (-math.log(10000.0) / hidden_size))
@@ -122,23 +112,10 @@ class ScBertEmbeddings(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Embed a batch of cells.
+        Embed a batch of cells, ``[batch, length, hidden]``; arguments as in `ScBertModel`.
 
-        Parameters
-        ----------
-        input_ids
-            Expression bins ``[batch, length]``.
-        gene_ids
-            Rows of the gene table ``[batch, length]`` (or ``[length]``); the panel's order by default.
-        modality_ids
-            Modalities ``[batch, length]``; all zero by default.
-        inputs_embeds
-            Expression embeddings ``[batch, length, hidden]`` in place of ``input_ids`` (for attribution); genes,
-            modalities and positions are added all the same.
-
-        Returns
-        -------
-        Tensor ``[batch, length, hidden]``.
+        Genes may be ``[length]``. To ``inputs_embeds``, which are for attribution, genes, modalities and positions are
+        added all the same.
         """
         expression = self.expression_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         length = expression.shape[1]

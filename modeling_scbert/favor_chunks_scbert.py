@@ -20,20 +20,12 @@ DEFAULT_CHUNK_BYTES = 8 << 20
 ACCELERATOR_CHUNK_BYTES = 256 << 20
 
 
-def chunk_positions(heads: int, num_features: int, device: torch.device, itemsize: int = 4) -> int:
+def chunk_positions(heads: int, num_features: int, device: torch.device) -> int:
     """
-    Positions per chunk such that their features take a quarter of the last-level cache.
+    Positions per chunk such that their features, ``heads * num_features`` of 4 bytes, take a quarter of the last-level
+    cache; accelerators get larger chunks.
 
     The environment variable ``SCBERT_CHUNK_SIZE`` overrides it.
-
-    Parameters
-    ----------
-    heads, num_features
-        Features per position are ``heads * num_features``.
-    device
-        Where the chunks are computed; accelerators get larger chunks.
-    itemsize
-        Bytes per feature.
 
     Examples
     --------
@@ -43,7 +35,7 @@ def chunk_positions(heads: int, num_features: int, device: torch.device, itemsiz
     if override := os.environ.get("SCBERT_CHUNK_SIZE"):
         return max(1, int(override))
     budget = ACCELERATOR_CHUNK_BYTES if device.type != "cpu" else _cache_bytes() // 4
-    positions = budget // (heads * num_features * itemsize)
+    positions = budget // (heads * num_features * 4)
     return max(64, min(positions, 8192) // 64 * 64)
 
 
@@ -91,12 +83,7 @@ class FeatureChunks:
     """
     Random features of one chunk after another, in one reused buffer; base-2 logarithms throughout.
 
-    Parameters
-    ----------
-    projection_matrix
-        ``[m, d]``.
-    dtype
-        Of the computation: float32 or float64.
+    The projection matrix is ``[m, d]``, the dtype that of the computation: float32 or float64.
     """
 
     def __init__(self, projection_matrix: torch.Tensor, dtype: torch.dtype):
@@ -141,16 +128,7 @@ def per_head(per_cell: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 class KeyContext:
-    """
-    Running ``sum_j exp2(log phi_k(j)) [v_j, 1]`` of a group of cells under a shift that follows the running maximum.
-
-    Parameters
-    ----------
-    features
-        The buffers and the projection.
-    cells, heads, value_width
-        Shape of the group.
-    """
+    """Running ``sum_j exp2(log phi_k(j)) [v_j, 1]`` of a group of cells, under a shift that follows the maximum."""
 
     def __init__(self, features: FeatureChunks, cells: int, heads: int, value_width: int):
         new = features.matrix.new_zeros
@@ -219,23 +197,13 @@ def attend(
     features: FeatureChunks, query: torch.Tensor, table: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Query pass over one chunk.
-
-    Parameters
-    ----------
-    features
-        The buffers and the projection; ``features.current`` holds this chunk's afterwards, for `query_backward`.
-    query
-        Contiguous ``[cells * heads, length, d]``.
-    table
-        Context ``[cells * heads, m, dv + 1]`` of `KeyContext.finish`.
-    epsilon
-        The kernel's constant.
+    Query pass over one chunk, contiguous ``[cells * heads, length, d]``, with the table of `KeyContext.finish`.
 
     Returns
     -------
     ``[numerator, normaliser]`` ``[cells * heads, length, dv + 1]``, in a buffer that the next chunk reuses; the
-    stabiliser ``[cells * heads, length, 1]`` to base 2; what the features are multiplied by, of the same shape.
+    stabiliser ``[cells * heads, length, 1]`` to base 2; what the features are multiplied by, of the same shape. The
+    features stay in ``features.current``, for `query_backward`.
     """
     logs, half_square = features.logarithms(query)
     row_max = logs.amax(-1, keepdim=True)
@@ -267,26 +235,16 @@ def query_backward(
     epsilon: float,
 ) -> torch.Tensor:
     """
-    Backward of `attend` over one chunk; adds to ``table_grad``.
+    Backward of `attend` over one chunk: its gradient, in a buffer that the next chunk reuses.
 
     Parameters
     ----------
-    features
-        The buffers and the projection.
-    query
-        The chunk, ``[cells * heads, length, d]``.
     exponentials, scale
         The chunk's features, ``[cells * heads, length, m]``, and what they are multiplied by, ``[..., length, 1]``.
     joined
         Gradient of ``[numerator, normaliser]``, see `joined_gradient`; overwritten.
     table, table_grad
-        Context and its gradient so far, ``[cells * heads, m, dv + 1]``.
-    epsilon
-        The kernel's constant.
-
-    Returns
-    -------
-    Gradient of the query chunk, ``[cells * heads, length, d]``, in a buffer that the next chunk reuses.
+        Context and its gradient so far, ``[cells * heads, m, dv + 1]``, which this chunk's is added to.
     """
     table_grad.add_(joined.sum(1, keepdim=True), alpha=epsilon)
     joined.mul_(scale)
@@ -314,24 +272,9 @@ def key_backward(
     epsilon: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Backward of `KeyContext` over one chunk.
+    Gradients of key and value chunks, as `KeyContext.add` took them; the former in a buffer that the next chunk reuses.
 
-    Parameters
-    ----------
-    features
-        The buffers and the projection.
-    key, value, keep
-        The chunk as `KeyContext.add` took it.
-    key_max
-        The stabiliser, ``[cells * heads, 1, 1]``.
-    table_grad
-        Gradient of the context, ``[cells * heads, m, dv + 1]``.
-    epsilon
-        The kernel's constant.
-
-    Returns
-    -------
-    Gradients of the key and value chunks; the former in a buffer that the next chunk reuses.
+    The stabiliser ``key_max`` is ``[cells * heads, 1, 1]``, the gradient of the context ``[cells * heads, m, dv + 1]``.
     """
     logs, half_square = features.logarithms(key)
     scale = position_scale(logs, key_max, half_square)

@@ -6,31 +6,23 @@ test_favor_compiled.py keeps them within bounds), not from timings. Hopper keeps
 at hand for all the positions a program goes over; elsewhere, and where they do not fit, tiles of them are fetched anew.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """
-    How a kernel is cut.
+    """How a kernel is cut."""
 
-    Attributes
-    ----------
-    features
-        Tiles of features, powers of two.
-    positions
-        Of a block.
-    warps, stages
-        Of a program, and of its pipelines.
-    resident
-        Whether the tiles stand side by side, all of them; else they are fetched one after another, all of the size of
-        the first. Sums over positions always hold theirs.
-    """
-
+    # powers of two
     features: tuple[int, ...]
+    # of a block
     positions: int
+    # of a program, and of its pipelines
     warps: int
     stages: int
+    # whether the tiles stand side by side, all of them; else they are fetched one after another, all of the size of the
+    # first; sums over positions always hold theirs
     resident: bool = False
 
 
@@ -52,18 +44,9 @@ HOPPER = GENERAL | {
 
 def choose_tiles(capability: tuple[int, int], half: bool, width: int, features: int) -> tuple[Tiles, Tiles]:
     """
-    Tiles for `sum_kernel`, and for `apply_kernel` and `gradient_kernel`.
+    Tiles for `sum_kernel`, and for `apply_kernel` and `gradient_kernel`, on a GPU of a capability.
 
-    Parameters
-    ----------
-    capability
-        Of the GPU.
-    half
-        Whether products are of bfloat16, not of float32.
-    width
-        Larger one of the sizes of a head's keys and values.
-    features
-        Random features.
+    Products are of bfloat16 (``half``) or of float32; the width is the larger one of a head's keys and values.
 
     Examples
     --------
@@ -84,9 +67,14 @@ def _fitted(tiles: Tiles, rows: int) -> Tiles:
     """The same with no more tiles than so many rows need."""
     if rows >= sum(tiles.features):
         return tiles
-    left, features = -(-rows // 16) * 16, []
+    return replace(tiles, features=powers_of_two(rows, tiles.features[0]))
+
+
+@functools.cache
+def powers_of_two(n: int, largest: int) -> tuple[int, ...]:
+    """Powers of two of at least 16 that hold n rows or columns."""
+    found, left = [], -(-n // 16) * 16
     while left:
-        size = min(tiles.features[0], 1 << (left.bit_length() - 1))
-        features.append(size)
-        left -= size
-    return Tiles(tuple(features), tiles.positions, tiles.warps, tiles.stages, tiles.resident)
+        found.append(min(largest, 1 << (left.bit_length() - 1)))
+        left -= found[-1]
+    return tuple(found)

@@ -109,22 +109,9 @@ def triton_forward(
     epsilon: float,
 ) -> tuple[torch.Tensor, ...]:
     """
-    Forward of the operator.
+    Forward of the operator: output ``[batch, query length, heads, dv]``, then the tensors of `triton_state`.
 
-    Parameters
-    ----------
-    query, key, value
-        ``[batch, heads, length, d]``, with any strides.
-    projection_matrix
-        ``[m, d]``.
-    attention_mask
-        Of bool, ``[batch, key length]``.
-    epsilon
-        The kernel's constant.
-
-    Returns
-    -------
-    Output ``[batch, query length, heads, dv]`` in the dtype of ``value``, then the tensors of `triton_state`.
+    Arguments are those of `favor_attention`, with any strides, and a mask of bool.
     """
     cells, heads, length, _ = query.shape
     output = value.new_empty(cells, length, heads, value.shape[-1])
@@ -153,20 +140,9 @@ def triton_backward(
     *rest,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Backward of the operator.
+    Backward of the operator: gradients of query, key and value, each stored as ``[batch, length, heads, d]``.
 
-    Parameters
-    ----------
-    grad
-        Of the output, ``[batch, query length, heads, dv]``.
-    query, key, value, projection_matrix, attention_mask
-        As in the forward.
-    output, *rest
-        What the forward returned, and epsilon.
-
-    Returns
-    -------
-    Gradients of query, key and value, each stored as ``[batch, length, heads, d]``.
+    ``output`` and ``rest`` are what the forward returned, and epsilon; ``grad`` is that of the output.
     """
     *state, epsilon = rest
     grads = tuple(x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value))

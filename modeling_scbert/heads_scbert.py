@@ -118,8 +118,6 @@ class ScBertNovelty(nn.Module):
         """Log odds ``[batch]`` that a cell is of none of the types."""
         squared = (vectors.unsqueeze(1) - self.centers.float()).square().sum(dim=-1) + 1e-9
         intercept, by_energy, by_distance = self.coefficients.float()
-        energy, distance = (
-            -logits.float().logsumexp(dim=-1),
-            (squared[:, :-1].amin(dim=1) / squared[:, -1]).log(),
-        )
+        energy = -logits.float().logsumexp(dim=-1)
+        distance = (squared[:, :-1].amin(dim=1) / squared[:, -1]).log()
         return intercept + by_energy * energy + by_distance * distance

@@ -24,15 +24,15 @@ from .resize_scbert import ResizeEmbeddingsMixin
 from .reversible_scbert import reversible_encode
 
 
-def align_weights(model: nn.Module, boundary: int = 64):
+def align_weights(model: nn.Module):
     """
-    Copy CPU weights that start off a cache line, in place.
+    Copy CPU weights that start off a cache line, 64 bytes, in place.
 
     Weights mapped from a safetensors file start wherever its header ends, and there matrix products take another
     path: the logits of a reloaded model differed in the last bit from those of the model that was saved.
     """
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % boundary:
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
 
 

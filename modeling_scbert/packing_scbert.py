@@ -86,17 +86,10 @@ def _of_like_length(places: torch.Tensor, spare: int) -> list[tuple[torch.Tensor
 
 def pack(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    A padded batch as a packed one.
+    A padded batch as a packed one: tensors ``[batch, length]`` as ``[1, tokens]``, and bounds as ``attention_mask``.
 
-    Parameters
-    ----------
-    batch
-        Tensors ``[batch, length]`` by name, the ``attention_mask`` among them (without one there is no padding, and
-        the batch comes back as it is); others, such as one number a cell, stay as they are.
-
-    Returns
-    -------
-    The same names with tensors ``[1, tokens]``, and the bounds as ``attention_mask``.
+    Without such a mask there is no padding, and the batch comes back as it is; tensors of other shapes, such as one
+    number a cell, stay as they are.
 
     Examples
     --------
@@ -115,16 +108,7 @@ def unpack(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """
     A packed row as a padded batch, with zeros for padding.
 
-    Parameters
-    ----------
-    tokens
-        ``[1, tokens, ...]``.
-    bounds
-        ``[cells + 1]``.
-
-    Returns
-    -------
-    ``[cells, longest, ...]``.
+    From ``[1, tokens, ...]`` and bounds ``[cells + 1]`` to ``[cells, longest, ...]``.
 
     Examples
     --------

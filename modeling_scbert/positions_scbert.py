@@ -5,18 +5,7 @@ import torch
 
 def rows_at(positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """
-    Rows of every sequence.
-
-    Parameters
-    ----------
-    positions
-        ``[batch, n]``.
-    x
-        ``[batch, length, ...]``.
-
-    Returns
-    -------
-    ``[batch, n, ...]``.
+    Rows ``[batch, n, ...]`` of every sequence ``[batch, length, ...]``, at positions ``[batch, n]``.
 
     Examples
     --------
@@ -26,21 +15,11 @@ def rows_at(positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return x.take_along_dim(positions.reshape(*positions.shape, *[1] * (x.dim() - 2)), dim=1)
 
 
-def labelled_positions(labels: torch.Tensor, ignored: int = -100) -> torch.Tensor | None:
+def labelled_positions(labels: torch.Tensor) -> torch.Tensor | None:
     """
-    Positions of the labelled tokens of a batch, in order.
+    Positions ``[batch, n]`` of the labelled tokens of a batch (not -100), in order; None if there are none.
 
-    Parameters
-    ----------
-    labels
-        ``[batch, length]``.
-    ignored
-        Label of tokens that have none.
-
-    Returns
-    -------
-    ``[batch, n]`` with the largest number of labelled tokens of a sequence as ``n``; shorter rows go on with tokens
-    that have no label. None if no token has any.
+    ``n`` is the largest number of labelled tokens of a sequence; shorter rows go on with tokens that have no label.
 
     Examples
     --------
@@ -48,6 +27,6 @@ def labelled_positions(labels: torch.Tensor, ignored: int = -100) -> torch.Tenso
     tensor([[1, 3],
             [2, 0]])
     """
-    labelled = labels != ignored
+    labelled = labels != -100
     n_labelled = int(labelled.sum(1).max()) if labelled.numel() else 0
     return labelled.int().argsort(dim=1, descending=True, stable=True)[:, :n_labelled] if n_labelled else None

@@ -103,42 +103,23 @@ def reversible_encode(layers, hidden_states, attention_mask=None):
     """
     Run reversible layers so that their backward pass recomputes what it needs.
 
-    Parameters
-    ----------
-    layers : iterable of torch.nn.Module
-        Each with ``attend(hidden_states, attention_mask)`` and ``feed_forward(hidden_states)``, the two residual
-        branches (norms included), sharing no parameter.
-    hidden_states : torch.Tensor
-        [batch, length, hidden].
-    attention_mask : torch.Tensor, optional
-        [batch, length], passed on.
+    Layers have ``attend(hidden_states, attention_mask)`` and ``feed_forward(hidden_states)``, the two residual branches
+    (norms included), which share no parameter. The mean of both streams comes back, [batch, length, hidden] in the
+    input's dtype.
 
-    Returns
-    -------
-    torch.Tensor
-        Mean of both streams, [batch, length, hidden] in the input's dtype.
-
-    Notes
-    -----
     The streams are float32 whatever the model's dtype: each layer is undone by a subtraction, and half precision
     would lose the input after a few. Memory for backward does not grow with the number of layers, save for 10 kB of
     random state each.
     """
     dtype = hidden_states.dtype
 
-    def attention_branch(layer):
-        return lambda stream: layer.attend(stream.to(dtype), attention_mask).float()
-
-    def feed_forward_branch(layer):
-        return lambda stream: layer.feed_forward(stream.to(dtype)).float()
-
-    branches = [
-        (
-            attention_branch(layer),
-            feed_forward_branch(layer),
-            [p for p in layer.parameters() if p.requires_grad],
+    def branches_of(layer):
+        return (
+            lambda stream: layer.attend(stream.to(dtype), attention_mask).float(),
+            lambda stream: layer.feed_forward(stream.to(dtype)).float(),
+            [parameter for parameter in layer.parameters() if parameter.requires_grad],
         )
-        for layer in layers
-    ]
+
+    branches = [branches_of(layer) for layer in layers]
     parameters = [parameter for *_, owned in branches for parameter in owned]
     return _ReversibleFunction.apply(hidden_states.float(), branches, *parameters).to(dtype)

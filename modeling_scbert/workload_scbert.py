@@ -32,16 +32,9 @@ def flops_per_token(config) -> float:
 
 def expect_work(config, tokens: float, training: bool = False) -> None:
     """
-    Say how much a model is going to compute in this process.
+    Say how much a model is going to compute in this process: the tokens of all cells still to come, over all epochs.
 
-    Parameters
-    ----------
-    config
-        `ScBertConfig` of the model.
-    tokens
-        Of all cells that are still to come, summed over epochs.
-    training
-        Whether they are trained on: three times the work.
+    Training on them is three times the work.
 
     Examples
     --------

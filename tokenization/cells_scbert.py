@@ -24,19 +24,8 @@ FEATURE_TYPES = ("Gene Expression", "Peaks", "Antibody Capture")
 def matrix_and_names(cells, gene_panel, gene_names=None, layer=None):
     """The matrix of `cells`, which can be cut by rows, with one name per column.
 
-    Parameters
-    ----------
-    cells, gene_names, layer
-        As of calling the tokenizer; also one cell alone, as an array or Series [genes].
-    gene_panel : sequence of str
-        Names of the columns where nothing else tells them.
-
-    Raises
-    ------
-    InputError
-        If there are no cells, or not one name per column.
-    TypeError
-        If `cells` is a path.
+    The arguments are those of calling the tokenizer; there may also be one cell alone, an array or Series [genes].
+    Names are those of the panel where nothing else tells them.
     """
     if isinstance(cells, (str, os.PathLike)):
         raise TypeError(
@@ -90,17 +79,8 @@ def _frame_and_names(frame, gene_panel):
 def select_matrix(adata, layer=None):
     """Matrix of an AnnData, and the object whose `var` names its columns.
 
-    Parameters
-    ----------
-    adata
-        Anything with `X`, `layers`, `raw`, `var` and `var_names`.
-    layer : str, optional
-        A layer's name, or ``"raw"`` for `adata.raw`.
-
-    Raises
-    ------
-    InputError
-        If there is no such matrix, or it does not have two dimensions.
+    It may be anything with `X`, `layers`, `raw`, `var` and `var_names`; the layer ``"raw"`` is `adata.raw`. A matrix
+    that is not there, or does not have two dimensions, is refused.
     """
     if layer is None or layer == "X":
         if adata.X is None:
@@ -140,16 +120,7 @@ def other_sources(cells, layer):
 
 
 def feature_modalities(var):
-    """Modality id of every feature, or None where the table names no modality but gene expression.
-
-    Parameters
-    ----------
-    var : pandas.DataFrame [features]
-
-    Returns
-    -------
-    numpy.ndarray [features] of int64, or None
-    """
+    """Modality id of every feature, int64 [features], or None where `var` names no modality but gene expression."""
     if "feature_types" not in var:
         return None
     ids = var["feature_types"].astype(str).map({kind: i for i, kind in enumerate(FEATURE_TYPES)})
@@ -172,23 +143,21 @@ def raw_hint(cells, gene_panel, layer=None):
     return f"The genes may have been cut to a subset: .raw holds {all_genes:,} of them (layer='raw', or --layer raw)."
 
 
-def sample_rows(matrix, size=SAMPLE_SIZE):
+def sample_rows(matrix):
     """Four blocks of rows spread over the matrix: files are often sorted by sample."""
     n = matrix.shape[0]
-    if n <= size:
+    if n <= SAMPLE_SIZE:
         return as_csr(matrix[:])
-    block = size // 4
+    block = SAMPLE_SIZE // 4
     starts = np.linspace(0, n - block, 4).astype(int)
     return sp.vstack([as_csr(matrix[start : start + block]) for start in starts], format="csr")
 
 
 def resolve_input(matrix, input="auto", target_sum=1e4, hint=""):
-    """What kind of values a matrix holds, from a sample of its rows.
+    """What kind of values a matrix of cells x genes holds, from a sample of its rows.
 
     Parameters
     ----------
-    matrix
-        Of cells x genes, which can be cut by rows.
     input : {"auto", "counts", "log1p"}
         What it is said to hold.
     target_sum : float
@@ -201,11 +170,6 @@ def resolve_input(matrix, input="auto", target_sum=1e4, hint=""):
     kind : {"counts", "log1p"}
     scale : float or None
         Row sum of log1p values before their logarithm, if they share one (all genes are there).
-
-    Raises
-    ------
-    InputError
-        If there is no such kind, or the values are of neither.
     """
     if input not in INPUT_KINDS:
         raise InputError(f"input must be one of {', '.join(INPUT_KINDS)}; found {input!r}.")

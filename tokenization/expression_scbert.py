@@ -23,17 +23,9 @@ MAX_LOG_VALUE = 50.0
 
 
 def as_csr(matrix):
-    """Rows of any matrix as a canonical CSR matrix (sorted, no duplicates, no stored zeros).
+    """Rows of any matrix, dense or sparse, as a canonical CSR matrix (sorted, no duplicates, no stored zeros).
 
-    Parameters
-    ----------
-    matrix
-        Dense array or scipy sparse matrix/array [cells, genes] of any numeric dtype.
-
-    Returns
-    -------
-    scipy.sparse.csr_matrix
-        The same values; shares memory with `matrix` where it is already canonical CSR.
+    It shares memory with `matrix` where that is canonical CSR already.
     """
     if sp.issparse(matrix):
         csr = sp.csr_matrix(matrix)
@@ -63,17 +55,7 @@ def _csr_of_dense(dense):
 
 
 def check_values(matrix):
-    """Refuse NaN, infinite and negative values, and values that are not numbers.
-
-    Parameters
-    ----------
-    matrix : scipy.sparse matrix or numpy.ndarray
-
-    Raises
-    ------
-    InputError
-        Naming how many there are and what usually leads to them.
-    """
+    """Refuse NaN, infinite and negative values, and values that are not numbers, in a sparse matrix or an array."""
     data = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
     if data.size == 0:
         return
@@ -141,10 +123,7 @@ def detect_input_kind(csr, target_sum=1e4):
 def log1p_scale(csr, target_sum=1e4):
     """The common row sum of ``expm1(values)`` if the rows have one, else None.
 
-    Returns
-    -------
-    float or None
-        `target_sum` itself if the sums agree with it within the tolerance; otherwise their median.
+    It is `target_sum` itself if the sums agree with it within the tolerance; otherwise their median.
     """
     if csr.nnz == 0 or csr.data.max() > MAX_LOG_VALUE:
         return None
@@ -283,12 +262,7 @@ def bin_floor(csr, n_bins, bin_width=1.0):
 
 
 def floor_values(n_bins, bin_width=1.0, log_base=2.0):
-    """Expression, of the target sum in a cell, that fixed bins stand for: the middle of each on the log scale.
-
-    Returns
-    -------
-    numpy.ndarray
-        float32 [bins], 0 for bin 0.
+    """Expression, of the target sum in a cell, that fixed bins stand for: the middle of each on the log scale, float32.
 
     Examples
     --------
@@ -308,17 +282,7 @@ def bin_quantile(csr, n_bins):
     binning without its random spread of ties; scGPT's count of 51 includes the bin of the zeros, so it is
     ``n_bins=50`` here.
 
-    Parameters
-    ----------
-    csr : scipy.sparse.csr_matrix [cells, genes]
-        Values of any monotone scale.
-    n_bins : int
-        Number of bins of non-zero values.
-
-    Returns
-    -------
-    scipy.sparse.csr_matrix [cells, genes]
-        Bins 1..n_bins as int8 or int16.
+    Values may be of any monotone scale; bins 1..n_bins are CSR of int8 or int16.
     """
     bins = np.empty(csr.nnz, dtype=bin_dtype(n_bins))
     for start, stop in zip(csr.indptr[:-1], csr.indptr[1:]):

@@ -17,11 +17,7 @@ REPORT_COLUMNS = ("gene", "status", "panel_gene", "via", "note")
 
 
 class GeneTable:
-    """Names of human genes: approved symbols, previous symbols, aliases and Ensembl ids.
-
-    Parameters
-    ----------
-    records : iterable of (gene id, symbol, previous symbols, aliases, Ensembl ids)
+    """Names of human genes, from records of (gene id, approved symbol, previous symbols, aliases, Ensembl ids).
 
     Examples
     --------
@@ -48,13 +44,7 @@ class GeneTable:
 
     @classmethod
     def from_file(cls, path):
-        """Read the HGNC complete set (.txt) or NCBI's Homo_sapiens.gene_info, gzip-compressed or not.
-
-        Raises
-        ------
-        InputError
-            If the file is neither.
-        """
+        """Read the HGNC complete set (.txt) or NCBI's Homo_sapiens.gene_info, gzip-compressed or not."""
         try:
             with open_text(path) as handle:
                 reader = csv.DictReader(handle, delimiter="\t")
@@ -127,20 +117,13 @@ def _split(cell):
 
 @dataclass
 class GeneMapping:
-    """Names of a file brought to those of a panel; made by `map_genes`.
+    """Names of a file brought to those of a panel; made by `map_genes`."""
 
-    Attributes
-    ----------
-    names : list of str [genes of the file]
-        The panel's name of each column, or its own name where it has none: for `align_genes`.
-    rows : list of tuple
-        ``(gene, status, panel_gene, via, note)``. Status of the file's genes: ``matched`` by name,
-        ``renamed`` by the table, ``ambiguous`` (left out), ``unused`` (not in the panel). Genes of the panel
-        without a column follow as ``absent``.
-    """
-
-    names: list
-    rows: list
+    # the panel's name of each column of the file, or its own where it has none: for `align_genes`
+    names: list[str]
+    # (gene, status, panel_gene, via, note); status of the file's genes: matched by name, renamed by the table,
+    # ambiguous (left out), unused (not in the panel); genes of the panel without a column follow as absent
+    rows: list[tuple]
 
     @property
     def counts(self):
@@ -163,16 +146,7 @@ def map_genes(gene_names, panel, table=None):
     renamed to a gene that stands in the file under its own name, nor are two symbols renamed to one gene: a
     file that tells them apart means different genes. Ensembl ids of one gene are summed.
 
-    Parameters
-    ----------
-    gene_names : sequence of str
-    panel : sequence of str
-    table : GeneTable, optional
-        Without it nothing is renamed.
-
-    Returns
-    -------
-    GeneMapping
+    Without a `GeneTable` nothing is renamed.
 
     Examples
     --------

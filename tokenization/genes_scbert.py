@@ -45,18 +45,7 @@ def open_text(path):
 def read_gene_panel(path):
     """Read an ordered gene panel: one name per line (.txt, .csv, .tsv; first column), gzip or not.
 
-    Parameters
-    ----------
-    path : str or os.PathLike
-
-    Returns
-    -------
-    list of str
-
-    Raises
-    ------
-    InputError
-        If the file is not text, is empty, or names a gene twice.
+    A file that is not text, is empty, or names a gene twice, is refused.
     """
     return [row[0] for row in read_panel_rows(path)]
 
@@ -149,16 +138,7 @@ class GeneAlignment:
         return np.setdiff1d(np.arange(self.panel_size), self.target)
 
     def apply(self, csr):
-        """Columns of `csr` brought into panel order; duplicates summed, absent genes zero.
-
-        Parameters
-        ----------
-        csr : scipy.sparse.csr_matrix [cells, genes of the file]
-
-        Returns
-        -------
-        scipy.sparse.csr_matrix [cells, panel]
-        """
+        """CSR [cells, genes of the file] to CSR [cells, panel]; duplicates summed, absent genes zero."""
         if csr.shape[1] != len(self.target):
             raise InputError(f"Got {csr.shape[1]} columns of expression for {len(self.target)} gene names.")
         if self._identity:
@@ -202,19 +182,9 @@ class GeneAlignment:
         ]
 
     def check(self, minimum=MINIMUM_OVERLAP, force=False):
-        """Refuse a low overlap between the file's genes and the panel.
+        """Refuse a low overlap of the file's genes with the panel: a share of it below `minimum`.
 
-        Parameters
-        ----------
-        minimum : float
-            Smallest share of the panel that has to be found.
-        force : bool
-            Accept any overlap but none.
-
-        Raises
-        ------
-        InputError
-            Showing the first names of both sides and what they look like.
+        With `force` any overlap but none is accepted.
         """
         if self.n_matched and (force or self.overlap >= minimum):
             return
@@ -246,18 +216,7 @@ def _name_hint(names, panel):
 
 
 def align_genes(gene_names, panel):
-    """Match the columns of a file to a gene panel by exact name.
-
-    Parameters
-    ----------
-    gene_names : sequence of str
-        Names of the file's columns.
-    panel : sequence of str
-        The model's genes, in order.
-
-    Returns
-    -------
-    GeneAlignment
+    """Match the columns of a file to a gene panel by exact name, as a `GeneAlignment`.
 
     Examples
     --------
@@ -280,15 +239,7 @@ def looks_like_ensembl(names):
 def gene_names_of(var, var_names):
     """Gene symbols of an annotated matrix: `var_names`, or a column of `var` if those are Ensembl ids.
 
-    Parameters
-    ----------
-    var : mapping of columns (a DataFrame)
-    var_names : sequence of str
-
-    Returns
-    -------
-    list of str
-        Where a symbol is missing in the column, the Ensembl id stays.
+    Where a symbol is missing in the column, the Ensembl id stays.
     """
     names = [str(name) for name in var_names]
     if not looks_like_ensembl(names):
@@ -337,15 +288,7 @@ def trust(absent, n_genes):
 
 
 def measured_share(levels, absent, log_base, bin_width):
-    """Share of a cell's counts that genes other than the absent ones have, as far as levels are trusted.
-
-    Parameters
-    ----------
-    levels : numpy.ndarray, float64 [genes]
-    absent : numpy.ndarray, int
-        Panel indices.
-    log_base, bin_width : float
-        Of the bins.
+    """Share of a cell's counts that genes other than `absent` (panel indices) have, as far as levels are trusted.
 
     Examples
     --------
@@ -361,18 +304,7 @@ def measured_share(levels, absent, log_base, bin_width):
 def fill_absent(bins, absent, levels):
     """Every cell's bins of the absent genes, which are 0, become their levels, rounded; empty cells stay empty.
 
-    Levels are lower where they are trusted less.
-
-    Parameters
-    ----------
-    bins : scipy.sparse.csr_matrix [cells, panel]
-    absent : numpy.ndarray, int
-        Panel indices, ascending.
-    levels : numpy.ndarray, float64 [genes]
-
-    Returns
-    -------
-    scipy.sparse.csr_matrix [cells, panel]
+    Levels, float64 [genes], are lower where they are trusted less. Absent genes are panel indices, ascending.
 
     Examples
     --------

@@ -78,17 +78,9 @@ def find_model(model: str | Path) -> Path:
 
 def check_model_folder(folder: str | Path) -> dict[str, Any]:
     """
-    Refuse a folder that holds no complete scBERT model, by its files alone.
+    The content of a model folder's config.json; one without a complete scBERT model, by its files alone, is refused.
 
-    Returns
-    -------
-    dict
-        The content of its config.json.
-
-    Raises
-    ------
-    InputError
-        Saying what is missing, damaged, or of which other type it is.
+    The `InputError` says what is missing, damaged, or of which other type it is.
     """
     folder = Path(folder)
     config = _read_config(folder)

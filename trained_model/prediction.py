@@ -26,24 +26,13 @@ MAX_BATCH = 256
 
 @dataclass
 class LoadedModel:
-    """
-    A model ready to be run, with its tokenizer.
-
-    Attributes
-    ----------
-    model
-        Any scBERT model.
-    tokenizer
-        Its gene panel has one gene less than the model has positions.
-    name
-        Where it came from.
-    dtype
-        Precision of the matrix products: float32, or a half precision under autocast.
-    """
+    """A model ready to be run, with its tokenizer, whose panel has one gene less than the model has positions."""
 
     model: PreTrainedModel
     tokenizer: ScBertTokenizer
+    # where it came from
     name: str = "in memory"
+    # precision of the matrix products: float32, or a half precision under autocast
     dtype: torch.dtype = torch.float32
 
     @property
@@ -82,14 +71,7 @@ class LoadedModel:
         return 0.5 if chosen is None else float(chosen)
 
     def quantiles(self, coverage: float) -> list[float]:
-        """
-        Largest score of each label within a prediction set of a coverage, [labels].
-
-        Raises
-        ------
-        InputError
-            If the model has none of this coverage.
-        """
+        """Largest score of each label within a prediction set of a coverage, [labels]."""
         known = {
             float(name): values for name, values in (self.model.config.conformal_quantiles or {}).items()
         }
@@ -157,10 +139,7 @@ def predict_cells(
     """
     Outputs of all cells in their order; arguments as in `predict`.
 
-    Parameters
-    ----------
-    on_batch
-        Called with the number of cells of every batch that is done.
+    `on_batch` is called with the number of cells of every batch that is done.
 
     Examples
     --------
@@ -295,24 +274,20 @@ def _forward(loaded: LoadedModel, encoded: dict[str, np.ndarray], outputs: Colle
 @contextlib.contextmanager
 def _watched(network: torch.nn.Module, outputs: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
     """What passes by within the model's forward: what the encoder returns, what the output layer reads."""
-    found, hooks = {}, []
-    if "embeddings" in outputs:
-        hooks.append(
-            network.base_model.register_forward_hook(
-                lambda module, args, output: found.update(embeddings=output)
-            )
-        )
-    if "pooled" in outputs:
-        hooks.append(
-            network.classifier.out_proj.register_forward_pre_hook(
-                lambda module, args: found.update(pooled=args[0])
-            )
-        )
-    try:
+    found = {}
+
+    def keep_encoded(module, args, output):
+        found["embeddings"] = output
+
+    def keep_pooled(module, args):
+        found["pooled"] = args[0]
+
+    with contextlib.ExitStack() as hooks:
+        if "embeddings" in outputs:
+            hooks.enter_context(network.base_model.register_forward_hook(keep_encoded))
+        if "pooled" in outputs:
+            hooks.enter_context(network.classifier.out_proj.register_forward_pre_hook(keep_pooled))
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -19,7 +19,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from inspect import unwrap
 from types import ModuleType
-from typing import Any
 
 
 def _register_config(ours: ModuleType) -> None:
@@ -95,9 +94,28 @@ class _AfterImport(MetaPathFinder):
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _TellingLoader(spec.loader, self)
+                    self.watch(spec.loader)
                 return spec
         return None
+
+    def watch(self, loader: Loader) -> None:
+        """Have a loader register after it has run its module, where that was the outermost import."""
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            # put back first: pickle, inspect and importlib.resources must meet the loader as it was
+            vars(loader).pop("exec_module", None)
+            self.nesting.depth = getattr(self.nesting, "depth", 0) + 1
+            try:
+                execute(module)
+            finally:
+                self.nesting.depth -= 1
+            if module.__name__ == "transformers.utils.import_utils":
+                _list_folders_once(module)
+            if self.nesting.depth == 0:
+                self.register()
+
+        loader.exec_module = exec_module
 
     def register(self) -> None:
         for theirs in list(self.pending):
@@ -106,35 +124,6 @@ class _AfterImport(MetaPathFinder):
                 action(importlib.import_module(ours, __package__))
         if not self.pending and self in sys.meta_path:
             sys.meta_path.remove(self)
-
-
-class _TellingLoader(Loader):
-    """Runs the real loader, then lets the finder register where this was the outermost import."""
-
-    def __init__(self, loader: Loader, finder: _AfterImport) -> None:
-        self.loader = loader
-        self.finder = finder
-
-    def __getattr__(self, name: str) -> Any:
-        # python -m asks the loader for get_code
-        return getattr(self.loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        # put back first: pickle, inspect and importlib.resources must meet the real loader
-        module.__loader__ = module.__spec__.loader = self.loader
-        nesting = self.finder.nesting
-        nesting.depth = getattr(nesting, "depth", 0) + 1
-        try:
-            self.loader.exec_module(module)
-        finally:
-            nesting.depth -= 1
-        if module.__name__ == "transformers.utils.import_utils":
-            _list_folders_once(module)
-        if nesting.depth == 0:
-            self.finder.register()
 
 
 def install() -> None:

@@ -2,9 +2,13 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from scbert.data.quality_control import choose_cells, measure_cells
+from scbert.data.quality_control import QualityRules, choose_cells, measure_cells
 from scbert.data.read import read_cells
 from scbert.tokenization import InputError
+
+
+def chosen(cells, *rules, **more):
+    return choose_cells(cells.obs, measure_cells(cells), QualityRules(*rules, **more))
 
 
 def test_measures_equal_dense_reference(tmp_path, adata):
@@ -25,25 +29,25 @@ def test_rules_and_report(adata):
     dense[1, adata.var_names.str.startswith("MT-")] = 10_000
     adata.X = sp.csr_matrix(dense)
     adata.obs["doublet_score"] = np.r_[np.zeros(118), 0.9, np.nan]
-    keep, report = choose_cells(adata, 1, max_mito_fraction=0.5, doublet_key="doublet_score")
+    keep, report = chosen(adata, 1, max_mito_fraction=0.5, doublet_key="doublet_score")
     assert report == {"few_genes": 1, "mitochondrial": 1, "doublets": 1, "kept": 117}
     assert np.flatnonzero(~keep).tolist() == [0, 1, 118]
-    assert choose_cells(adata, 0)[1]["kept"] == 120
+    assert chosen(adata, 0)[1]["kept"] == 120
 
 
 @pytest.mark.parametrize("values", [[True, False], ["doublet", "singlet"], [1, 0]])
 def test_doublet_calls(adata, values):
     adata.obs["call"] = np.array(values * 60)
-    assert choose_cells(adata, 0, doublet_key="call")[1]["doublets"] == 60
+    assert chosen(adata, 0, doublet_key="call")[1]["doublets"] == 60
 
 
 def test_rules_that_cannot_be_applied(adata):
     with pytest.raises(InputError, match="no column 'score'"):
-        choose_cells(adata, doublet_key="score")
+        chosen(adata, doublet_key="score")
     with pytest.raises(InputError, match="neither a score"):
-        choose_cells(adata, doublet_key="cell_type")
+        chosen(adata, doublet_key="cell_type")
     with pytest.raises(InputError, match="between 0 and 1"):
-        choose_cells(adata, max_mito_fraction=5)
+        chosen(adata, max_mito_fraction=5)
     no_mito = adata[:, ~adata.var_names.str.startswith("MT-")]
     with pytest.raises(InputError, match="no mitochondrial genes"):
-        choose_cells(no_mito, max_mito_fraction=0.1)
+        chosen(no_mito, max_mito_fraction=0.1)
