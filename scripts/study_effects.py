@@ -11,7 +11,7 @@ with enough cells in a study, the mean of log1p CP10k.
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import anndata
@@ -27,10 +27,12 @@ from blood_cells import read_by_markers, read_cohort
 from make_mini import CARDS, write_card, write_checksums
 from scbert.data.read import log_normalize
 from scbert.trained_model.model_folder import load_tokenizer
-from scbert.training.batch_effects import FEWEST_CELLS, batch_effects, mean_squared_norm
 from scbert.training.initial_model import EFFECTS
+from scbert.training.principal_axes import mean_squared_norm
 from tissue_cells import read_study
 
+# directions that are kept, and cells of a type in a study that have a mean worth comparing
+DIRECTIONS, FEWEST_CELLS = 20, 20
 BLOOD = dict.fromkeys(make_pbmc.COHORTS, read_cohort) | dict.fromkeys(make_pbmc.BY_MARKERS, read_by_markers)
 
 
@@ -64,6 +66,36 @@ def effects_of(folder: Path, panel: list[str], left_out: set[str]) -> np.ndarray
         means.append(found.to_numpy())
         types += [f"{names}: {name}" for name in found.index]
     return batch_effects(np.concatenate(means), types)
+
+
+def batch_effects(means: np.ndarray, types: Sequence[str]) -> np.ndarray:
+    """
+    Directions in which the means of a type differ between batches, with their scatter as length, [n, genes].
+
+    Parameters
+    ----------
+    means
+        Of a type in a batch each, [means, genes]; NaN for genes that a batch has not measured.
+    types
+        Of each.
+
+    Examples
+    --------
+    >>> means = np.array([[1.0, 5.0], [3.0, 5.0], [7.0, 2.0]])
+    >>> np.abs(batch_effects(means, ["B cell", "B cell", "T cell"])).round(3).tolist()
+    [[1.414, 0.0]]
+    """
+    groups = pd.DataFrame(means).groupby(np.asarray(types))
+    sizes = groups[0].transform("size").to_numpy()
+    seen = sizes > 1
+    if not seen.any():
+        return np.zeros((0, means.shape[1]))
+    differences = (means - groups.transform("mean").to_numpy())[seen]
+    # a mean of n lies closer to each of them than the true one
+    differences *= (sizes / (sizes - 1).clip(1))[seen, None] ** 0.5 / seen.sum() ** 0.5
+    _, lengths, directions = np.linalg.svd(np.nan_to_num(differences), full_matrices=False)
+    kept = lengths[:DIRECTIONS] > 1e-6 * lengths[0]
+    return (lengths[:DIRECTIONS, None] * directions[:DIRECTIONS])[kept]
 
 
 def section(n_directions: int) -> str:

@@ -131,7 +131,7 @@ def solve_head(
         Axes for one more regression, or for that of power 0.
     effects
         Directions that the regressions are kept from leaning on, in units of the features, [n, genes]; see
-        `batch_effects.Damping`. Axes that are given are damped already.
+        `principal_axes.Damping`. Axes that are given are damped already.
 
     Returns
     -------

@@ -1,4 +1,12 @@
-"""Axes of cells: few principal ones in which ridge regression is as on all genes, or nearly; or such as are given."""
+"""
+Axes of cells: few principal ones in which ridge regression is as on all genes, or nearly; or such as are given.
+
+The mean expression of a type scatters over studies (people, protocols, chemistries) along a few directions of the
+genes. A regression that leans on them fails on the next study, and held-out cells of its own study cannot tell.
+Where such batch effects are known, features are damped along them first, which is the same as to penalise weights
+along them more than others (within-class covariance normalisation, Hatch et al. 2006, with studies of a type in the
+place of sessions of a speaker).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,8 +15,6 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.linalg import eigh
 from sklearn.utils.extmath import randomized_svd
-
-from .batch_effects import Damping
 
 # up to so many cells every axis is kept, and ridge regression is exactly that on the genes; beyond, the largest
 FULL_RANK = 1000
@@ -26,6 +32,8 @@ DIRECT_SHARE = 8
 DENSE_SHARE = 0.03
 # eigenvalues of float32 products are noise below
 SMALLEST_EIGENVALUE = 1e-5
+# by how much a direction is damped, for its scatter between studies in units of that of cells
+STRENGTH = 200.0
 # cells that tell how much of what differs lies along given axes
 COMPARED_CELLS = 500
 # how often fewer cells are thinned at the most; axes shorter than this share of the longest are rounding
@@ -70,6 +78,53 @@ class Axes:
         return Axes(self.coordinates, center, to_genes)
 
 
+@dataclass
+class Damping:
+    """
+    The matrix (1 + E'E / s)^(-1/2) [genes, genes], for effects E [n, genes] and the cells' mean squared norm s.
+
+    Attributes
+    ----------
+    directions
+        At right angles, of length 1, [n, genes].
+    lost
+        What features lose along each, from 0 to 1, [n].
+    """
+
+    directions: np.ndarray
+    lost: np.ndarray
+
+    @classmethod
+    def of(cls, effects: np.ndarray, features: sp.csr_matrix) -> "Damping":
+        """By effects in the units of the features [cells, genes]."""
+        squares, vectors = np.linalg.eigh(effects.astype(np.float64) @ effects.T)
+        kept = squares > 1e-9 * squares.max(initial=1e-30)
+        squares, vectors = squares[kept], vectors[:, kept]
+        directions = (vectors / np.sqrt(squares)).T @ effects
+        return cls(directions, 1 - (1 + squares / mean_squared_norm(features)) ** -0.5)
+
+    def weights(self, weights: np.ndarray) -> np.ndarray:
+        """Weights of the features [n, genes] that give what these give on damped features."""
+        return weights - (weights @ self.directions.T * self.lost) @ self.directions
+
+    def products(self, features: sp.csr_matrix) -> np.ndarray:
+        """By how much inner products of cells [cells, cells] are less than without it."""
+        along = (features @ self.directions.T).astype(np.float32)
+        return along * (2 * self.lost - self.lost**2).astype(np.float32) @ along.T
+
+
+def mean_squared_norm(features: sp.csr_matrix) -> float:
+    """Of cells [cells, genes] less their mean."""
+    center = np.asarray(features.mean(axis=0), dtype=np.float64).ravel()
+    return float(features.multiply(features).sum() / features.shape[0] - center @ center) or 1.0
+
+
+def in_units_of(features: sp.csr_matrix, effects: np.ndarray) -> np.ndarray:
+    """Effects [n, genes], in units of the cells' scatter, for features [cells, genes and more]; with their strength."""
+    wide = np.pad(effects, ((0, 0), (0, features.shape[1] - effects.shape[1])))
+    return wide * (STRENGTH * mean_squared_norm(features)) ** 0.5
+
+
 def axes_of_cells(
     features: sp.csr_matrix,
     learnt: np.ndarray | None = None,
@@ -88,7 +143,7 @@ def axes_of_cells(
     rank
         Number of axes; by default all of up to `FULL_RANK` cells, and `RANK` of more.
     effects
-        Directions that the features are damped along, in their units, [n, genes]; see `batch_effects.Damping`.
+        Directions that the features are damped along, in their units, [n, genes]; see `Damping`.
 
     Examples
     --------

@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 from ..tokenization import InputError
 from ..tokenization.expression_scbert import floor_values
 from ..trained_model.prediction import LoadedModel, predict
-from .batch_effects import in_units_of
 from .logistic_head import PretrainedAxes, cross_folds, n_fits, solve_head
 from .novelty_head import (
     MAX_LEFT_OUT,
@@ -23,7 +22,7 @@ from .novelty_head import (
     simulate,
     whitened,
 )
-from .principal_axes import Axes, axes_along, axes_and_products, signal_along
+from .principal_axes import Axes, axes_along, axes_and_products, in_units_of, signal_along
 
 
 @dataclass
@@ -78,7 +77,7 @@ def solve_classifier(
         goes along these axes.
     effects
         Directions in which studies differ, [n, panel], in units of the cells' scatter: the regressions are kept from
-        leaning on them; see `batch_effects`.
+        leaning on them; see `principal_axes`.
 
     Raises
     ------

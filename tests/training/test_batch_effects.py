@@ -11,10 +11,15 @@ from safetensors.torch import save_file
 
 from scbert.api.train_models import finetune
 from scbert.trained_model.model_folder import find_model, load_tokenizer
-from scbert.training.batch_effects import Damping, batch_effects, in_units_of, mean_squared_norm
 from scbert.training.initial_model import EFFECTS, pretrained_effects
 from scbert.training.logistic_head import ridge_path, scaled_axes
-from scbert.training.principal_axes import axes_and_products, axes_of_cells
+from scbert.training.principal_axes import (
+    Damping,
+    axes_and_products,
+    axes_of_cells,
+    in_units_of,
+    mean_squared_norm,
+)
 
 
 @pytest.fixture
@@ -84,20 +89,6 @@ def test_no_effects_change_nothing(cells):
     np.testing.assert_array_equal(
         axes_of_cells(features, effects=none).coordinates, axes_of_cells(features).coordinates
     )
-
-
-def test_effects_are_what_batches_differ_in():
-    """Of types that two batches have; genes that one has not measured say nothing."""
-    rng = np.random.default_rng(0)
-    shift, types = rng.normal(size=30), ["B", "B", "T", "T", "NK"]
-    means = rng.normal(size=(3, 30))[[0, 0, 1, 1, 2]] + np.array([[0], [1], [0], [1], [5]]) * shift
-    means[1, 3] = np.nan
-    found = batch_effects(means, types)
-    direction = shift.copy()
-    assert abs(np.corrcoef(found[0], direction)[0, 1]) > 0.98
-    # half the squared difference is the variance between two
-    np.testing.assert_allclose((found[:, 4] ** 2).sum(), shift[4] ** 2 / 2, rtol=1e-6)
-    assert len(batch_effects(means[[0, 2, 4]], ["B", "T", "NK"])) == 0
 
 
 def test_effects_come_in_units_of_the_cells(cells):
