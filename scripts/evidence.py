@@ -357,9 +357,10 @@ def main() -> int:
         write_tables(options.work, options.table)
     else:
         halves, methods = options.half or list(HALVES), options.methods.split(",")
-        if "report" in halves and "scbert" in methods and options.cell_axes is None:
+        if "scbert" in methods and (options.cell_axes is None or len(halves) > 1):
             parser.error(
-                "cells of the second half are in the corpus of scbert-mini: name another with --cell-axes"
+                "scbert-mini knows what these studies differ in: run one --half at a time, and name with --cell-axes a "
+                "folder that was made without its studies"
             )
         protocols = options.protocols.split(",")
         run_all(options.cells, options.work, halves, methods, protocols, options.cell_axes)

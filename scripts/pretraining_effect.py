@@ -1,13 +1,13 @@
 """
 What pretraining brings to the default recipe, by how many cells of a type are labelled.
 
-    python scripts/pretraining_effect.py CELLS --work DIR [--half choose]
+    python scripts/pretraining_effect.py CELLS --work DIR --cell-axes OTHER
     python scripts/pretraining_effect.py CELLS --work DIR --half report --cell-axes OTHER/pretrained
     python scripts/pretraining_effect.py CELLS --work DIR --release model_cards/scbert-mini    # of what is there
 
 CELLS is the folder of the labelled .h5ad files; studies and halves are those of evidence.py, and so is the pretrained
 model that each half may be given: no cell of a study is in the corpus. The default recipe learns 1, 5, 10, 20 and 100
-cells a type (half of a type's cells at most) with the pretrained axes and without, and is asked for the same other
+cells a type (half of a type's cells at most) with what the pretrained model knows and without, and is asked for the same other
 cells (up to 60 a type); 10 draws. What was done is not done again.
 """
 
@@ -88,8 +88,9 @@ def section(rows: list[dict[str, Any]]) -> str:
     lines = [
         "## What pretraining brings to annotation",
         "",
-        "`scbert finetune` with so many labelled cells a type, with these axes of cells and without; no cell of the "
-        "studies is in the corpus (for the studies that chose nothing, the model was pretrained anew without them). "
+        "`scbert finetune` with so many labelled cells a type, with what this model knows (axes of cells, where the "
+        "median type has fewer than 50; what studies differ in) and without; it knew nothing of these studies (for "
+        "those that chose nothing it was pretrained anew without them). "
         "Macro-F1 of cells not learnt from, 10 draws; better and worse: studies in which the draws differ by a paired "
         "t-test (p < 0.05); p: Wilcoxon's test over the studies "
         "(`python scripts/pretraining_effect.py`).",
@@ -145,8 +146,10 @@ def main() -> int:
         (options.release / "fine_tuning.json").write_text(json.dumps(rows, indent=1) + "\n")
         (options.release / "card_3_fine_tuning.md").write_text(section(rows))
         write_card(options.release)
-    elif options.half == "report" and options.cell_axes is None:
-        parser.error("cells of this half are in the corpus of scbert-mini: name another with --cell-axes")
+    elif options.cell_axes is None:
+        parser.error(
+            "scbert-mini knows what these studies differ in: name with --cell-axes a folder made without them"
+        )
     else:
         run_all(options.cells, options.work, options.half, options.cell_axes)
     return 0

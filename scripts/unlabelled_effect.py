@@ -1,7 +1,7 @@
 """
 What cells without labels bring, beside plain methods that are given the same cells.
 
-    python scripts/unlabelled_effect.py CELLS --work build/unlabelled --half choose
+    python scripts/unlabelled_effect.py CELLS --work build/unlabelled --half choose --cell-axes build/mini_choose
     python scripts/unlabelled_effect.py CELLS --work build/unlabelled --half report --cell-axes build/mini/pretrained
     python scripts/unlabelled_effect.py CELLS --work build/unlabelled --table docs/results_unlabelled.md
 
@@ -199,8 +199,8 @@ def write_tables(work: Path, path: Path) -> None:
         "Accuracy / macro-F1; few: labelled cells a type; shift: the cells asked for are another batch,"
     ]
     lines += [
-        "donor, condition or cohort. `python scripts/unlabelled_effect.py CELLS --work W --half choose` does it again;",
-        "with `--half report` it takes a model of `--cell-axes` that was pretrained without these studies.",
+        "donor, condition or cohort. `python scripts/unlabelled_effect.py CELLS --work W --half choose` (and `report`)",
+        "does it again, with `--cell-axes` that know nothing of these studies (`scripts/evidence.py` tells how).",
         "",
     ]
     for half, title in (("report", "that chose nothing"), ("choose", "that settings were chosen on")):
@@ -244,18 +244,17 @@ def main() -> int:
     parser.add_argument("cells", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--half", choices=HALVES, action="append", help="One half only.")
-    parser.add_argument(
-        "--cell-axes", help="Pretrained model for the default recipe, in place of scbert-mini."
-    )
+    parser.add_argument("--cell-axes", help="Pretrained model for the default recipe; see evidence.py.")
     parser.add_argument("--table", type=Path, help="Write the tables of what is there, and run nothing.")
     options = parser.parse_args()
     if options.table:
         write_tables(options.work, options.table)
     else:
         halves = options.half or list(HALVES)
-        if "report" in halves and options.cell_axes is None:
+        if options.cell_axes is None or len(halves) > 1:
             parser.error(
-                "cells of the second half are in the corpus of scbert-mini: name another with --cell-axes"
+                "scbert-mini knows what these studies differ in: run one --half at a time, and name with --cell-axes a "
+                "folder that was made without its studies"
             )
         run_all(options.cells, options.work, halves, options.cell_axes)
     return 0
