@@ -6,9 +6,9 @@ What pretraining brings to the default recipe, by how many cells of a type are l
     python scripts/pretraining_effect.py CELLS --work DIR --release model_cards/scbert-mini    # of what is there
 
 CELLS is the folder of the labelled .h5ad files; studies and halves are those of evidence.py, and so is the pretrained
-model that each half may be given: no cell of a study is in the corpus. The default recipe learns 1, 5, 10, 20 and 100
-cells a type (half of a type's cells at most) with what the pretrained model knows and without, and is asked for the same other
-cells (up to 60 a type); 10 draws. What was done is not done again.
+model that each half may be given: it knows nothing of its studies. The default recipe learns 1, 5, 10, 20 and 100 cells
+a type (half of a type's cells at most) with what the model knows and without, and is asked for the same other cells (up
+to 60 a type); 10 draws. What was done is not done again.
 """
 
 import argparse
