@@ -36,7 +36,10 @@ benchmark: $(INSTALLED)
 # the models that ship, from the folder of their cells: make mini DATA=cells (two hours on one core; scratch in build/)
 mini: $(INSTALLED)
 	$(VENV)/bin/python scripts/make_mini.py $(DATA) --work build/mini
-	$(VENV)/bin/python scripts/pretraining_effect.py $(DATA) --work build/mini_effect
+	$(VENV)/bin/python scripts/study_effects.py $(DATA)
+	cp -r model_cards/scbert-mini build/mini_choose
+	$(VENV)/bin/python scripts/study_effects.py $(DATA) --model build/mini_choose --without choose
+	$(VENV)/bin/python scripts/pretraining_effect.py $(DATA) --work build/mini_effect --cell-axes build/mini_choose
 	$(VENV)/bin/python scripts/pretraining_effect.py $(DATA) --work build/mini_effect --release model_cards/scbert-mini
 	$(VENV)/bin/python scripts/make_pbmc.py $(DATA) --work build/pbmc
 	$(VENV)/bin/python scripts/make_tissue.py $(DATA) --work build/tissue

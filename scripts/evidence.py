@@ -16,8 +16,8 @@ and asked for the types of the same test cells whose type it was shown.
 The default recipe knows two things from elsewhere, and both must come from other cells here. Axes of cells, with few
 cells a type: no cell of the first half stands in scbert-mini's corpus; cells of the second do, so that half needs
 another model, made without them (make_mini.py --leave-out, for the files in `IN_CORPUS`). And what studies differ in:
-for each half a table without its studies and without those that are taught from (study_effects.py --model --leave-
-out, for the studies in `NOT_IN_EFFECTS`; for the first half into a copy of scbert-mini's folder).
+for each half a table without its studies and without those that are taught from (study_effects.py --model DIR
+--without HALF; for the first half into a copy of scbert-mini's folder).
 """
 
 import argparse

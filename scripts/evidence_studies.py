@@ -153,7 +153,7 @@ IN_CORPUS = (
     "embryo_yan_counts",
     "pbmc_10x_v2_v3_5p",
 )
-# studies that must not be in the table of what studies differ in (study_effects.py --leave-out): those of the half,
+# studies that must not be in the table of what studies differ in (study_effects.py --without): those of the half,
 # and both cohorts that are taught from
 NOT_IN_EFFECTS = {
     "choose": (

@@ -2,7 +2,7 @@
 What studies of the same types differ in, for a pretrained model's folder: the directions that the recipe damps.
 
     python scripts/study_effects.py CELLS    # of scbert-mini, with a part of its card
-    python scripts/study_effects.py CELLS --model DIR/pretrained --leave-out STUDY --leave-out ...
+    python scripts/study_effects.py CELLS --model DIR/pretrained --without report    # for evidence.py --half report
 
 CELLS is the folder of the .h5ad files. Studies and common names of types are those of both annotators; of each type
 with enough cells in a study, the mean of log1p CP10k.
@@ -24,6 +24,7 @@ import make_pbmc
 import make_tissue
 from annotator_parts import LABEL
 from blood_cells import read_by_markers, read_cohort
+from evidence_studies import NOT_IN_EFFECTS
 from make_mini import CARDS, write_card, write_checksums
 from scbert.data.read import log_normalize
 from scbert.trained_model.model_folder import load_tokenizer
@@ -119,9 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="study_effects", description=__doc__.strip().partition("\n")[0])
     parser.add_argument("cells", type=Path)
     parser.add_argument("--model", type=Path, default=CARDS / "scbert-mini")
-    parser.add_argument("--leave-out", action="append", default=[], help="Study to leave out.")
+    parser.add_argument(
+        "--without", choices=NOT_IN_EFFECTS, help="Half of the evidence's studies to leave out."
+    )
     options = parser.parse_args()
-    left_out = set(options.leave_out)
+    left_out = set(NOT_IN_EFFECTS.get(options.without, ()))
     effects = effects_of(options.cells, load_tokenizer(options.model).gene_panel, left_out)
     partial = options.model / f"{EFFECTS}.partial"
     save_file({"effects": torch.from_numpy(effects).bfloat16().contiguous()}, partial)
