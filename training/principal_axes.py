@@ -116,7 +116,8 @@ class Damping:
 def mean_squared_norm(features: sp.csr_matrix) -> float:
     """Of cells [cells, genes] less their mean."""
     center = np.asarray(features.mean(axis=0), dtype=np.float64).ravel()
-    return float(features.multiply(features).sum() / features.shape[0] - center @ center) or 1.0
+    # of cells that are all alike, rounding may leave less than nothing
+    return max(float(features.multiply(features).sum() / features.shape[0] - center @ center), 1e-9)
 
 
 def in_units_of(features: sp.csr_matrix, effects: np.ndarray) -> np.ndarray:
