@@ -53,6 +53,8 @@ class Outputs:
         Of scBERT only, for calibration and novelty.
     threshold
         Of "unassigned", as it stands in the model.
+    masked_accuracy
+        Of the pretraining, on validation cells, where it was part of the run.
     notes
         What a reader of the score has to know.
     """
@@ -65,6 +67,7 @@ class Outputs:
     train_embeddings: np.ndarray | None = None
     train_labels: np.ndarray | None = None
     threshold: float = 0.5
+    masked_accuracy: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property

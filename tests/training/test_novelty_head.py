@@ -16,6 +16,7 @@ from scbert.training.novelty_head import (
     type_centers,
     whitened,
 )
+from scbert.training.principal_axes import axes_of_cells
 
 
 def cells_of_types(n_types=5, n_cells=30, n_genes=150, seed=0):
@@ -54,7 +55,7 @@ def test_what_is_farther_from_everything_is_no_more_novel():
 
 def test_left_out_types_are_told_from_known_ones():
     features, targets = cells_of_types()
-    simulated = simulate(features, targets, cross_folds(targets), None, 8)
+    simulated = simulate(axes_of_cells(features), None, features, targets, cross_folds(targets), 8)
     assert len(simulated) == 5
     novelty = fit_novelty(simulated)
     odds = [one.facts @ novelty[1:] + novelty[0] for one in simulated]
@@ -68,9 +69,9 @@ def test_left_out_types_are_told_from_known_ones():
 
 def test_types_with_few_cells_and_few_types_are_not_left_out():
     features, targets = cells_of_types(n_types=5, n_cells=MIN_CELLS - 1)
-    assert simulate(features, targets, cross_folds(targets), None, 8) == []
+    assert simulate(axes_of_cells(features), None, features, targets, cross_folds(targets), 8) == []
     features, targets = cells_of_types(n_types=2)
-    assert simulate(features, targets, cross_folds(targets), None, 8) == []
+    assert simulate(axes_of_cells(features), None, features, targets, cross_folds(targets), 8) == []
 
 
 def test_facts_that_tell_nothing_leave_all_cells_known():
