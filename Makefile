@@ -37,7 +37,7 @@ benchmark: $(INSTALLED)
 mini: $(INSTALLED)
 	$(VENV)/bin/python scripts/make_mini.py $(DATA) --work build/mini
 	$(VENV)/bin/python scripts/study_effects.py $(DATA)
-	cp -r model_cards/scbert-mini build/mini_choose
+	mkdir -p build/mini_choose && cp model_cards/scbert-mini/* build/mini_choose
 	$(VENV)/bin/python scripts/study_effects.py $(DATA) --model build/mini_choose --without choose
 	$(VENV)/bin/python scripts/pretraining_effect.py $(DATA) --work build/mini_effect --cell-axes build/mini_choose
 	$(VENV)/bin/python scripts/pretraining_effect.py $(DATA) --work build/mini_effect --release model_cards/scbert-mini

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -325,10 +325,26 @@ def pretrained_effects(model: str | Path, panel: Sequence[str]) -> np.ndarray | 
         As in `pretrained_vectors`.
     panel
         Gene symbols; of genes that the model does not know nothing is said.
+
+    Raises
+    ------
+    InputError
+        If the file does not hold directions over the genes of the model's panel.
     """
     folder = find_model(model)
     if not (folder / EFFECTS).is_file():
         return None
-    effects = load_file(folder / EFFECTS)["effects"].float().numpy()
-    places = align_genes(list(panel), load_tokenizer(folder).gene_panel).target
+    genes = load_tokenizer(folder).gene_panel
+    try:
+        effects = load_file(folder / EFFECTS)["effects"].float().numpy()
+    except (SafetensorError, KeyError) as error:
+        raise InputError(
+            f"{folder / EFFECTS} holds no tensor `effects`: {error}. Make it anew, or delete it."
+        ) from error
+    if effects.ndim != 2 or effects.shape[1] != len(genes):
+        raise InputError(
+            f"{folder / EFFECTS} holds {list(effects.shape)} numbers; [directions, {len(genes)}] were needed, "
+            "one for each gene of the model's panel. Make it anew, or delete it."
+        )
+    places = align_genes(list(panel), genes).target
     return np.where(places >= 0, effects[:, places], 0)

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 
 torch.set_num_threads(1)  # the models are far too small for two
@@ -42,3 +44,12 @@ def reference(adata, tmp_path):
     path = tmp_path / "reference.h5ad"
     adata.write_h5ad(path)
     return path
+
+
+@pytest.fixture
+def cells():
+    """Features of 90 cells of three types, and their types."""
+    rng = np.random.default_rng(0)
+    targets = np.arange(90) % 3
+    rates = 0.4 + 3 * np.eye(3)[targets] @ np.eye(3, 200)
+    return sp.csr_matrix(rng.poisson(rates).astype(np.float32)), targets

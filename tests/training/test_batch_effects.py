@@ -10,6 +10,7 @@ from anndata import AnnData
 from safetensors.torch import save_file
 
 from scbert.api.train_models import finetune
+from scbert.tokenization import InputError
 from scbert.trained_model.model_folder import find_model, load_tokenizer
 from scbert.training.initial_model import EFFECTS, pretrained_effects
 from scbert.training.logistic_head import ridge_path, scaled_axes
@@ -20,16 +21,6 @@ from scbert.training.principal_axes import (
     in_units_of,
     mean_squared_norm,
 )
-
-
-@pytest.fixture
-def cells():
-    """Features of 90 cells of three types."""
-    rng = np.random.default_rng(0)
-    targets = np.arange(90) % 3
-    return sp.csr_matrix(
-        rng.poisson(0.4 + 3 * np.eye(3)[targets] @ np.eye(3, 200)).astype(np.float32)
-    ), targets
 
 
 @pytest.fixture
@@ -139,6 +130,16 @@ def test_genes_are_found_by_their_names(taught, genes):
     assert np.flatnonzero(effects[0]).tolist() == list(range(161, 201))
     (taught / EFFECTS).unlink()
     assert pretrained_effects(taught, genes) is None
+
+
+@pytest.mark.parametrize(
+    "tensors, fault",
+    [({"effects": torch.zeros(1, 7)}, "one for each gene"), ({"other": torch.zeros(1)}, "no tensor")],
+)
+def test_a_file_of_something_else_is_refused(taught, genes, tensors, fault):
+    save_file(tensors, taught / EFFECTS)
+    with pytest.raises(InputError, match=fault):
+        pretrained_effects(taught, genes)
 
 
 def test_a_reference_with_a_run_a_type_names_cells_of_other_runs(confounded, taught):

@@ -24,14 +24,6 @@ from scbert.training.logistic_head import (
 from scbert.training.principal_axes import axes_of_cells, inner_products
 
 
-@pytest.fixture
-def cells():
-    rng = np.random.default_rng(0)
-    targets = np.arange(90) % 3
-    rates = 0.4 + 3 * np.eye(3)[targets] @ np.eye(3, 200)
-    return sp.csr_matrix(rng.poisson(rates).astype(np.float32)), targets
-
-
 def test_products_dense_and_sparse_are_all_products():
     rng = np.random.default_rng(0)
     matrix = (rng.random((40, 300)) < np.linspace(0, 1, 300) ** 3).astype(np.float32)
