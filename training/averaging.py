@@ -26,13 +26,31 @@ LOG_TEMPERATURE_SD, LOG_PENALTY_SD = 0.6, 3.0
 # the former's mean, of a regression along pretrained axes: low where they hold at least `ALIKE` of what differs between
 # the cells (they are few, and see the types at once), high where the cells are of a kind that was not pretrained on
 LOG_TEMPERATURE_ALIKE, LOG_TEMPERATURE_FOREIGN, ALIKE = -1.0, 1.0, 1 / 3
-# weight of equal shares, in cells
-SHARES_PRIOR = 3.0
+# weight of the shares before any cell speaks, in cells; and that of plain ridge regression where axes that know the
+# cells are beside it, which have the rest of the two
+SHARES_PRIOR, SHARE_BESIDE_ALIKE = 3.0, 0.1
 # where the label is chosen and not the confidence, cells are weighed by this power of one over the cells of their
 # class: its share of a reference says little of its share of a query, and a strong penalty would forget rare types
 RARENESS = 0.5
 # of a class that a fold has no cell of
 LOWEST_LOGIT = -20.0
+
+
+@dataclass
+class Prior:
+    """
+    What is thought of a member before any cell speaks.
+
+    Attributes
+    ----------
+    log_temperature
+        At the `DEFAULT_PENALTY`; see `expected_temperature`.
+    share
+        In the average, against those of the others.
+    """
+
+    log_temperature: float
+    share: float = 1.0
 
 
 @dataclass
@@ -61,27 +79,27 @@ class Mixture:
 
 
 def average_logits(
-    members: Sequence[np.ndarray], targets: np.ndarray, folds: np.ndarray, expected: Sequence[float]
+    members: Sequence[np.ndarray], targets: np.ndarray, folds: np.ndarray, priors: Sequence[Prior]
 ) -> tuple[np.ndarray, Mixture]:
     """Averaged logits of every cell [cells, classes], chosen without its fold, and what all cells choose."""
     logits = np.full(members[0].shape[1:], LOWEST_LOGIT)
     for fold in np.unique(folds):
         held = folds == fold
-        mixture = choose_mixture(members, targets, ~held, expected)
+        mixture = choose_mixture(members, targets, ~held, priors)
         logits[held] = mixture.logits([member[:, held] for member in members])
-    return logits, choose_mixture(members, targets, np.ones(len(targets), dtype=bool), expected)
+    return logits, choose_mixture(members, targets, np.ones(len(targets), dtype=bool), priors)
 
 
 def choose_mixture(
-    members: Sequence[np.ndarray], targets: np.ndarray, among: np.ndarray, expected: Sequence[float]
+    members: Sequence[np.ndarray], targets: np.ndarray, among: np.ndarray, priors: Sequence[Prior]
 ) -> Mixture:
     """
     Penalties, shares and temperatures by the likelihood of cells that were not learnt from, and a prior.
 
     What decides the label is chosen by cells that weigh the more the rarer their class is (`RARENESS`); the
     temperature, by all cells alike. Cells of small classes count less in both: a fold without one of two cells says
-    little of the fit with both. Where nothing speaks, the penalty is `DEFAULT_PENALTY`, the shares are equal, and the
-    temperature is the prior's.
+    little of the fit with both. Where nothing speaks, the penalty is `DEFAULT_PENALTY`, and shares and temperature
+    are the prior's.
 
     Parameters
     ----------
@@ -91,8 +109,8 @@ def choose_mixture(
         Classes of the cells, [cells].
     among
         Cells to choose by, bool [cells].
-    expected
-        Log temperature of each member before any cell speaks, at the `DEFAULT_PENALTY`; see `expected_temperature`.
+    priors
+        Of each member.
     """
     counts = np.bincount(targets, minlength=members[0].shape[-1])
     alike = (counts[targets] - 1) / (counts[targets] + 9)
@@ -103,12 +121,12 @@ def choose_mixture(
     # the cost of a penalty is counted by types, not by cells
     balanced = alike / counts[targets]
     chosen = [
-        _choose_penalty(logits[:, cells], targets, by_rareness, balanced, start)
-        for start, logits in zip(expected, members)
+        _choose_penalty(logits[:, cells], targets, by_rareness, balanced, prior.log_temperature)
+        for prior, logits in zip(priors, members)
     ]
     places, temperatures = zip(*chosen)
     scaled = [member[place][cells] / t for member, place, t in zip(members, places, temperatures)]
-    shares = _fit_shares(scaled, targets, by_rareness)
+    shares = _fit_shares(scaled, targets, by_rareness, np.array([prior.share for prior in priors]))
     mixed = sum(share * logits for share, logits in zip(shares, scaled))
     _, temperature = _fit_temperature(mixed, targets, alike)
     return Mixture(list(places), np.array(temperatures), shares, temperature)
@@ -154,16 +172,17 @@ def _fit_temperature(logits, targets, weights, expected=0.0, reach=3.0) -> tuple
     return float(found.fun), float(np.exp(found.x))
 
 
-def _fit_shares(scaled, targets, weights) -> np.ndarray:
+def _fit_shares(scaled, targets, weights, prior) -> np.ndarray:
     """Shares of the members in their average, whatever its temperature."""
+    prior = prior / prior.sum()
 
     def loss(x):
         logs, log_temperature = log_softmax(x[:-1]), x[-1]
         mixed = sum(share * logits for share, logits in zip(np.exp(logs), scaled)) / np.exp(log_temperature)
-        priors = -SHARES_PRIOR * logs.mean() + (log_temperature / LOG_TEMPERATURE_SD) ** 2 / 2
-        return _cross_entropy(mixed, targets, weights) + priors
+        thought = -SHARES_PRIOR * (prior @ logs) + (log_temperature / LOG_TEMPERATURE_SD) ** 2 / 2
+        return _cross_entropy(mixed, targets, weights) + thought
 
-    found = minimize(loss, np.zeros(len(scaled) + 1), method="L-BFGS-B").x
+    found = minimize(loss, np.append(np.log(prior), 0.0), method="L-BFGS-B").x
     return np.exp(log_softmax(found[:-1]))
 
 

@@ -5,10 +5,10 @@ The features of a cell are one number per gene (its expression bin, read along t
 lie on). Several ridge-penalised multinomial regressions see them, which differ in one thing: how much the penalty
 spares the genes that tell the classes apart. With r the ratio of a gene's variance between classes to that within
 them, a gene is scaled by r^(power / 2) before the fit; power 0 is plain ridge regression, power 1 comes close to a
-choice of genes. Another goes along pretrained axes, if there are any: in the place of plain ridge regression where
-they hold much of what differs between the cells, and beside it where they do not. What each is worth is measured on
-cells that it did not learn from, and their logits are averaged accordingly (stacking, Wolpert 1992). All are linear in
-the same features, so the average is one head.
+choice of genes. Another goes along pretrained axes, if there are any. What each is worth is measured on cells that it
+did not learn from, and their logits are averaged accordingly (stacking, Wolpert 1992); where the axes hold much of what
+differs between the cells, plain ridge regression has to earn its share. All are linear in the same features, so the
+average is one head.
 
 Every labelled cell is learnt from in the end: the folds only choose penalties, shares and temperature, and give the
 logits that scores are taken from.
@@ -32,6 +32,8 @@ from .averaging import (
     LOWEST_LOGIT,
     PENALTIES,
     RARENESS,
+    SHARE_BESIDE_ALIKE,
+    Prior,
     average_logits,
     expected_temperature,
 )
@@ -128,7 +130,7 @@ def solve_head(
     on_fit
         Called after each of the ``n_fits(folds, powers, pretrained)`` fits, for a progress bar.
     pretrained
-        Axes for one more regression, or for that of power 0.
+        Axes for one more regression.
     effects
         Directions that the regressions are kept from leaning on, in units of the features, [n, genes]; see
         `principal_axes.Damping`. Axes that are given are damped already.
@@ -164,14 +166,20 @@ def fit_members(
     """The regressions that `solve_head` averages; parameters are its own."""
     axes = axes_of_cells(features, effects=effects) if axes is None else axes
     members = [
-        cross_fit(features, targets, n_classes, folds, power, axes, on_fit, effects)
-        for power in own_powers(powers, pretrained)
+        cross_fit(features, targets, n_classes, folds, power, axes, on_fit, effects) for power in powers
     ]
-    if pretrained is not None:
-        member = cross_fit(features, targets, n_classes, folds, 0.0, pretrained.axes, on_fit)
-        expected = LOG_TEMPERATURE_ALIKE if pretrained.alike else LOG_TEMPERATURE_FOREIGN
-        members.append(replace(member, name=PRETRAINED, expected=expected))
-    return members
+    if pretrained is None:
+        return members
+    prior = Prior(LOG_TEMPERATURE_FOREIGN)
+    if pretrained.alike:
+        prior = Prior(LOG_TEMPERATURE_ALIKE, 2 - SHARE_BESIDE_ALIKE)
+        members = [_to_earn_its_share(member) if member.name == name_of(0) else member for member in members]
+    along = cross_fit(features, targets, n_classes, folds, 0.0, pretrained.axes, on_fit)
+    return [*members, replace(along, name=PRETRAINED, prior=prior)]
+
+
+def _to_earn_its_share(member: "Member") -> "Member":
+    return replace(member, prior=replace(member.prior, share=SHARE_BESIDE_ALIKE))
 
 
 def name_of(power: float) -> str:
@@ -179,15 +187,10 @@ def name_of(power: float) -> str:
     return f"genes, power {power:g}"
 
 
-def own_powers(powers: Sequence[float], pretrained: PretrainedAxes | None) -> list[float]:
-    """Powers of the regressions beside that along pretrained axes, which takes the place of the first if it may."""
-    return [power for power in powers if power or pretrained is None or not pretrained.alike]
-
-
 def average(members: Sequence["Member"], targets: np.ndarray, folds: np.ndarray) -> SolvedHead:
     """One head of several regressions, each with the share that it is worth out of fold."""
-    expected = [member.expected for member in members]
-    logits, mixture = average_logits([member.logits for member in members], targets, folds, expected)
+    priors = [member.prior for member in members]
+    logits, mixture = average_logits([member.logits for member in members], targets, folds, priors)
     weights, bias = mixture.head(members)
     names = [member.name for member in members]
     return SolvedHead(
@@ -221,8 +224,7 @@ def n_fits(
     folds: np.ndarray, powers: Sequence[float] = POWERS, pretrained: PretrainedAxes | None = None
 ) -> int:
     """How many fits `solve_head` makes with these folds."""
-    n_members = len(own_powers(powers, pretrained)) + (pretrained is not None)
-    return n_members * (len(np.unique(folds)) + 1)
+    return (len(powers) + (pretrained is not None)) * (len(np.unique(folds)) + 1)
 
 
 @dataclass
@@ -231,14 +233,14 @@ class Member:
     One regression of the average.
 
     Logits [penalties, cells, classes] of cells not learnt from; axes and path of a fit on all that have labels; its
-    name, and its log temperature before any cell speaks.
+    name, and what is thought of it before any cell speaks.
     """
 
     logits: np.ndarray
     axes: Axes
     path: list[tuple[np.ndarray, np.ndarray]]
     name: str
-    expected: float
+    prior: Prior
 
     def head(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Weights [classes, genes] and bias [classes] with one of the penalties."""
@@ -279,7 +281,7 @@ def cross_fit(
     for mask, (space, path) in zip(held, fitted):
         for place, (coefficients, bias) in enumerate(path):
             logits[place, mask] = space.coordinates[mask] @ coefficients.T + bias
-    return Member(logits, *fitted[-1], name_of(power), expected_temperature(power))
+    return Member(logits, *fitted[-1], name_of(power), Prior(expected_temperature(power)))
 
 
 def scaled_axes(

@@ -121,10 +121,11 @@ def learn_from_all(
     without = average(alone, targets, folds)
     members, told_apart = fit_teachers(features, targets, unlabelled, n_classes, folds, on_fit)
     members += [_of_all(member, unlabelled) for member in alone if member.name in (GENES, PRETRAINED)]
-    n_labelled, expected = len(targets), [member.expected for member in members]
+    # plain ridge regression is not among these, whose share the pretrained axes have beside it
+    n_labelled, priors = len(targets), [replace(member.prior, share=1.0) for member in members]
     known = [member.logits[:, :n_labelled] for member in members]
     asked = [member.logits[:, n_labelled:] for member in members]
-    logits, mixture = average_logits(known, targets, folds, expected)
+    logits, mixture = average_logits(known, targets, folds, priors)
     own_share = OWN_SHARE if (np.bincount(targets) > 1).any() else OWN_SHARE_UNJUDGED
     logits = (1 - own_share) * log_softmax(logits, axis=1) + own_share * log_softmax(without.logits, axis=1)
     gain, error = likelihood_gain(without.logits, logits, targets)

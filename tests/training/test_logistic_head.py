@@ -10,6 +10,7 @@ from scbert.training.averaging import (
     DEFAULT_PENALTY,
     LOWEST_LOGIT,
     PENALTIES,
+    Prior,
     choose_mixture,
     expected_temperature,
 )
@@ -111,17 +112,32 @@ def test_without_evidence_the_prior_decides():
     targets = np.arange(4)
     members = [np.random.default_rng(0).normal(size=(7, 4, 4)) for _ in range(3)]
     mixture = choose_mixture(
-        members, targets, np.ones(4, dtype=bool), [expected_temperature(power) for power in POWERS]
+        members, targets, np.ones(4, dtype=bool), [Prior(expected_temperature(power)) for power in POWERS]
     )
     assert [PENALTIES[place] for place in mixture.places] == [DEFAULT_PENALTY] * 3
     np.testing.assert_allclose(mixture.shares, 1 / 3, atol=1e-4)
     assert mixture.temperatures.min() > 0.1 and mixture.temperatures.max() < 2
 
 
+def test_many_cells_overrule_what_was_thought_of_a_member():
+    rng, priors = np.random.default_rng(0), [Prior(-1.0, 0.1), Prior(-1.0, 1.9)]
+    shares = {}
+    for n_cells in (2, 400):
+        targets = np.arange(n_cells) % 2
+        # the first knows the classes better than the second
+        members = [
+            np.repeat([how_well * np.eye(2)[targets] + rng.normal(size=(n_cells, 2))], len(PENALTIES), axis=0)
+            for how_well in (3.0, 1.0)
+        ]
+        shares[n_cells] = choose_mixture(members, targets, np.ones(n_cells, dtype=bool), priors).shares
+    np.testing.assert_allclose(shares[2], [0.05, 0.95], atol=1e-3)
+    assert shares[400][0] > 0.55
+
+
 def test_of_penalties_as_good_the_strongest_is_chosen():
     """The likeliest is weaker by far; few cells cannot tell what that costs."""
     rng = np.random.default_rng(0)
-    places, expected = {}, [expected_temperature(0.0)]
+    places, priors = {}, [Prior(expected_temperature(0.0))]
     for n_cells in (20, 4000):
         targets = np.arange(n_cells) % 2
         signs = np.where(np.eye(2)[targets] > 0, 1, -1)
@@ -130,7 +146,7 @@ def test_of_penalties_as_good_the_strongest_is_chosen():
         blurred = np.sign(sure) * rng.gamma(0.3, 2.0, size=(n_cells, 1))
         wrong = rng.normal(signs, 3.0, size=(n_cells, 2))
         logits = np.stack([wrong, *[blurred] * 3, sure, sure, sure])
-        mixture = choose_mixture([logits], targets, np.ones(n_cells, dtype=bool), expected)
+        mixture = choose_mixture([logits], targets, np.ones(n_cells, dtype=bool), priors)
         places[n_cells] = PENALTIES[mixture.places[0]]
     assert places[20] <= DEFAULT_PENALTY and places[4000] == 100
 
