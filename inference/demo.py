@@ -130,8 +130,8 @@ def show(summary: dict[str, Any]) -> None:
     console = Console(stderr=True)
     console.print(TextTable(title, ["model", "accuracy", "macro-F1"], rows).rich())
     console.print(
-        f"{summary['unassigned']} of the cells have a confidence below {summary['threshold']:.2f} (chosen by leaving "
-        "types out in turn) and are 'unassigned' in the file.\n"
+        f"{summary['unassigned']} of the cells have a confidence below {summary['threshold']:.2f} (chosen by "
+        "held-out cells) and are 'unassigned' in the file.\n"
         f"{summary['seconds']:.0f} s; see {summary['output']}/annotated.h5ad, umap.png and confusion.png.",
         soft_wrap=True,
     )

@@ -74,7 +74,7 @@ class ScBertClassificationHead(nn.Module):
             probabilities = logits.float().softmax(dim=-1)
             if self.novelty is not None:
                 vectors = self.novelty.vectors(pooled)
-                known = 1 - self.novelty(vectors, logits).sigmoid()
+                known = 1 - self.novelty(vectors).sigmoid()
                 probabilities = probabilities * known.unsqueeze(-1)
         return {"logits": logits, "probabilities": probabilities, "cell_vectors": vectors}
 
@@ -83,10 +83,9 @@ class ScBertNovelty(nn.Module):
     """
     How likely a cell is of none of the known types, by what is fitted once the head is (training/novelty_head.py).
 
-    Two facts speak of a cell: how much its logits say for any type at all (their log-sum-exp, the negative energy of
-    Liu et al. 2020), and how far its vector lies from the center of the nearest type (Mahalanobis distance; Lee et al.
-    2018), in shares of how far it lies from the mean of all cells: cells of another study are farther from everything,
-    and no more novel for that (as Ren et al. 2021 compare with a background). No gradient trains these: buffers.
+    By how far its vector lies from the center of the nearest type (Mahalanobis distance; Lee et al. 2018), in shares of
+    how far it lies from the mean of all cells: cells of another study are farther from everything, and no more novel
+    for that (as Ren et al. 2021 compare with a background). No gradient trains these: buffers.
     """
 
     # log odds of a model that was fitted to nothing: every cell is of a known type
@@ -99,14 +98,14 @@ class ScBertNovelty(nn.Module):
         self.register_buffer("offset", torch.empty(size))
         # of the types, and of all cells
         self.register_buffer("centers", torch.empty(config.num_labels + 1, size))
-        # intercept, and what negative log-sum-exp and log ratio of squared distances are multiplied by
-        self.register_buffer("coefficients", torch.empty(3))
+        # intercept, and what the log ratio of squared distances is multiplied by
+        self.register_buffer("coefficients", torch.empty(2))
 
     def start_weights(self) -> None:
         """Zeros: nothing is novel."""
         for name in ("projection", "offset", "centers"):
             init.zeros_(getattr(self, name))
-        init.copy_(self.coefficients, torch.tensor([self.NEVER, 0.0, 0.0]))
+        init.copy_(self.coefficients, torch.tensor([self.NEVER, 0.0]))
 
     def vectors(self, pooled) -> torch.Tensor:
         """Cell vectors ``[batch, size]`` of what the pooling gives; their unit is the scatter within a type."""
@@ -114,10 +113,8 @@ class ScBertNovelty(nn.Module):
         with torch.autocast(pooled.device.type, enabled=False):
             return nn.functional.linear(pooled.float(), self.projection.float(), self.offset.float())
 
-    def forward(self, vectors, logits) -> torch.Tensor:
+    def forward(self, vectors) -> torch.Tensor:
         """Log odds ``[batch]`` that a cell is of none of the types."""
         squared = (vectors.unsqueeze(1) - self.centers.float()).square().sum(dim=-1) + 1e-9
-        intercept, by_energy, by_distance = self.coefficients.float()
-        energy = -logits.float().logsumexp(dim=-1)
-        distance = (squared[:, :-1].amin(dim=1) / squared[:, -1]).log()
-        return intercept + by_energy * energy + by_distance * distance
+        intercept, slope = self.coefficients.float()
+        return intercept + slope * (squared[:, :-1].amin(dim=1) / squared[:, -1]).log()

@@ -14,12 +14,11 @@ from ..tokenization.expression_scbert import floor_values
 from ..trained_model.prediction import LoadedModel, predict
 from .logistic_head import PretrainedAxes, cross_folds, n_fits, solve_head
 from .novelty_head import (
-    MAX_LEFT_OUT,
     all_centers,
     choose_threshold,
-    facts_of_held_out,
     fit_novelty,
-    simulate,
+    held_out_distances,
+    telling_cells,
     whitened,
 )
 from .principal_axes import Axes, axes_along, axes_and_products, in_units_of, signal_along
@@ -37,7 +36,7 @@ class HeldOut:
     folds
         Of every cell, [cells].
     report
-        Shares, penalties and temperature of the fits, and how novelty was told where it was simulated.
+        Shares, penalties and temperature of the fits, and how novelty is told where there are cells to tell by.
     """
 
     probabilities: np.ndarray
@@ -95,7 +94,7 @@ def solve_classifier(
     if effects is not None:
         effects = in_units_of(features, effects) if _reads_genes(features, bins) else None
     size = config.cell_vector_size
-    total = n_fits(folds, pretrained=pretrained) + (min(MAX_LEFT_OUT, config.num_labels) if size else 0)
+    total = n_fits(folds, pretrained=pretrained)
     if others is not None:
         # read by those who need it only
         from . import unlabelled_cells as teacher
@@ -110,9 +109,6 @@ def solve_classifier(
         else:
             head, found = teacher.learn_from_all(features, targets, others, on_fit=bar.update, **given)
             learnt = {"unlabelled": found}
-        simulated = simulate(axes, products, features, targets, folds, size, bar.update) if size else []
-        # types of few cells are not left out in turn
-        bar.update(bar.total - bar.n)
     report = {"shares": head.shares, "penalties": head.penalties, "temperature": head.temperature} | learnt
     report["signal"] = None if pretrained is None else pretrained.signal
     held_out = HeldOut(softmax(head.logits, axis=1), folds, report)
@@ -120,19 +116,21 @@ def solve_classifier(
     if size:
         _fill_cell_vectors(loaded, axes, targets)
     config.unassigned_threshold = None
-    if simulated:
-        facts = facts_of_held_out(head.logits, axes, products, features, targets, folds, size)
-        _tell_novelty(loaded, simulated, facts, held_out)
+    told = telling_cells(targets)
+    if size and told.any():
+        distances = held_out_distances(axes, products, features, targets, folds, size)
+        _tell_novelty(loaded, held_out, distances, targets, told)
     return held_out
 
 
-def _tell_novelty(loaded, simulated, facts, held_out) -> None:
-    """Put what tells novelty, and the threshold, into the model; the held-out cells' `facts` count for them, too."""
-    novelty = fit_novelty(simulated)
-    loaded.model.config.unassigned_threshold = choose_threshold(simulated, novelty)
-    _fill(loaded.model.classifier.novelty, coefficients=novelty)
-    held_out.probabilities *= expit(-novelty[0] - facts @ novelty[1:])[:, None]
-    held_out.report["novelty"] = {"left_out_types": len(simulated), "coefficients": novelty.tolist()}
+def _tell_novelty(loaded, held_out, distances, targets, told) -> None:
+    """Put what tells novelty, and the threshold, into the model; novelty counts for the held-out cells, too."""
+    intercept, slope = fit_novelty(distances[told])
+    _fill(loaded.model.classifier.novelty, coefficients=np.array([intercept, slope]))
+    held_out.probabilities *= expit(-intercept - slope * distances)[:, None]
+    found, right = held_out.probabilities.max(axis=1), held_out.probabilities.argmax(axis=1) == targets
+    loaded.model.config.unassigned_threshold = choose_threshold(found[told], right[told])
+    held_out.report["novelty"] = {"cells": int(told.sum()), "intercept": intercept, "slope": slope}
 
 
 def _reads_genes(features, bins) -> bool:

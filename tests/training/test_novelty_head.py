@@ -1,4 +1,4 @@
-"""What tells novel cells: distances in units of a type's scatter, fitted on types left out in turn."""
+"""What tells novel cells: distances in units of a type's scatter, against those of held-out cells."""
 
 import numpy as np
 import scipy.sparse as sp
@@ -6,17 +6,20 @@ from scipy.special import expit
 
 from scbert.training.logistic_head import cross_folds
 from scbert.training.novelty_head import (
+    ENOUGH_CELLS,
     KNOWN_SHARE,
     MIN_CELLS,
-    Simulated,
+    MOST_LOST,
+    all_centers,
     choose_threshold,
     fit_novelty,
-    novelty_facts,
-    simulate,
+    held_out_distances,
+    log_distance_ratio,
+    telling_cells,
     type_centers,
     whitened,
 )
-from scbert.training.principal_axes import axes_of_cells
+from scbert.training.principal_axes import axes_and_products, axes_by_products, inner_products
 
 
 def cells_of_types(n_types=5, n_cells=30, n_genes=150, seed=0):
@@ -38,47 +41,61 @@ def test_whitened_scatter_within_types_is_one():
     np.testing.assert_allclose(coordinates @ whitener, vectors)
 
 
-def test_facts_grow_with_distance_from_types_and_lack_of_evidence():
+def test_distance_grows_with_the_way_to_the_nearest_type():
     centers = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
-    logits = np.array([[5.0, 0.0], [0.5, 0.0]])
-    near, far = novelty_facts(logits, np.array([[1.1, 0.0], [0.0, 3.0]]), centers)
-    assert (far > near).all()
+    near, far = log_distance_ratio(np.array([[1.1, 0.0], [0.0, 3.0]]), centers)
+    assert far > near
 
 
 def test_what_is_farther_from_everything_is_no_more_novel():
     """A shift of all cells stretches both distances."""
     centers = np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    vectors = np.array([[1.0, 0.0, 5.0], [1.0, 0.0, 50.0]])
-    facts = novelty_facts(np.zeros((2, 2)), vectors, centers)
-    assert (np.abs(facts[:, 1]) < 0.1).all()
+    distances = log_distance_ratio(np.array([[1.0, 0.0, 5.0], [1.0, 0.0, 50.0]]), centers)
+    assert (np.abs(distances) < 0.1).all()
 
 
-def test_left_out_types_are_told_from_known_ones():
-    features, targets = cells_of_types()
-    simulated = simulate(axes_of_cells(features), None, features, targets, cross_folds(targets), 8)
-    assert len(simulated) == 5
-    novelty = fit_novelty(simulated)
-    odds = [one.facts @ novelty[1:] + novelty[0] for one in simulated]
-    known = np.concatenate([x[~one.novel] for x, one in zip(odds, simulated)])
-    novel = np.concatenate([x[one.novel] for x, one in zip(odds, simulated)])
-    assert novel.mean() > known.mean()
-    np.testing.assert_allclose(expit(-known).mean(), KNOWN_SHARE, atol=1e-3)
-    threshold = choose_threshold(simulated, novelty)
-    assert 0.3 <= threshold <= 0.98
+def test_held_out_distances_are_those_of_new_cells_of_known_types():
+    """Half of the cells, held out by folds, against the other half by what the first half says of itself."""
+    features, targets = cells_of_types(n_cells=60)
+    first = np.arange(len(targets)) % 2 == 0
+    learnt, index = features[first], targets[first]
+    axes, products = axes_and_products(learnt)
+    distances = held_out_distances(axes, products, learnt, index, cross_folds(index), 8)
+    both = axes_by_products(inner_products(features), features, first, rank=8)
+    vectors, whitener = whitened(both.coordinates[first], index)
+    new = log_distance_ratio(both.coordinates[~first] @ whitener, all_centers(vectors, index))
+    assert abs(np.median(new) - np.median(distances)) < 0.5 * distances.std()
 
 
-def test_types_with_few_cells_and_few_types_are_not_left_out():
-    features, targets = cells_of_types(n_types=5, n_cells=MIN_CELLS - 1)
-    assert simulate(axes_of_cells(features), None, features, targets, cross_folds(targets), 8) == []
-    features, targets = cells_of_types(n_types=2)
-    assert simulate(axes_of_cells(features), None, features, targets, cross_folds(targets), 8) == []
+def test_known_cells_stay_known_and_a_type_left_out_does_not():
+    features, targets = cells_of_types(n_cells=60)
+    for left in range(5):
+        known = targets != left
+        learnt, index = features[known], np.unique(targets[known], return_inverse=True)[1]
+        axes, products = axes_and_products(learnt)
+        distances = held_out_distances(axes, products, learnt, index, cross_folds(index), 8)
+        intercept, slope = fit_novelty(distances)
+        kept = expit(-intercept - slope * distances)
+        np.testing.assert_allclose(kept.mean(), KNOWN_SHARE, atol=1e-3)
+        assert np.median(kept) > 0.999
+        of_all = axes_by_products(inner_products(features), features, known, rank=8)
+        vectors, whitener = whitened(of_all.coordinates[known], index)
+        novel = log_distance_ratio(of_all.coordinates[~known] @ whitener, all_centers(vectors, index))
+        assert (expit(intercept + slope * novel) > 0.5).mean() > 0.9
 
 
-def test_facts_that_tell_nothing_leave_all_cells_known():
+def test_few_cells_and_types_of_few_cells_do_not_tell():
+    assert not telling_cells(np.repeat(np.arange(5), MIN_CELLS - 1)).any()
+    assert not telling_cells(np.repeat(np.arange(ENOUGH_CELLS // MIN_CELLS - 1), MIN_CELLS)).any()
+    told = telling_cells(np.repeat([0, 1], [ENOUGH_CELLS, MIN_CELLS - 1]))
+    assert told[:ENOUGH_CELLS].all() and not told[ENOUGH_CELLS:].any()
+
+
+def test_the_threshold_loses_few_right_cells():
     rng = np.random.default_rng(0)
-    novel = np.arange(200) % 2 == 0
-    # known cells are the farther ones: no slope may be negative
-    facts = np.stack([rng.normal(size=200), np.where(novel, -1.0, 1.0)], axis=1)
-    facts[:, 0] = facts[:, 1]
-    simulated = [Simulated(novel, ~novel, np.full(200, 0.9), facts)]
-    assert fit_novelty(simulated).tolist() == [-30.0, 0.0, 0.0]
+    confidence = rng.beta(4, 1, size=2000)
+    right = rng.random(2000) < confidence
+    threshold = choose_threshold(confidence, right)
+    lost = (right & (confidence < threshold)).mean()
+    higher = (right & (confidence < threshold + 0.02)).mean()
+    assert 0.3 < threshold < 0.98 and lost <= MOST_LOST < higher
