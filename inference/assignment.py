@@ -179,7 +179,7 @@ def shift_notes(probabilities: np.ndarray | DiskMatrix) -> list[str]:
     """
     A warning where the cells are so often of no type learnt that no coverage can be promised for them.
 
-    What a cell's probabilities lack of 1 is the probability that it is of none of the types. It is 0.025 in the mean
+    What a cell's probabilities lack of 1 is the probability that it is of none of the types. It is 0.02 in the mean
     of held-out cells by the way it is made (`training.novelty_head.KNOWN_SHARE`).
 
     Examples

@@ -83,9 +83,9 @@ class ScBertNovelty(nn.Module):
     """
     How likely a cell is of none of the known types, by what is fitted once the head is (training/novelty_head.py).
 
-    By how far its vector lies from the center of the nearest type (Mahalanobis distance; Lee et al. 2018), in shares of
-    how far it lies from the mean of all cells: cells of another study are farther from everything, and no more novel
-    for that (as Ren et al. 2021 compare with a background). No gradient trains these: buffers.
+    By how far its vector lies from the center of the nearest type (Mahalanobis distance; Lee et al. 2018), less how far
+    it lies from the mean of all cells: cells of another study are farther from both, and no more novel for that (Ren et
+    al. 2021). No gradient trains these: buffers.
     """
 
     # log odds of a model that was fitted to nothing: every cell is of a known type
@@ -98,7 +98,7 @@ class ScBertNovelty(nn.Module):
         self.register_buffer("offset", torch.empty(size))
         # of the types, and of all cells
         self.register_buffer("centers", torch.empty(config.num_labels + 1, size))
-        # intercept, and what the log ratio of squared distances is multiplied by
+        # intercept, and what the difference of squared distances is multiplied by
         self.register_buffer("coefficients", torch.empty(2))
 
     def start_weights(self) -> None:
@@ -115,6 +115,6 @@ class ScBertNovelty(nn.Module):
 
     def forward(self, vectors) -> torch.Tensor:
         """Log odds ``[batch]`` that a cell is of none of the types."""
-        squared = (vectors.unsqueeze(1) - self.centers.float()).square().sum(dim=-1) + 1e-9
+        squared = (vectors.unsqueeze(1) - self.centers.float()).square().sum(dim=-1)
         intercept, slope = self.coefficients.float()
-        return intercept + slope * (squared[:, :-1].amin(dim=1) / squared[:, -1]).log()
+        return intercept + slope * (squared[:, :-1].amin(dim=1) - squared[:, -1])
