@@ -16,9 +16,6 @@ from scbert.tokenization.expression_scbert import as_csr
 from scbert.trained_model.model_folder import load_model
 
 LABEL, STUDY = "label", "dataset"
-# of the default recipe all but the pretrained axes: those were found in some of these studies' cells, so that no study
-# left out would be new to them
-SETTINGS = {"cell_axes": ""}
 # clones and loci without a name are called otherwise in each annotation of the genome
 NAMELESS = re.compile(r"\.\d+$|^(LINC|LOC|ENSG)\d")
 
@@ -59,7 +56,7 @@ def fine_tuned(cells: anndata.AnnData, work: Path, terms: Path) -> Path:
     """The recipe taught with these cells, their terms and the tree of the terms; in the work folder."""
     model, file = work / "annotator", work / "cells.h5ad"
     cells.write_h5ad(file, compression="gzip")
-    scbert.finetune(file, LABEL, output=model, ontology=terms, **SETTINGS)
+    scbert.finetune(file, LABEL, output=model, ontology=terms)
     return model
 
 

@@ -17,6 +17,22 @@ from scbert.tokenization.expression_scbert import as_csr
 
 # labels.csv: the cohorts' types by common names; markers.csv: genes that tell types, and kinds of a type
 TABLES = CARDS / "scbert-mini-pbmc"
+# file: what it is, licence of the repository it stood in
+COHORTS = {
+    "pbmc3k_10x": ("10x PBMC 3k, one healthy donor", "MIT"),
+    "zheng_facs_pbmc": ("PBMC sorted by surface markers, Zheng 2017", "BSD-2"),
+}
+# without labels: their clusters are named by marker genes
+BY_MARKERS = {
+    "pbmc_10x_v2_v3_5p": ("10x PBMC of three chemistries", "GPL-2"),
+    "pbmc_hao_speck": ("PBMC, 10x 3' v3, GSE164378", "GPL-2+"),
+    "pbmc1k_citeseq_rna": ("10x PBMC 1k, CITE-seq", "BSD-3"),
+    "pbmc_7studies_2k": ("PBMC of seven studies", "CC BY-SA"),
+    "kang_pbmc_ctrl_stim": ("PBMC, half of them stimulated, GSE96583", "GPL-3"),
+    "pbmc_frozen_donor_a": ("10x frozen PBMC, donor A", "GPL-3"),
+    "pbmc_pisces_1k": ("10x PBMC 1k", "10x"),
+    "pbmc_eccite_500": ("PBMC, ECCITE-seq, GSE126310", "GPL-3"),
+}
 LABEL_KEY = "cell_type"
 # a batch is clustered by itself, if it is large enough
 BATCHES = {

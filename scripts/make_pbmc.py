@@ -9,7 +9,7 @@ Twelve fits of the recipe and eleven of two regressions: half an hour on one cor
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,34 +17,26 @@ from typing import Any
 import anndata
 
 from annotator_parts import LABEL, fine_tuned, release
-from blood_cells import NOT_BLOOD, TABLES, background, read_by_markers, read_cohort
+from blood_cells import (
+    BY_MARKERS,
+    COHORTS,
+    NOT_BLOOD,
+    TABLES,
+    background,
+    read_by_markers,
+    read_cohort,
+)
 from make_mini import CARDS, run
 from studies_left_out import REGRESSIONS, left_out, mean_accuracy, score_table, scores
+from study_effects import model_without
 from tissue_cells import PANEL_RULE, capped, joined
 
 # of a type in a study
 MOST_CELLS = 100
 # C of the regressions: what cross-validation with cells of all studies chose of 0.03, 0.1, 0.3 and 1
 COSTS = {"logistic_l1": 1.0, "logistic_l2": 0.3}
-# file: what it is, licence of the repository it stood in
-COHORTS = {
-    "pbmc3k_10x": ("10x PBMC 3k, one healthy donor", "MIT"),
-    "zheng_facs_pbmc": ("PBMC sorted by surface markers, Zheng 2017", "BSD-2"),
-}
-# without labels: their clusters are named by marker genes
-BY_MARKERS = {
-    "pbmc_10x_v2_v3_5p": ("10x PBMC of three chemistries", "GPL-2"),
-    "pbmc_hao_speck": ("PBMC, 10x 3' v3, GSE164378", "GPL-2+"),
-    "pbmc1k_citeseq_rna": ("10x PBMC 1k, CITE-seq", "BSD-3"),
-    "pbmc_7studies_2k": ("PBMC of seven studies", "CC BY-SA"),
-    "kang_pbmc_ctrl_stim": ("PBMC, half of them stimulated, GSE96583", "GPL-3"),
-    "pbmc_frozen_donor_a": ("10x frozen PBMC, donor A", "GPL-3"),
-    "pbmc_pisces_1k": ("10x PBMC 1k", "10x"),
-    "pbmc_eccite_500": ("PBMC, ECCITE-seq, GSE126310", "GPL-3"),
-}
 WHAT = (
-    "The recipe of `scbert finetune` without pretrained axes, which were found in some of these studies' cells, so "
-    "that no study left out would be new to them: gene and expression embeddings, **no attention layer**, and a head "
+    "The recipe of `scbert finetune`: gene and expression embeddings, **no attention layer**, and a head "
     "that was solved for (ridge-penalised multinomial logistic regressions on one number per gene, averaged by what "
     "they are worth on cells they did not see; all labelled cells are learnt from). It is a linear model of binned "
     "expression with calibrated confidence and a probability that a cell is of no type it knows. What attention would "
@@ -73,15 +65,18 @@ def reference(studies: list[anndata.AnnData], data: Path) -> anndata.AnnData:
 
 
 def cohorts_alone(
-    studies: dict[str, anndata.AnnData], work: Path, reference_of: Callable[[list], anndata.AnnData]
+    studies: dict[str, anndata.AnnData],
+    work: Path,
+    cell_axes_without: Callable[[Sequence[str]], Path],
+    reference_of: Callable[[list], anndata.AnnData],
 ) -> list[dict[str, Any]]:
     """Scores of the studies named by markers, by a model of the labelled cohorts."""
     file = work / "cohorts_alone.json"
     if not file.exists():
         asked = {name: studies[name] for name in BY_MARKERS}
-        file.write_text(
-            json.dumps(scores(reference_of([studies[name] for name in COHORTS]), asked, COSTS), indent=1)
-        )
+        reference = reference_of([studies[name] for name in COHORTS])
+        found = scores(reference, asked, COSTS, cell_axes_without(list(BY_MARKERS)))
+        file.write_text(json.dumps(found, indent=1))
     return json.loads(file.read_text())
 
 
@@ -112,8 +107,9 @@ def left_out_section(rows: list[dict[str, Any]], alone: list[dict[str, Any]]) ->
     return "\n".join([
         "## Studies left out",
         "",
-        "Each study in turn is left out, the panel too is made without it, and all of its labelled cells are "
-        "asked for whose type the others have. Beside the recipe logistic regressions taught the same cells and "
+        "Each study in turn is left out (the panel and what studies differ in, which `scbert-mini` knows, are found "
+        "without it, too), and all of its labelled cells are asked for whose type the others have. Beside the recipe "
+        "logistic regressions taught the same cells and "
         f"genes (log1p CP10k, C = {COSTS['logistic_l1']:g} for L1 and {COSTS['logistic_l2']:g} for L2, which "
         "cross-validation chose of 0.03 to 1). Accuracy without a threshold (macro-F1 over the study's types in "
         "brackets); what share is assigned at the model's threshold, and how much of that is right. Studies with "
@@ -217,8 +213,9 @@ def main() -> None:
     trained = options.work / "annotator"
     if not trained.exists():
         fine_tuned(of(list(studies.values())), options.work, TABLES / "terms.csv")
-    rows = left_out(studies, {}, options.work / "left_out", COSTS, of)
-    alone = cohorts_alone(studies, options.work, of)
+    without = partial(model_without, cells=options.data, work=options.work)
+    rows = left_out(studies, {}, options.work / "left_out", COSTS, without, of)
+    alone = cohorts_alone(studies, options.work, without, of)
     others = strangers(options.data, options.work, trained)
     records = {"annotator": about(rows), "left_out": rows, "cohorts_alone": alone, "strangers": others}
     sections = {

@@ -8,6 +8,7 @@ and of two regressions: half an hour on one core.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,9 @@ import pandas as pd
 from annotator_parts import LABEL, fine_tuned, release
 from make_mini import CARDS
 from studies_left_out import REGRESSIONS, left_out, mean_accuracy, score_table
-from tissue_cells import BY_MARKERS, MOST_CELLS, PANEL_RULE, TABLES, joined, read_study
+from study_effects import model_without
+from tissue_cells import BY_MARKERS, LEARNT, MOST_CELLS, PANEL_RULE, TABLES, joined, read_study
 
-# file: what it is, licence of the repository it stood in
-LEARNT = {
-    "pbmc3k_10x": ("blood, one healthy donor, 10x", "MIT"),
-    "zheng_facs_pbmc": ("blood sorted by surface markers, Zheng 2017", "BSD-2"),
-    "breast_tnbc_wu_cid4465": ("triple-negative breast tumour, GSE176078", "GPL-3"),
-    "breast_tumor_copykat": ("breast tumour", "GPL-2"),
-    "skin_ctcl_gse128531": ("skin, healthy and with lymphoma, GSE128531", "GPL-3"),
-    "malt_lymphoma_streak": ("MALT lymphoma, 10x", "GPL-2+"),
-    "scmixology_celseq_dropseq": ("lung cancer cell lines, GSE118767", "MIT"),
-    "fetal_cortex_camp": ("fetal cortex, GSE75140", "GPL-2+"),
-    "oligodendroglioma_smartseq2": ("oligodendroglioma, GSE70630", "BSD-3"),
-}
 # files of so few genes that nothing is learnt from them
 TESTED = {
     "tissue_aj064_800": "a tissue, 627 genes",
@@ -60,8 +50,9 @@ def left_out_section(rows: list[dict[str, Any]]) -> str:
     return "\n".join([
         "## Studies left out",
         "",
-        "Each study in turn is left out, the panel too is made without it, and all of its cells are asked for whose "
-        "type the others have. Beside the recipe logistic regressions taught the same cells and genes (log1p CP10k, "
+        "Each study in turn is left out (the panel and what studies differ in, which `scbert-mini` knows, are found "
+        "without it, too), and all of its cells are asked for whose type the others have. Beside the recipe logistic "
+        "regressions taught the same cells and genes (log1p CP10k, "
         f"C = {COSTS['logistic_l1']:g}, which cross-validation with all studies chose of 0.03 to 1). Accuracy without "
         "a threshold (macro-F1 over the study's types in brackets); what share is assigned at the model's threshold, "
         "and how much of that is right.",
@@ -140,7 +131,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     learnt, tested = ({name: read_study(options.data, name) for name in names} for names in (LEARNT, TESTED))
     trained = learn(learnt, options.work)
-    rows = left_out(learnt, tested, options.work / "left_out", COSTS)
+    without = partial(model_without, cells=options.data, work=options.work)
+    rows = left_out(learnt, tested, options.work / "left_out", COSTS, without)
     sections = {"cells": origin_section(options.work), "left_out": left_out_section(rows)}
     release(trained, options.output, {"annotator": about(rows), "left_out": rows}, sections)
 

@@ -1,7 +1,7 @@
 """How an annotator of many studies does on a study that it knows nothing of, beside plain regressions."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import anndata
 import numpy as np
 
 import scbert
-from annotator_parts import LABEL, SETTINGS
+from annotator_parts import LABEL
 from scbert.evaluation.baselines import LogisticRegressionBaseline
 from scbert.evaluation.metrics import classification_metrics
 from tissue_cells import joined
@@ -22,12 +22,14 @@ def left_out(
     tested: dict[str, anndata.AnnData],
     folder: Path,
     costs: dict[str, float],
+    cell_axes_without: Callable[[Sequence[str]], str | Path],
     reference_of: Callable[[list[anndata.AnnData]], anndata.AnnData] = joined,
 ) -> list[dict]:
     """
     Scores of each study by models of the others, and of studies that are only tested by models of all.
 
-    What a reference is of some studies is the caller's to say, and C of the regressions.
+    What a reference is of some studies is the caller's to say, C of the regressions, and a pretrained model that does
+    not know what the studies left out differ in from others (`study_effects.model_without`).
     """
     folder.mkdir(exist_ok=True)
     rows = []
@@ -35,15 +37,18 @@ def left_out(
         file = folder / f"without_{name}.json"
         if not file.exists():
             rest = reference_of([cells for other, cells in studies.items() if other != name])
-            file.write_text(
-                json.dumps(scores(rest, {name: studies[name]} if name else tested, costs), indent=1)
-            )
+            asked = {name: studies[name]} if name else tested
+            found = scores(rest, asked, costs, cell_axes_without([name] if name else []))
+            file.write_text(json.dumps(found, indent=1))
         rows += json.loads(file.read_text())
     return rows
 
 
 def scores(
-    reference: anndata.AnnData, asked: dict[str, anndata.AnnData], costs: dict[str, float]
+    reference: anndata.AnnData,
+    asked: dict[str, anndata.AnnData],
+    costs: dict[str, float],
+    cell_axes: str | Path,
 ) -> list[dict[str, Any]]:
     """Of an annotator and of logistic regressions taught the same cells, for every study asked for."""
     known = set(reference.obs[LABEL])
@@ -51,7 +56,8 @@ def scores(
     kept = {name: cells for name, cells in kept.items() if cells.n_obs}
     if not kept:
         return []
-    model = scbert.finetune(reference, LABEL, input="counts", device="cpu", disable_tqdm=True, **SETTINGS)
+    options = {"input": "counts", "device": "cpu", "disable_tqdm": True, "cell_axes": str(cell_axes)}
+    model = scbert.finetune(reference, LABEL, **options)
     regressions = {
         name: LogisticRegressionBaseline(penalty, (costs[name],)).fit(reference, LABEL, input="counts")
         for name, penalty in REGRESSIONS.items()

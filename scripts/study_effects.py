@@ -10,8 +10,9 @@ with enough cells in a study, the mean of log1p CP10k.
 
 import argparse
 import os
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import anndata
@@ -20,30 +21,19 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-import make_pbmc
-import make_tissue
 from annotator_parts import LABEL
-from blood_cells import read_by_markers, read_cohort
+from blood_cells import BY_MARKERS, COHORTS, read_by_markers, read_cohort
 from evidence_studies import NOT_IN_EFFECTS
 from make_mini import CARDS, write_card, write_checksums
 from scbert.data.read import log_normalize
 from scbert.trained_model.model_folder import load_tokenizer
 from scbert.training.initial_model import EFFECTS
 from scbert.training.principal_axes import mean_squared_norm
-from tissue_cells import read_study
+from tissue_cells import LEARNT, read_study
 
 # directions that are kept, and cells of a type in a study that have a mean worth comparing
 DIRECTIONS, FEWEST_CELLS = 20, 20
-BLOOD = dict.fromkeys(make_pbmc.COHORTS, read_cohort) | dict.fromkeys(make_pbmc.BY_MARKERS, read_by_markers)
-
-
-def studies(folder: Path, left_out: set[str]) -> Iterator[tuple[str, str, anndata.AnnData]]:
-    """Whose names of types they are, the study, and its labelled cells."""
-    readers = {"blood": BLOOD, "tissue": dict.fromkeys(make_tissue.LEARNT, read_study)}
-    for names, of_names in readers.items():
-        for study, reader in of_names.items():
-            if study not in left_out:
-                yield names, study, reader(folder, study)
+BLOOD = dict.fromkeys(COHORTS, read_cohort) | dict.fromkeys(BY_MARKERS, read_by_markers)
 
 
 def means_of(cells: anndata.AnnData, panel: list[str]) -> pd.DataFrame:
@@ -58,15 +48,44 @@ def means_of(cells: anndata.AnnData, panel: list[str]) -> pd.DataFrame:
     return table.reindex(columns=panel)
 
 
-def effects_of(folder: Path, panel: list[str], left_out: set[str]) -> np.ndarray:
-    """Directions over the genes of the panel, [n, panel]."""
-    means, types = [], []
-    for names, study, cells in studies(folder, left_out):
-        found = means_of(cells, panel)
-        print(study, *found.index, sep=", ", file=sys.stderr)
-        means.append(found.to_numpy())
-        types += [f"{names}: {name}" for name in found.index]
-    return batch_effects(np.concatenate(means), types)
+def means_of_studies(folder: Path, panel: list[str], left_out: Sequence[str] = ()) -> pd.DataFrame:
+    """`means_of` every study of blood and of tissue, [study and type, panel], under both annotators' names of types."""
+    readers = {"blood": BLOOD, "tissue": dict.fromkeys(LEARNT, read_study)}
+    found = {}
+    for names, of_names in readers.items():
+        for study in sorted(of_names.keys() - set(left_out)):
+            means = means_of(of_names[study](folder, study), panel)
+            print(study, *means.index, sep=", ", file=sys.stderr)
+            found |= {(study, f"{names}: {name}"): row for name, row in means.iterrows()}
+    return pd.DataFrame(found).T.rename_axis(["study", "type"])
+
+
+def write_effects(means: pd.DataFrame, model: Path) -> int:
+    """Put the directions in which studies differ into a model's folder, and tell how many they are."""
+    types, partial = means.index.get_level_values("type"), model / f"{EFFECTS}.partial"
+    effects = batch_effects(means.to_numpy(), types)
+    save_file({"effects": torch.from_numpy(effects).bfloat16().contiguous()}, partial)
+    os.replace(partial, model / EFFECTS)
+    return len(effects)
+
+
+def model_without(studies: Sequence[str], cells: Path, work: Path) -> Path:
+    """
+    scbert-mini as it would be if it knew nothing of what these studies differ in; it is made in the work folder.
+
+    Its axes may have been found in their cells: this is for references so large that no axes are used.
+    """
+    model = work / "_".join(["mini_without", *studies])
+    if not model.exists():
+        table, shipped = work / "study_means.parquet", CARDS / "scbert-mini"
+        if not table.exists():
+            means_of_studies(cells, load_tokenizer(shipped).gene_panel).to_parquet(table)
+        partial = shutil.copytree(shipped, work / "mini.partial", dirs_exist_ok=True)
+        write_effects(
+            pd.read_parquet(table).drop(index=list(studies), level="study", errors="ignore"), partial
+        )
+        partial.rename(model)
+    return model
 
 
 def batch_effects(means: np.ndarray, types: Sequence[str]) -> np.ndarray:
@@ -101,7 +120,7 @@ def batch_effects(means: np.ndarray, types: Sequence[str]) -> np.ndarray:
 
 def section(n_directions: int) -> str:
     """A part of the card."""
-    blood, tissue = ", ".join(BLOOD), ", ".join(make_tissue.LEARNT)
+    blood, tissue = ", ".join(BLOOD), ", ".join(LEARNT)
     return "\n".join([
         "## What studies differ in",
         "",
@@ -124,13 +143,11 @@ def main() -> None:
         "--without", choices=NOT_IN_EFFECTS, help="Half of the evidence's studies to leave out."
     )
     options = parser.parse_args()
-    left_out = set(NOT_IN_EFFECTS.get(options.without, ()))
-    effects = effects_of(options.cells, load_tokenizer(options.model).gene_panel, left_out)
-    partial = options.model / f"{EFFECTS}.partial"
-    save_file({"effects": torch.from_numpy(effects).bfloat16().contiguous()}, partial)
-    os.replace(partial, options.model / EFFECTS)
+    panel = load_tokenizer(options.model).gene_panel
+    means = means_of_studies(options.cells, panel, NOT_IN_EFFECTS.get(options.without, ()))
+    n_directions = write_effects(means, options.model)
     if options.model.parent == CARDS:
-        (options.model / "card_4_effects.md").write_text(section(len(effects)))
+        (options.model / "card_4_effects.md").write_text(section(n_directions))
         write_checksums(options.model)
         write_card(options.model)
 

@@ -16,6 +16,18 @@ from scbert.tokenization.expression_scbert import as_csr
 
 # labels.csv: the types of every study by common names; markers.csv: genes that tell types; terms.csv: Cell Ontology
 TABLES = CARDS / "scbert-mini-tissue"
+# file: what it is, licence of the repository it stood in
+LEARNT = {
+    "pbmc3k_10x": ("blood, one healthy donor, 10x", "MIT"),
+    "zheng_facs_pbmc": ("blood sorted by surface markers, Zheng 2017", "BSD-2"),
+    "breast_tnbc_wu_cid4465": ("triple-negative breast tumour, GSE176078", "GPL-3"),
+    "breast_tumor_copykat": ("breast tumour", "GPL-2"),
+    "skin_ctcl_gse128531": ("skin, healthy and with lymphoma, GSE128531", "GPL-3"),
+    "malt_lymphoma_streak": ("MALT lymphoma, 10x", "GPL-2+"),
+    "scmixology_celseq_dropseq": ("lung cancer cell lines, GSE118767", "MIT"),
+    "fetal_cortex_camp": ("fetal cortex, GSE75140", "GPL-2+"),
+    "oligodendroglioma_smartseq2": ("oligodendroglioma, GSE70630", "BSD-3"),
+}
 # in labels.csv in place of a column of obs
 BY_MARKERS = "by markers"
 # mean log1p CP10k of the markers of a cluster's type, and how many times that of the next type's

@@ -17,6 +17,7 @@ import make_tissue
 import pretraining_effect
 import scbert
 from annotator_parts import NAMELESS
+from blood_cells import BY_MARKERS, COHORTS
 from scbert.model_cards.card import build_card
 
 CARDS = Path(scbert.__file__).parent / "model_cards"
@@ -65,8 +66,8 @@ def test_the_tables_of_the_annotator_of_blood_are_its_records():
     assert (PBMC / "card_2_left_out.md").read_text() == make_pbmc.left_out_section(rows, alone)
     assert (PBMC / "card_3_strangers.md").read_text() == make_pbmc.stranger_section(others)
     assert record(PBMC, "annotator") == json.loads(json.dumps(make_pbmc.about(rows)))
-    assert {row["study"] for row in rows} == {*make_pbmc.COHORTS, *make_pbmc.BY_MARKERS}
-    assert {row["study"] for row in alone} == set(make_pbmc.BY_MARKERS)
+    assert {row["study"] for row in rows} == {*COHORTS, *BY_MARKERS}
+    assert {row["study"] for row in alone} == set(BY_MARKERS)
 
 
 def test_the_tables_of_the_annotator_of_tissue_are_its_records():

@@ -5,6 +5,7 @@ import pandas as pd
 from anndata import AnnData
 from safetensors.torch import load_file
 
+import study_effects
 from scbert.trained_model.model_folder import find_model, load_tokenizer
 from scbert.training.initial_model import EFFECTS, pretrained_effects
 from study_effects import DIRECTIONS, batch_effects, means_of, section
@@ -42,3 +43,18 @@ def test_the_card_of_scbert_mini_tells_what_its_folder_holds():
     assert effects.shape == (DIRECTIONS, len(panel)) and (np.diff(lengths) <= 1e-3).all() and lengths[0] < 1
     np.testing.assert_array_equal(pretrained_effects("scbert-mini", panel), effects)
     assert section(len(effects)) in (folder / "README.md").read_text()
+
+
+def test_a_model_without_a_study_knows_nothing_of_it(tmp_path, monkeypatch):
+    panel = load_tokenizer(find_model("scbert-mini")).gene_panel
+    rng = np.random.default_rng(0)
+    index = pd.MultiIndex.from_product([["one", "two", "three"], ["blood: B cell"]], names=["study", "type"])
+    means = pd.DataFrame(rng.normal(size=(3, len(panel))), index=index, columns=panel)
+    monkeypatch.setattr(study_effects, "means_of_studies", lambda cells, panel: means)
+    without = study_effects.model_without(["three"], tmp_path, tmp_path)
+    found = pretrained_effects(without, panel)
+    difference = means.loc["one"].to_numpy() - means.loc["two"].to_numpy()
+    assert len(found) == 1 and abs(np.corrcoef(found[0], difference[0])[0, 1]) > 0.99
+    # again, and with nothing left out
+    assert study_effects.model_without(["three"], tmp_path, tmp_path) == without
+    assert len(pretrained_effects(study_effects.model_without([], tmp_path, tmp_path), panel)) == 2
