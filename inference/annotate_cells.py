@@ -21,7 +21,7 @@ from ..data.read_backed import BackedCells
 from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError
 from ..trained_model.model_folder import load_model, versions
-from ..trained_model.prediction import LoadedModel, log_batch_size, predict_probabilities
+from ..trained_model.prediction import LoadedModel, log_batch_size, predict_probabilities, told_by
 from .annotate_processes import ShardedPrediction, main
 from .assignment import assign, prediction_sets, set_sizes, set_words, shift_notes, wider_answers
 from .expression_pca import expression_pca
@@ -310,7 +310,7 @@ def _predict_all(
 ):
     """Probabilities [cells, labels]; zeros for empty cells."""
     probabilities = new_rows((query.n_cells, len(loaded.labels)))
-    with progress_bar(query.n_cells, "Annotating", progress) as bar:
+    with progress_bar(query.n_cells, "Annotating", progress) as bar, told_by(loaded, query.alignment):
         for start, bins in query.chunks():
             cells = slice(start, start + bins.shape[0])
             probabilities[cells] = predict_probabilities(loaded, bins, batch_size, on_batch=bar.update)

@@ -1,5 +1,7 @@
 """What stands on the encoder and is more than one linear map."""
 
+import contextlib
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -90,10 +92,12 @@ class ScBertNovelty(nn.Module):
 
     # log odds of a model that was fitted to nothing: every cell is of a known type
     NEVER = -30.0
+    # share of the vectors' squared weights that measured genes must have for a distance to say something
+    LEAST_MEASURED = 0.8
 
     def __init__(self, pooled_size: int, config: ScBertConfig):
         super().__init__()
-        size = config.cell_vector_size
+        size, self.reads_genes = config.cell_vector_size, config.pooling == "conv"
         self.register_buffer("projection", torch.empty(size, pooled_size))
         self.register_buffer("offset", torch.empty(size))
         # of the types, and of all cells
@@ -105,7 +109,30 @@ class ScBertNovelty(nn.Module):
         """Zeros: nothing is novel."""
         for name in ("projection", "offset", "centers"):
             init.zeros_(getattr(self, name))
-        init.copy_(self.coefficients, torch.tensor([self.NEVER, 0.0]))
+        init.copy_(self.coefficients, self.never())
+
+    def never(self) -> torch.Tensor:
+        """Coefficients by which nothing is novel."""
+        return torch.tensor([self.NEVER, 0.0], device=self.coefficients.device, dtype=self.coefficients.dtype)
+
+    def tells_without(self, absent) -> bool:
+        """Whether distances say something of cells that lack the ``absent`` genes, by their places in the panel."""
+        weights = self.projection.float().square().sum(dim=0)
+        if len(absent) == 0 or not self.reads_genes:
+            return True
+        lacking = weights[torch.as_tensor(absent, device=weights.device)].sum()
+        return bool(lacking <= (1 - self.LEAST_MEASURED) * weights.sum())
+
+    @contextlib.contextmanager
+    def for_cells_without(self, absent):
+        """Within it nothing is novel, if the cells lack too many genes to tell; see `tells_without`."""
+        kept = self.coefficients
+        if not self.tells_without(absent):
+            self.coefficients = self.never()
+        try:
+            yield
+        finally:
+            self.coefficients = kept
 
     def vectors(self, pooled) -> torch.Tensor:
         """Cell vectors ``[batch, size]`` of what the pooling gives; their unit is the scatter within a type."""

@@ -1,5 +1,6 @@
 """Hugging Face pipelines over cells: "cell-type-annotation" and "cell-embedding". Pushed with every checkpoint."""
 
+import contextlib
 import importlib
 import os
 from types import GeneratorType
@@ -105,10 +106,16 @@ class CellPipeline(Pipeline):
         """
         if isinstance(cells, (GeneratorType, list)) or getattr(cells, "ndim", 2) == 1:
             return super().__call__(cells, **options)
-        binning = self._preprocess_params | self._sanitize_parameters(**options)[0]
-        return list(
-            super().__call__(BinnedCells(self.tokenizer.bin_cells(_read(cells), **binning)), **options)
-        )
+        binning, cells = self._preprocess_params | self._sanitize_parameters(**options)[0], _read(cells)
+        bins = BinnedCells(self.tokenizer.bin_cells(cells, **binning))
+        named = {name: given for name, given in binning.items() if name != "input"}
+        with self._told_by(self.tokenizer.align(cells, **named)):
+            return list(super().__call__(bins, **options))
+
+    def _told_by(self, alignment):
+        """Within it no cell is called new, if the query lacks too many of the genes that tell."""
+        novelty = getattr(getattr(self.model, "classifier", None), "novelty", None)
+        return contextlib.nullcontext() if novelty is None else novelty.for_cells_without(alignment.absent)
 
     def preprocess(self, cell, **binning):
         bins = cell

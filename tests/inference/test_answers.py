@@ -16,6 +16,8 @@ from scbert.data.cell_ontology import CellOntology
 from scbert.data.label_tree import ancestors_of
 from scbert.inference import annotate, annotate_file
 from scbert.inference.assignment import assign, back_off, ontology_terms, prediction_sets, shift_notes
+from scbert.modeling_scbert.heads_scbert import ScBertNovelty
+from scbert.modeling_scbert.pipeline_scbert import CellTypeAnnotationPipeline
 from scbert.tokenization import InputError
 from scbert.training import finetune_data
 
@@ -245,3 +247,19 @@ def test_cells_that_differ_are_said_to_have_no_promise():
     assert shift_notes(np.concatenate([alike, empty])) == [] and shift_notes(empty) == []
     (note,) = shift_notes(np.concatenate([odd, empty]))
     assert "mean probability of no known type 0.20" in note
+
+
+def test_no_cell_is_called_new_where_most_genes_that_tell_are_absent(taught, new_cells):
+    """Cells unlike all that were learnt from; without half of the genes their distances say nothing."""
+    query = new_cells(30, seed=0)
+    query.X = query.X[:, np.random.default_rng(0).permutation(query.n_vars)]
+    few = query[:, ::2].copy()
+    sums = [
+        taught.annotate(cells, progress=False, force=True).obsm["scbert_probabilities"].sum(axis=1)
+        for cells in (query, few)
+    ]
+    assert np.median(sums[0]) < 0.5 and (sums[1] > 0.9999).all()
+    assert taught.model.classifier.novelty.coefficients[0] != ScBertNovelty.NEVER
+    annotator = CellTypeAnnotationPipeline(model=taught.model, tokenizer=taught.tokenizer)
+    found = annotator(few, top_k=3)
+    assert all(sum(one["score"] for one in cell) > 0.9999 for cell in found)
