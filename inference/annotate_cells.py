@@ -19,9 +19,10 @@ from ..data.paths import ANNOTATION_FORMATS, check_output_path
 from ..data.read import read_cells
 from ..data.read_backed import BackedCells
 from ..modeling_scbert import ScBertForCellClassification
+from ..modeling_scbert.heads_scbert import told_by
 from ..tokenization import InputError
 from ..trained_model.model_folder import load_model, versions
-from ..trained_model.prediction import LoadedModel, log_batch_size, predict_probabilities, told_by
+from ..trained_model.prediction import LoadedModel, log_batch_size, predict_probabilities
 from .annotate_processes import ShardedPrediction, main
 from .assignment import assign, prediction_sets, set_sizes, set_words, shift_notes, wider_answers
 from .expression_pca import expression_pca
@@ -310,7 +311,7 @@ def _predict_all(
 ):
     """Probabilities [cells, labels]; zeros for empty cells."""
     probabilities = new_rows((query.n_cells, len(loaded.labels)))
-    with progress_bar(query.n_cells, "Annotating", progress) as bar, told_by(loaded, query.alignment):
+    with progress_bar(query.n_cells, "Annotating", progress) as bar, told_by(loaded.model, query.alignment):
         for start, bins in query.chunks():
             cells = slice(start, start + bins.shape[0])
             probabilities[cells] = predict_probabilities(loaded, bins, batch_size, on_batch=bar.update)

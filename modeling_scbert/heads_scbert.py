@@ -17,6 +17,12 @@ def share_of_batches(loss: torch.Tensor, labels: torch.Tensor | None, kwargs: di
     return loss * (labels != -100).sum() / kwargs["num_items_in_batch"]
 
 
+def told_by(model, alignment):
+    """Within it, a classifier calls no cell new if a query lacks too many of the genes that tell, by its alignment."""
+    novelty = getattr(getattr(model, "classifier", None), "novelty", None)
+    return contextlib.nullcontext() if novelty is None else novelty.for_cells_without(alignment.absent)
+
+
 class ScBertClassificationHead(nn.Module):
     """Tokens to class logits: pool to one vector per cell, then a small perceptron."""
 

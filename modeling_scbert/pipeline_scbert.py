@@ -1,6 +1,5 @@
 """Hugging Face pipelines over cells: "cell-type-annotation" and "cell-embedding". Pushed with every checkpoint."""
 
-import contextlib
 import importlib
 import os
 from types import GeneratorType
@@ -8,6 +7,8 @@ from types import GeneratorType
 import torch
 from torch.utils.data import Dataset
 from transformers import Pipeline
+
+from .heads_scbert import told_by
 
 
 class BinnedCells(Dataset):
@@ -109,13 +110,8 @@ class CellPipeline(Pipeline):
         binning, cells = self._preprocess_params | self._sanitize_parameters(**options)[0], _read(cells)
         bins = BinnedCells(self.tokenizer.bin_cells(cells, **binning))
         named = {name: given for name, given in binning.items() if name != "input"}
-        with self._told_by(self.tokenizer.align(cells, **named)):
+        with told_by(self.model, self.tokenizer.align(cells, **named)):
             return list(super().__call__(bins, **options))
-
-    def _told_by(self, alignment):
-        """Within it no cell is called new, if the query lacks too many of the genes that tell."""
-        novelty = getattr(getattr(self.model, "classifier", None), "novelty", None)
-        return contextlib.nullcontext() if novelty is None else novelty.for_cells_without(alignment.absent)
 
     def preprocess(self, cell, **binning):
         bins = cell

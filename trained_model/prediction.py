@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..modeling_scbert.pipeline_scbert import cell_embedding
 from ..modeling_scbert.workload_scbert import expect_work
-from ..tokenization import GeneAlignment, InputError, ScBertTokenizer
+from ..tokenization import InputError, ScBertTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +85,6 @@ class LoadedModel:
                 f"The coverage is {coverage:g}; the model {self.name} can do {', '.join(f'{c:g}' for c in known)}."
             )
         return known[coverage]
-
-
-@contextlib.contextmanager
-def told_by(loaded: LoadedModel, alignment: GeneAlignment) -> Iterator[None]:
-    """Within it, a classifier calls no cell new if a query lacks too many of the genes that tell, by its alignment."""
-    novelty = getattr(getattr(loaded.model, "classifier", None), "novelty", None)
-    with contextlib.nullcontext() if novelty is None else novelty.for_cells_without(alignment.absent):
-        yield
 
 
 def predict(
