@@ -1,6 +1,7 @@
 """What stands on the encoder and is more than one linear map."""
 
 import contextlib
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -8,6 +9,9 @@ from transformers import initialization as init
 
 from .configuration_scbert import ScBertConfig
 from .packing_scbert import unpacked
+
+# a model may answer several queries at a time, each in a thread of its own
+NOTHING_IS_NOVEL = ContextVar("NOTHING_IS_NOVEL", default=False)
 
 
 def share_of_batches(loss: torch.Tensor, labels: torch.Tensor | None, kwargs: dict) -> torch.Tensor:
@@ -115,11 +119,7 @@ class ScBertNovelty(nn.Module):
         """Zeros: nothing is novel."""
         for name in ("projection", "offset", "centers"):
             init.zeros_(getattr(self, name))
-        init.copy_(self.coefficients, self.never())
-
-    def never(self) -> torch.Tensor:
-        """Coefficients by which nothing is novel."""
-        return torch.tensor([self.NEVER, 0.0], device=self.coefficients.device, dtype=self.coefficients.dtype)
+        init.copy_(self.coefficients, torch.tensor([self.NEVER, 0.0]))
 
     def tells_without(self, absent) -> bool:
         """Whether distances say something of cells that lack the ``absent`` genes, by their places in the panel."""
@@ -132,13 +132,11 @@ class ScBertNovelty(nn.Module):
     @contextlib.contextmanager
     def for_cells_without(self, absent):
         """Within it nothing is novel, if the cells lack too many genes to tell; see `tells_without`."""
-        kept = self.coefficients
-        if not self.tells_without(absent):
-            self.coefficients = self.never()
+        before = NOTHING_IS_NOVEL.set(not self.tells_without(absent))
         try:
             yield
         finally:
-            self.coefficients = kept
+            NOTHING_IS_NOVEL.reset(before)
 
     def vectors(self, pooled) -> torch.Tensor:
         """Cell vectors ``[batch, size]`` of what the pooling gives; their unit is the scatter within a type."""
@@ -148,6 +146,8 @@ class ScBertNovelty(nn.Module):
 
     def forward(self, vectors) -> torch.Tensor:
         """Log odds ``[batch]`` that a cell is of none of the types."""
+        if NOTHING_IS_NOVEL.get():
+            return vectors.new_full(vectors.shape[:1], self.NEVER)
         squared = (vectors.unsqueeze(1) - self.centers.float()).square().sum(dim=-1)
         intercept, slope = self.coefficients.float()
         return intercept + slope * (squared[:, :-1].amin(dim=1) - squared[:, -1])
