@@ -19,7 +19,7 @@ from ..data.paths import ANNOTATION_FORMATS, check_output_path
 from ..data.read import read_cells
 from ..data.read_backed import BackedCells
 from ..modeling_scbert import ScBertForCellClassification
-from ..modeling_scbert.heads_scbert import told_by
+from ..modeling_scbert.heads_scbert import novelty_given
 from ..tokenization import InputError
 from ..trained_model.model_folder import load_model, versions
 from ..trained_model.prediction import LoadedModel, log_batch_size, predict_probabilities
@@ -284,6 +284,10 @@ def _annotation(
         obs["scbert_prediction_set"] = sets
         uns |= {"coverage": float(coverage), "prediction_set_sizes": sizes}
     notes = _notes(adata, query, obs) + doubts(query.alignment, labels, names)
+    if loaded.has_cell_vectors and not loaded.model.classifier.novelty.tells_without(query.alignment.absent):
+        notes.append(
+            "Too many genes that tell new types are absent: no cell is unassigned for being of a new type."
+        )
     notes += [] if coverage is None else shift_notes(probabilities)
     if vote_key is not None:
         own_groups = vote_key not in adata.obs
@@ -311,7 +315,10 @@ def _predict_all(
 ):
     """Probabilities [cells, labels]; zeros for empty cells."""
     probabilities = new_rows((query.n_cells, len(loaded.labels)))
-    with progress_bar(query.n_cells, "Annotating", progress) as bar, told_by(loaded.model, query.alignment):
+    with (
+        progress_bar(query.n_cells, "Annotating", progress) as bar,
+        novelty_given(loaded.model, query.alignment),
+    ):
         for start, bins in query.chunks():
             cells = slice(start, start + bins.shape[0])
             probabilities[cells] = predict_probabilities(loaded, bins, batch_size, on_batch=bar.update)

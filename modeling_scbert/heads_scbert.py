@@ -21,8 +21,8 @@ def share_of_batches(loss: torch.Tensor, labels: torch.Tensor | None, kwargs: di
     return loss * (labels != -100).sum() / kwargs["num_items_in_batch"]
 
 
-def told_by(model, alignment):
-    """Within it, a classifier calls no cell new if a query lacks too many of the genes that tell, by its alignment."""
+def novelty_given(model, alignment):
+    """Within it, a classifier calls no cell new if too many genes of its panel are ``absent`` from the alignment."""
     novelty = getattr(getattr(model, "classifier", None), "novelty", None)
     return contextlib.nullcontext() if novelty is None else novelty.for_cells_without(alignment.absent)
 
@@ -122,7 +122,7 @@ class ScBertNovelty(nn.Module):
         init.copy_(self.coefficients, torch.tensor([self.NEVER, 0.0]))
 
     def tells_without(self, absent) -> bool:
-        """Whether distances say something of cells that lack the ``absent`` genes, by their places in the panel."""
+        """Whether distances say something of cells that lack the ``absent`` genes: places in the panel, ``[genes]``."""
         weights = self.projection.float().square().sum(dim=0)
         if len(absent) == 0 or not self.reads_genes:
             return True

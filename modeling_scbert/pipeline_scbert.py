@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
-from .heads_scbert import told_by
+from .heads_scbert import novelty_given
 
 
 class BinnedCells(Dataset):
@@ -110,7 +110,7 @@ class CellPipeline(Pipeline):
         binning, cells = self._preprocess_params | self._sanitize_parameters(**options)[0], _read(cells)
         bins = BinnedCells(self.tokenizer.bin_cells(cells, **binning))
         named = {name: given for name, given in binning.items() if name != "input"}
-        with told_by(self.model, self.tokenizer.align(cells, **named)):
+        with novelty_given(self.model, self.tokenizer.align(cells, **named)):
             return list(super().__call__(bins, **options))
 
     def preprocess(self, cell, **binning):

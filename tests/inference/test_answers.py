@@ -249,7 +249,7 @@ def test_cells_that_differ_are_said_to_have_no_promise():
     assert "mean probability of no known type 0.20" in note
 
 
-def test_no_cell_is_called_new_where_most_genes_that_tell_are_absent(taught, new_cells):
+def test_no_cell_is_called_new_where_most_genes_that_tell_are_absent(taught, new_cells, caplog):
     """Cells unlike all that were learnt from; without half of the genes their distances say nothing."""
     query = new_cells(30, seed=0)
     query.X = query.X[:, np.random.default_rng(0).permutation(query.n_vars)]
@@ -259,6 +259,7 @@ def test_no_cell_is_called_new_where_most_genes_that_tell_are_absent(taught, new
         for cells in (query, few)
     ]
     assert np.median(sums[0]) < 0.5 and (sums[1] > 0.9999).all()
+    assert caplog.text.count("no cell is unassigned for being of a new type") == 1
     assert taught.model.classifier.novelty.coefficients[0] != ScBertNovelty.NEVER
     annotator = CellTypeAnnotationPipeline(model=taught.model, tokenizer=taught.tokenizer)
     found = annotator(few, top_k=3)
