@@ -86,18 +86,18 @@ class ScBertClassificationHead(nn.Module):
             probabilities = logits.float().softmax(dim=-1)
             if self.novelty is not None:
                 vectors = self.novelty.vectors(pooled)
-                known = 1 - self.novelty(vectors).sigmoid()
-                probabilities = probabilities * known.unsqueeze(-1)
+                probabilities = probabilities * self.novelty(vectors).unsqueeze(-1)
         return {"logits": logits, "probabilities": probabilities, "cell_vectors": vectors}
 
 
 class ScBertNovelty(nn.Module):
     """
-    How likely a cell is of none of the known types, by what is fitted once the head is (training/novelty_head.py).
+    How likely a cell is of one of the known types, by what is fitted once the head is (training/novelty_head.py).
 
     By how far its vector lies from the center of the nearest type (Mahalanobis distance; Lee et al. 2018), less how far
     it lies from the mean of all cells: cells of another study are farther from both, and no more novel for that (Ren et
-    al. 2021). No gradient trains these: buffers.
+    al. 2021). How common new types are in a query nobody knows: a distance says no more than that the cell is not sure
+    enough to have a name. No gradient trains these: buffers.
     """
 
     # log odds of a model that was fitted to nothing: every cell is of a known type
@@ -112,12 +112,14 @@ class ScBertNovelty(nn.Module):
         self.register_buffer("offset", torch.empty(size))
         # of the types, and of all cells
         self.register_buffer("centers", torch.empty(config.num_labels + 1, size))
-        # intercept, and what the difference of squared distances is multiplied by
+        # of the log odds of novelty: intercept, and what the difference of squared distances is multiplied by
         self.register_buffer("coefficients", torch.empty(2))
+        # what a cell keeps of its probabilities, however far it lies: just too little for the threshold
+        self.register_buffer("least_known", torch.empty(()))
 
     def start_weights(self) -> None:
         """Zeros: nothing is novel."""
-        for name in ("projection", "offset", "centers"):
+        for name in ("projection", "offset", "centers", "least_known"):
             init.zeros_(getattr(self, name))
         init.copy_(self.coefficients, torch.tensor([self.NEVER, 0.0]))
 
@@ -145,9 +147,10 @@ class ScBertNovelty(nn.Module):
             return nn.functional.linear(pooled.float(), self.projection.float(), self.offset.float())
 
     def forward(self, vectors) -> torch.Tensor:
-        """Log odds ``[batch]`` that a cell is of none of the types."""
+        """How likely a cell is of one of the types, ``[batch]``."""
         if NOTHING_IS_NOVEL.get():
-            return vectors.new_full(vectors.shape[:1], self.NEVER)
+            return vectors.new_ones(vectors.shape[:1])
         squared = (vectors.unsqueeze(1) - self.centers.float()).square().sum(dim=-1)
         intercept, slope = self.coefficients.float()
-        return intercept + slope * (squared[:, :-1].amin(dim=1) - squared[:, -1])
+        odds = intercept + slope * (squared[:, :-1].amin(dim=1) - squared[:, -1])
+        return (-odds).sigmoid().clamp(min=self.least_known.float())

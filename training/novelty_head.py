@@ -20,11 +20,13 @@ from .principal_axes import Axes, axes_by_products
 # cells that a type needs to speak here, and cells that must speak in all
 MIN_CELLS, ENOUGH_CELLS = 8, 40
 # held-out cells keep this much of their probability in the mean
-KNOWN_SHARE = 0.98
+KNOWN_SHARE = 0.975
 # by how much the log odds rise within a standard deviation of the held-out cells' distances
-SHARPNESS = 10.0
+SHARPNESS = 30.0
 # share of the held-out cells that may be lost, though their label is right, to novelty and threshold; and thresholds
-MOST_LOST, THRESHOLDS = 0.03, np.linspace(0.3, 0.98, 69)
+MOST_LOST, THRESHOLDS = 0.03, np.linspace(0.3, 0.8, 51)
+# what a cell keeps of its probabilities however far it lies is less than the threshold by this
+BELOW_THRESHOLD = 0.01
 
 
 def whitened(coordinates: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +119,7 @@ def fit_novelty(distances: np.ndarray) -> np.ndarray:
     Intercept and slope of the log odds of novelty, [2], by the `held_out_distances` of known cells.
 
     The odds rise steeply where the distances of known cells end: those keep `KNOWN_SHARE` of their probability in the
-    mean. How common new types are in a query, nobody knows.
+    mean.
 
     Examples
     --------
@@ -129,6 +131,17 @@ def fit_novelty(distances: np.ndarray) -> np.ndarray:
     rises = slope * distances
     intercept = brentq(lambda x: expit(-x - rises).mean() - KNOWN_SHARE, -rises.max() - 60, -rises.min() + 60)
     return np.array([intercept, slope])
+
+
+def known_shares(distances: np.ndarray, coefficients: np.ndarray, least: float = 0.0) -> np.ndarray:
+    """
+    What cells keep of their probabilities, [cells], by their distances and what `fit_novelty` found.
+
+    How common new types are in a query nobody knows, and in most there is none: with `least` just below the threshold a
+    cell that lies far off is left unassigned, as without it, and no surer of being new than that.
+    """
+    intercept, slope = coefficients
+    return np.maximum(expit(-intercept - slope * distances), least)
 
 
 def choose_threshold(confidence: np.ndarray, right: np.ndarray) -> float:

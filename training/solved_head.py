@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from scipy.special import expit, softmax
+from scipy.special import softmax
 from tqdm.auto import tqdm
 
 from ..tokenization import InputError
@@ -14,10 +14,12 @@ from ..tokenization.expression_scbert import floor_values
 from ..trained_model.prediction import LoadedModel, predict
 from .logistic_head import PretrainedAxes, cross_folds, n_fits, solve_head
 from .novelty_head import (
+    BELOW_THRESHOLD,
     all_centers,
     choose_threshold,
     fit_novelty,
     held_out_distances,
+    known_shares,
     telling_cells,
     whitened,
 )
@@ -125,12 +127,21 @@ def solve_classifier(
 
 def _tell_novelty(loaded, held_out, distances, targets, told) -> None:
     """Put what tells novelty, and the threshold, into the model; novelty counts for the held-out cells, too."""
-    intercept, slope = fit_novelty(distances[told])
-    _fill(loaded.model.classifier.novelty, coefficients=np.array([intercept, slope]))
-    held_out.probabilities *= expit(-intercept - slope * distances)[:, None]
-    found, right = held_out.probabilities.max(axis=1), held_out.probabilities.argmax(axis=1) == targets
-    loaded.model.config.unassigned_threshold = choose_threshold(found[told], right[told])
-    held_out.report["novelty"] = {"cells": int(told.sum()), "intercept": intercept, "slope": slope}
+    coefficients = fit_novelty(distances[told])
+    largest, right = held_out.probabilities.max(axis=1), held_out.probabilities.argmax(axis=1) == targets
+    confidence = largest * known_shares(distances, coefficients)
+    threshold = choose_threshold(confidence[told], right[told])
+    least = threshold - BELOW_THRESHOLD
+    held_out.probabilities *= known_shares(distances, coefficients, least)[:, None]
+    loaded.model.config.unassigned_threshold = threshold
+    _fill(loaded.model.classifier.novelty, coefficients=coefficients, least_known=np.array(least))
+    intercept, slope = coefficients.tolist()
+    held_out.report["novelty"] = {
+        "cells": int(told.sum()),
+        "intercept": intercept,
+        "slope": slope,
+        "least": least,
+    }
 
 
 def _reads_genes(features, bins) -> bool:

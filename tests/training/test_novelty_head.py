@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from scipy.special import expit
 
 from scbert.training.logistic_head import cross_folds
 from scbert.training.novelty_head import (
+    BELOW_THRESHOLD,
     ENOUGH_CELLS,
     KNOWN_SHARE,
     MIN_CELLS,
@@ -15,6 +15,7 @@ from scbert.training.novelty_head import (
     choose_threshold,
     fit_novelty,
     held_out_distances,
+    known_shares,
     relative_distance,
     telling_cells,
     type_centers,
@@ -75,14 +76,14 @@ def test_known_cells_stay_known_and_a_type_left_out_does_not():
         learnt, index = features[known], np.unique(targets[known], return_inverse=True)[1]
         axes, products = axes_and_products(learnt)
         distances = held_out_distances(axes, products, learnt, index, cross_folds(index), 8)
-        intercept, slope = fit_novelty(distances)
-        kept = expit(-intercept - slope * distances)
+        coefficients = fit_novelty(distances)
+        kept = known_shares(distances, coefficients)
         np.testing.assert_allclose(kept.mean(), KNOWN_SHARE, atol=1e-3)
         assert np.median(kept) > 0.999
         of_all = axes_by_products(inner_products(features), features, known, rank=8)
         vectors, whitener = whitened(of_all.coordinates[known], index)
         novel = relative_distance(of_all.coordinates[~known] @ whitener, all_centers(vectors, index))
-        assert (expit(intercept + slope * novel) > 0.5).mean() > 0.9
+        assert (known_shares(novel, coefficients, least=0.6) == 0.6).mean() > 0.9
 
 
 def test_few_cells_and_types_of_few_cells_do_not_tell():
@@ -99,4 +100,17 @@ def test_the_threshold_loses_few_right_cells():
     threshold = choose_threshold(confidence, right)
     lost = (right & (confidence < threshold)).mean()
     higher = (right & (confidence < threshold + 0.02)).mean()
-    assert 0.3 < threshold < 0.98 and lost <= MOST_LOST < higher
+    assert 0.3 < threshold < 0.8 and lost <= MOST_LOST < higher
+
+
+def test_the_floor_changes_no_decision_by_the_threshold():
+    """A cell that lies far off keeps too little for a name, and no less than that."""
+    rng = np.random.default_rng(0)
+    largest, distances = rng.beta(9, 1, size=2000), rng.normal(size=2000)
+    largest[:10] = 1.0
+    coefficients = fit_novelty(distances)
+    confidence = largest * known_shares(distances, coefficients)
+    threshold = choose_threshold(confidence, rng.random(2000) < 0.9)
+    floored = largest * known_shares(distances, coefficients, threshold - BELOW_THRESHOLD)
+    np.testing.assert_array_equal(floored < threshold, confidence < threshold)
+    assert (floored >= confidence).all() and floored.min() > 0.2 > confidence.min()
