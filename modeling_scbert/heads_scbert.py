@@ -114,7 +114,7 @@ class ScBertNovelty(nn.Module):
         self.register_buffer("centers", torch.empty(config.num_labels + 1, size))
         # of the log odds of novelty: intercept, and what the difference of squared distances is multiplied by
         self.register_buffer("coefficients", torch.empty(2))
-        # what a cell keeps of its probabilities, however far it lies: just too little for the threshold
+        # what a cell keeps of its probabilities, however far it lies: too little for the threshold
         self.register_buffer("least_known", torch.empty(()))
 
     def start_weights(self) -> None:

@@ -22,11 +22,11 @@ MIN_CELLS, ENOUGH_CELLS = 8, 40
 # held-out cells keep this much of their probability in the mean
 KNOWN_SHARE = 0.975
 # by how much the log odds rise within a standard deviation of the held-out cells' distances
-SHARPNESS = 30.0
+SHARPNESS = 20.0
 # share of the held-out cells that may be lost, though their label is right, to novelty and threshold; and thresholds
-MOST_LOST, THRESHOLDS = 0.03, np.linspace(0.3, 0.8, 51)
-# what a cell keeps of its probabilities however far it lies is less than the threshold by this
-BELOW_THRESHOLD = 0.01
+MOST_LOST, THRESHOLDS = 0.03, np.linspace(0.3, 0.98, 69)
+# what a cell keeps of its probabilities however far it lies: less than the threshold by this, and this at most
+BELOW_THRESHOLD, MOST_KEPT = 0.01, 0.8
 
 
 def whitened(coordinates: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -137,11 +137,16 @@ def known_shares(distances: np.ndarray, coefficients: np.ndarray, least: float =
     """
     What cells keep of their probabilities, [cells], by their distances and what `fit_novelty` found.
 
-    How common new types are in a query nobody knows, and in most there is none: with `least` just below the threshold a
-    cell that lies far off is left unassigned, as without it, and no surer of being new than that.
+    How common new types are in a query nobody knows, and in most there is none: a cell that lies far off keeps so much
+    (`least_share`) that it is left unassigned, as without it, and no surer of being new than that.
     """
     intercept, slope = coefficients
     return np.maximum(expit(-intercept - slope * distances), least)
+
+
+def least_share(threshold: float) -> float:
+    """What a cell keeps of its probabilities however far it lies: by the threshold it is left unassigned."""
+    return min(threshold - BELOW_THRESHOLD, MOST_KEPT)
 
 
 def choose_threshold(confidence: np.ndarray, right: np.ndarray) -> float:

@@ -14,12 +14,12 @@ from ..tokenization.expression_scbert import floor_values
 from ..trained_model.prediction import LoadedModel, predict
 from .logistic_head import PretrainedAxes, cross_folds, n_fits, solve_head
 from .novelty_head import (
-    BELOW_THRESHOLD,
     all_centers,
     choose_threshold,
     fit_novelty,
     held_out_distances,
     known_shares,
+    least_share,
     telling_cells,
     whitened,
 )
@@ -131,7 +131,7 @@ def _tell_novelty(loaded, held_out, distances, targets, told) -> None:
     largest, right = held_out.probabilities.max(axis=1), held_out.probabilities.argmax(axis=1) == targets
     confidence = largest * known_shares(distances, coefficients)
     threshold = choose_threshold(confidence[told], right[told])
-    least = threshold - BELOW_THRESHOLD
+    least = least_share(threshold)
     held_out.probabilities *= known_shares(distances, coefficients, least)[:, None]
     loaded.model.config.unassigned_threshold = threshold
     _fill(loaded.model.classifier.novelty, coefficients=coefficients, least_known=np.array(least))
