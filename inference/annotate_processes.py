@@ -32,7 +32,7 @@ from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
 from ..trained_model.model_folder import find_model, load_model
 from ..trained_model.prediction import LoadedModel, predict_probabilities
-from .query import CHUNK_SIZE, BinnedQuery, NewRows, name_genes, opened, progress_bar
+from .query import CHUNK_SIZE, BinnedQuery, name_genes, opened, progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,7 @@ class ShardedPrediction:
     """
     Probabilities of all cells from shards that several processes write; stands in for one process's loop.
 
-    Parameters
-    ----------
-    query, model, output, processes, resume, gene_table, **options
-        As in `annotate_file`; a launcher's processes are used as they are.
+    The arguments are those of `annotate_file`; a launcher's processes are used as they are.
     """
 
     def __init__(self, query, model, output, processes, resume, gene_table, **options):
@@ -83,11 +80,9 @@ class ShardedPrediction:
         stamps = [[Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in (query, model)]
         table = None if gene_table is None else str(gene_table)
         self.run = ShardedRun(str(query), str(model), stamps, SHARD_CELLS, gene_table=table, **options)
-        self.folder = Path(output).with_name(f"{Path(output).name}.partial")
+        self.output, self.folder = output, Path(output).with_name(f"{Path(output).name}.partial")
 
-    def __call__(
-        self, query: BinnedQuery, loaded: LoadedModel, progress: bool, new_rows: NewRows
-    ) -> np.ndarray | DiskMatrix:
+    def predict(self, query: BinnedQuery, loaded: LoadedModel, progress: bool) -> np.ndarray | DiskMatrix:
         """Probabilities [cells, labels]."""
         run = self.run
         shards = shard_paths(run, self.folder, query.n_cells)
@@ -101,11 +96,11 @@ class ShardedPrediction:
             if rank:
                 raise SystemExit(0)
         else:
-            self._work(run, shards, query.n_cells, progress)
+            self._work(shards, query.n_cells, progress)
         while not all(path.exists() for path in shards):
             # the launcher ends this process where another fails
             time.sleep(0.2)
-        probabilities = new_rows((query.n_cells, len(loaded.labels)))
+        probabilities = query.new_rows(len(loaded.labels), self.output)
         for number, path in enumerate(shards):
             cells = slice(number * run.shard_cells, (number + 1) * run.shard_cells)
             with np.load(path) as stored:
@@ -130,12 +125,14 @@ class ShardedPrediction:
                 )
         record.write_text(json.dumps(facts))
 
-    def _work(self, run, shards, n_cells, progress):
+    def _work(self, shards, n_cells, progress):
         """Start the processes and wait for them; one that fails ends all."""
         context = multiprocessing.get_context("spawn")
         problems = context.SimpleQueue()
         workers = [
-            context.Process(target=_worker, args=(run, self.folder, i, self.processes, problems), daemon=True)
+            context.Process(
+                target=_worker, args=(self.run, self.folder, i, self.processes, problems), daemon=True
+            )
             for i in range(min(self.processes, len(shards)))
         ]
         try:
@@ -144,7 +141,9 @@ class ShardedPrediction:
             with progress_bar(n_cells, "Annotating", progress) as bar:
                 while any(worker.is_alive() for worker in workers):
                     time.sleep(0.1)
-                    bar.update(min(n_cells, run.shard_cells * sum(path.exists() for path in shards)) - bar.n)
+                    bar.update(
+                        min(n_cells, self.run.shard_cells * sum(path.exists() for path in shards)) - bar.n
+                    )
                     _check(workers, problems, self.folder)
             _check(workers, problems, self.folder)
         finally:
