@@ -127,12 +127,10 @@ class ShardedPrediction:
 
     def _work(self, shards, n_cells, progress):
         """Start the processes and wait for them; one that fails ends all."""
-        context = multiprocessing.get_context("spawn")
+        run, context = self.run, multiprocessing.get_context("spawn")
         problems = context.SimpleQueue()
         workers = [
-            context.Process(
-                target=_worker, args=(self.run, self.folder, i, self.processes, problems), daemon=True
-            )
+            context.Process(target=_worker, args=(run, self.folder, i, self.processes, problems), daemon=True)
             for i in range(min(self.processes, len(shards)))
         ]
         try:
@@ -141,9 +139,7 @@ class ShardedPrediction:
             with progress_bar(n_cells, "Annotating", progress) as bar:
                 while any(worker.is_alive() for worker in workers):
                     time.sleep(0.1)
-                    bar.update(
-                        min(n_cells, self.run.shard_cells * sum(path.exists() for path in shards)) - bar.n
-                    )
+                    bar.update(min(n_cells, run.shard_cells * sum(path.exists() for path in shards)) - bar.n)
                     _check(workers, problems, self.folder)
             _check(workers, problems, self.folder)
         finally:

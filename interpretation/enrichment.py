@@ -14,22 +14,10 @@ COLUMNS = ["term", "n_overlap", "n_set", "odds_ratio", "p_value", "adjusted_p_va
 
 def read_gmt(path: str | Path) -> dict[str, list[str]]:
     """
-    Gene sets of a .gmt or .gmt.gz file: name, description, then genes, separated by tabs.
+    Gene sets of a .gmt or .gmt.gz file, as from MSigDB or Enrichr: name of a set -> its genes.
 
-    Parameters
-    ----------
-    path
-        The file, as from MSigDB or Enrichr. A gene written ``SYMBOL,1.0`` (Enrichr's weights) is read as SYMBOL.
-
-    Returns
-    -------
-    dict
-        Name of a set -> its genes, each once, in the file's order. Of sets of one name the genes are joined.
-
-    Raises
-    ------
-    InputError
-        When the file holds no gene set.
+    Every gene stands there once, in the file's order; one written ``SYMBOL,1.0`` (Enrichr's weights) is read as SYMBOL.
+    Of sets of one name the genes are joined.
 
     Examples
     --------
@@ -62,30 +50,15 @@ def enrich_genes(
     max_size: int = 1000,
 ) -> pd.DataFrame:
     """
-    Gene sets that hold more of the given genes than chance would, by the hypergeometric test.
+    Gene sets that hold more of the given genes than chance would, by the hypergeometric test (gseapy's `enrich`).
 
-    Parameters
-    ----------
-    genes
-        The genes asked about, for example the top genes of a cell type.
-    gene_sets
-        Name -> genes, such as `read_gmt` gives.
-    background
-        All genes that could have been in the list: the model's panel, or its expressed part. Genes and sets are
-        cut down to it; a whole genome as background would find the tissue instead of the question.
-    min_size, max_size
-        Sets with fewer or more genes within the background are left out.
+    The `background` is all genes that could have been in the list: the model's panel, or its expressed part. Genes and
+    sets are cut down to it; a whole genome as background would find the tissue instead of the question. Sets with fewer
+    genes within it than `min_size`, or more than `max_size`, are left out.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per set with at least one of the genes: ``term, n_overlap, n_set`` (genes of the set in the
-        background), ``odds_ratio, p_value, adjusted_p_value`` (Benjamini-Hochberg over the sets that have at
-        least one hit), ``genes`` (joined by ";"); smallest p-value first. Empty when nothing overlaps.
-
-    Notes
-    -----
-    By gseapy's `enrich`; nothing is fetched from the web.
+    The table has a row per set with at least one of the genes, smallest p-value first: ``term, n_overlap, n_set``
+    (genes of the set in the background), ``odds_ratio, p_value, adjusted_p_value`` (Benjamini-Hochberg over the sets
+    that have at least one hit) and ``genes`` (joined by ";").
 
     Examples
     --------
@@ -105,7 +78,7 @@ def enrich_genes(
     hit = set(asked) & {gene for members in kept.values() for gene in members}
     if not hit:
         return pd.DataFrame(columns=COLUMNS)
-    result = require("gseapy", "explain").enrich(
+    result = require("gseapy").enrich(
         asked, gene_sets=kept, background=list(universe), outdir=None, no_plot=True, verbose=False
     )
     table = result.results

@@ -1,6 +1,6 @@
 """Attention each gene receives in the model's own forward pass, in memory linear in the panel."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack
 
 import torch
 
@@ -55,7 +55,10 @@ def gene_attention(model, input_ids, attention_mask=None, **inputs) -> torch.Ten
         raise InputError("The model has no layers, so there is no attention to report.")
     total = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
 
-    def add(layer, hidden_states):
+    def add(layer, arguments):
+        # a reversible layer attends on the second of its two streams
+        streams = arguments[3] if len(arguments) > 3 else None
+        hidden_states = arguments[0] if streams is None else streams[1].to(arguments[0].dtype)
         states = layer.attention_norm(hidden_states)
         # the features of many long cells at once would not fit
         cells = max(1, TOKENS_AT_ONCE // states.shape[1])
@@ -64,29 +67,12 @@ def gene_attention(model, input_ids, attention_mask=None, **inputs) -> torch.Ten
             mask = None if attention_mask is None else attention_mask[some]
             total[some] += RECEIVED[kind](layer.attention, states[some], mask).mean(dim=1)
 
-    with torch.no_grad(), _layer_inputs(encoder, add):
+    with torch.no_grad(), ExitStack() as hooks:
+        # on the layers and not on their attention, which fast inference passes by
+        for layer in encoder.layers:
+            hooks.enter_context(layer.register_forward_pre_hook(add))
         encoder(input_ids, attention_mask=attention_mask, **inputs)
     return total / len(encoder.layers)
-
-
-@contextmanager
-def _layer_inputs(encoder, receive):
-    """Call `receive(layer, hidden_states)` with what each layer's attention branch is given.
-
-    The layer is hooked and not its attention, which fast inference passes by.
-    """
-
-    def hook(layer, arguments):
-        # a reversible layer attends on the second of its two streams
-        streams = arguments[3] if len(arguments) > 3 else None
-        receive(layer, arguments[0] if streams is None else streams[1].to(arguments[0].dtype))
-
-    hooks = [layer.register_forward_pre_hook(hook) for layer in encoder.layers]
-    try:
-        yield
-    finally:
-        for each in hooks:
-            each.remove()
 
 
 def _favor_received(attention, hidden_states, attention_mask):
