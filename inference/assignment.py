@@ -82,14 +82,7 @@ def back_off(
 
 
 def ontology_terms(labels: pd.Categorical, term_ids: dict[str, str]) -> pd.Categorical:
-    """
-    Terms of the Cell Ontology by cell; "unknown" without one, as CELLxGENE's schema wants it.
-
-    Examples
-    --------
-    >>> ontology_terms(pd.Categorical(["B", "unassigned"]), {"B": "CL:0000236"}).tolist()
-    ['CL:0000236', 'unknown']
-    """
+    """Terms of the Cell Ontology by cell; "unknown" without one, as CELLxGENE's schema wants it."""
     # two labels may have one term
     codes, terms = pd.factorize(
         np.array([term_ids.get(name, UNKNOWN_TERM) for name in labels.categories], object)
@@ -148,11 +141,6 @@ def shift_notes(probabilities: np.ndarray | DiskMatrix) -> list[str]:
 
     What a cell's probabilities lack of 1 is the probability that it is of none of the types. It is 0.02 in the mean
     of held-out cells by the way it is made (`training.novelty_head.KNOWN_SHARE`).
-
-    Examples
-    --------
-    >>> shift_notes(np.array([[0.7, 0.25], [0.1, 0.5]]))[0][:40]
-    'These cells differ from those that the m'
     """
     total = n_cells = 0.0
     for block in row_blocks(len(probabilities)):

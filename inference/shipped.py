@@ -30,13 +30,6 @@ def model_or_shipped(model: Any, tissue: str | None = None) -> Any:
     The model that was named, as it is, or the folder of a shipped annotator, introduced if nobody asked for it.
 
     The annotator is asked for by its `tissue`, one of `SHIPPED`.
-
-    Examples
-    --------
-    >>> model_or_shipped("my_model")
-    'my_model'
-    >>> model_or_shipped(None, "tissue").name
-    'scbert-mini-tissue'
     """
     if model is not None and tissue is not None:
         raise InputError(f"A model and the tissue {tissue!r} were given: one of them says which model it is.")

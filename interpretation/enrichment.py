@@ -18,13 +18,6 @@ def read_gmt(path: str | Path) -> dict[str, list[str]]:
 
     Every gene stands there once, in the file's order; one written ``SYMBOL,1.0`` (Enrichr's weights) is read as SYMBOL.
     Of sets of one name the genes are joined.
-
-    Examples
-    --------
-    >>> Path("two.gmt").write_text("T cells\\t\\tCD3D\\tCD3E\\n")
-    19
-    >>> read_gmt("two.gmt")
-    {'T cells': ['CD3D', 'CD3E']}
     """
     sets: dict[str, dict[str, None]] = {}
     opened = gzip.open if str(path).endswith(".gz") else open
@@ -101,27 +94,20 @@ def enrich_by_type(
     top_genes: Mapping[str, Iterable[str]],
     gene_sets: str | Path | Mapping[str, Iterable[str]],
     background: Iterable[str],
-    **limits: int,
 ) -> pd.DataFrame:
     """
     `enrich_genes` for the top genes of every cell type, in one table with a first column ``cell_type``; by the sets of
     a .gmt(.gz) file, or name -> genes.
 
     Adjusted p-values are within a type.
-
-    Examples
-    --------
-    >>> table = enrich_by_type({"T": ["CD3D"]}, {"T cells": ["CD3D"]}, ["CD3D", "CD79A"], min_size=1)
-    >>> table[["cell_type", "term"]].values.tolist()
-    [['T', 'T cells']]
     """
     if isinstance(gene_sets, str | Path):
         gene_sets = read_gmt(gene_sets)
     universe = list(background)
     tables = []
     for cell_type, genes in top_genes.items():
-        table = enrich_genes(genes, gene_sets, universe, **limits)
-        table.insert(0, "cell_type", cell_type)
-        tables.append(table)
-    found = [table for table in tables if len(table)]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["cell_type", *COLUMNS])
+        table = enrich_genes(genes, gene_sets, universe)
+        if len(table):
+            table.insert(0, "cell_type", cell_type)
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["cell_type", *COLUMNS])

@@ -73,13 +73,6 @@ def read_marker_table(path: str | Path) -> dict[str, list[str]]:
     The table is a .csv or .tsv/.txt, plain or .gz, its genes one a row or joined by commas; where it has a ``species``,
     as PanglaoDB's, rows that do not name "Hs" are left out. Markers are sorted, each once; types of one name in several
     tissues are joined.
-
-    Examples
-    --------
-    >>> Path("markers.csv").write_text("cell_type,gene\\nT,CD3E\\nT,CD3D\\n")
-    29
-    >>> read_marker_table("markers.csv")
-    {'T': ['CD3D', 'CD3E']}
     """
     stem = str(path).removesuffix(".gz").lower()
     table = pd.read_csv(path, sep="," if stem.endswith(".csv") else "\t", dtype=str)

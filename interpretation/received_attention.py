@@ -84,14 +84,13 @@ def _favor_received(attention, hidden_states, attention_mask):
 def _softmax_received(attention, hidden_states, attention_mask):
     shape = (*hidden_states.shape[:-1], -1, attention.config.head_dim)
     query, key = (p(hidden_states).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
-    keep = None if attention_mask is None else attention_mask.bool()
+    if attention_mask is None:
+        attention_mask = torch.ones(hidden_states.shape[:2], device=hidden_states.device)
+    keep = attention_mask.bool()
     received = 0
     for start in range(0, query.shape[2], QUERIES_AT_ONCE):
         rows = slice(start, start + QUERIES_AT_ONCE)
         scores = (query[:, :, rows] @ key.mT).float() * attention.config.head_dim**-0.5
-        if keep is None:
-            received = received + scores.softmax(-1).sum(dim=2)
-            continue
         weights = scores.masked_fill(~keep[:, None, None, :], torch.finfo(scores.dtype).min).softmax(-1)
         received = received + (weights * keep[:, None, rows, None]).sum(dim=2)
     return received
