@@ -16,10 +16,9 @@ import typer
 
 from .. import __version__
 from ..data.paths import ANNOTATION_FORMATS, check_cells_path, check_output_folder, check_output_path
+from . import model_verbs
 from . import options as opt
-from . import share
 from .console import existing, guarded, run, show_messages, silence_libraries
-from .studies import evaluate, explain
 
 # verbs and options that were called otherwise: the old spelling is understood, and not shown
 RENAMED = {
@@ -336,8 +335,11 @@ def combine_modalities(
     run(combine_files, **given)
 
 
-for verb in (share.push, share.app, share.models, evaluate, explain):
-    app.command()(verb)
+app.command()(model_verbs.push)
+app.command()(model_verbs.app)
+app.command()(model_verbs.models)
+app.command()(model_verbs.evaluate)
+app.command()(model_verbs.explain)
 
 
 @app.command("map-labels")
