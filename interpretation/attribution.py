@@ -1,11 +1,11 @@
 """What each gene contributes to a cell's type: layer integrated gradients and GradientSHAP, by captum."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from transformers import PreTrainedModel
 
 from ..extras import require
 from ..tokenization import ScBertTokenizer
@@ -35,7 +35,7 @@ class Attribution:
 
 
 def integrated_gradients(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     tokenizer: ScBertTokenizer,
     bins: sp.csr_matrix,
     targets: np.ndarray,
@@ -71,7 +71,7 @@ def integrated_gradients(
 
 
 def gradient_shap(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     tokenizer: ScBertTokenizer,
     bins: sp.csr_matrix,
     targets: np.ndarray,
@@ -120,7 +120,6 @@ def gradient_shap(
 
 def _attributions(model, tokenizer, bins, targets, attribute) -> Attribution:
     """Cells in small batches of like length, in and out of captum."""
-    device = next(model.parameters()).device
     n_genes = len(tokenizer.gene_panel)
     values = np.zeros((bins.shape[0], n_genes), dtype=np.float32)
     errors, explained = np.zeros(bins.shape[0]), np.zeros(bins.shape[0])
@@ -131,9 +130,9 @@ def _attributions(model, tokenizer, bins, targets, attribute) -> Attribution:
     order = np.argsort(np.diff(bins.indptr), kind="stable")
     for start in range(0, len(order), CELLS_AT_ONCE):
         rows = order[start : start + CELLS_AT_ONCE]
-        inputs, *others = encoded_cells(tokenizer, bins[rows], device)
+        inputs, *others = encoded_cells(model, tokenizer, bins[rows])
         mask, genes, _ = others
-        target = torch.as_tensor(np.asarray(targets)[rows], device=device)
+        target = torch.as_tensor(np.asarray(targets)[rows], device=model.device)
         empty = torch.zeros_like(inputs)
         per_token, delta = attribute(forward, inputs, empty, target, tuple(others))
         per_token = (per_token.sum(dim=-1) * mask).detach().cpu().numpy()
@@ -148,13 +147,12 @@ def _attributions(model, tokenizer, bins, targets, attribute) -> Attribution:
     return Attribution(values, errors, explained)
 
 
-def encoded_cells(tokenizer: ScBertTokenizer, bins: sp.csr_matrix, device: Any):
+def encoded_cells(model: PreTrainedModel, tokenizer: ScBertTokenizer, bins: sp.csr_matrix):
     """Input ids, attention mask, gene ids and modality ids of cells, [cells, length] each."""
-    encoded = {
-        name: torch.from_numpy(array).to(device) for name, array in tokenizer.encode_bins(bins).items()
-    }
+    arrays = tokenizer.encode_bins(bins).items()
+    encoded = {name: torch.from_numpy(array).to(model.device) for name, array in arrays}
     ids = encoded["input_ids"]
     mask = encoded.get("attention_mask", torch.ones_like(ids))
-    genes = encoded.get("gene_ids", torch.arange(ids.shape[1], device=device).expand(ids.shape))
+    genes = encoded.get("gene_ids", torch.arange(ids.shape[1], device=ids.device).expand(ids.shape))
     modalities = encoded.get("modality_ids", torch.zeros_like(ids))
     return ids, mask, genes.contiguous(), modalities.expand(ids.shape).contiguous()

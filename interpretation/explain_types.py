@@ -136,9 +136,7 @@ def attention_by_gene(
     n_genes = len(tokenizer.gene_panel)
     weights = np.zeros((bins.shape[0], n_genes), dtype=np.float32)
     for start in range(0, bins.shape[0], batch):
-        ids, mask, genes, modalities = encoded_cells(
-            tokenizer, bins[start : start + batch], next(model.parameters()).device
-        )
+        ids, mask, genes, modalities = encoded_cells(model, tokenizer, bins[start : start + batch])
         received = gene_attention(model, ids, mask, gene_ids=genes, modality_ids=modalities).cpu().numpy()
         # without the trailing token, and the pads, which share a gene id with a real token
         kept = ((mask > 0) & (genes < n_genes)).cpu().numpy()

@@ -41,7 +41,7 @@ def test_two_processes_annotate_as_one_does(query, model_dir, tmp_path):
 
 
 def in_this_process(self, shards, n_cells, progress):
-    annotate_processes.write_shards(self.run, self.folder, 0, 1)
+    self.write_shards(0, 1)
 
 
 def test_interrupted_run_goes_on(query, model_dir, tmp_path, monkeypatch):
