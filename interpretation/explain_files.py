@@ -243,14 +243,14 @@ def show(deleted: pd.DataFrame, completeness: dict[str, float], sentence: str) -
     """Print the deletion test, the completeness check and the verdict on stderr."""
     rows = [
         [
-            str(row.explanation),
-            f"{row.drop_:.3f}",
-            f"{row.random_drop:.3f}",
-            "" if np.isnan(row.ratio) else f"{row.ratio:.1f}",
-            f"{row.cells_hurt_more:.0%}",
-            f"{completeness[row.explanation]:.1%}" if row.explanation in completeness else "",
+            name,
+            f"{row['drop']:.3f}",
+            f"{row['random_drop']:.3f}",
+            "" if np.isnan(row["ratio"]) else f"{row['ratio']:.1f}",
+            f"{row['cells_hurt_more']:.0%}",
+            f"{completeness[name]:.1%}" if name in completeness else "",
         ]
-        for row in deleted.rename(columns={"drop": "drop_"}).itertuples()
+        for name, row in deleted.set_index("explanation").iterrows()
     ]
     removed = int(deleted["genes_removed"].iloc[0])
     columns = [
