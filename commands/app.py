@@ -27,10 +27,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEPT_SECONDS = 3600
 
 
-def sweep(folder: str | Path, seconds: float = KEPT_SECONDS) -> None:
-    """Remove what has stood in `folder` for longer than `seconds`."""
+def sweep(folder: str | Path) -> None:
+    """Remove what has stood in `folder` for too long."""
     for path in Path(folder).iterdir():
-        if time.time() - path.stat().st_mtime <= seconds:
+        if time.time() - path.stat().st_mtime <= KEPT_SECONDS:
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -52,25 +52,10 @@ def serve(
     mcp: bool = False,
 ) -> None:
     """
-    Serve the page until Ctrl-C or SIGTERM.
+    Serve the page until Ctrl-C or SIGTERM; an `OSError` where the port is taken.
 
-    Parameters
-    ----------
-    models
-        What can be chosen, loaded one after the other first. On a loopback address any other can be typed too.
-    host, port
-        Where to listen.
-    max_cells, max_megabytes
-        Limits of uploads.
-    mcp
-        Serve the page's functions to agents too, by the Model Context Protocol; on a loopback address only.
-
-    Raises
-    ------
-    InputError
-        When a model cannot be used, or agents are to be served to other machines.
-    OSError
-        When the port is taken.
+    The models are those to choose from; on a loopback address any other can be typed too. With `mcp`, on such an
+    address only, the page's functions are served to agents too, by the Model Context Protocol.
     """
     if mcp and host not in LOOPBACK:
         raise InputError(
@@ -81,11 +66,11 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="scbert-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         # it makes its folder when it is imported
-        gr = require("gradio", "app")
+        gr = require("gradio")
         from .page import build_page
 
         if mcp:
-            require("mcp", "app")
+            require("mcp")
         limits = Limits(max_cells, max_megabytes)
         page = build_page(models, folder, limits, any_model=host in LOOPBACK, for_agents=mcp)
         closed = threading.Event()
@@ -98,17 +83,13 @@ def serve(
                 mcp_server=mcp,
             )  # fmt: skip
             threading.Thread(target=_keep_sweeping, args=(folder, closed), daemon=True).start()
-            _tell_address(page.local_url, mcp)
+            say(f"Open {page.local_url} in a browser; Ctrl-C ends the page.")
+            if mcp:
+                say(f"Agents find the same functions at {page.local_url.rstrip('/')}/gradio_api/mcp/")
             page.block_thread()
         finally:
             closed.set()
             page.close(verbose=False)
-
-
-def _tell_address(url: str, mcp: bool) -> None:
-    say(f"Open {url} in a browser; Ctrl-C ends the page.")
-    if mcp:
-        say(f"Agents find the same functions at {url.rstrip('/')}/gradio_api/mcp/")
 
 
 def serve_or_export(

@@ -7,6 +7,7 @@ stdout with ``--json``. Errors, signals and exit codes are handled in console.py
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +16,9 @@ import typer
 
 from .. import __version__
 from ..data.paths import ANNOTATION_FORMATS, check_cells_path, check_output_folder, check_output_path
+from . import model_verbs
 from . import options as opt
-from . import share
-from .console import existing, few_collections, guarded, run, show_messages, silence_libraries
-from .studies import evaluate, explain
+from .console import existing, guarded, run, show_messages, silence_libraries
 
 # verbs and options that were called otherwise: the old spelling is understood, and not shown
 RENAMED = {
@@ -335,11 +335,11 @@ def combine_modalities(
     run(combine_files, **given)
 
 
-app.command()(share.push)
-app.command()(share.app)
-app.command()(share.models)
-app.command()(evaluate)
-app.command()(explain)
+app.command()(model_verbs.push)
+app.command()(model_verbs.app)
+app.command()(model_verbs.models)
+app.command()(model_verbs.evaluate)
+app.command()(model_verbs.explain)
 
 
 @app.command("map-labels")
@@ -363,5 +363,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     silence_libraries()
     show_messages()
-    with few_collections(own_process=arguments is None):
+    own_process = arguments is None
+    if own_process:
+        # libraries leave no garbage when they are imported, and to look for it takes a third of a short command's time;
+        # `run` begins to look before a job starts
+        gc.disable()
+    try:
         return guarded(lambda: app(args=arguments, prog_name="scbert"))
+    finally:
+        if own_process:
+            # nor is any looked for when the process ends
+            gc.freeze()

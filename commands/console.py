@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from json import dumps
@@ -56,28 +57,8 @@ def silence_libraries() -> None:
         return
     for name, value in _QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import warnings
-
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category)
-
-
-@contextlib.contextmanager
-def few_collections(own_process: bool) -> Iterator[None]:
-    """
-    Let a process of our own look for garbage neither while libraries are imported nor when it ends.
-
-    torch and transformers leave none, and looking through their objects takes a third of a short command's time.
-    `run` begins to look before a job starts.
-    """
-    if not own_process:
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
 
 
 class _SayHandler(logging.Handler):

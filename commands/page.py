@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,15 @@ def kind_message(error: Exception, upload: str | Path | None = None) -> str:
     return f"### This did not work\n{message}"
 
 
+@contextlib.contextmanager
+def errors_told_to_agents(cells: str) -> Iterator[None]:
+    """What a visitor is told of an error, as the answer of a function for agents."""
+    try:
+        yield
+    except Exception as error:
+        raise gr.Error(kind_message(error, cells).partition("\n")[2], print_exception=False) from error
+
+
 def build_page(
     models: Sequence[str],
     folder: str | Path,
@@ -78,20 +88,10 @@ def build_page(
     for_agents: bool = False,
 ) -> Any:
     """
-    The page as `gradio.Blocks`, ready to be launched.
+    The page as `gradio.Blocks`, ready to be launched; results go to `folder`.
 
-    Parameters
-    ----------
-    models
-        Model folders or names on the Hub to choose from.
-    folder
-        For results.
-    limits
-        Of uploads.
-    any_model
-        Let visitors type other folders and names: for a page that only its owner can reach.
-    for_agents
-        Add functions that take paths of this machine's files: for such a page only, too.
+    With `any_model` visitors may type other folders and names than the `models`: for a page that only its owner can
+    reach. For such a page only, too, are the functions `for_agents`: they take paths of this machine's files.
     """
     limits, offered = limits or Limits(), names_of(models)
     page = Page(offered, Path(folder), limits)
@@ -315,13 +315,11 @@ class Page:
         Returns:
             cells, cells per type, mean confidence, warnings, and the paths of the annotated .h5ad and a .csv of labels.
         """
-        return self._told(cells, lambda: self._annotation_facts(cells, model, values, layer))
-
-    def _annotation_facts(self, cells: str, model: str, values: str, layer: str) -> dict:
-        annotated = self._annotated(cells, self._model(model), values, layer)
-        kept = ("cells", "cells_per_label", "mean_confidence", "genes_found", "genes_of_model", "notes")
-        facts = {name: annotated.summary[name] for name in kept}
-        return {**facts, "annotated": str(annotated.path), "csv": str(annotated.csv)}
+        with errors_told_to_agents(cells):
+            annotated = self._annotated(cells, self._model(model), values, layer)
+            kept = ("cells", "cells_per_label", "mean_confidence", "genes_found", "genes_of_model", "notes")
+            facts = {name: annotated.summary[name] for name in kept}
+            return {**facts, "annotated": str(annotated.path), "csv": str(annotated.csv)}
 
     def genes_of_types(self, cells: str, model: str = "", values: str = "auto", layer: str = "X") -> dict:
         """Name the genes that decide on each cell type that is found in a single-cell file.
@@ -335,20 +333,11 @@ class Page:
         Returns:
             cell type -> its genes, the most important first.
         """
-
-        def genes() -> dict:
+        with errors_told_to_agents(cells):
             table = self._genes(self._annotated(cells, self._model(model), values, layer), None)
             return {name: list(rows["gene"]) for name, rows in table.groupby("cell_type", sort=False)}
-
-        return self._told(cells, genes)
 
     def _model(self, name: str) -> str:
         if name and name not in self.offered:
             raise InputError(f"There is no model {name!r} here; there are: {', '.join(self.offered)}.")
         return self.offered[name or next(iter(self.offered))]
-
-    def _told(self, cells: str, job: Callable[[], dict]) -> dict:
-        try:
-            return job()
-        except Exception as error:
-            raise gr.Error(kind_message(error, cells).partition("\n")[2], print_exception=False) from error

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ..data.disk_matrix import DiskMatrix
 from ..data.labels import UNASSIGNED
 from ..data.paths import ANNOTATION_FORMATS, check_output_path
 from ..data.read import read_cells
@@ -26,20 +25,10 @@ from ..trained_model.prediction import LoadedModel, log_batch_size, predict_prob
 from .annotate_processes import ShardedPrediction, main
 from .assignment import assign, prediction_sets, set_sizes, set_words, shift_notes, wider_answers
 from .expression_pca import expression_pca
-from .query import (
-    BinnedQuery,
-    NewRows,
-    copy_with_parts,
-    opened,
-    overlap_numbers,
-    progress_bar,
-    rows_for,
-    rows_in_memory,
-    write_parts,
-)
+from .query import BinnedQuery, copy_with_parts, opened, overlap_numbers, progress_bar, write_parts
 from .report import cell_coordinates, write_annotation_report
 from .shipped import doubts, model_or_shipped
-from .voting import Vote, check_vote, leiden_groups, majority_vote, vote_notes
+from .voting import check_vote, leiden_groups, majority_vote, vote_notes
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +126,8 @@ def annotate(
         check_vote(adata, majority_vote)
     loaded = _load_annotator(model_or_shipped(model, tissue), device, dtype, coverage)
     query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table)
-    predict_all = partial(_predict_all, batch_size=batch_size, progress=progress, new_rows=rows_in_memory)
-    parts, _ = _annotation(adata, query, loaded, threshold, coverage, majority_vote, predict_all)
+    probabilities = _predict_all(query, loaded, batch_size, progress)
+    parts, _ = _annotation(adata, query, loaded, probabilities, threshold, coverage, majority_vote)
     return copy_with_parts(adata, parts, own=adata is not cells)
 
 
@@ -217,9 +206,11 @@ def annotate_file(
         loaded = _load_annotator(model, device, dtype, coverage)
         log_batch_size(loaded, batch_size)
         binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
-        predict = shards or partial(_predict_all, batch_size=batch_size)
-        predict_all = partial(predict, progress=progress, new_rows=rows_for(adata, output))
-        parts, summary = _annotation(adata, binned, loaded, threshold, coverage, majority_vote, predict_all)
+        if shards is None:
+            probabilities = _predict_all(binned, loaded, batch_size, progress, output)
+        else:
+            probabilities = shards.predict(binned, loaded, progress)
+        parts, summary = _annotation(adata, binned, loaded, probabilities, threshold, coverage, majority_vote)
         if report is not None:
             # before the output: writing closes the query
             places = cell_coordinates(adata, layer, input)
@@ -235,9 +226,7 @@ def annotate_file(
     return {"output": str(output), **summary, "seconds": seconds}
 
 
-def _load_annotator(
-    model: Any, device: str | None, dtype: str | None, coverage: float | None = None
-) -> LoadedModel:
+def _load_annotator(model: Any, device: str | None, dtype: str | None, coverage: float | None) -> LoadedModel:
     loaded = load_model(model, "annotation", device, dtype)
     # a loaded model passes through as it is
     if not isinstance(loaded.model, ScBertForCellClassification):
@@ -259,14 +248,13 @@ def _annotation(
     adata: AnnData | BackedCells,
     query: BinnedQuery,
     loaded: LoadedModel,
+    probabilities: np.ndarray | DiskMatrix,
     threshold: float | None,
     coverage: float | None,
     vote_key: str | None,
-    predict_all: Callable,
 ) -> tuple[dict[str, dict], dict[str, Any]]:
     """Annotation of an AnnData as ``{"obs": ..., "obsm": ..., "uns": ...}``, and a summary."""
-    threshold = loaded.threshold if threshold is None else threshold
-    probabilities, names = predict_all(query, loaded), loaded.labels
+    threshold, names = loaded.threshold if threshold is None else threshold, loaded.labels
     labels, confidence = assign(probabilities, names, threshold)
     obs = {"scbert_cell_type": labels, "scbert_confidence": confidence}
     obs |= wider_answers(probabilities, names, threshold, labels, loaded.model.config)
@@ -290,14 +278,7 @@ def _annotation(
         )
     notes += [] if coverage is None else shift_notes(probabilities)
     if vote_key is not None:
-        own_groups = vote_key not in adata.obs
-        groups = _leiden(adata, query) if own_groups else adata.obs[vote_key]
-        vote = majority_vote(labels, groups, probabilities, names)
-        if own_groups and vote.mostly_mixed:
-            notes.append(_no_vote(vote))
-        else:
-            _add_vote(obs, uns, vote, vote_key, own_groups)
-            notes += [_changed(labels, vote, own_groups), *vote_notes(vote)]
+        notes += _add_vote(obs, uns, adata, query, probabilities, names, vote_key)
     parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
     summary = _summary(labels, confidence, loaded, query, notes)
     if sizes is not None:
@@ -311,10 +292,14 @@ def _annotation(
 
 
 def _predict_all(
-    query: BinnedQuery, loaded: LoadedModel, batch_size: int | None, progress: bool, new_rows: NewRows
-):
+    query: BinnedQuery,
+    loaded: LoadedModel,
+    batch_size: int | None,
+    progress: bool,
+    output: str | Path | None = None,
+) -> np.ndarray | DiskMatrix:
     """Probabilities [cells, labels]; zeros for empty cells."""
-    probabilities = new_rows((query.n_cells, len(loaded.labels)))
+    probabilities = query.new_rows(len(loaded.labels), output)
     with (
         progress_bar(query.n_cells, "Annotating", progress) as bar,
         novelty_given(loaded.model, query.alignment),
@@ -325,34 +310,39 @@ def _predict_all(
     return probabilities
 
 
-def _leiden(adata: AnnData | BackedCells, query: BinnedQuery) -> np.ndarray:
-    return leiden_groups(expression_pca(adata, query.layer, query.input))
-
-
-def _add_vote(obs: dict, uns: dict, vote: Vote, key: str, own_groups: bool) -> None:
+def _add_vote(
+    obs: dict[str, Any],
+    uns: dict[str, Any],
+    adata: AnnData | BackedCells,
+    query: BinnedQuery,
+    probabilities: np.ndarray | DiskMatrix,
+    names: list[str],
+    key: str,
+) -> list[str]:
+    """Put the majority vote into `obs` and `uns`, unless it is of clusters that are mixed; what is to be said of it."""
+    labels, own_groups = obs["scbert_cell_type"], key not in adata.obs
+    groups = leiden_groups(expression_pca(adata, query.layer, query.input)) if own_groups else adata.obs[key]
+    vote = majority_vote(labels, groups, probabilities, names)
+    if own_groups and 2 * len(vote.mixed) > len(vote.table):
+        return [
+            f"The majority vote was left out: {len(vote.mixed)} of the {len(vote.table)} Leiden clusters are mixed, so "
+            "they do not follow the types, and a vote would have spread the commonest ones. Give clusters of your own "
+            "(the name of a column of obs) to vote all the same."
+        ]
     obs["scbert_majority_vote"] = vote.labels
     obs["scbert_majority_share"] = vote.shares
     obs["scbert_majority_confidence"] = vote.confidences
-    if own_groups:
-        obs["scbert_leiden"] = pd.Categorical(vote.groups.astype(str))
     # arrays and no data frame: a group or label may have a name that is no HDF5 key
     columns = {name: vote.table[name].to_numpy() for name in vote.table}
     uns["majority_vote"] = {"key": key, "ties": len(vote.ties), "mixed": len(vote.mixed), **columns}
-
-
-def _changed(labels: pd.Categorical, vote: Vote, own_groups: bool) -> str:
     n_changed = int((labels.astype(object) != vote.labels.astype(object)).sum())
     told = f"The majority vote gave {n_changed:,} of {len(labels):,} cells another type than their own."
-    doubt = " Leiden clusters made fewer cells right wherever it was measured: trust scbert_cell_type first."
-    return told + doubt if own_groups else told
-
-
-def _no_vote(vote: Vote) -> str:
-    return (
-        f"The majority vote was left out: {len(vote.mixed)} of the {len(vote.table)} Leiden clusters are mixed, so "
-        "they do not follow the types, and a vote would have spread the commonest ones. Give clusters of your own (the "
-        "name of a column of obs) to vote all the same."
-    )
+    if own_groups:
+        obs["scbert_leiden"] = pd.Categorical(vote.groups.astype(str))
+        told += (
+            " Leiden clusters made fewer cells right wherever it was measured: trust scbert_cell_type first."
+        )
+    return [told, *vote_notes(vote)]
 
 
 def _notes(adata: AnnData, query: BinnedQuery, obs: dict) -> list[str]:

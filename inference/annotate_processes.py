@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +31,12 @@ from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
 from ..trained_model.model_folder import find_model, load_model
 from ..trained_model.prediction import LoadedModel, predict_probabilities
-from .query import CHUNK_SIZE, BinnedQuery, NewRows, name_genes, opened, progress_bar
+from .query import CHUNK_SIZE, BinnedQuery, name_genes, opened, progress_bar
 
 logger = logging.getLogger(__name__)
 
 SHARD_CELLS = 2 * CHUNK_SIZE
 RECORD = "run.json"
-
-
-@dataclass(frozen=True)
-class ShardedRun:
-    """What every process of a run has to know, options as in `annotate_file`; a restarted run must have the same."""
-
-    query: str
-    model: str
-    # size and time of the last change of both
-    stamps: list
-    # the unit of restarts
-    shard_cells: int
-    layer: str | None
-    input: str
-    gene_table: str | None
-    device: str | None
-    dtype: str | None
-    batch_size: int | None
 
 
 def launched() -> tuple[int, int]:
@@ -67,10 +48,7 @@ class ShardedPrediction:
     """
     Probabilities of all cells from shards that several processes write; stands in for one process's loop.
 
-    Parameters
-    ----------
-    query, model, output, processes, resume, gene_table, **options
-        As in `annotate_file`; a launcher's processes are used as they are.
+    The arguments are those of `annotate_file`; a launcher's processes are used as they are.
     """
 
     def __init__(self, query, model, output, processes, resume, gene_table, **options):
@@ -80,40 +58,45 @@ class ShardedPrediction:
         if self.processes < 1:
             raise InputError(f"The number of processes must be 1 or more; found {processes}.")
         model = find_model(model)
+        # size and time of the last change
         stamps = [[Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in (query, model)]
-        table = None if gene_table is None else str(gene_table)
-        self.run = ShardedRun(str(query), str(model), stamps, SHARD_CELLS, gene_table=table, **options)
-        self.folder = Path(output).with_name(f"{Path(output).name}.partial")
+        # what every process has to know; a restarted run must have the same
+        self.facts = {
+            "query": str(query),
+            "model": str(model),
+            "stamps": stamps,
+            "shard_cells": SHARD_CELLS,
+            "gene_table": None if gene_table is None else str(gene_table),
+            **options,
+        }
+        self.output, self.folder = output, Path(output).with_name(f"{Path(output).name}.partial")
 
-    def __call__(
-        self, query: BinnedQuery, loaded: LoadedModel, progress: bool, new_rows: NewRows
-    ) -> np.ndarray | DiskMatrix:
+    def predict(self, query: BinnedQuery, loaded: LoadedModel, progress: bool) -> np.ndarray | DiskMatrix:
         """Probabilities [cells, labels]."""
-        run = self.run
-        shards = shard_paths(run, self.folder, query.n_cells)
+        shards, shard_cells = self._shards(query.n_cells), self.facts["shard_cells"]
         rank, world_size = launched()
         if rank == 0:
             self._prepare()
         if world_size > 1:
             # no shard is written before the folder is this run's
             PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
-            write_shards(run, self.folder, rank, world_size, loaded)
+            self.write_shards(rank, world_size, loaded)
             if rank:
                 raise SystemExit(0)
         else:
-            self._work(run, shards, query.n_cells, progress)
+            self._work(shards, query.n_cells, progress)
         while not all(path.exists() for path in shards):
             # the launcher ends this process where another fails
             time.sleep(0.2)
-        probabilities = new_rows((query.n_cells, len(loaded.labels)))
+        probabilities = query.new_rows(len(loaded.labels), self.output)
         for number, path in enumerate(shards):
-            cells = slice(number * run.shard_cells, (number + 1) * run.shard_cells)
+            cells = slice(number * shard_cells, (number + 1) * shard_cells)
             with np.load(path) as stored:
                 probabilities[cells] = stored["probabilities"]
         return probabilities
 
     def _prepare(self):
-        facts, record = asdict(self.run), self.folder / RECORD
+        record = self.folder / RECORD
         if self.folder.exists() and not self.resume:
             logger.warning(
                 "Removing %s, left by an interrupted run (--resume would continue it).", self.folder
@@ -122,20 +105,20 @@ class ShardedPrediction:
         self.folder.mkdir(exist_ok=True)
         if record.exists():
             before = json.loads(record.read_text())
-            changed = sorted(name for name, value in facts.items() if before.get(name) != value)
+            changed = sorted(name for name, value in self.facts.items() if before.get(name) != value)
             if changed:
                 raise InputError(
                     f"{self.folder} was begun with another {', '.join(changed)}. Go on with the same command, or "
                     f"leave --resume out to start anew."
                 )
-        record.write_text(json.dumps(facts))
+        record.write_text(json.dumps(self.facts))
 
-    def _work(self, run, shards, n_cells, progress):
+    def _work(self, shards, n_cells, progress):
         """Start the processes and wait for them; one that fails ends all."""
         context = multiprocessing.get_context("spawn")
-        problems = context.SimpleQueue()
+        problems, shard_cells = context.SimpleQueue(), self.facts["shard_cells"]
         workers = [
-            context.Process(target=_worker, args=(run, self.folder, i, self.processes, problems), daemon=True)
+            context.Process(target=_worker, args=(self, i, problems), daemon=True)
             for i in range(min(self.processes, len(shards)))
         ]
         try:
@@ -144,12 +127,39 @@ class ShardedPrediction:
             with progress_bar(n_cells, "Annotating", progress) as bar:
                 while any(worker.is_alive() for worker in workers):
                     time.sleep(0.1)
-                    bar.update(min(n_cells, run.shard_cells * sum(path.exists() for path in shards)) - bar.n)
+                    bar.update(min(n_cells, shard_cells * sum(path.exists() for path in shards)) - bar.n)
                     _check(workers, problems, self.folder)
             _check(workers, problems, self.folder)
         finally:
             for worker in workers:
                 worker.terminate()
+
+    def _shards(self, n_cells):
+        """Files of all shards, in order."""
+        starts = range(0, n_cells, self.facts["shard_cells"])
+        return [self.folder / f"cells-{start:012d}.npz" for start in starts]
+
+    def write_shards(self, rank: int, world_size: int, loaded: LoadedModel | None = None) -> None:
+        """Predict every `world_size`-th shard from number `rank` on; those there already are left as they are."""
+        facts = self.facts
+        if loaded is None:
+            loaded = load_model(facts["model"], "annotation", _device(facts["device"], rank), facts["dtype"])
+        with opened(facts["query"], facts["layer"]) as adata:
+            matrix, names = matrix_rows(adata, facts["layer"])
+            names = name_genes(names, loaded.tokenizer.gene_panel, facts["gene_table"])
+            alignment = align_genes(names, loaded.tokenizer.gene_panel)
+            kind, scale = loaded.tokenizer.resolve_input(matrix, facts["input"])
+            for path in self._shards(matrix.shape[0])[rank::world_size]:
+                if path.exists():
+                    continue
+                start = int(path.stem.rpartition("-")[2])
+                stop = min(start + facts["shard_cells"], matrix.shape[0])
+                rows = as_csr(matrix[start:stop])
+                bins = sp.csr_matrix(loaded.tokenizer.bin_rows(rows, alignment, kind, scale is not None))
+                with novelty_given(loaded.model, alignment):
+                    probabilities = predict_probabilities(loaded, bins, facts["batch_size"])
+                with atomic_file(path) as handle:
+                    np.savez(handle, probabilities=probabilities)
 
     def finish(self) -> None:
         """Take the shards away once the output stands."""
@@ -169,43 +179,14 @@ def _check(workers, problems, folder):
             )
 
 
-def _worker(run, folder, rank, world_size, problems):
+def _worker(prediction, rank, problems):
     end_with_parent()
     try:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-        write_shards(run, folder, rank, world_size)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // prediction.processes))
+        prediction.write_shards(rank, prediction.processes)
     except (InputError, OSError) as problem:
         problems.put(str(problem))
         sys.exit(1)
-
-
-def shard_paths(run: ShardedRun, folder: Path, n_cells: int) -> list[Path]:
-    """Files of all shards, in order."""
-    return [folder / f"cells-{start:012d}.npz" for start in range(0, n_cells, run.shard_cells)]
-
-
-def write_shards(
-    run: ShardedRun, folder: Path, rank: int, world_size: int, loaded: LoadedModel | None = None
-) -> None:
-    """Predict every `world_size`-th shard from number `rank` on; those that are there already are left as they are."""
-    if loaded is None:
-        loaded = load_model(run.model, "annotation", _device(run.device, rank), run.dtype)
-    with opened(run.query, run.layer) as adata:
-        matrix, names = matrix_rows(adata, run.layer)
-        names = name_genes(names, loaded.tokenizer.gene_panel, run.gene_table)
-        alignment = align_genes(names, loaded.tokenizer.gene_panel)
-        kind, scale = loaded.tokenizer.resolve_input(matrix, run.input)
-        for path in shard_paths(run, folder, matrix.shape[0])[rank::world_size]:
-            if path.exists():
-                continue
-            start = int(path.stem.rpartition("-")[2])
-            stop = min(start + run.shard_cells, matrix.shape[0])
-            rows = as_csr(matrix[start:stop])
-            bins = sp.csr_matrix(loaded.tokenizer.bin_rows(rows, alignment, kind, scale is not None))
-            with novelty_given(loaded.model, alignment):
-                probabilities = predict_probabilities(loaded, bins, run.batch_size)
-            with atomic_file(path) as handle:
-                np.savez(handle, probabilities=probabilities)
 
 
 def _device(device, rank):

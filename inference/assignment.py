@@ -22,23 +22,10 @@ def assign(
     probabilities: np.ndarray | DiskMatrix, names: list[str], threshold: float
 ) -> tuple[pd.Categorical, np.ndarray]:
     """
-    Label and confidence of every cell.
+    Label and confidence (float32) of every cell, of its probabilities [cells, labels].
 
-    Parameters
-    ----------
-    probabilities
-        [cells, labels]; all zero for a cell without expression.
-    names
-        Labels in the order of the columns.
-    threshold
-        Below it a cell is "unassigned"; a cell with confidence 0 always is.
-
-    Returns
-    -------
-    labels
-        [cells]; its categories are those that occur, in the model's order, "unassigned" last.
-    confidence
-        float32 [cells].
+    Below the threshold a cell is "unassigned", and always with confidence 0: without expression all its probabilities
+    are 0. The categories of the labels are those that occur, in the model's order, "unassigned" last.
 
     Examples
     --------
@@ -65,19 +52,9 @@ def back_off(
     """
     The label of every cell, or where it is unsure the deepest type above whose labels together are likely enough.
 
-    Parameters
-    ----------
-    probabilities, names
-        As in `assign`.
-    threshold
-        What a label, or the sum of the labels below a type, has to reach.
-    parents
-        The tree, child -> parent. A label may itself be above others.
-
-    Returns
-    -------
-    pandas.Categorical
-        [cells]; "unassigned" where not even the topmost types are likely enough.
+    `probabilities` and `names` are as in `assign`; `parents` is the tree, child -> parent, in which a label may itself
+    be above others. A label, or the sum of the labels below a type, has to reach the threshold; a cell is "unassigned"
+    where not even the topmost types do.
 
     Examples
     --------
@@ -105,14 +82,7 @@ def back_off(
 
 
 def ontology_terms(labels: pd.Categorical, term_ids: dict[str, str]) -> pd.Categorical:
-    """
-    Terms of the Cell Ontology by cell; "unknown" without one, as CELLxGENE's schema wants it.
-
-    Examples
-    --------
-    >>> ontology_terms(pd.Categorical(["B", "unassigned"]), {"B": "CL:0000236"}).tolist()
-    ['CL:0000236', 'unknown']
-    """
+    """Terms of the Cell Ontology by cell; "unknown" without one, as CELLxGENE's schema wants it."""
     # two labels may have one term
     codes, terms = pd.factorize(
         np.array([term_ids.get(name, UNKNOWN_TERM) for name in labels.categories], object)
@@ -124,21 +94,11 @@ def prediction_sets(
     probabilities: np.ndarray | DiskMatrix, names: list[str], quantiles: list[float]
 ) -> tuple[pd.Categorical, np.ndarray]:
     """
-    The labels that a cell may have, at the coverage that the quantiles are of.
+    The labels that a cell may have, at the coverage that the quantiles are of, and cells by size of their set.
 
-    Parameters
-    ----------
-    probabilities, names
-        As in `assign`.
-    quantiles
-        [labels], of `scbert.evaluation.calibration.conformal_quantiles`.
-
-    Returns
-    -------
-    sets
-        [cells]; labels in the model's order, joined by "|", "" for an empty set.
-    sizes
-        Number of cells by size of their set, [labels + 1].
+    `probabilities` and `names` are as in `assign`; `quantiles` [labels] are of
+    `scbert.evaluation.calibration.conformal_quantiles`. A set holds its labels in the model's order, joined by "|", and
+    is "" where it is empty. The sizes are [labels + 1].
 
     Examples
     --------
@@ -181,11 +141,6 @@ def shift_notes(probabilities: np.ndarray | DiskMatrix) -> list[str]:
 
     What a cell's probabilities lack of 1 is the probability that it is of none of the types. It is 0.02 in the mean
     of held-out cells by the way it is made (`training.novelty_head.KNOWN_SHARE`).
-
-    Examples
-    --------
-    >>> shift_notes(np.array([[0.7, 0.25], [0.1, 0.5]]))[0][:40]
-    'These cells differ from those that the m'
     """
     total = n_cells = 0.0
     for block in row_blocks(len(probabilities)):

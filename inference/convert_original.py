@@ -49,7 +49,13 @@ def convert(checkpoint, genes, output, labels=None, overwrite: bool = False) -> 
     except CheckpointError as problem:
         raise InputError(str(problem)) from problem
     tokenizer = ScBertTokenizer(gene_panel=panel, n_bins=model.config.vocab_size - 2)
-    save_model_folder(model, tokenizer, output, overwrite)
+    with partial_folder(output, overwrite) as folder:
+        try:
+            save_model(model, tokenizer, folder)
+        except BaseException:
+            # there is nothing to resume here, unlike in training
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     summary = {
         "output": str(output),
         "model": type(model).__name__,
@@ -60,17 +66,6 @@ def convert(checkpoint, genes, output, labels=None, overwrite: bool = False) -> 
     if "Classification" in type(model).__name__:
         summary["labels"] = list(model.config.id2label.values())
     return summary
-
-
-def save_model_folder(model, tokenizer, output, overwrite: bool = False) -> None:
-    """Write model and tokenizer to a folder that appears only when complete; nothing is left if it fails."""
-    with partial_folder(output, overwrite) as folder:
-        try:
-            save_model(model, tokenizer, folder)
-        except BaseException:
-            # there is nothing to resume here, unlike in training
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
 
 
 def read_labels(path) -> list[str]:

@@ -18,44 +18,29 @@ from ..data.write_h5ad import atomic_write_h5ad
 from ..evaluation.embedding_plot import plot_embedding
 from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..evaluation.tables import TextTable
-from ..extras import require
 from ..tokenization import InputError
 from ..training.run_finetune import finetune
 from .annotate_cells import annotate
+from .upload import LABEL_KEY, sample_cells
 
-LABEL_KEY = "bulk_labels"
 SPLIT_SEED = 0
 
 
 def run_demo(output: str | Path = "demo") -> dict[str, Any]:
     """
-    Fine-tune the default model on 560 real PBMCs, and annotate 140 held-out ones.
+    Fine-tune the default model on 560 real PBMCs, and annotate 140 held-out ones; scores and times come back.
 
-    The cells are `scanpy.datasets.pbmc68k_reduced()`: 765 genes, 10 types given by sorted reference profiles.
-
-    Parameters
-    ----------
-    output
-        Folder for ``model/``, ``annotated.h5ad``, ``umap.png`` and ``confusion.png``; what an earlier demo left
-        there is replaced.
-
-    Returns
-    -------
-    dict
-        ``accuracy``, ``macro_f1`` on the held-out cells, the baseline's, ``seconds`` and the written files.
-
-    Raises
-    ------
-    InputError
-        When the folder cannot be written.
-
-    Examples
-    --------
-    >>> from scbert.inference.demo import run_demo
-    >>> run_demo("demo")["macro_f1"]  # doctest: +SKIP
+    The cells are `scanpy.datasets.pbmc68k_reduced()`: 765 genes, 10 types given by sorted reference profiles. The
+    `output` is a folder for ``model/``, ``annotated.h5ad``, ``umap.png`` and ``confusion.png``; what an earlier demo
+    left there is replaced.
     """
     started = time.perf_counter()
-    folder = _folder(output)
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(
+            f"{folder} is a file; the demo needs a folder. Give another name (output, --output)."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     cells = demo_cells()
     atomic_write_h5ad(cells, folder / "cells.h5ad", overwrite=True)
     options = {"input": "log1p", "test_key": "split", "overwrite": True}
@@ -83,21 +68,9 @@ def run_demo(output: str | Path = "demo") -> dict[str, Any]:
     return summary
 
 
-def _folder(output: str | Path) -> Path:
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(
-            f"{folder} is a file; the demo needs a folder. Give another name (output, --output)."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def demo_cells() -> AnnData:
-    """The 700 cells with their log1p values as X, a UMAP, ``obs["bulk_labels"]`` and ``obs["split"]``."""
-    source = require("scanpy", extra="scanpy").datasets.pbmc68k_reduced()
-    cells = AnnData(source.raw.X.copy(), obs=source.obs[[LABEL_KEY]].copy(), var=source.raw.var[[]].copy())
-    cells.obsm["X_umap"] = source.obsm["X_umap"]
+    """The 700 cells of `sample_cells`, with the held-out ones in ``obs["split"]``."""
+    cells = sample_cells()
     _, classes = np.unique(cells.obs[LABEL_KEY].astype(str), return_inverse=True)
     cells.obs["split"] = stratified_split(classes, 0.2, 0.0, seed=SPLIT_SEED).astype(str)
     return cells

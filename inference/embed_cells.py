@@ -13,17 +13,7 @@ from ..data.paths import check_output_path
 from ..data.read import read_cells
 from ..trained_model.model_folder import load_model, versions
 from ..trained_model.prediction import LoadedModel, log_batch_size, predict_cells
-from .query import (
-    BinnedQuery,
-    NewRows,
-    copy_with_parts,
-    opened,
-    overlap_numbers,
-    progress_bar,
-    rows_for,
-    rows_in_memory,
-    write_parts,
-)
+from .query import BinnedQuery, copy_with_parts, opened, overlap_numbers, progress_bar, write_parts
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +77,7 @@ def embed(
     adata = read_cells(cells, layer=layer, check=False)
     loaded = load_model(PRETRAINED if model is None else model, "embedding", device, dtype)
     binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table)
-    parts, _ = _embedding(binned, loaded, batch_size, progress, rows_in_memory)
+    parts, _ = _embedding(binned, loaded, batch_size, progress)
     return copy_with_parts(adata, parts, own=adata is not cells)
 
 
@@ -123,7 +113,7 @@ def embed_file(
         loaded = load_model(PRETRAINED if model is None else model, "embedding", device, dtype)
         log_batch_size(loaded, batch_size)
         binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
-        parts, summary = _embedding(binned, loaded, batch_size, progress, rows_for(adata, output))
+        parts, summary = _embedding(binned, loaded, batch_size, progress, output)
         write_parts(query, adata, parts, output, overwrite)
     seconds = time.monotonic() - started
     logger.info(
@@ -134,10 +124,14 @@ def embed_file(
 
 
 def _embedding(
-    query: BinnedQuery, loaded: LoadedModel, batch_size: int | None, progress: bool, new_rows: NewRows
+    query: BinnedQuery,
+    loaded: LoadedModel,
+    batch_size: int | None,
+    progress: bool,
+    output: str | Path | None = None,
 ) -> tuple[dict[str, dict], dict[str, Any]]:
     """Embedding of the cells as ``{"obsm": ..., "uns": ...}``, and a summary."""
-    vectors = new_rows((query.n_cells, loaded.embedding_size))
+    vectors = query.new_rows(loaded.embedding_size, output)
     with progress_bar(query.n_cells, "Embedding", progress) as bar:
         for start, bins in query.chunks():
             found = predict_cells(loaded, bins, ("embeddings",), batch_size, bar.update)

@@ -13,10 +13,10 @@ from ..extras import require
 from ..tokenization import detect_input_kind
 from ..tokenization.cells_scbert import sample_rows
 from ..tokenization.expression_scbert import as_csr
+from .query import CHUNK_SIZE
 
 N_VARIABLE_GENES = 2000
 N_COMPONENTS = 50
-CHUNK_SIZE = 4096
 
 
 def expression_pca(
@@ -28,26 +28,8 @@ def expression_pca(
     """
     A cell's place by its own expression: ``obsm["X_pca"]``, or principal components of highly variable genes.
 
-    The usual way of scanpy: log1p of counts per 10,000, 2,000 variable genes, 50 components.
-
-    Parameters
-    ----------
-    adata
-        In memory or backed.
-    layer, input
-        Where the values stand, and what they are: ``"auto"``, ``"counts"`` or ``"log1p"``.
-    rows
-        Sorted rows of the cells wanted; all of them if left out.
-
-    Returns
-    -------
-    numpy.ndarray
-        float32 [cells, components], the components as many as cells and genes allow.
-
-    Raises
-    ------
-    InputError
-        When the values are neither counts nor log1p.
+    The usual way of scanpy: log1p of counts per 10,000, 2,000 variable genes, 50 components, or as many as cells and
+    genes allow: float32 [cells, components]. `rows` are the sorted rows of the cells wanted; all of them if left out.
 
     Source: Zheng et al. 2017 and Satija et al. 2015, as scanpy does it.
 
@@ -60,7 +42,7 @@ def expression_pca(
     rows = np.arange(adata.n_obs) if rows is None else rows
     if "X_pca" in adata.obsm:
         return np.asarray(adata.obsm["X_pca"][:], dtype=np.float32)[rows]
-    scanpy = require("scanpy", "scanpy")
+    scanpy = require("scanpy")
     values, genes = log_rows(adata, rows, layer, input)
     cells = AnnData(values, var=pd.DataFrame(index=genes))
     scanpy.pp.filter_genes(cells, min_cells=1)
@@ -79,15 +61,11 @@ def log_rows(
     """`log_normalize` of sorted rows of cells that may be on disk; what the values are is told by a sample of all."""
     matrix, names = matrix_rows(adata, layer)
     kind = detect_input_kind(sample_rows(matrix)) if input == "auto" else input
-    part = AnnData(take_rows(matrix, rows), var=pd.DataFrame(index=names))
-    return log_normalize(part, input=kind)
-
-
-def take_rows(matrix, rows: np.ndarray) -> sp.csr_matrix:
-    """Sorted rows of a matrix that may be on disk, where slices are cheap."""
     parts = []
+    # in slices, which are cheap on disk
     for start in range(0, matrix.shape[0], CHUNK_SIZE):
         wanted = rows[(rows >= start) & (rows < start + CHUNK_SIZE)] - start
         if len(wanted):
             parts.append(as_csr(matrix[start : start + CHUNK_SIZE])[wanted])
-    return sp.vstack(parts, format="csr")
+    part = AnnData(sp.vstack(parts, format="csr"), var=pd.DataFrame(index=names))
+    return log_normalize(part, input=kind)

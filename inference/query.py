@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,6 @@ logger = logging.getLogger(__name__)
 KEPT_BYTES = 32 << 20
 CHUNK_SIZE = 4096
 
-# makes a matrix of float32 zeros of a shape
-NewRows = Callable[[tuple[int, int]], np.ndarray | DiskMatrix]
-
 
 @contextlib.contextmanager
 def opened(query: str | Path, layer: str | None = None) -> Iterator[AnnData | BackedCells]:
@@ -55,21 +51,8 @@ class BinnedQuery:
     The cells of an AnnData as expression bins of a model's panel, chunk by chunk.
 
     Every value is checked before the first chunk is handed out: a NaN in the last cell is told at once, not after
-    hours of computing.
-
-    Parameters
-    ----------
-    tokenizer
-        The model's.
-    adata, layer, input, force, progress, gene_table, genes_report
-        As in `annotate_file`.
-
-    Attributes
-    ----------
-    alignment : GeneAlignment
-        How the genes match.
-    n_cells, n_empty : int
-        All cells, and those that express no gene of the panel.
+    hours of computing. The options are those of `annotate_file`. `alignment` says how the genes match, `n_empty` how
+    many of the `n_cells` express no gene of the panel.
     """
 
     def __init__(
@@ -83,7 +66,7 @@ class BinnedQuery:
         gene_table: str | Path | None = None,
         genes_report: str | Path | None = None,
     ):
-        self._tokenizer, self.layer, self.input = tokenizer, layer, input
+        self._tokenizer, self.layer, self.input, self._backed = tokenizer, layer, input, adata.isbacked
         self._matrix, names = matrix_rows(adata, layer)
         names = name_genes(names, tokenizer.gene_panel, gene_table, genes_report)
         self.n_cells = adata.n_obs
@@ -105,8 +88,8 @@ class BinnedQuery:
                 bar.update(bins.shape[0])
 
     def _bin(self) -> Iterator[sp.csr_matrix]:
-        cells, options = {"X": self._matrix}, {"input": self.input, "chunk_size": CHUNK_SIZE}
-        return self._tokenizer.iter_bins(cells, alignment=self.alignment, **options)
+        options = {"alignment": self.alignment, "input": self.input, "chunk_size": CHUNK_SIZE}
+        return self._tokenizer.iter_bins({"X": self._matrix}, **options)
 
     def chunks(self) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Row of the first cell, and bins [up to 4096 cells, panel], of every chunk in order."""
@@ -118,6 +101,17 @@ class BinnedQuery:
     def all_bins(self) -> sp.csr_matrix:
         """Bins of all cells at once, [cells, panel]."""
         return sp.vstack([bins for _, bins in self.chunks()], format="csr")
+
+    def new_rows(self, n_columns: int, output: str | Path | None) -> np.ndarray | DiskMatrix:
+        """
+        Zeros, float32 [cells, columns], for the results of all cells.
+
+        They stand on disk if that is where the cells are and the results are for a file, the `output`.
+        """
+        shape = (self.n_cells, n_columns)
+        if self._backed and output is not None:
+            return DiskMatrix(shape, output)
+        return np.zeros(shape, dtype=np.float32)
 
 
 def name_genes(
@@ -177,16 +171,6 @@ def overlap_numbers(alignment: GeneAlignment) -> dict[str, Any]:
 def progress_bar(total: int, title: str, shown: bool = True) -> tqdm:
     """A bar of cells on stderr, where that is a terminal."""
     return tqdm(total=total, desc=title, unit=" cells", disable=None if shown else True, smoothing=0.05)
-
-
-def rows_in_memory(shape: tuple[int, int]) -> np.ndarray:
-    """A float32 matrix of zeros."""
-    return np.zeros(shape, dtype=np.float32)
-
-
-def rows_for(adata: AnnData | BackedCells, output: str | Path) -> NewRows:
-    """Where the results of all cells are kept until they are written: on disk, if that is where the cells are."""
-    return partial(DiskMatrix, output=output) if adata.isbacked else rows_in_memory
 
 
 def copy_with_parts(adata: AnnData, parts: dict[str, dict], own: bool) -> AnnData:

@@ -73,7 +73,7 @@ def write_annotation_report(
         Section("How it was made", facts=facts),
     ]
     with atomic_path(path, overwrite) as temporary:
-        Path(temporary).write_text(report_html("scBERT: annotation", sections), encoding="utf-8")
+        temporary.write_text(report_html("scBERT: annotation", sections), encoding="utf-8")
 
 
 def plot_confidence(labels: np.ndarray, confidence: np.ndarray, threshold: float) -> Any:

@@ -27,26 +27,9 @@ NO_TYPE = "not a blood cell"
 
 def model_or_shipped(model: Any, tissue: str | None = None) -> Any:
     """
-    The model that was named, or the folder of a shipped annotator, which is introduced if nobody asked for it.
+    The model that was named, as it is, or the folder of a shipped annotator, introduced if nobody asked for it.
 
-    Parameters
-    ----------
-    model
-        A folder, a name of the Hub or of a model that ships, or a loaded model: it comes back as it is.
-    tissue
-        ``"blood"`` or ``"tissue"``, in place of a model.
-
-    Raises
-    ------
-    InputError
-        If both were given, the tissue is unknown, or this installation lacks the annotator.
-
-    Examples
-    --------
-    >>> model_or_shipped("my_model")
-    'my_model'
-    >>> model_or_shipped(None, "tissue").name
-    'scbert-mini-tissue'
+    The annotator is asked for by its `tissue`, one of `SHIPPED`.
     """
     if model is not None and tissue is not None:
         raise InputError(f"A model and the tissue {tissue!r} were given: one of them says which model it is.")
@@ -133,9 +116,7 @@ def doubts(alignment: GeneAlignment, labels: pd.Categorical | np.ndarray, names:
             f"genes that were measured, or fine-tune a model on a reference with these genes."
         )
     labels = np.asarray(labels, dtype=object)
-    unassigned, other = (
-        float(np.mean(labels == name)) if len(labels) else 0.0 for name in (UNASSIGNED, NO_TYPE)
-    )
+    unassigned, other = (float(np.mean(labels == name)) for name in (UNASSIGNED, NO_TYPE))
     if unassigned > MOST_CELLS:
         found.append(
             f"{unassigned:.0%} of the cells are unassigned. Perhaps they are none of the types the model knows "

@@ -27,6 +27,8 @@ from .query import opened
 from .report import cell_coordinates, types_table, write_annotation_report
 
 OWN_MATRIX = "X"
+# of the sample
+LABEL_KEY = "bulk_labels"
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,6 @@ def annotate_upload(
     Annotate an uploaded .h5ad or 10x .h5, as `annotate_file` does with `values` as its input.
 
     A folder for the results is made in `folder`; an upload beyond the limits is refused by an `InputError`.
-
-    Examples
-    --------
-    >>> annotate_upload("cells.h5ad", "my_model", "results").table.rows  # doctest: +SKIP
-    [['B', '120', '17.1%', '0.931', '0.972'], ...]
     """
     upload = Path(upload)
     _check_size(upload, limits or Limits())
@@ -141,11 +138,6 @@ def places_of(annotated: AnnotatedUpload) -> tuple:
 def drawn_cells(annotated: AnnotatedUpload, places: tuple, gene: str | None = None) -> pd.DataFrame:
     """
     The cells of a picture, one a row: ``UMAP 1, UMAP 2, cell, type, confidence`` and, if asked for, a gene's log1p.
-
-    Raises
-    ------
-    InputError
-        When there is no such gene.
     """
     xy, chosen, _ = places
     with opened(annotated.path) as cells:
@@ -154,17 +146,13 @@ def drawn_cells(annotated: AnnotatedUpload, places: tuple, gene: str | None = No
         )
         table["type"], table["confidence"] = annotated.labels[chosen], annotated.confidence[chosen].round(3)
         if gene:
-            table[gene] = _expression(cells, annotated, chosen, gene)
+            values, genes = log_rows(cells, chosen, annotated.layer, annotated.values)
+            if gene not in genes:
+                raise InputError(
+                    f"There is no gene {gene!r} in the file. Its names look like {', '.join(genes[:3])}."
+                )
+            table[gene] = values[:, genes.index(gene)].toarray().ravel().round(3)
     return table
-
-
-def _expression(cells, annotated: AnnotatedUpload, rows: np.ndarray, gene: str) -> np.ndarray:
-    values, genes = log_rows(cells, rows, annotated.layer, annotated.values)
-    if gene not in genes:
-        raise InputError(
-            f"There is no gene {gene!r} in the file. Its names look like {', '.join(genes[:3])}."
-        )
-    return values[:, genes.index(gene)].toarray().ravel().round(3)
 
 
 def write_report(annotated: AnnotatedUpload, places: tuple) -> Path:
@@ -184,17 +172,19 @@ def matrices_of(upload: str | Path) -> list[str]:
         return [OWN_MATRIX, *raw, *map(str, cells.layers)]
 
 
+def sample_cells() -> anndata.AnnData:
+    """700 blood cells that ship with scanpy: log1p values of 765 genes as X, a UMAP, ``obs["bulk_labels"]``."""
+    source = require("scanpy").datasets.pbmc68k_reduced()
+    obs, var = source.obs[[LABEL_KEY]].copy(), source.raw.var[[]].copy()
+    return anndata.AnnData(source.raw.X.copy(), obs, var, obsm={"X_umap": source.obsm["X_umap"]})
+
+
 def write_sample(folder: str | Path) -> Path:
-    """A file to try: 700 blood cells that ship with scanpy, log1p values of 765 genes."""
+    """The sample as a file to try."""
     path = Path(folder) / "sample_700_blood_cells.h5ad"
     if not path.is_file():
-        cells = require("scanpy", "scanpy").datasets.pbmc68k_reduced()
-        sample = anndata.AnnData(
-            cells.raw.X.copy(), obs=cells.obs[["bulk_labels"]].copy(), var=cells.raw.var[[]].copy()
-        )
-        sample.obsm["X_umap"] = cells.obsm["X_umap"]
         with atomic_path(path) as temporary:
-            sample.write_h5ad(temporary)
+            sample_cells().write_h5ad(temporary)
     return path
 
 

@@ -26,42 +26,26 @@ RESOLUTIONS = ((1_000, 2), (5_000, 5), (20_000, 10), (40_000, 15), (100_000, 20)
 
 @dataclass
 class Vote:
-    """
-    Outcome of a majority vote.
+    """Outcome of a majority vote."""
 
-    Attributes
-    ----------
-    labels : pandas.Categorical
-        Winning label of each cell's group, [cells]; the cell's own where it has no group.
-    shares
-        Share of the group's cells that voted for it, [cells]; NaN for cells without a group.
-    groups
-        The groups, [cells]; -1 without one.
-    ties
-        Groups whose vote was tied, with the tied labels.
-    confidences
-        Mean probability that the group's cells give the winning label, [cells]; of a group that stays
-        "unassigned" their mean largest probability. NaN for cells without a group.
-    table
-        One row per group: ``group, label, cells, share, confidence, runner_up`` (the second label, or "").
-    """
-
+    # winning label of each cell's group, [cells]; the cell's own where it has no group
     labels: pd.Categorical
+    # share of the group's cells that voted for it, [cells]; NaN for cells without a group
     shares: np.ndarray
+    # number of the group, [cells]; -1 without one
     groups: np.ndarray
+    # groups whose vote was tied, with the tied labels
     ties: dict[str, list[str]]
+    # mean probability that the group's cells give the winning label, [cells]; of a group that stays "unassigned" their
+    # mean largest probability; NaN for cells without a group
     confidences: np.ndarray
+    # one row per group, its `runner_up` the second label, or ""
     table: pd.DataFrame
 
     @property
     def mixed(self) -> pd.DataFrame:
         """Rows of the groups in which the winner has less than 60% of the cells."""
         return self.table[self.table["share"] < MIXED_SHARE]
-
-    @property
-    def mostly_mixed(self) -> bool:
-        """Whether more than half of the groups are."""
-        return 2 * len(self.mixed) > len(self.table)
 
 
 def majority_vote(
@@ -71,18 +55,8 @@ def majority_vote(
     Give each group the label most of its cells have.
 
     "unassigned" is a vote like any other: a group whose cells the model does not know stays unassigned. Of tied
-    labels the one with the larger summed probability wins, then the earlier one in `names`.
-
-    Parameters
-    ----------
-    labels
-        Label of every cell, [cells].
-    groups
-        Group of every cell, [cells]; missing values are cells without one.
-    probabilities
-        [cells, len(names)].
-    names
-        Labels in the order of the columns.
+    labels the one with the larger summed probability wins, then the earlier one in `names`, which are in the order of
+    the columns of `probabilities` [cells, labels]. A cell whose group [cells] is missing has none.
 
     Examples
     --------
@@ -90,7 +64,7 @@ def majority_vote(
     >>> majority_vote(np.array(["B", "T", "T"]), [1, 1, 1], probabilities, ["B", "T"]).labels.tolist()
     ['T', 'T', 'T']
     """
-    groups, group_names = pd.factorize(pd.Series(groups).reset_index(drop=True))
+    groups, group_names = pd.factorize(pd.Series(groups))
     order = list(dict.fromkeys([*names, UNASSIGNED]))
     own = pd.Categorical(labels, categories=order).codes
     votes, sums, sure = _tally(groups, own, probabilities, len(group_names), len(order))

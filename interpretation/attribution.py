@@ -1,11 +1,11 @@
 """What each gene contributes to a cell's type: layer integrated gradients and GradientSHAP, by captum."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from transformers import PreTrainedModel
 
 from ..extras import require
 from ..tokenization import ScBertTokenizer
@@ -18,22 +18,14 @@ N_SAMPLES, SPREAD = 16, 0.1
 
 @dataclass
 class Attribution:
-    """
-    Contributions of genes, and how far their sum is from what they should explain.
+    """Contributions of genes, and how far their sum is from what they should explain."""
 
-    Attributes
-    ----------
-    values
-        [cells, genes] float32: summed over the embedding's dimensions; 0 for genes outside a cell's sequence.
-    completeness_error
-        [cells]: |sum of the contributions - (logit of the cell - logit of the baseline)|; integrated gradients
-        promise 0, GradientSHAP only on average.
-    explained
-        [cells]: that difference of logits.
-    """
-
+    # float32 [cells, genes]: summed over the embedding's dimensions; 0 for genes outside a cell's sequence
     values: np.ndarray
+    # [cells]: |sum of the contributions - (logit of the cell - logit of the baseline)|; integrated gradients promise 0,
+    # GradientSHAP only on average
     completeness_error: np.ndarray
+    # [cells]: that difference of logits
     explained: np.ndarray
 
     @property
@@ -43,7 +35,7 @@ class Attribution:
 
 
 def integrated_gradients(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     tokenizer: ScBertTokenizer,
     bins: sp.csr_matrix,
     targets: np.ndarray,
@@ -55,34 +47,13 @@ def integrated_gradients(
     The baseline is the same cell with every gene at bin 0 (the same tokens in the sequence): what is explained is
     that a gene is expressed as it is, not that it is there.
 
-    Parameters
-    ----------
-    model
-        `ScBertForCellClassification` in evaluation mode.
-    tokenizer
-        Its tokenizer.
-    bins
-        Of ``tokenizer.bin_cells``, [cells, panel].
-    targets
-        Class explained for every cell, [cells].
-    n_steps
-        Points of the path (Gauss-Legendre); more for a smaller completeness error.
+    The model is a `ScBertForCellClassification` in evaluation mode, `bins` [cells, panel] are of
+    ``tokenizer.bin_cells``, and `targets` [cells] the classes explained. More `n_steps`, the points of the path
+    (Gauss-Legendre), make a smaller completeness error.
 
-    Returns
-    -------
-    Attribution
-
-    Notes
-    -----
-    Sundararajan et al., Axiomatic Attribution for Deep Networks, ICML 2017.
-
-    Examples
-    --------
-    >>> result = integrated_gradients(model, tokenizer, bins, targets)  # doctest: +SKIP
-    >>> result.relative_error  # doctest: +SKIP
-    0.004
+    Source: Sundararajan et al., Axiomatic Attribution for Deep Networks, ICML 2017.
     """
-    captum = require("captum.attr", "explain")
+    captum = require("captum.attr")
 
     def attribute(forward, inputs, baselines, target, others):
         method = captum.LayerIntegratedGradients(forward, model.base_model.embeddings.expression_embeddings)
@@ -100,7 +71,7 @@ def integrated_gradients(
 
 
 def gradient_shap(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     tokenizer: ScBertTokenizer,
     bins: sp.csr_matrix,
     targets: np.ndarray,
@@ -108,31 +79,14 @@ def gradient_shap(
 ) -> Attribution:
     """
     GradientSHAP of the target's logit over the expression embeddings: expected gradients between a cell and the
-    same cell with every gene at bin 0, with noise.
+    same cell with every gene at bin 0, with noise; the `seed` is of the points and the noise.
 
-    Parameters
-    ----------
-    model, tokenizer, bins, targets
-        As in `integrated_gradients`.
-    seed
-        Of the points and the noise.
+    The background is the empty cell and not other cells, whose genes would stand at other places of the sequence where
+    zeros are left out.
 
-    Returns
-    -------
-    Attribution
-
-    Notes
-    -----
-    Lundberg & Lee, NeurIPS 2017; Erion et al. 2021. The background is the empty cell and not other cells, whose
-    genes would stand at other places of the sequence where zeros are left out.
-
-    Examples
-    --------
-    >>> result = gradient_shap(model, tokenizer, bins, targets)  # doctest: +SKIP
-    >>> result.values.shape  # doctest: +SKIP
-    (100, 16906)
+    Source: Lundberg & Lee, NeurIPS 2017; Erion et al. 2021.
     """
-    captum = require("captum.attr", "explain")
+    captum = require("captum.attr")
     layer = model.base_model.embeddings.expression_embeddings
     noise = SPREAD * float(layer.weight.detach().std())
 
@@ -166,7 +120,6 @@ def gradient_shap(
 
 def _attributions(model, tokenizer, bins, targets, attribute) -> Attribution:
     """Cells in small batches of like length, in and out of captum."""
-    device = next(model.parameters()).device
     n_genes = len(tokenizer.gene_panel)
     values = np.zeros((bins.shape[0], n_genes), dtype=np.float32)
     errors, explained = np.zeros(bins.shape[0]), np.zeros(bins.shape[0])
@@ -177,9 +130,9 @@ def _attributions(model, tokenizer, bins, targets, attribute) -> Attribution:
     order = np.argsort(np.diff(bins.indptr), kind="stable")
     for start in range(0, len(order), CELLS_AT_ONCE):
         rows = order[start : start + CELLS_AT_ONCE]
-        inputs, *others = encoded_cells(tokenizer, bins[rows], device)
+        inputs, *others = encoded_cells(model, tokenizer, bins[rows])
         mask, genes, _ = others
-        target = torch.as_tensor(np.asarray(targets)[rows], device=device)
+        target = torch.as_tensor(np.asarray(targets)[rows], device=model.device)
         empty = torch.zeros_like(inputs)
         per_token, delta = attribute(forward, inputs, empty, target, tuple(others))
         per_token = (per_token.sum(dim=-1) * mask).detach().cpu().numpy()
@@ -194,13 +147,12 @@ def _attributions(model, tokenizer, bins, targets, attribute) -> Attribution:
     return Attribution(values, errors, explained)
 
 
-def encoded_cells(tokenizer: ScBertTokenizer, bins: sp.csr_matrix, device: Any):
+def encoded_cells(model: PreTrainedModel, tokenizer: ScBertTokenizer, bins: sp.csr_matrix):
     """Input ids, attention mask, gene ids and modality ids of cells, [cells, length] each."""
-    encoded = {
-        name: torch.from_numpy(array).to(device) for name, array in tokenizer.encode_bins(bins).items()
-    }
+    arrays = tokenizer.encode_bins(bins).items()
+    encoded = {name: torch.from_numpy(array).to(model.device) for name, array in arrays}
     ids = encoded["input_ids"]
     mask = encoded.get("attention_mask", torch.ones_like(ids))
-    genes = encoded.get("gene_ids", torch.arange(ids.shape[1], device=device).expand(ids.shape))
+    genes = encoded.get("gene_ids", torch.arange(ids.shape[1], device=ids.device).expand(ids.shape))
     modalities = encoded.get("modality_ids", torch.zeros_like(ids))
     return ids, mask, genes.contiguous(), modalities.expand(ids.shape).contiguous()

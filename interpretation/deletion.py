@@ -26,31 +26,10 @@ def deletion_test(
 
     The margin is the target's logit over the best other logit: unlike a probability near 1 it cannot hide a loss.
 
-    Parameters
-    ----------
-    loaded
-        The classifier.
-    bins
-        [cells, panel].
-    targets
-        Class of every cell whose margin is watched, [cells].
-    explanations
-        Name -> scores [cells, panel]; a cell's `n_genes` expressed genes of the highest score are removed.
-    n_genes
-        How many genes each cell loses (all it expresses where there are fewer).
-    seed
-        Of the draws of random genes.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per explanation: mean ``margin`` of the whole cells, ``drop`` by the explanation's genes,
-        ``random_drop``, their ``ratio``, and the share of cells that the explanation hurts more than chance
-        (``cells_hurt_more``).
-
-    Examples
-    --------
-    >>> deletion_test(loaded, bins, targets, {"attention": weights})  # doctest: +SKIP
+    `explanations` are name -> scores [cells, panel]; a cell loses its `n_genes` expressed genes of the highest score,
+    or all it expresses where there are fewer. The table has a row per explanation: mean ``margin`` of the whole cells,
+    ``drop`` by the explanation's genes, ``random_drop``, their ``ratio``, and the share of cells that the explanation
+    hurts more than chance (``cells_hurt_more``).
     """
     targets = np.asarray(targets)
 

@@ -14,29 +14,10 @@ COLUMNS = ["term", "n_overlap", "n_set", "odds_ratio", "p_value", "adjusted_p_va
 
 def read_gmt(path: str | Path) -> dict[str, list[str]]:
     """
-    Gene sets of a .gmt or .gmt.gz file: name, description, then genes, separated by tabs.
+    Gene sets of a .gmt or .gmt.gz file, as from MSigDB or Enrichr: name of a set -> its genes.
 
-    Parameters
-    ----------
-    path
-        The file, as from MSigDB or Enrichr. A gene written ``SYMBOL,1.0`` (Enrichr's weights) is read as SYMBOL.
-
-    Returns
-    -------
-    dict
-        Name of a set -> its genes, each once, in the file's order. Of sets of one name the genes are joined.
-
-    Raises
-    ------
-    InputError
-        When the file holds no gene set.
-
-    Examples
-    --------
-    >>> Path("two.gmt").write_text("T cells\\t\\tCD3D\\tCD3E\\n")
-    19
-    >>> read_gmt("two.gmt")
-    {'T cells': ['CD3D', 'CD3E']}
+    Every gene stands there once, in the file's order; one written ``SYMBOL,1.0`` (Enrichr's weights) is read as SYMBOL.
+    Of sets of one name the genes are joined.
     """
     sets: dict[str, dict[str, None]] = {}
     opened = gzip.open if str(path).endswith(".gz") else open
@@ -62,30 +43,15 @@ def enrich_genes(
     max_size: int = 1000,
 ) -> pd.DataFrame:
     """
-    Gene sets that hold more of the given genes than chance would, by the hypergeometric test.
+    Gene sets that hold more of the given genes than chance would, by the hypergeometric test (gseapy's `enrich`).
 
-    Parameters
-    ----------
-    genes
-        The genes asked about, for example the top genes of a cell type.
-    gene_sets
-        Name -> genes, such as `read_gmt` gives.
-    background
-        All genes that could have been in the list: the model's panel, or its expressed part. Genes and sets are
-        cut down to it; a whole genome as background would find the tissue instead of the question.
-    min_size, max_size
-        Sets with fewer or more genes within the background are left out.
+    The `background` is all genes that could have been in the list: the model's panel, or its expressed part. Genes and
+    sets are cut down to it; a whole genome as background would find the tissue instead of the question. Sets with fewer
+    genes within it than `min_size`, or more than `max_size`, are left out.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per set with at least one of the genes: ``term, n_overlap, n_set`` (genes of the set in the
-        background), ``odds_ratio, p_value, adjusted_p_value`` (Benjamini-Hochberg over the sets that have at
-        least one hit), ``genes`` (joined by ";"); smallest p-value first. Empty when nothing overlaps.
-
-    Notes
-    -----
-    By gseapy's `enrich`; nothing is fetched from the web.
+    The table has a row per set with at least one of the genes, smallest p-value first: ``term, n_overlap, n_set``
+    (genes of the set in the background), ``odds_ratio, p_value, adjusted_p_value`` (Benjamini-Hochberg over the sets
+    that have at least one hit) and ``genes`` (joined by ";").
 
     Examples
     --------
@@ -105,7 +71,7 @@ def enrich_genes(
     hit = set(asked) & {gene for members in kept.values() for gene in members}
     if not hit:
         return pd.DataFrame(columns=COLUMNS)
-    result = require("gseapy", "explain").enrich(
+    result = require("gseapy").enrich(
         asked, gene_sets=kept, background=list(universe), outdir=None, no_plot=True, verbose=False
     )
     table = result.results
@@ -128,27 +94,20 @@ def enrich_by_type(
     top_genes: Mapping[str, Iterable[str]],
     gene_sets: str | Path | Mapping[str, Iterable[str]],
     background: Iterable[str],
-    **limits: int,
 ) -> pd.DataFrame:
     """
     `enrich_genes` for the top genes of every cell type, in one table with a first column ``cell_type``; by the sets of
     a .gmt(.gz) file, or name -> genes.
 
     Adjusted p-values are within a type.
-
-    Examples
-    --------
-    >>> table = enrich_by_type({"T": ["CD3D"]}, {"T cells": ["CD3D"]}, ["CD3D", "CD79A"], min_size=1)
-    >>> table[["cell_type", "term"]].values.tolist()
-    [['T', 'T cells']]
     """
     if isinstance(gene_sets, str | Path):
         gene_sets = read_gmt(gene_sets)
     universe = list(background)
     tables = []
     for cell_type, genes in top_genes.items():
-        table = enrich_genes(genes, gene_sets, universe, **limits)
-        table.insert(0, "cell_type", cell_type)
-        tables.append(table)
-    found = [table for table in tables if len(table)]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["cell_type", *COLUMNS])
+        table = enrich_genes(genes, gene_sets, universe)
+        if len(table):
+            table.insert(0, "cell_type", cell_type)
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["cell_type", *COLUMNS])

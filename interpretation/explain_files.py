@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..data.write_h5ad import atomic_write_h5ad
 from ..evaluation.tables import TextTable
 from ..inference.query import BinnedQuery
 from ..inference.shipped import model_or_shipped
-from ..tokenization import InputError, ScBertTokenizer, gene_names_of, select_matrix
+from ..tokenization import InputError, gene_names_of, select_matrix
 from ..trained_model.model_folder import load_model
 from ..trained_model.prediction import LoadedModel, predict_cells
 from .deletion import deletion_test, verdict
@@ -97,25 +96,23 @@ def explain_file(
     known = None if markers is None else read_marker_table(markers)
     names = None if marker_names is None else json.loads(Path(marker_names).read_text(encoding="utf-8"))
     loaded = load_model(model_or_shipped(model), device="cpu", dtype="float32")
-    network, tokenizer = loaded.model, loaded.tokenizer
     adata = read_cells(query, layer=layer)
     if label_key is not None and label_key not in adata.obs:
         have = ", ".join(map(str, adata.obs.columns)) or "none"
         raise InputError(f"There is no column {label_key!r} in obs; it has: {have}.")
-    bins = BinnedQuery(adata, tokenizer, layer, input, force, progress=False).all_bins()
+    bins = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress=False).all_bins()
     predicted = predict_cells(loaded, bins)["logits"].argmax(axis=1)
     rows = choose_cells(predicted, np.diff(bins.indptr) > 0, cells_per_type, seed)
     targets, part = predicted[rows], bins[rows]
-    found, completeness = explanations(network, tokenizer, part, targets, n_steps, seed)
+    found, completeness = explanations(loaded, part, targets, n_steps, seed)
     deleted = deletion_test(loaded, part, targets, found, n_top, seed=seed)
-    labels = loaded.labels
-    per_type = {name: mean_by_type(values, targets, labels, tokenizer) for name, values in found.items()}
-    types = np.array(labels, dtype=object)[predicted]
+    per_type = {name: mean_by_type(values, targets, loaded) for name, values in found.items()}
+    types = np.array(loaded.labels, dtype=object)[predicted]
     with partial_folder(output, overwrite, marker=RESULTS) as folder:
         try:
             tables = write_tables(folder, per_type, n_top, known, names, gene_sets)
             write_agreement(folder, per_type, adata, types, label_key, layer, input)
-            write_pictures(folder, found, per_type, part, targets, labels, tokenizer, n_top)
+            write_pictures(folder, found[GRADIENTS], per_type, part, targets, loaded, n_top)
             deleted.to_csv(folder / "deletion_test.csv", index=False)
             add_columns(adata, per_type, tables["top_genes"], layer)
             atomic_write_h5ad(adata, folder / "explained.h5ad", inputs=(query,))
@@ -198,27 +195,26 @@ def write_agreement(
 
 def write_pictures(
     folder: Path,
-    found: dict[str, np.ndarray],
+    contributions: np.ndarray,
     per_type: dict[str, pd.DataFrame],
     bins: sp.csr_matrix,
     targets: np.ndarray,
-    labels: Sequence[str],
-    tokenizer: ScBertTokenizer,
+    loaded: LoadedModel,
     n_top: int,
 ) -> None:
     """A heat map of top genes for every explanation, a summary plot of the contributions to every type."""
     for name, scores in per_type.items():
         plot_top_genes(top_genes_table(scores, n_top), scores, folder / f"top_genes_{name}.png")
     for target in np.unique(targets):
-        cells = np.flatnonzero(targets == target)
-        file = "".join(c if c.isalnum() else "_" for c in labels[target])
+        cells, label = np.flatnonzero(targets == target), loaded.labels[target]
+        file = "".join(c if c.isalnum() else "_" for c in label)
         plot_summary(
-            found[GRADIENTS][cells],
+            contributions[cells],
             bins[cells],
-            tokenizer.gene_panel,
+            loaded.tokenizer.gene_panel,
             folder / f"summary_{target}_{file}.png",
             n_genes=min(20, n_top),
-            title=f"{labels[target]}: integrated gradients of {len(cells)} cells",
+            title=f"{label}: integrated gradients of {len(cells)} cells",
         )
 
 
@@ -247,14 +243,14 @@ def show(deleted: pd.DataFrame, completeness: dict[str, float], sentence: str) -
     """Print the deletion test, the completeness check and the verdict on stderr."""
     rows = [
         [
-            str(row.explanation),
-            f"{row.drop_:.3f}",
-            f"{row.random_drop:.3f}",
-            "" if np.isnan(row.ratio) else f"{row.ratio:.1f}",
-            f"{row.cells_hurt_more:.0%}",
-            f"{completeness[row.explanation]:.1%}" if row.explanation in completeness else "",
+            name,
+            f"{row['drop']:.3f}",
+            f"{row['random_drop']:.3f}",
+            "" if np.isnan(row["ratio"]) else f"{row['ratio']:.1f}",
+            f"{row['cells_hurt_more']:.0%}",
+            f"{completeness[name]:.1%}" if name in completeness else "",
         ]
-        for row in deleted.rename(columns={"drop": "drop_"}).itertuples()
+        for name, row in deleted.set_index("explanation").iterrows()
     ]
     removed = int(deleted["genes_removed"].iloc[0])
     columns = [

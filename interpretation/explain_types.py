@@ -91,9 +91,7 @@ def explain(
         usable &= np.isin(np.array(loaded.labels)[predicted], list(cell_types))
     rows = choose_cells(predicted, usable, cells_per_type, seed)
     found = integrated_gradients(loaded.model, loaded.tokenizer, bins[rows], predicted[rows], n_steps)
-    return top_genes_table(
-        mean_by_type(found.values, predicted[rows], loaded.labels, loaded.tokenizer), n_top
-    )
+    return top_genes_table(mean_by_type(found.values, predicted[rows], loaded), n_top)
 
 
 def choose_cells(predicted: np.ndarray, usable: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -110,15 +108,10 @@ def choose_cells(predicted: np.ndarray, usable: np.ndarray, n: int, seed: int) -
 
 
 def explanations(
-    model: ScBertForCellClassification,
-    tokenizer: ScBertTokenizer,
-    bins: sp.csr_matrix,
-    targets: np.ndarray,
-    n_steps: int,
-    seed: int,
+    loaded: LoadedModel, bins: sp.csr_matrix, targets: np.ndarray, n_steps: int, seed: int
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Explanation -> scores [cells, genes] (attention first, where the model has any), and completeness errors."""
-    found: dict[str, np.ndarray] = {}
+    model, tokenizer, found = loaded.model, loaded.tokenizer, {}
     if model.config.attention_type in RECEIVED and len(model.scbert.layers):
         found[ATTENTION] = attention_by_gene(model, tokenizer, bins)
     else:
@@ -143,22 +136,18 @@ def attention_by_gene(
     n_genes = len(tokenizer.gene_panel)
     weights = np.zeros((bins.shape[0], n_genes), dtype=np.float32)
     for start in range(0, bins.shape[0], batch):
-        ids, mask, genes, modalities = encoded_cells(
-            tokenizer, bins[start : start + batch], next(model.parameters()).device
-        )
+        ids, mask, genes, modalities = encoded_cells(model, tokenizer, bins[start : start + batch])
         received = gene_attention(model, ids, mask, gene_ids=genes, modality_ids=modalities).cpu().numpy()
-        whole = np.zeros((len(received), n_genes + 1), dtype=np.float32)
-        # without the pads, which share a gene id with a real token
-        for row, (tokens, places, keep) in enumerate(zip(received, genes.cpu().numpy(), mask.cpu().numpy())):
-            whole[row, places[keep > 0]] = tokens[keep > 0]
-        weights[start : start + batch] = whole[:, :n_genes]
+        # without the trailing token, and the pads, which share a gene id with a real token
+        kept = ((mask > 0) & (genes < n_genes)).cpu().numpy()
+        for row, tokens, places, keep in zip(weights[start:], received, genes.cpu().numpy(), kept):
+            row[places[keep]] = tokens[keep]
     return weights
 
 
-def mean_by_type(
-    values: np.ndarray, targets: np.ndarray, labels: Sequence[str], tokenizer: ScBertTokenizer
-) -> pd.DataFrame:
+def mean_by_type(values: np.ndarray, targets: np.ndarray, loaded: LoadedModel) -> pd.DataFrame:
     """Mean scores [genes, types predicted], named on both axes."""
     present = np.unique(targets)
     means = np.stack([values[targets == target].mean(axis=0) for target in present], axis=1)
-    return pd.DataFrame(means, index=tokenizer.gene_panel, columns=[labels[target] for target in present])
+    types = [loaded.labels[target] for target in present]
+    return pd.DataFrame(means, index=loaded.tokenizer.gene_panel, columns=types)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
+from scipy.stats import hypergeom, spearmanr
 
 from ..data.read import log_normalize
 from ..evaluation.baselines import UNLABELLED
@@ -23,22 +25,12 @@ TABLE_COLUMNS = [
 
 def top_genes_table(scores: pd.DataFrame, n_top: int = 20) -> pd.DataFrame:
     """
-    The highest-scoring genes of every cell type, with two z-scores.
+    The highest-scoring genes of every cell type, of `scores` [genes, types], named on both axes.
 
-    Parameters
-    ----------
-    scores
-        One score per gene and type (mean attention or attribution), [genes, types], named on both axes.
-    n_top
-        Genes per type; fewer where there are fewer.
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``cell_type, rank`` (from 1), ``gene, score``, ``z_score`` (against all genes of that type: how far it
-        stands out) and ``specificity`` (against the same gene in all types: is it this type's). A z-score is 0
-        where everything is equal. Sorted by type, in the order of the columns, and rank; equal scores keep the
-        order of the rows.
+    The table has ``cell_type, rank`` (from 1), ``gene, score``, ``z_score`` (against all genes of that type: how far it
+    stands out) and ``specificity`` (against the same gene in all types: is it this type's). A z-score is 0 where
+    everything is equal. It is sorted by type, in the order of the columns, and rank; equal scores keep the order of the
+    rows.
 
     Examples
     --------
@@ -74,33 +66,13 @@ def _z_scores(values: np.ndarray, axis: int) -> np.ndarray:
     return np.where(spread > tiny, centred / np.where(spread > tiny, spread, 1.0), 0.0)
 
 
-def read_marker_table(path: str | Path, species: str = "Hs") -> dict[str, list[str]]:
+def read_marker_table(path: str | Path) -> dict[str, list[str]]:
     """
     Known markers by cell type, from PanglaoDB, CellMarker, or any table with columns ``cell_type`` and ``gene``.
 
-    Parameters
-    ----------
-    path
-        .csv or .tsv/.txt, plain or .gz. Genes may be one a row or joined by commas.
-    species
-        For PanglaoDB: only rows whose ``species`` names it ("Hs" or "Mm").
-
-    Returns
-    -------
-    dict
-        Cell type -> its markers, each once, sorted; types of one name in several tissues are joined.
-
-    Raises
-    ------
-    InputError
-        When no known pair of columns is found.
-
-    Examples
-    --------
-    >>> Path("markers.csv").write_text("cell_type,gene\\nT,CD3E\\nT,CD3D\\n")
-    29
-    >>> read_marker_table("markers.csv")
-    {'T': ['CD3D', 'CD3E']}
+    The table is a .csv or .tsv/.txt, plain or .gz, its genes one a row or joined by commas; where it has a ``species``,
+    as PanglaoDB's, rows that do not name "Hs" are left out. Markers are sorted, each once; types of one name in several
+    tissues are joined.
     """
     stem = str(path).removesuffix(".gz").lower()
     table = pd.read_csv(path, sep="," if stem.endswith(".csv") else "\t", dtype=str)
@@ -113,14 +85,12 @@ def read_marker_table(path: str | Path, species: str = "Hs") -> dict[str, list[s
             f"{path} is no marker table: its columns are {', '.join(table.columns[:6])}; needed are {known}."
         )
     if "species" in table:
-        table = table[table["species"].fillna("").str.split().map(lambda names: species in names)]
+        table = table[table["species"].fillna("").str.split().map(lambda names: "Hs" in names)]
     table = table[[type_column, gene_column]].dropna()
     genes = table[gene_column].str.split(",").explode().str.strip()
-    markers: dict[str, set[str]] = {}
-    for cell_type, gene in zip(table[type_column].loc[genes.index].str.strip(), genes):
-        if gene:
-            markers.setdefault(cell_type, set()).add(gene)
-    return {cell_type: sorted(found) for cell_type, found in sorted(markers.items())}
+    genes = genes[genes != ""]
+    cell_types = table[type_column].str.strip().loc[genes.index].to_numpy()
+    return {cell_type: sorted(set(found)) for cell_type, found in genes.groupby(cell_types)}
 
 
 def marker_overlap(
@@ -132,29 +102,13 @@ def marker_overlap(
     """
     How many of a type's top genes are known markers of that type, against chance.
 
-    Parameters
-    ----------
-    top_genes
-        Cell type -> its top genes.
-    markers
-        Cell type of the marker table -> markers (`read_marker_table`).
-    background
-        All genes that could have been on top: the model's panel. Everything is cut down to it.
-    names
-        Cell type of the data -> name(s) in the marker table. Default: names that agree but for case, an
-        ending "s" and a word "cell(s)".
+    Everything is cut down to the `background`: all genes that could have been on top. `names` are type of the data ->
+    name(s) in the marker table, which has to hold them; for other types names that agree but for case, an ending "s"
+    and a word "cell(s)".
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per type: ``cell_type, known_as`` (joined by ";", empty where the table has no such type),
-        ``n_top, n_markers, n_overlap, expected`` (overlap by chance), ``p_value`` (hypergeometric, at least as
-        many), ``genes``. Numbers are NaN where the type isn't known.
-
-    Raises
-    ------
-    InputError
-        When `names` points to a type that the table doesn't hold.
+    The table has a row per type: ``cell_type, known_as`` (joined by ";", empty where the table has no such type),
+    ``n_top, n_markers, n_overlap, expected`` (overlap by chance), ``p_value`` (hypergeometric, at least as many) and
+    ``genes``. Numbers are NaN where the type isn't known.
 
     Examples
     --------
@@ -171,14 +125,11 @@ def marker_overlap(
         row: dict[str, Any] = {"cell_type": cell_type, "known_as": ";".join(known_as), "n_top": len(top)}
         if known_as:
             shared = sorted(top & known)
-            tail = require("scipy.stats", "explain").hypergeom.sf(
-                len(shared) - 1, len(universe), len(known), len(top)
-            )
             row |= {
                 "n_markers": len(known),
                 "n_overlap": len(shared),
                 "expected": len(top) * len(known) / max(len(universe), 1),
-                "p_value": float(tail),
+                "p_value": float(hypergeom.sf(len(shared) - 1, len(universe), len(known), len(top))),
                 "genes": ";".join(shared),
             }
         rows.append(row)
@@ -207,41 +158,21 @@ def _plain(name: str) -> str:
 
 def differential_expression_agreement(
     scores: pd.DataFrame,
-    adata: Any,
+    adata: AnnData,
     label_key: str,
     n_top: int = 50,
     layer: str | None = None,
     input: str = "auto",
 ) -> pd.DataFrame:
     """
-    Agreement of gene scores with each type's differential expression (t-test) against all other cells.
+    Agreement of gene scores [genes, types] with each type's differential expression (t-test) against all other cells.
 
-    Parameters
-    ----------
-    scores
-        [genes, types]; genes that the data doesn't hold, and types with fewer than two cells, are left out.
-    adata
-        Cells with counts or log1p values; not changed.
-    label_key
-        Column of obs with the cell types.
-    n_top
-        Length of the two lists compared.
-    layer, input
-        As everywhere: where the values are, and of what kind.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per type: ``cell_type, n_genes`` compared, ``n_top``, ``overlap`` (share of the top genes by
-        score that are among the top by differential expression), ``expected`` (that share by chance),
-        ``spearman`` (rank correlation over all genes; NaN when one side is constant), ``genes`` (shared).
-
-    Examples
-    --------
-    >>> agreement = differential_expression_agreement(scores, adata, "cell_type")  # doctest: +SKIP
-    >>> agreement[["cell_type", "overlap", "expected"]]  # doctest: +SKIP
+    Genes that the data doesn't hold, and types with fewer than two cells, are left out. The table has a row per type:
+    ``cell_type, n_genes`` compared, ``n_top``, ``overlap`` (share of the top genes by score that are among the top by
+    differential expression), ``expected`` (that share by chance), ``spearman`` (rank correlation over all genes; NaN
+    when one side is constant) and ``genes`` (shared).
     """
-    scanpy, anndata = require("scanpy", "explain"), require("anndata", "explain")
+    scanpy = require("scanpy", "explain")
     labels = adata.obs[label_key].astype(object).astype(str)
     sizes = labels[~labels.isin(UNLABELLED)].value_counts()
     types = [name for name in scores.columns if sizes.get(str(name), 0) >= 2]
@@ -254,7 +185,7 @@ def differential_expression_agreement(
         )
     kept = labels.isin(sizes.index).to_numpy()
     columns = np.flatnonzero(np.isin(genes, shared))
-    cells = anndata.AnnData(
+    cells = AnnData(
         matrix[kept][:, columns],
         obs=pd.DataFrame(
             {"type": pd.Categorical(labels[kept].to_numpy())}, index=adata.obs_names[kept].astype(str)
@@ -262,14 +193,12 @@ def differential_expression_agreement(
         var=pd.DataFrame(index=pd.Index(shared)),
     )
     scanpy.tl.rank_genes_groups(cells, "type", groups=[str(name) for name in types], method="t-test")
-    rows = [_agreement(scores, name, _expression_scores(scanpy, cells, name), n_top) for name in types]
+    rows = []
+    for name in types:
+        table = scanpy.get.rank_genes_groups_df(cells, group=str(name)).set_index("names")["scores"]
+        # a gene that no cell expresses has no statistic, and is no marker.
+        rows.append(_agreement(scores, name, table.reindex(cells.var_names).fillna(0.0), n_top))
     return pd.DataFrame(rows)
-
-
-def _expression_scores(scanpy: Any, cells: Any, cell_type: str) -> pd.Series:
-    table = scanpy.get.rank_genes_groups_df(cells, group=str(cell_type)).set_index("names")["scores"]
-    # a gene that no cell expresses has no statistic, and is no marker.
-    return table.reindex(cells.var_names).fillna(0.0)
 
 
 def _agreement(scores: pd.DataFrame, cell_type: str, expression: pd.Series, n_top: int) -> dict[str, Any]:
@@ -278,16 +207,12 @@ def _agreement(scores: pd.DataFrame, cell_type: str, expression: pd.Series, n_to
     best = set(np.argsort(-values, kind="stable")[:used].tolist())
     differential = set(np.argsort(-expression.to_numpy(), kind="stable")[:used].tolist())
     constant = np.ptp(values) == 0 or np.ptp(expression.to_numpy()) == 0
-    correlation = float("nan")
-    if not constant:
-        spearmanr = require("scipy.stats", "explain").spearmanr
-        correlation = float(spearmanr(values, expression.to_numpy()).statistic)
     return {
         "cell_type": cell_type,
         "n_genes": len(values),
         "n_top": used,
         "overlap": len(best & differential) / used,
         "expected": used / len(values),
-        "spearman": correlation,
+        "spearman": float("nan") if constant else float(spearmanr(values, expression.to_numpy()).statistic),
         "genes": ";".join(sorted(expression.index[list(best & differential)])),
     }

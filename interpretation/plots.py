@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-
-from ..extras import require
+import scipy.sparse as sp
+from matplotlib.figure import Figure
 
 # more points than this only thicken the swarm
 MAX_CELLS = 2000
@@ -15,46 +14,19 @@ MAX_CELLS = 2000
 
 def plot_summary(
     contributions: np.ndarray,
-    expression: np.ndarray,
+    expression: np.ndarray | sp.csr_matrix,
     gene_names: Sequence[str],
-    path: str | Path | None = None,
-    n_genes: int = 20,
-    title: str | None = None,
-) -> Any:
+    path: str | Path,
+    n_genes: int,
+    title: str,
+) -> Figure:
     """
     SHAP-style summary ("beeswarm"): one row per gene, one point per cell, coloured by expression.
 
-    Parameters
-    ----------
-    contributions
-        Contribution of every gene to the explained output, [cells, genes]; right is for it, left against it. Of more
-        than 2,000 cells as many are drawn.
-    expression
-        Expression bins or values of the same cells and genes, [cells, genes], dense or scipy sparse. Colours are
-        scaled within a gene from its 5th to its 95th percentile.
-    gene_names
-        [genes].
-    path
-        Where to save the picture; nothing is saved when None.
-    n_genes
-        Genes drawn: those with the largest mean absolute contribution over all cells, which stands beside the
-        name.
-    title
-        Text above the picture, such as the cell type explained.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-
-    Raises
-    ------
-    ValueError
-        When the shapes differ, or there is no cell.
-
-    Examples
-    --------
-    >>> rng = np.random.default_rng(0)
-    >>> figure = plot_summary(rng.normal(size=(50, 3)), rng.integers(0, 5, (50, 3)), ["A", "B", "C"])
+    The contributions [cells, genes] to the explained output are for it on the right, against it on the left; of more
+    than 2,000 cells as many are drawn. The expression [cells, genes], bins or values, gives the colours, scaled within
+    a gene from its 5th to its 95th percentile. The genes drawn are those with the largest mean absolute contribution
+    over all cells, which stands beside the name.
     """
     contributions = np.asarray(contributions, dtype=np.float64)
     if (
@@ -68,17 +40,18 @@ def plot_summary(
         )
     importance = np.abs(contributions).mean(axis=0)
     shown = np.argsort(-importance, kind="stable")[:n_genes]
+    expression = sp.csc_matrix(expression)
     cells = np.arange(len(contributions))
     if len(cells) > MAX_CELLS:
         cells = np.sort(np.random.default_rng(0).choice(cells, MAX_CELLS, replace=False))
     size = (6.4, 1.4 + 0.3 * len(shown))
-    figure = require("matplotlib.figure", "explain").Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
     points = None
     for row, gene in enumerate(shown):
         values = contributions[cells, gene]
-        colours = _scaled(_column(expression, gene)[cells])
+        colours = _scaled(expression[:, [gene]].toarray().ravel().astype(np.float64)[cells])
         # the highest expressed on top, so that a few of them stay visible.
         order = np.argsort(colours, kind="stable")
         points = axes.scatter(
@@ -96,19 +69,13 @@ def plot_summary(
     axes.set_yticks(range(len(shown)), labels, fontsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlabel("contribution (in brackets: mean absolute value)")
-    axes.set_title(title or "", fontsize=10)
+    axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     bar = figure.colorbar(points, ax=axes, aspect=40, pad=0.02, ticks=[0, 1])
     bar.ax.set_yticklabels(["low", "high"])
     bar.set_label("expression", labelpad=-12)
-    if path is not None:
-        figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150)
     return figure
-
-
-def _column(matrix: Any, index: int) -> np.ndarray:
-    column = matrix[:, [index]]
-    return np.asarray(column.toarray() if hasattr(column, "toarray") else column, dtype=np.float64).ravel()
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
@@ -137,32 +104,12 @@ def _swarm(values: np.ndarray, n_bins: int = 100, width: float = 0.4) -> np.ndar
     return offsets
 
 
-def plot_top_genes(
-    table: pd.DataFrame, scores: pd.DataFrame, path: str | Path | None = None, n_top: int = 5
-) -> Any:
+def plot_top_genes(table: pd.DataFrame, scores: pd.DataFrame, path: str | Path, n_top: int = 5) -> Figure:
     """
-    Heat map of every type's top genes over all types, z-scored within a gene.
+    Heat map of every type's `n_top` genes over all types, z-scored within a gene, saved to `path`.
 
-    Parameters
-    ----------
-    table
-        From `markers.top_genes_table`.
-    scores
-        The scores it was made from, [genes, types].
-    path
-        Where to save the picture; nothing is saved when None.
-    n_top
-        Genes drawn of each type; a gene on top of several is drawn once, with the first.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-
-    Examples
-    --------
-    >>> from scbert.interpretation.markers import top_genes_table
-    >>> scores = pd.DataFrame({"T": [3.0, 1.0], "B": [1.0, 3.0]}, index=["CD3D", "MS4A1"])
-    >>> figure = plot_top_genes(top_genes_table(scores), scores, n_top=1)
+    The table is of `markers.top_genes_table`, of the `scores` [genes, types]. A gene on top of several types is drawn
+    once, with the first.
     """
     genes = list(dict.fromkeys(table.loc[table["rank"] <= n_top, "gene"]))
     values = scores.loc[genes].to_numpy(dtype=np.float64)
@@ -170,7 +117,7 @@ def plot_top_genes(
     values = (values - values.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
     limit = max(float(np.abs(values).max(initial=0.0)), 1e-9)
     size = (2.6 + 0.36 * scores.shape[1], 1.8 + 0.2 * len(genes))
-    figure = require("matplotlib.figure", "explain").Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     axes.set_xticks(
@@ -179,6 +126,5 @@ def plot_top_genes(
     axes.xaxis.set_tick_params(rotation_mode="anchor")
     axes.set_yticks(range(len(genes)), genes, fontsize=7)
     figure.colorbar(image, ax=axes, label="z-score over types", shrink=0.7)
-    if path is not None:
-        figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150)
     return figure

@@ -1,6 +1,6 @@
 """Attention each gene receives in the model's own forward pass, in memory linear in the panel."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack
 
 import torch
 
@@ -55,7 +55,10 @@ def gene_attention(model, input_ids, attention_mask=None, **inputs) -> torch.Ten
         raise InputError("The model has no layers, so there is no attention to report.")
     total = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
 
-    def add(layer, hidden_states):
+    def add(layer, arguments):
+        # a reversible layer attends on the second of its two streams
+        streams = arguments[3] if len(arguments) > 3 else None
+        hidden_states = arguments[0] if streams is None else streams[1].to(arguments[0].dtype)
         states = layer.attention_norm(hidden_states)
         # the features of many long cells at once would not fit
         cells = max(1, TOKENS_AT_ONCE // states.shape[1])
@@ -64,29 +67,12 @@ def gene_attention(model, input_ids, attention_mask=None, **inputs) -> torch.Ten
             mask = None if attention_mask is None else attention_mask[some]
             total[some] += RECEIVED[kind](layer.attention, states[some], mask).mean(dim=1)
 
-    with torch.no_grad(), _layer_inputs(encoder, add):
+    with torch.no_grad(), ExitStack() as hooks:
+        # on the layers and not on their attention, which fast inference passes by
+        for layer in encoder.layers:
+            hooks.enter_context(layer.register_forward_pre_hook(add))
         encoder(input_ids, attention_mask=attention_mask, **inputs)
     return total / len(encoder.layers)
-
-
-@contextmanager
-def _layer_inputs(encoder, receive):
-    """Call `receive(layer, hidden_states)` with what each layer's attention branch is given.
-
-    The layer is hooked and not its attention, which fast inference passes by.
-    """
-
-    def hook(layer, arguments):
-        # a reversible layer attends on the second of its two streams
-        streams = arguments[3] if len(arguments) > 3 else None
-        receive(layer, arguments[0] if streams is None else streams[1].to(arguments[0].dtype))
-
-    hooks = [layer.register_forward_pre_hook(hook) for layer in encoder.layers]
-    try:
-        yield
-    finally:
-        for each in hooks:
-            each.remove()
 
 
 def _favor_received(attention, hidden_states, attention_mask):
@@ -98,14 +84,13 @@ def _favor_received(attention, hidden_states, attention_mask):
 def _softmax_received(attention, hidden_states, attention_mask):
     shape = (*hidden_states.shape[:-1], -1, attention.config.head_dim)
     query, key = (p(hidden_states).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
-    keep = None if attention_mask is None else attention_mask.bool()
+    if attention_mask is None:
+        attention_mask = torch.ones(hidden_states.shape[:2], device=hidden_states.device)
+    keep = attention_mask.bool()
     received = 0
     for start in range(0, query.shape[2], QUERIES_AT_ONCE):
         rows = slice(start, start + QUERIES_AT_ONCE)
         scores = (query[:, :, rows] @ key.mT).float() * attention.config.head_dim**-0.5
-        if keep is None:
-            received = received + scores.softmax(-1).sum(dim=2)
-            continue
         weights = scores.masked_fill(~keep[:, None, None, :], torch.finfo(scores.dtype).min).softmax(-1)
         received = received + (weights * keep[:, None, rows, None]).sum(dim=2)
     return received

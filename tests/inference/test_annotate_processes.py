@@ -40,8 +40,8 @@ def test_two_processes_annotate_as_one_does(query, model_dir, tmp_path):
     assert not (tmp_path / "two.h5ad.partial").exists()
 
 
-def in_this_process(self, run, shards, n_cells, progress):
-    annotate_processes.write_shards(run, self.folder, 0, 1)
+def in_this_process(self, shards, n_cells, progress):
+    self.write_shards(0, 1)
 
 
 def test_interrupted_run_goes_on(query, model_dir, tmp_path, monkeypatch):
@@ -75,7 +75,7 @@ def test_dead_process_is_told(query, model_dir, tmp_path, monkeypatch):
     class Dead:
         exitcode = -9
 
-    def killed(self, run, shards, n_cells, progress):
+    def killed(self, shards, n_cells, progress):
         annotate_processes._check([Dead()], SimpleQueue(), self.folder)
 
     monkeypatch.setattr(annotate_processes.ShardedPrediction, "_work", killed)

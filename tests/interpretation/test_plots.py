@@ -23,10 +23,11 @@ def test_summary_shows_the_genes_of_largest_mean_absolute_contribution(tmp_path)
     assert (tmp_path / "s.png").stat().st_size > 5000
 
 
-def test_summary_draws_a_sample_of_many_cells(monkeypatch):
+def test_summary_draws_a_sample_of_many_cells(monkeypatch, tmp_path):
     monkeypatch.setattr(plots, "MAX_CELLS", 10)
     rng = np.random.default_rng(0)
-    figure = plots.plot_summary(rng.normal(size=(50, 1)), rng.integers(0, 5, (50, 1)), ["A"])
+    contributions, expression = rng.normal(size=(50, 1)), rng.integers(0, 5, (50, 1))
+    figure = plots.plot_summary(contributions, expression, ["A"], tmp_path / "s.png", n_genes=1, title="T")
     assert len(figure.axes[0].collections[0].get_offsets()) == 10
 
 
@@ -37,9 +38,9 @@ def test_swarm_is_symmetric_and_stays_in_its_row():
     assert np.abs(plots._swarm(np.random.default_rng(0).normal(size=1000))).max() <= 0.4
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"\[cells, 2\]"):
-        plots.plot_summary(np.zeros((3, 2)), np.zeros((3, 3)), ["A", "B"])
+        plots.plot_summary(np.zeros((3, 2)), np.zeros((3, 3)), ["A", "B"], tmp_path / "s.png", 2, "T")
 
 
 def test_top_genes_picture_draws_a_shared_gene_once(tmp_path):
