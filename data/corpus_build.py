@@ -46,7 +46,6 @@ def build_corpus(
     min_cells=1,
     max_mito_fraction=None,
     doublet_key=None,
-    max_doublet_score=0.5,
     keep_duplicates=False,
     columns=None,
     shard_cells=16_384,
@@ -56,52 +55,19 @@ def build_corpus(
     resume=False,
     overwrite=False,
 ):
-    """Build a corpus, or verify one.
+    """Build a corpus from files of cells, folders of them and manifests (see `find_sources`), or verify one.
 
     Every file is read twice, in chunks: once to check its cells and apply the quality rules, once to write them. Of
-    cells with the same genes and values the first one stays.
+    cells with the same genes and values, in one file or in several, the first one stays, or all with `keep_duplicates`.
 
-    Parameters
-    ----------
-    sources : sequence of path
-        Files, folders and manifests, see `find_sources`; with `verify` the corpus.
-    output : path
-        The folder to write; it is built in ``OUTPUT.partial``.
-    layer, input
-        Where the values are, and what they are: ``"auto"``, ``"counts"`` or ``"log1p"``.
-    min_genes, max_mito_fraction, doublet_key, max_doublet_score
-        See `QualityRules`.
-    min_cells : int
-        A gene is taken from a file if at least this many of the file's cells express it.
-    keep_duplicates : bool
-        Keep cells that occur more than once, in one file or in several.
-    columns : sequence of str, optional
-        Columns of `obs` to keep; all of them if left out.
-    shard_cells : int
-        Cells of a shard, the unit of restarts.
-    num_proc : int
-        Number of worker processes, a file each.
-    strict : bool
-        Stop at a file that cannot be used; otherwise it is reported and left out.
-    verify : bool
-        Compare the corpus with its checksums instead.
-    resume, overwrite : bool
-        Continue an interrupted build; replace an existing corpus.
+    The corpus is built in ``OUTPUT.partial``; `resume` continues an interrupted build, `overwrite` replaces an existing
+    corpus. `layer` is where the values are, `input` what they are: ``"auto"``, ``"counts"`` or ``"log1p"``. The limits
+    are those of `QualityRules`. All `columns` of `obs` are kept unless some are named. A shard, the unit of restarts,
+    holds `shard_cells` cells; `num_proc` worker processes take a file each. A file that cannot be used is reported and
+    left out, or ends the build if `strict`. With `verify` the one source is a corpus, compared with its checksums.
 
-    Returns
-    -------
-    dict
-        Cells, genes, files, ``files_skipped`` (how many) and ``skipped_files`` (which), duplicates and seconds; by
-        file in ``corpus.json`` and ``report.csv``.
-
-    Raises
-    ------
-    InputError
-        If no cell is left; with `strict`, if any source cannot be used.
-
-    Examples
-    --------
-    >>> build_corpus(["cells/"], "corpus", num_proc=4)  # doctest: +SKIP
+    The summary counts cells, genes, files, ``files_skipped`` (``skipped_files`` says which), duplicates and seconds; by
+    file they stand in ``corpus.json`` and ``report.csv``.
     """
     if verify:
         if len(sources) != 1 or output is not None:
@@ -115,7 +81,7 @@ def build_corpus(
         raise InputError(f"input must be one of {', '.join(INPUT_KINDS)}; found {input!r}.")
     started = time.monotonic()
     found = find_sources(sources, layer)
-    rules = QualityRules(min_genes, min_cells, max_mito_fraction, doublet_key, max_doublet_score)
+    rules = QualityRules(min_genes, min_cells, max_mito_fraction, doublet_key)
     settings = {
         "sources": [[str(source.path), source.layer, source.columns, source.stamp()] for source in found],
         "input": input,
@@ -244,11 +210,10 @@ def _write_all(reports, folder, genes, columns, shard_cells, workers):
     schema = corpus_schema(
         [report["scan"] for report in reports], [report["source"] for report in reports], columns
     )
-    jobs = []
-    for number, report in enumerate(reports):
-        facts = report["scan"].facts
-        source, rows, prefix = report["source"], report["rows"], f"cells-{number:05d}"
-        jobs.append((source, rows, facts, genes, schema, folder, prefix, shard_cells))
+    jobs = [
+        (report["source"], report["rows"], report["scan"].facts, genes, schema, folder, number, shard_cells)
+        for number, report in enumerate(reports)
+    ]
     for report, shards in zip(reports, workers.map(write_file, jobs, "writing")):
         if isinstance(shards, InputError):
             # it could be read a moment ago: better to stop than to leave out what duplicates were judged by
@@ -261,7 +226,7 @@ def _write_all(reports, folder, genes, columns, shard_cells, workers):
 def _finish(folder, reports, settings, genes):
     """Write the manifest and what `datasets` wants to see; take away what only the build needed."""
     sources = [_facts(report) for report in reports]
-    shards = [shard["file"] for source in sources for shard in source["shards"]]
+    shards = [shard for source in sources for shard in source["shards"]]
     cells = sum(source["kept"] for source in sources)
     if not cells:
         raise InputError(
@@ -276,8 +241,8 @@ def _finish(folder, reports, settings, genes):
         "settings": settings,
         "sources": sources,
     }
-    state = {"_data_files": [{"filename": name} for name in shards], "_fingerprint": "0", "_split": None}
-    state |= {f"_format_{name}": None for name in ("columns", "type")}
+    state = {"_data_files": [{"filename": shard["file"]} for shard in shards], "_fingerprint": "0", "_split": None}
+    state |= {"_format_columns": None, "_format_type": None}
     state |= {"_format_kwargs": {}, "_output_all_columns": False}
     (folder / "state.json").write_text(json.dumps(state))
     report = pd.DataFrame(sources).drop(columns=["shards", "whole", "columns"])
@@ -291,7 +256,7 @@ def _finish(folder, reports, settings, genes):
     return {
         "cells": cells,
         "genes": len(genes),
-        "values": sum(shard["values"] for source in sources for shard in source["shards"]),
+        "values": sum(shard["values"] for shard in shards),
         "files": len(sources),
         "files_skipped": len(skipped),
         "skipped_files": skipped,

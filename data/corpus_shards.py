@@ -153,8 +153,8 @@ def _common_kind(kinds):
     return "float" if kinds == {"int", "float"} else "string"
 
 
-def write_file(source, rows, facts, genes, schema, folder, prefix, shard_cells):
-    """Write the cells `rows` (ascending) of a file as shards called ``PREFIX-00000.arrow`` and so on; those there stay.
+def write_file(source, rows, facts, genes, schema, folder, number, shard_cells):
+    """Write the cells `rows` (ascending) of file `number` as shards ``cells-NUMBER-00000.arrow`` and on; those there stay.
 
     `facts` are of its `Scan`, `genes` those of the corpus in order. Returns a dict with ``file``, ``cells``,
     ``values``, ``bytes`` and ``sha256`` for every shard.
@@ -162,8 +162,8 @@ def write_file(source, rows, facts, genes, schema, folder, prefix, shard_cells):
     written = []
     with contextlib.ExitStack() as stack:
         batches = None
-        for number, start in enumerate(range(0, len(rows), shard_cells)):
-            path = folder / f"{prefix}-{number:05d}.arrow"
+        for place, start in enumerate(range(0, len(rows), shard_cells)):
+            path = folder / f"cells-{number:05d}-{place:05d}.arrow"
             record = path.with_suffix(".json")
             if not record.exists():
                 if batches is None:
