@@ -241,7 +241,11 @@ def _finish(folder, reports, settings, genes):
         "settings": settings,
         "sources": sources,
     }
-    state = {"_data_files": [{"filename": shard["file"]} for shard in shards], "_fingerprint": "0", "_split": None}
+    state = {
+        "_data_files": [{"filename": shard["file"]} for shard in shards],
+        "_fingerprint": "0",
+        "_split": None,
+    }
     state |= {"_format_columns": None, "_format_type": None}
     state |= {"_format_kwargs": {}, "_output_all_columns": False}
     (folder / "state.json").write_text(json.dumps(state))

@@ -154,10 +154,10 @@ def _common_kind(kinds):
 
 
 def write_file(source, rows, facts, genes, schema, folder, number, shard_cells):
-    """Write the cells `rows` (ascending) of file `number` as shards ``cells-NUMBER-00000.arrow`` and on; those there stay.
+    """Write the cells `rows` (ascending) of the file `number` as shards ``cells-NUMBER-00000.arrow`` and so on.
 
-    `facts` are of its `Scan`, `genes` those of the corpus in order. Returns a dict with ``file``, ``cells``,
-    ``values``, ``bytes`` and ``sha256`` for every shard.
+    Shards that are there stay. `facts` are of the file's `Scan`, `genes` those of the corpus in order. Returns a dict
+    with ``file``, ``cells``, ``values``, ``bytes`` and ``sha256`` for every shard.
     """
     written = []
     with contextlib.ExitStack() as stack:

@@ -19,13 +19,7 @@ CLEAR_SHARE = 0.9
 
 
 def ancestors_of(name: str, parents: dict[str, str]) -> list[str]:
-    """
-    The types above one, the nearest first.
-
-    Raises
-    ------
-    InputError
-        If the parents go round in a circle.
+    """The types above one, the nearest first; parents that go round in a circle are refused.
 
     Examples
     --------
@@ -65,12 +59,6 @@ def tree_from_column(
 
     `labels` and `coarse` types are those of the reference's cells, [cells], None where a cell has none; `classes` are
     the types of the model, and `coarse_key` is the name of the column, for messages.
-
-    Examples
-    --------
-    >>> fine, coarse = np.array([["CD4", "CD8", "B"], ["T", "T", "B"]], dtype=object)
-    >>> tree_from_column(fine, coarse, ["B", "CD4", "CD8"], "lineage")
-    {'CD4': 'T', 'CD8': 'T'}
     """
     parents = {}
     for name in classes:

@@ -62,8 +62,7 @@ def combine_modalities(modalities, genome=None):
         seen = "; ".join(f"{kind}: {', '.join(part.obs_names[:2])}" for kind, part in modalities.items())
         raise InputError(f"The modalities have no cell name in common ({seen}). Rename them (obs_names).")
     for kind, part in modalities.items():
-        if len(cells) < part.n_obs:
-            lost = part.n_obs - len(cells)
+        if lost := part.n_obs - len(cells):
             logger.warning(
                 "%d of %d cells of %s are left out: another modality lacks them.", lost, part.n_obs, kind
             )
@@ -117,8 +116,8 @@ def map_peaks(adata, gene_panel, feature_modalities, build=None):
     """Cells with their peaks brought to the regions of a panel, by genomic overlap; all other features come first.
 
     `adata` is of `read_multiomics`; `gene_panel` and `feature_modalities` are of the model's tokenizer, and `build` is
-    its genome build, if known. Each region gets the sum of the peaks that overlap it most; ``uns["peak_mapping"]`` counts
-    them. Peaks of another build, and peaks of which none overlaps the panel, are refused.
+    its genome build, if known. Each region gets the sum of the peaks that overlap it most, and
+    ``uns["peak_mapping"]`` counts them. Peaks of another build are refused, and those of which none overlaps the panel.
     """
     own = adata.uns.get("genome_build")
     if own and build and genome_build(own) != genome_build(build):

@@ -62,8 +62,8 @@ def measure_cells(adata, layer=None, on_chunk=None):
 def choose_cells(obs, quality, rules):
     """Cells that pass the `QualityRules`, bool [cells], and how many each rule leaves out.
 
-    `obs` and `quality` are of the same cells. The report has ``few_genes``, ``mitochondrial`` and ``doublets``, each cell
-    counted under the first rule that applies, and ``kept``. A rule that needs something the data lack is refused.
+    `obs` and `quality` are of the same cells. The report counts ``few_genes``, ``mitochondrial`` and ``doublets``, each
+    cell under the first rule that applies, and those ``kept``. A rule that needs something the data lack is refused.
     """
     faults = {
         "few_genes": quality.n_genes < rules.min_genes,
