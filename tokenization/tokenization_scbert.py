@@ -38,7 +38,6 @@ from .genes_scbert import (
     measured_share,
     read_gene_levels,
     read_panel_rows,
-    write_gene_levels,
     write_gene_panel,
 )
 
@@ -182,7 +181,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
         write_gene_panel(paths[0], self.gene_panel, self.feature_modalities)
         if self.gene_levels is None:
             return (paths[0],)
-        write_gene_levels(paths[1], self.gene_levels)
+        np.savetxt(paths[1], self.gene_levels, fmt="%.3g")
         return tuple(paths)
 
     # cells to batches
@@ -288,10 +287,6 @@ class ScBertTokenizer(PreTrainedTokenizer):
         """Like `bin_cells`, in chunks of rows: memory does not grow with the cells of a backed file.
 
         An `alignment` of the columns with the panel may be given in the place of `gene_names`.
-
-        Yields
-        ------
-        scipy.sparse.csr_matrix [up to chunk_size, panel]
         """
         gene_names = gene_names if alignment is None else alignment.names
         matrix, names = matrix_and_names(cells, self.gene_panel, gene_names, layer)
