@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -92,14 +93,13 @@ def build_corpus(
     }
     with partial_folder(output, overwrite, resume, marker=MANIFEST) as folder:
         _check_settings(folder, settings)
-        workers = _Workers(min(num_proc, len(found)), strict)
-        reports = _scan_all(found, folder, input, rules, workers)
+        reports = _scan_all(found, folder, input, rules, num_proc, strict)
         usable = [report for report in reports if report["scan"] is not None]
         if not usable:
             raise InputError(f"None of {len(found)} file(s) can be used: {reports[0]['problem']}")
         _mark_duplicates(usable, keep_duplicates)
         genes = _write_genes(folder, usable)
-        _write_all(usable, folder, genes, columns or None, shard_cells, workers)
+        _write_all(usable, folder, genes, columns or None, shard_cells, num_proc)
         summary = _finish(folder, reports, settings, genes)
     return {"corpus": str(output), **summary, "seconds": time.monotonic() - started}
 
@@ -119,51 +119,46 @@ def _check_settings(folder, settings):
     (folder / SCANS).mkdir(exist_ok=True)
 
 
-class _Workers:
-    """Calls of one function for many files, in this process or in several, in order."""
+def _results(function, jobs, title, num_proc, strict):
+    """Results of the calls with `jobs`, in order and in one process or several; unless strict, errors among them."""
+    with tqdm(total=len(jobs), desc=title, unit=" files", disable=None) as bar:
 
-    def __init__(self, number, strict):
-        self.number, self.strict = number, strict
-
-    def map(self, function, jobs, title):
-        """Results in the order of the jobs; an `InputError` in the place of a result unless strict."""
-        with tqdm(total=len(jobs), desc=title, unit=" files", disable=None) as bar:
-            if self.number == 1:
-                return [self._finished(lambda job=job: function(*job), bar) for job in jobs]
-            # spawned, not forked: arrow and hdf5 have threads of their own
-            pool = ProcessPoolExecutor(
-                self.number, multiprocessing.get_context("spawn"), initializer=end_with_parent
-            )
+        def finished(result):
             try:
-                futures = [pool.submit(function, *job) for job in jobs]
-                return [self._finished(future.result, bar) for future in futures]
-            except BrokenProcessPool:
-                raise InputError(
-                    "A worker process was killed, perhaps because memory ran out. Continue with fewer processes "
-                    "(num_proc=1, resume=True; or --num-proc 1 --resume): what is finished is kept."
-                ) from None
-            except BaseException:
-                for process in list(pool._processes.values()):
-                    process.terminate()
-                raise
+                return result()
+            except InputError as problem:
+                if strict:
+                    raise
+                return problem
             finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+                bar.update()
 
-    def _finished(self, result, bar):
+        if min(num_proc, len(jobs)) == 1:
+            return [finished(partial(function, *job)) for job in jobs]
+        # spawned, not forked: arrow and hdf5 have threads of their own
+        pool = ProcessPoolExecutor(
+            min(num_proc, len(jobs)), multiprocessing.get_context("spawn"), initializer=end_with_parent
+        )
         try:
-            return result()
-        except InputError as problem:
-            if self.strict:
-                raise
-            return problem
+            futures = [pool.submit(function, *job) for job in jobs]
+            return [finished(future.result) for future in futures]
+        except BrokenProcessPool:
+            raise InputError(
+                "A worker process was killed, perhaps because memory ran out. Continue with fewer processes "
+                "(num_proc=1, resume=True; or --num-proc 1 --resume): what is finished is kept."
+            ) from None
+        except BaseException:
+            for process in list(pool._processes.values()):
+                process.terminate()
+            raise
         finally:
-            bar.update()
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _scan_all(sources, folder, input, rules, workers):
+def _scan_all(sources, folder, input, rules, num_proc, strict):
     jobs = [(source, input, rules, folder / SCANS / f"{i:05d}.npz") for i, source in enumerate(sources)]
     reports = []
-    for source, scan in zip(sources, workers.map(scan_file, jobs, "reading")):
+    for source, scan in zip(sources, _results(scan_file, jobs, "reading", num_proc, strict)):
         problem = str(scan) if isinstance(scan, InputError) else None
         if problem:
             logger.warning("%s is left out: %s", source.path, problem)
@@ -206,7 +201,7 @@ def _write_genes(folder, reports):
     return list(modality)
 
 
-def _write_all(reports, folder, genes, columns, shard_cells, workers):
+def _write_all(reports, folder, genes, columns, shard_cells, num_proc):
     schema = corpus_schema(
         [report["scan"] for report in reports], [report["source"] for report in reports], columns
     )
@@ -214,10 +209,8 @@ def _write_all(reports, folder, genes, columns, shard_cells, workers):
         (report["source"], report["rows"], report["scan"].facts, genes, schema, folder, number, shard_cells)
         for number, report in enumerate(reports)
     ]
-    for report, shards in zip(reports, workers.map(write_file, jobs, "writing")):
-        if isinstance(shards, InputError):
-            # it could be read a moment ago: better to stop than to leave out what duplicates were judged by
-            raise shards
+    # strict, for all could be read a moment ago: better to stop than to leave out what duplicates were judged by
+    for report, shards in zip(reports, _results(write_file, jobs, "writing", num_proc, strict=True)):
         report["shards"] = shards
     info = DatasetInfo(features=Features.from_arrow_schema(schema))
     info.write_to_directory(str(folder))

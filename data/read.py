@@ -162,17 +162,16 @@ def log_normalize(adata: Any, layer: str | None = None, input: str = "auto") -> 
     return normalize_expression(counts, target_sum=1e4, log_base=math.e), unique
 
 
-def to_counts_scale(csr, kind, target_sum=1e4):
+def to_counts_scale(csr, kind):
     """Values on the scale of counts: those of the kind ``"counts"`` as they are, ``expm1`` of ``"log1p"`` in float64.
 
-    Rows of the latter are rescaled to `target_sum` if they share another sum.
+    Rows of the latter are rescaled to 10,000 if they share another sum.
     """
     if kind == "counts":
         return csr
-    values = expm1(csr)
-    scale = log1p_scale(csr, target_sum)
-    if scale not in (None, target_sum):
-        values.data *= target_sum / scale
+    values, scale = expm1(csr), log1p_scale(csr)
+    if scale not in (None, 1e4):
+        values.data *= 1e4 / scale
     return values
 
 
@@ -190,9 +189,7 @@ class CscRows:
     """
 
     def __init__(self, dataset):
-        self._group = dataset.group
-        self.shape = dataset.shape
-        self.dtype = dataset.dtype
+        self._group, self.shape = dataset.group, dataset.shape
 
     def __getitem__(self, rows):
         start, stop, step = rows.indices(self.shape[0])

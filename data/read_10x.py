@@ -1,7 +1,6 @@
 """The two forms 10x Genomics' Cell Ranger writes: matrix folders and .h5 files."""
 
 import csv
-import gzip
 import logging
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import scipy.io
 import scipy.sparse as sp
 
 from ..tokenization import InputError
+from ..tokenization.genes_scbert import open_text
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,7 @@ def read_10x_folder(folder, every_feature=False):
 
 
 def _read_table(path):
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", newline="") as handle:
+    with open_text(path) as handle:
         return [row for row in csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
 
 
@@ -79,16 +78,13 @@ def read_10x_h5(path, every_feature=False):
             (group["data"][:].astype("float32"), group["indices"][:], group["indptr"][:]),
             shape=(n_cells, n_genes),
         )
-        barcodes = group["barcodes"].asstr()[:]
-        features = group.get("features")
-        if features is None:
-            return _assemble(
-                matrix, barcodes, group["gene_names"].asstr()[:], group["genes"].asstr()[:], None
-            )
-        kinds = features["feature_type"].asstr()[:] if "feature_type" in features else None
-        genomes = features["genome"].asstr()[:] if "genome" in features else None
-        names, ids = features["name"].asstr()[:], features["id"].asstr()[:]
-        return _assemble(matrix, barcodes, names, ids, kinds, genomes, every_feature)
+        # version 2 has no features
+        table = group.get("features") or {"name": group["gene_names"], "id": group["genes"]}
+        names, ids, kinds, genomes = (
+            table[column].asstr()[:] if column in table else None
+            for column in ("name", "id", "feature_type", "genome")
+        )
+        return _assemble(matrix, group["barcodes"].asstr()[:], names, ids, kinds, genomes, every_feature)
 
 
 def _matrix_group(file, path):

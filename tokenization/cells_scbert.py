@@ -156,8 +156,8 @@ def sample_rows(matrix):
 def resolve_input(matrix, input="auto", target_sum=1e4, hint=""):
     """What kind of values a matrix of cells x genes holds, ``"counts"`` or ``"log1p"``, from a sample of its rows.
 
-    `input` is what it is said to hold, `target_sum` the sum that counts were probably brought to before their logarithm,
-    and `hint` what an error ends with, such as `other_sources`. The second answer is the row sum of log1p values before
+    `input` is what it is said to hold, `target_sum` what counts were probably brought to before their logarithm, and
+    `hint` what an error ends with, such as `other_sources`. The second answer is the row sum of log1p values before
     their logarithm, or None if they share none: then not all genes are there.
     """
     if input not in INPUT_KINDS:

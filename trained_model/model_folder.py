@@ -197,7 +197,7 @@ def load_model(
     `model` is a folder written by `finetune`, `pretrain` or `convert`, or the ``user/name`` of one on the Hub; a
     `LoadedModel` passes through. The `task` ``"annotation"`` needs a fine-tuned model, ``"embedding"`` takes any.
     The `device` is ``"cpu"``, ``"cuda"``, ``"cuda:1"``..., by default (``"auto"``) the first GPU, or else the CPU;
-    `dtype` is ``"float32"`` or ``"bfloat16"``, by default (``"auto"``) bfloat16 on GPUs that have it, float32 elsewhere.
+    `dtype` is ``"float32"`` or ``"bfloat16"``, by default (``"auto"``) the latter on GPUs that have it.
     """
     if isinstance(model, LoadedModel):
         return model
