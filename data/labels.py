@@ -70,11 +70,6 @@ def choose_classes(labels: Sequence[str | None], label_key: str) -> tuple[list[s
 
     Of `find_labels`' output [cells], which must have two classes at least: the sorted classes, and a report of
     ``unlabelled`` (cells) and ``small_classes`` (``{name: cells}``, fewer than three cells).
-
-    Examples
-    --------
-    >>> choose_classes(["B"] * 3 + ["T"] * 4 + ["Mast", None], "type")
-    (['B', 'Mast', 'T'], {'unlabelled': 1, 'small_classes': {'Mast': 1}})
     """
     counts = Counter(label for label in labels if label is not None)
     classes = sorted(counts)

@@ -236,9 +236,8 @@ def disk_is_full(error):
     """Whether a full disk or quota is behind an error: libraries report it in types and words of their own."""
     signs = ("no space left on device", "os error 28", "errno = 28", "disk quota exceeded")
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(sign in str(error).lower() for sign in signs):
+        by_number = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if by_number or any(sign in str(error).lower() for sign in signs):
             return True
         error = error.__cause__ or error.__context__
     return False

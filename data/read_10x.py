@@ -56,8 +56,8 @@ def read_10x_folder(folder, every_feature=False):
     columns = list(zip(*features))
     # a file of one column holds symbols only
     ids, symbols = columns[0], columns[min(1, len(columns) - 1)]
-    kinds = columns[2] if len(columns) > 2 else None
-    return _assemble(matrix, [row[0] for row in barcodes], symbols, ids, kinds, every_feature=every_feature)
+    known = {"gene_ids": ids} | ({"feature_types": columns[2]} if len(columns) > 2 else {})
+    return _assemble(matrix, [row[0] for row in barcodes], symbols, known, every_feature)
 
 
 def _read_table(path):
@@ -80,11 +80,9 @@ def read_10x_h5(path, every_feature=False):
         )
         # version 2 has no features
         table = group.get("features") or {"name": group["gene_names"], "id": group["genes"]}
-        names, ids, kinds, genomes = (
-            table[column].asstr()[:] if column in table else None
-            for column in ("name", "id", "feature_type", "genome")
-        )
-        return _assemble(matrix, group["barcodes"].asstr()[:], names, ids, kinds, genomes, every_feature)
+        columns = {"gene_ids": "id", "feature_types": "feature_type", "genome": "genome"}
+        known = {ours: table[name].asstr()[:] for ours, name in columns.items() if name in table}
+        return _assemble(matrix, group["barcodes"].asstr()[:], table["name"].asstr()[:], known, every_feature)
 
 
 def _matrix_group(file, path):
@@ -98,15 +96,13 @@ def _matrix_group(file, path):
     return file[groups[0]]
 
 
-def _assemble(matrix, barcodes, symbols, ids, kinds, genomes=None, every_feature=False):
-    var = pd.DataFrame({"gene_ids": list(ids)}, index=pd.Index(list(symbols), dtype=object))
-    if kinds is not None:
-        var["feature_types"] = list(kinds)
-    if genomes is not None:
-        var["genome"] = list(genomes)
+def _assemble(matrix, barcodes, symbols, columns, every_feature):
+    """An AnnData with these columns of `var`, and of these features, as far as they are asked for."""
+    columns = {name: list(values) for name, values in columns.items()}
+    var = pd.DataFrame(columns, index=pd.Index(list(symbols), dtype=object))
     obs = pd.DataFrame(index=pd.Index(list(barcodes), dtype=object))
     adata = anndata.AnnData(matrix, obs=obs, var=var)
-    if every_feature or kinds is None or GENE_EXPRESSION not in set(kinds):
+    if every_feature or GENE_EXPRESSION not in columns.get("feature_types", ()):
         return adata
     expression = (var["feature_types"] == GENE_EXPRESSION).to_numpy()
     if not expression.all():

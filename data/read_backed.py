@@ -105,10 +105,8 @@ def _matrix(element):
 
 def _matrices(group):
     """The matrices of a group; what is none, such as a data frame of obsm, is left out."""
-    known = {
-        name: element for name, element in group.items() if element.attrs.get("encoding-type") in MATRICES
-    }
-    return {name: _matrix(element) for name, element in known.items()}
+    known = [name for name in group if group[name].attrs.get("encoding-type") in MATRICES]
+    return {name: _matrix(group[name]) for name in known}
 
 
 def _raw(group):

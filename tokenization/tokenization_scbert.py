@@ -134,12 +134,10 @@ class ScBertTokenizer(PreTrainedTokenizer):
         kwargs.setdefault("pad_token", "[BIN_0]")
         kwargs.setdefault("mask_token", "[MASK]")
         kwargs.setdefault("model_max_length", max_length or len(self.gene_panel) + 1)
-        kwargs.setdefault("model_input_names", self._input_names())
+        names = ["input_ids"] if keep_zeros else ["input_ids", "attention_mask", "gene_ids"]
+        names += [] if feature_modalities is None else ["modality_ids"]
+        kwargs.setdefault("model_input_names", names)
         super().__init__(**options, **kwargs)
-
-    def _input_names(self):
-        names = ["input_ids"] if self.keep_zeros else ["input_ids", "attention_mask", "gene_ids"]
-        return names if self.feature_modalities is None else [*names, "modality_ids"]
 
     @property
     def gene_levels(self):
