@@ -170,8 +170,7 @@ def _mark_duplicates(reports, keep_duplicates):
     """Rows of every file to be written: what the rules keep, less the cells that were seen before."""
     rows = [np.flatnonzero(report["scan"].keep) for report in reports]
     hashes = np.concatenate([report["scan"].hashes[kept] for report, kept in zip(reports, rows)])
-    fresh = np.zeros(len(hashes), dtype=bool)
-    fresh[np.unique(hashes, return_index=True)[1]] = True
+    fresh = ~pd.Series(hashes).duplicated().to_numpy()
     parts = np.split(fresh, np.cumsum([len(kept) for kept in rows])[:-1])
     for report, kept, is_fresh in zip(reports, rows, parts):
         report["duplicates"] = int((~is_fresh).sum())
