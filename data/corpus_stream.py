@@ -259,23 +259,19 @@ class StreamOrder(Sampler):
 
     def _windows(self, share):
         """Cells of one share, some blocks at a time, shuffled among themselves."""
-        blocks = np.random.default_rng([self.seed, self.epoch]).permutation(
-            -(-self.n_cells // self.block_size)
-        )
+        n_blocks = -(-self.n_cells // self.block_size)
+        blocks = np.random.default_rng([self.seed, self.epoch]).permutation(n_blocks)
         # all blocks are full but the last of the file, wherever it fell
-        ends = np.cumsum(np.minimum(self.block_size, self.n_cells - blocks * self.block_size))
+        sizes = np.minimum(self.block_size, self.n_cells - blocks * self.block_size)
+        ends = np.cumsum(sizes)
+        # what leads from a place among the shuffled blocks to the cell there
+        shifts = blocks * self.block_size - (ends - sizes)
         start, stop = (self.n_cells * i // self.n_shares for i in (share, share + 1))
         rng = np.random.default_rng([self.seed, self.epoch, share])
         first = int(np.searchsorted(ends, start, side="right"))
-        last = int(np.searchsorted(ends, stop, side="left")) + 1
-        for at in range(first, last, self.window):
-            cells = [
-                self._cells(blocks[i], ends[i], start, stop) for i in range(at, min(at + self.window, last))
-            ]
-            yield rng.permutation(np.concatenate(cells))
-
-    def _cells(self, block, end, start, stop):
-        """Cells of a block that belong to the places from start to stop."""
-        cells = np.arange(block * self.block_size, min((block + 1) * self.block_size, self.n_cells))
-        begin = end - len(cells)
-        return cells[max(0, start - begin) : max(0, stop - begin)]
+        last = int(np.searchsorted(ends, stop, side="left"))
+        for block in range(first, last + 1, self.window):
+            until = min(stop, int(ends[min(block + self.window - 1, last)]))
+            places = np.arange(start, until)
+            yield rng.permutation(places + shifts[np.searchsorted(ends, places, side="right")])
+            start = until
