@@ -9,6 +9,7 @@ from ..tokenization.expression_scbert import as_csr
 from .read import CHUNK_SIZE, matrix_rows
 
 MITOCHONDRIAL = "MT-"
+# a cell with a higher doublet score is left out
 MAX_DOUBLET_SCORE = 0.5
 
 
