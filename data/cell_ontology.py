@@ -99,12 +99,6 @@ def propose_terms(labels: Iterable[str], ontology: CellOntology) -> pd.DataFrame
     The columns are ``label``, ``term_id``, ``term_name``, ``found``: by ``"name"`` or ``"synonym"``, exactly but for
     case, hyphens and the plural of "cell"; or ``"to confirm"``, the name most like the label, which a person has to
     look at. Where nothing is alike all but the label are empty.
-
-    Examples
-    --------
-    >>> tiny = CellOntology({"CL:0000236": "B cell"}, {"CL:0000236": ["B lymphocyte"]}, {"CL:0000236": set()})
-    >>> propose_terms(["B cells", "b-lymphocyte", "naive B", "?"], tiny).values.tolist()[1:3]
-    [['b-lymphocyte', 'CL:0000236', 'B cell', 'synonym'], ['naive B', 'CL:0000236', 'B cell', 'to confirm']]
     """
     labels = list(labels)
     named = _index((name, term_id) for term_id, name in ontology.names.items())

@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -46,7 +47,6 @@ def build_corpus(
     min_cells=1,
     max_mito_fraction=None,
     doublet_key=None,
-    max_doublet_score=0.5,
     keep_duplicates=False,
     columns=None,
     shard_cells=16_384,
@@ -56,52 +56,19 @@ def build_corpus(
     resume=False,
     overwrite=False,
 ):
-    """Build a corpus, or verify one.
+    """Build a corpus from files of cells, folders of them and manifests (see `find_sources`), or verify one.
 
     Every file is read twice, in chunks: once to check its cells and apply the quality rules, once to write them. Of
-    cells with the same genes and values the first one stays.
+    cells with the same genes and values, in one file or in several, the first one stays, or all with `keep_duplicates`.
 
-    Parameters
-    ----------
-    sources : sequence of path
-        Files, folders and manifests, see `find_sources`; with `verify` the corpus.
-    output : path
-        The folder to write; it is built in ``OUTPUT.partial``.
-    layer, input
-        Where the values are, and what they are: ``"auto"``, ``"counts"`` or ``"log1p"``.
-    min_genes, max_mito_fraction, doublet_key, max_doublet_score
-        See `QualityRules`.
-    min_cells : int
-        A gene is taken from a file if at least this many of the file's cells express it.
-    keep_duplicates : bool
-        Keep cells that occur more than once, in one file or in several.
-    columns : sequence of str, optional
-        Columns of `obs` to keep; all of them if left out.
-    shard_cells : int
-        Cells of a shard, the unit of restarts.
-    num_proc : int
-        Number of worker processes, a file each.
-    strict : bool
-        Stop at a file that cannot be used; otherwise it is reported and left out.
-    verify : bool
-        Compare the corpus with its checksums instead.
-    resume, overwrite : bool
-        Continue an interrupted build; replace an existing corpus.
+    The corpus is built in ``OUTPUT.partial``; `resume` continues an interrupted build, `overwrite` replaces an existing
+    corpus. `layer` is where the values are, `input` what they are: ``"auto"``, ``"counts"`` or ``"log1p"``. The limits
+    are those of `QualityRules`. All `columns` of `obs` are kept unless some are named. A shard, the unit of restarts,
+    holds `shard_cells` cells; `num_proc` worker processes take a file each. A file that cannot be used is reported and
+    left out, or ends the build if `strict`. With `verify` the one source is a corpus, compared with its checksums.
 
-    Returns
-    -------
-    dict
-        Cells, genes, files, ``files_skipped`` (how many) and ``skipped_files`` (which), duplicates and seconds; by
-        file in ``corpus.json`` and ``report.csv``.
-
-    Raises
-    ------
-    InputError
-        If no cell is left; with `strict`, if any source cannot be used.
-
-    Examples
-    --------
-    >>> build_corpus(["cells/"], "corpus", num_proc=4)  # doctest: +SKIP
+    The summary counts cells, genes, files, ``files_skipped`` (``skipped_files`` says which), duplicates and seconds; by
+    file they stand in ``corpus.json`` and ``report.csv``.
     """
     if verify:
         if len(sources) != 1 or output is not None:
@@ -115,7 +82,7 @@ def build_corpus(
         raise InputError(f"input must be one of {', '.join(INPUT_KINDS)}; found {input!r}.")
     started = time.monotonic()
     found = find_sources(sources, layer)
-    rules = QualityRules(min_genes, min_cells, max_mito_fraction, doublet_key, max_doublet_score)
+    rules = QualityRules(min_genes, min_cells, max_mito_fraction, doublet_key)
     settings = {
         "sources": [[str(source.path), source.layer, source.columns, source.stamp()] for source in found],
         "input": input,
@@ -126,14 +93,13 @@ def build_corpus(
     }
     with partial_folder(output, overwrite, resume, marker=MANIFEST) as folder:
         _check_settings(folder, settings)
-        workers = _Workers(min(num_proc, len(found)), strict)
-        reports = _scan_all(found, folder, input, rules, workers)
+        reports = _scan_all(found, folder, input, rules, num_proc, strict)
         usable = [report for report in reports if report["scan"] is not None]
         if not usable:
             raise InputError(f"None of {len(found)} file(s) can be used: {reports[0]['problem']}")
         _mark_duplicates(usable, keep_duplicates)
         genes = _write_genes(folder, usable)
-        _write_all(usable, folder, genes, columns or None, shard_cells, workers)
+        _write_all(usable, folder, genes, columns or None, shard_cells, num_proc)
         summary = _finish(folder, reports, settings, genes)
     return {"corpus": str(output), **summary, "seconds": time.monotonic() - started}
 
@@ -153,51 +119,46 @@ def _check_settings(folder, settings):
     (folder / SCANS).mkdir(exist_ok=True)
 
 
-class _Workers:
-    """Calls of one function for many files, in this process or in several, in order."""
+def _results(function, jobs, title, num_proc, strict):
+    """Results of the calls with `jobs`, in order and in one process or several; unless strict, errors among them."""
+    with tqdm(total=len(jobs), desc=title, unit=" files", disable=None) as bar:
 
-    def __init__(self, number, strict):
-        self.number, self.strict = number, strict
-
-    def map(self, function, jobs, title):
-        """Results in the order of the jobs; an `InputError` in the place of a result unless strict."""
-        with tqdm(total=len(jobs), desc=title, unit=" files", disable=None) as bar:
-            if self.number == 1:
-                return [self._finished(lambda job=job: function(*job), bar) for job in jobs]
-            # spawned, not forked: arrow and hdf5 have threads of their own
-            pool = ProcessPoolExecutor(
-                self.number, multiprocessing.get_context("spawn"), initializer=end_with_parent
-            )
+        def finished(result):
             try:
-                futures = [pool.submit(function, *job) for job in jobs]
-                return [self._finished(future.result, bar) for future in futures]
-            except BrokenProcessPool:
-                raise InputError(
-                    "A worker process was killed, perhaps because memory ran out. Continue with fewer processes "
-                    "(num_proc=1, resume=True; or --num-proc 1 --resume): what is finished is kept."
-                ) from None
-            except BaseException:
-                for process in list(pool._processes.values()):
-                    process.terminate()
-                raise
+                return result()
+            except InputError as problem:
+                if strict:
+                    raise
+                return problem
             finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+                bar.update()
 
-    def _finished(self, result, bar):
+        if min(num_proc, len(jobs)) == 1:
+            return [finished(partial(function, *job)) for job in jobs]
+        # spawned, not forked: arrow and hdf5 have threads of their own
+        pool = ProcessPoolExecutor(
+            min(num_proc, len(jobs)), multiprocessing.get_context("spawn"), initializer=end_with_parent
+        )
         try:
-            return result()
-        except InputError as problem:
-            if self.strict:
-                raise
-            return problem
+            futures = [pool.submit(function, *job) for job in jobs]
+            return [finished(future.result) for future in futures]
+        except BrokenProcessPool:
+            raise InputError(
+                "A worker process was killed, perhaps because memory ran out. Continue with fewer processes "
+                "(num_proc=1, resume=True; or --num-proc 1 --resume): what is finished is kept."
+            ) from None
+        except BaseException:
+            for process in list(pool._processes.values()):
+                process.terminate()
+            raise
         finally:
-            bar.update()
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _scan_all(sources, folder, input, rules, workers):
+def _scan_all(sources, folder, input, rules, num_proc, strict):
     jobs = [(source, input, rules, folder / SCANS / f"{i:05d}.npz") for i, source in enumerate(sources)]
     reports = []
-    for source, scan in zip(sources, workers.map(scan_file, jobs, "reading")):
+    for source, scan in zip(sources, _results(scan_file, jobs, "reading", num_proc, strict)):
         problem = str(scan) if isinstance(scan, InputError) else None
         if problem:
             logger.warning("%s is left out: %s", source.path, problem)
@@ -209,8 +170,7 @@ def _mark_duplicates(reports, keep_duplicates):
     """Rows of every file to be written: what the rules keep, less the cells that were seen before."""
     rows = [np.flatnonzero(report["scan"].keep) for report in reports]
     hashes = np.concatenate([report["scan"].hashes[kept] for report, kept in zip(reports, rows)])
-    fresh = np.zeros(len(hashes), dtype=bool)
-    fresh[np.unique(hashes, return_index=True)[1]] = True
+    fresh = ~pd.Series(hashes).duplicated().to_numpy()
     parts = np.split(fresh, np.cumsum([len(kept) for kept in rows])[:-1])
     for report, kept, is_fresh in zip(reports, rows, parts):
         report["duplicates"] = int((~is_fresh).sum())
@@ -240,19 +200,16 @@ def _write_genes(folder, reports):
     return list(modality)
 
 
-def _write_all(reports, folder, genes, columns, shard_cells, workers):
+def _write_all(reports, folder, genes, columns, shard_cells, num_proc):
     schema = corpus_schema(
         [report["scan"] for report in reports], [report["source"] for report in reports], columns
     )
-    jobs = []
-    for number, report in enumerate(reports):
-        facts = report["scan"].facts
-        source, rows, prefix = report["source"], report["rows"], f"cells-{number:05d}"
-        jobs.append((source, rows, facts, genes, schema, folder, prefix, shard_cells))
-    for report, shards in zip(reports, workers.map(write_file, jobs, "writing")):
-        if isinstance(shards, InputError):
-            # it could be read a moment ago: better to stop than to leave out what duplicates were judged by
-            raise shards
+    jobs = [
+        (report["source"], report["rows"], report["scan"].facts, genes, schema, folder, number, shard_cells)
+        for number, report in enumerate(reports)
+    ]
+    # strict, for all could be read a moment ago: better to stop than to leave out what duplicates were judged by
+    for report, shards in zip(reports, _results(write_file, jobs, "writing", num_proc, strict=True)):
         report["shards"] = shards
     info = DatasetInfo(features=Features.from_arrow_schema(schema))
     info.write_to_directory(str(folder))
@@ -261,7 +218,7 @@ def _write_all(reports, folder, genes, columns, shard_cells, workers):
 def _finish(folder, reports, settings, genes):
     """Write the manifest and what `datasets` wants to see; take away what only the build needed."""
     sources = [_facts(report) for report in reports]
-    shards = [shard["file"] for source in sources for shard in source["shards"]]
+    shards = [shard for source in sources for shard in source["shards"]]
     cells = sum(source["kept"] for source in sources)
     if not cells:
         raise InputError(
@@ -276,8 +233,12 @@ def _finish(folder, reports, settings, genes):
         "settings": settings,
         "sources": sources,
     }
-    state = {"_data_files": [{"filename": name} for name in shards], "_fingerprint": "0", "_split": None}
-    state |= {f"_format_{name}": None for name in ("columns", "type")}
+    state = {
+        "_data_files": [{"filename": shard["file"]} for shard in shards],
+        "_fingerprint": "0",
+        "_split": None,
+    }
+    state |= {"_format_columns": None, "_format_type": None}
     state |= {"_format_kwargs": {}, "_output_all_columns": False}
     (folder / "state.json").write_text(json.dumps(state))
     report = pd.DataFrame(sources).drop(columns=["shards", "whole", "columns"])
@@ -291,7 +252,7 @@ def _finish(folder, reports, settings, genes):
     return {
         "cells": cells,
         "genes": len(genes),
-        "values": sum(shard["values"] for source in sources for shard in source["shards"]),
+        "values": sum(shard["values"] for shard in shards),
         "files": len(sources),
         "files_skipped": len(skipped),
         "skipped_files": skipped,

@@ -59,10 +59,9 @@ def verify_corpus(folder):
 
     Every file that is missing or differs is named in one `InputError`.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    expected = {shard["file"]: shard["sha256"] for shard in shards_of(manifest)}
-    expected[GENES] = manifest["genes_sha256"]
+    folder, manifest = Path(folder), read_manifest(folder)
+    shards = shards_of(manifest)
+    expected = {shard["file"]: shard["sha256"] for shard in shards} | {GENES: manifest["genes_sha256"]}
     bad = []
     for name, wanted in expected.items():
         path = folder / name
@@ -75,7 +74,6 @@ def verify_corpus(folder):
             f"{len(bad)} of {len(expected)} file(s) of {folder} are not as they were built: "
             f"{'; '.join(bad[:10])}. Restore an intact copy, or build the corpus again."
         )
-    shards = shards_of(manifest)
     size = sum(shard["bytes"] for shard in shards)
     return {"corpus": str(folder), "shards": len(shards), "cells": manifest["cells"], "bytes": size}
 

@@ -153,28 +153,23 @@ def _common_kind(kinds):
     return "float" if kinds == {"int", "float"} else "string"
 
 
-def write_file(source, rows, facts, genes, schema, folder, prefix, shard_cells):
-    """Write the cells `rows` (ascending) of a file as shards called ``PREFIX-00000.arrow`` and so on; those there stay.
+def write_file(source, rows, facts, genes, schema, folder, number, shard_cells):
+    """Write the cells `rows` (ascending) of the file `number` as shards ``cells-NUMBER-00000.arrow`` and so on.
 
-    `facts` are of its `Scan`, `genes` those of the corpus in order. Returns a dict with ``file``, ``cells``,
-    ``values``, ``bytes`` and ``sha256`` for every shard.
+    Shards that are there stay. `facts` are of the file's `Scan`, `genes` those of the corpus in order. Returns a dict
+    with ``file``, ``cells``, ``values``, ``bytes`` and ``sha256`` for every shard.
     """
-    written = []
-    with contextlib.ExitStack() as stack:
-        batches = None
-        for number, start in enumerate(range(0, len(rows), shard_cells)):
-            path = folder / f"{prefix}-{number:05d}.arrow"
-            record = path.with_suffix(".json")
-            if not record.exists():
-                if batches is None:
-                    adata = stack.enter_context(opened_cells(source.path, layer=source.layer))
-                    batches = _Batches(adata, source, facts, genes, schema)
-                shard = rows[start : start + shard_cells]
+    shards = [rows[start : start + shard_cells] for start in range(0, len(rows), shard_cells)]
+    paths = [folder / f"cells-{number:05d}-{place:05d}.arrow" for place in range(len(shards))]
+    missing = [(path, shard) for path, shard in zip(paths, shards) if not path.with_suffix(".json").exists()]
+    if missing:
+        with opened_cells(source.path, layer=source.layer) as adata:
+            batches = _Batches(adata, source, facts, genes, schema)
+            for path, shard in missing:
                 found = _write_shard(path, batches.of(shard), schema)
-                with atomic_file(record) as handle:
+                with atomic_file(path.with_suffix(".json")) as handle:
                     handle.write(json.dumps({"file": path.name, "cells": len(shard), **found}).encode())
-            written.append(json.loads(record.read_text()))
-    return written
+    return [json.loads(path.with_suffix(".json").read_text()) for path in paths]
 
 
 def _write_shard(path, batches, schema):

@@ -38,17 +38,7 @@ def find_sources(paths, layer=None):
 
     They may be files of cells, folders of them, and manifests: a .csv or .tsv table with a column ``path`` (relative to
     the table), ``layer`` if needed (else it is `layer`), and any further columns (``dataset``, ``donor``, ``species``),
-    which are recorded with each cell of the file.
-
-    Raises
-    ------
-    InputError
-        If nothing is found, a manifest cannot be understood, or a file is named twice.
-
-    Examples
-    --------
-    >>> [source.path.name for source in find_sources(["a.h5ad", "b.h5ad"])]
-    ['a.h5ad', 'b.h5ad']
+    which are recorded with each cell of the file. None may be named twice.
     """
     sources = []
     for path in map(Path, paths):

@@ -7,8 +7,8 @@ together and shares them among processes and workers, which suits disks and cach
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,9 @@ from ..tokenization.expression_scbert import as_csr
 from .corpus_manifest import read_manifest, shards_of, shards_of_source
 from .read import matrix_rows, read_cells
 
+# cells of a file read together, and how many such blocks stay in memory
 BLOCK_SIZE = 1024
+KEPT_BLOCKS = 32
 
 
 class Shard:
@@ -34,7 +36,7 @@ class Shard:
         self.path, self.alignment = Path(folder) / facts["file"], alignment
         self.n_cells, self.kind = facts["cells"], facts["kind"]
         self.covers_all_genes = facts["covers_all_genes"]
-        self._bytes, self._batches = facts["bytes"], None
+        self._bytes = facts["bytes"]
 
     def check(self):
         """Refuse a shard that is missing or truncated, by its size alone."""
@@ -51,7 +53,9 @@ class Shard:
             f"names all files that differ), or build the corpus again."
         )
 
-    def _open(self):
+    @cached_property
+    def _batches(self):
+        """Where each record batch starts, and its cells as CSR."""
         self.check()
         try:
             with pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
@@ -73,23 +77,18 @@ class Shard:
 
     def rows(self, rows):
         """The cells at `rows` (ascending) as CSR [rows, genes of the corpus]."""
-        if self._batches is None:
-            self._batches = self._open()
         starts, batches = self._batches
         return _rows_of_parts(batches, starts, rows, lambda batch, own: batch[own])
 
     def __getstate__(self):
-        return {**self.__dict__, "_batches": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_batches"}
 
 
 class CellFile:
     """A file of cells as it is, read in blocks of neighbouring cells; the last few stay in memory."""
 
-    kept_blocks = 32
-
     def __init__(self, path, tokenizer, layer=None, input="auto"):
         self.path, self._layer = Path(path), layer
-        self._matrix, self._blocks, self._process = None, OrderedDict(), None
         matrix, names = self._open()
         self.n_cells = matrix.shape[0]
         self.alignment = align_genes(names, tokenizer.gene_panel)
@@ -97,26 +96,20 @@ class CellFile:
         self.covers_all_genes = scale is not None
 
     def _open(self):
-        adata = read_cells(self.path, layer=self._layer, backed=True)
-        self._matrix, names = matrix_rows(adata, self._layer)
-        # an open HDF5 file must not be shared with a forked worker
-        self._process = os.getpid()
-        return self._matrix, names
+        matrix, names = matrix_rows(read_cells(self.path, layer=self._layer, backed=True), self._layer)
 
-    def _block(self, number):
-        if self._process != os.getpid():
-            self._blocks = OrderedDict()
-            self._open()
-        if number not in self._blocks:
-            start = number * BLOCK_SIZE
-            self._blocks[number] = as_csr(self._matrix[start : start + BLOCK_SIZE])
-            if len(self._blocks) > self.kept_blocks:
-                self._blocks.popitem(last=False)
-        self._blocks.move_to_end(number)
-        return self._blocks[number]
+        @lru_cache(KEPT_BLOCKS)
+        def block(number):
+            return as_csr(matrix[number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE])
+
+        # an open HDF5 file must not be shared with a forked worker
+        self._block, self._process = block, os.getpid()
+        return matrix, names
 
     def rows(self, rows):
         """The cells at `rows` (ascending) as CSR [rows, genes of the file]."""
+        if self._process != os.getpid():
+            self._open()
         numbers = rows // BLOCK_SIZE
         parts = [
             self._block(number)[rows[numbers == number] - number * BLOCK_SIZE]
@@ -125,7 +118,7 @@ class CellFile:
         return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
 
     def __getstate__(self):
-        return {**self.__dict__, "_matrix": None, "_blocks": OrderedDict(), "_process": None}
+        return {**self.__dict__, "_block": None, "_process": None}
 
 
 def _rows_of_parts(parts, starts, rows, take):
@@ -184,12 +177,6 @@ class BinnedCells:
 
     They are indexed as the rows of a CSR matrix are: ``cells[rows]`` is CSR [rows, panel], in any order of rows. Their
     `parts` are `Shard` or `CellFile` objects.
-
-    Examples
-    --------
-    >>> cells = BinnedCells(open_corpus("corpus", tokenizer), tokenizer)  # doctest: +SKIP
-    >>> cells[[5, 0]].indices  # doctest: +SKIP
-    array([   4,   17, ...], dtype=int32)
     """
 
     def __init__(self, parts, tokenizer):
@@ -217,19 +204,9 @@ class StreamOrder(Sampler):
     DataLoader has it, and so each worker reads its own share. All processes have equally many batches: the last
     one of a worker may be one cell longer. The order depends on seed, epoch and number of processes and workers.
 
-    Parameters
-    ----------
-    n_cells : int
-    batch_size : int
-    seed : int
-    rank, world_size : int
-        This process, of how many.
-    n_workers : int
-        Of the DataLoader; 0 counts as 1.
-    block_size, window : int
-        Cells of a block, and blocks of a window.
-    numbered : bool
-        Go on counting from epoch to epoch, as `training.cell_batches` wants it.
+    This process is number `rank` of `world_size`; `n_workers` are those of the DataLoader, where 0 counts as 1. There
+    are `block_size` cells in a block and `window` blocks in a window. A `numbered` order goes on counting from epoch to
+    epoch, as `training.cell_batches` wants it.
 
     Examples
     --------
@@ -282,23 +259,19 @@ class StreamOrder(Sampler):
 
     def _windows(self, share):
         """Cells of one share, some blocks at a time, shuffled among themselves."""
-        blocks = np.random.default_rng([self.seed, self.epoch]).permutation(
-            -(-self.n_cells // self.block_size)
-        )
+        n_blocks = -(-self.n_cells // self.block_size)
+        blocks = np.random.default_rng([self.seed, self.epoch]).permutation(n_blocks)
         # all blocks are full but the last of the file, wherever it fell
-        ends = np.cumsum(np.minimum(self.block_size, self.n_cells - blocks * self.block_size))
+        sizes = np.minimum(self.block_size, self.n_cells - blocks * self.block_size)
+        ends = np.cumsum(sizes)
+        # what leads from a place among the shuffled blocks to the cell there
+        shifts = blocks * self.block_size - (ends - sizes)
         start, stop = (self.n_cells * i // self.n_shares for i in (share, share + 1))
         rng = np.random.default_rng([self.seed, self.epoch, share])
         first = int(np.searchsorted(ends, start, side="right"))
-        last = int(np.searchsorted(ends, stop, side="left")) + 1
-        for at in range(first, last, self.window):
-            cells = [
-                self._cells(blocks[i], ends[i], start, stop) for i in range(at, min(at + self.window, last))
-            ]
-            yield rng.permutation(np.concatenate(cells))
-
-    def _cells(self, block, end, start, stop):
-        """Cells of a block that belong to the places from start to stop."""
-        cells = np.arange(block * self.block_size, min((block + 1) * self.block_size, self.n_cells))
-        begin = end - len(cells)
-        return cells[max(0, start - begin) : max(0, stop - begin)]
+        last = int(np.searchsorted(ends, stop, side="left"))
+        for block in range(first, last + 1, self.window):
+            until = min(stop, int(ends[min(block + self.window - 1, last)]))
+            places = np.arange(start, until)
+            yield rng.permutation(places + shifts[np.searchsorted(ends, places, side="right")])
+            start = until

@@ -18,13 +18,6 @@ class DiskMatrix:
 
     `output` is the final one that the rows are for: the file lies on its disk, and its name is told in the `OSError` of
     a disk that has no room for the whole matrix.
-
-    Examples
-    --------
-    >>> rows = DiskMatrix((3, 2), "cells.h5ad")
-    >>> rows[1:] = np.ones((2, 2))
-    >>> rows[:2].tolist(), rows[np.array([0, 2])].tolist()
-    ([[0.0, 0.0], [1.0, 1.0]], [[0.0, 0.0], [1.0, 1.0]])
     """
 
     dtype = np.dtype(np.float32)

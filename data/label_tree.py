@@ -19,13 +19,7 @@ CLEAR_SHARE = 0.9
 
 
 def ancestors_of(name: str, parents: dict[str, str]) -> list[str]:
-    """
-    The types above one, the nearest first.
-
-    Raises
-    ------
-    InputError
-        If the parents go round in a circle.
+    """The types above one, the nearest first; parents that go round in a circle are refused.
 
     Examples
     --------
@@ -65,12 +59,6 @@ def tree_from_column(
 
     `labels` and `coarse` types are those of the reference's cells, [cells], None where a cell has none; `classes` are
     the types of the model, and `coarse_key` is the name of the column, for messages.
-
-    Examples
-    --------
-    >>> fine, coarse = np.array([["CD4", "CD8", "B"], ["T", "T", "B"]], dtype=object)
-    >>> tree_from_column(fine, coarse, ["B", "CD4", "CD8"], "lineage")
-    {'CD4': 'T', 'CD8': 'T'}
     """
     parents = {}
     for name in classes:
@@ -145,15 +133,12 @@ def _named_tree(
         # and one of the same name that has it not, or shares it, is another
         names[term_id] = name if bearing == [name] or name not in labels else f"{name} ({term_id})"
     wider = sorted(kept, key=lambda term_id: len(kept[term_id]))
+    below = [(label, {label}) for label in terms] + [(names[term_id], kept[term_id]) for term_id in wider]
     parents = {}
-    for label in terms:
-        over = next((t for t in wider if label in kept[t] and names[t] != label), None)
+    for name, labels_below in below:
+        over = next((t for t in wider if labels_below < kept[t] and names[t] != name), None)
         if over is not None:
-            parents[label] = names[over]
-    for place, term_id in enumerate(wider):
-        over = next((t for t in wider[place + 1 :] if kept[term_id] < kept[t]), None)
-        if over is not None:
-            parents[names[term_id]] = names[over]
+            parents[name] = names[over]
     return parents, terms | {names[term_id]: term_id for term_id in kept}
 
 

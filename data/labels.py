@@ -10,8 +10,8 @@ import pandas as pd
 from ..tokenization import InputError
 
 UNASSIGNED = "unassigned"
-# what missing values become when a column has been through text
-MISSING_WORDS = {"", "nan", "none", "<na>"}
+# what missing values become when a column has been through text, and the word for no type
+NO_LABELS = {"", "nan", "none", "<na>", UNASSIGNED}
 # of classes with fewer cells little can be learnt, and nothing said about how well
 FEW_CELLS = 3
 # a column of measurements has nearly as many values as cells
@@ -20,27 +20,11 @@ MAX_SHARE_OF_DISTINCT_NUMBERS = 0.5
 
 def find_labels(obs: pd.DataFrame, label_key: str, source: str = "the reference") -> np.ndarray:
     """
-    Labels of a column of obs as strings, None where a cell has none.
+    Labels of a column of obs: an object array [cells] of str, or None where a cell has none.
 
-    Parameters
-    ----------
-    obs
-        One row per cell.
-    label_key
-        Its column of cell types.
-    source
-        Where obs comes from, for messages.
-
-    Returns
-    -------
-    numpy.ndarray
-        Object array [cells] of str or None. Missing values, empty text and the reserved word "unassigned" are
-        None; whole numbers are written without a decimal point.
-
-    Raises
-    ------
-    InputError
-        If there is no such column, or it holds measurements instead of classes.
+    Missing values, empty text and the reserved word "unassigned" are None; whole numbers are written without a decimal
+    point. A column that is not there, or holds measurements instead of classes, is refused; `source`, where obs comes
+    from, is for messages.
 
     Examples
     --------
@@ -54,25 +38,18 @@ def find_labels(obs: pd.DataFrame, label_key: str, source: str = "the reference"
         )
     column = obs[label_key]
     _refuse_measurements(column, label_key)
-    missing = column.isna().to_numpy()
-    labels = np.array(
-        [None if gone else _as_text(value) for value, gone in zip(column, missing, strict=True)], dtype=object
-    )
-    labels[[label is not None and _is_no_label(label) for label in labels]] = None
-    return labels
+    labels = [None if gone else _as_label(value) for value, gone in zip(column, column.isna(), strict=True)]
+    return np.array(labels, dtype=object)
 
 
-def _as_text(value: Any) -> str:
+def _as_label(value: Any) -> str | None:
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
     # a column of whole numbers with gaps is read as floats: 3.0 was 3
     if isinstance(value, float | np.floating) and float(value).is_integer():
         value = int(value)
-    return str(value).strip()
-
-
-def _is_no_label(label: str) -> bool:
-    return label.lower() in MISSING_WORDS or label.lower() == UNASSIGNED
+    label = str(value).strip()
+    return None if label.lower() in NO_LABELS else label
 
 
 def _refuse_measurements(column: pd.Series, label_key: str) -> None:
@@ -93,11 +70,6 @@ def choose_classes(labels: Sequence[str | None], label_key: str) -> tuple[list[s
 
     Of `find_labels`' output [cells], which must have two classes at least: the sorted classes, and a report of
     ``unlabelled`` (cells) and ``small_classes`` (``{name: cells}``, fewer than three cells).
-
-    Examples
-    --------
-    >>> choose_classes(["B"] * 3 + ["T"] * 4 + ["Mast", None], "type")
-    (['B', 'Mast', 'T'], {'unlabelled': 1, 'small_classes': {'Mast': 1}})
     """
     counts = Counter(label for label in labels if label is not None)
     classes = sorted(counts)

@@ -62,8 +62,7 @@ def combine_modalities(modalities, genome=None):
         seen = "; ".join(f"{kind}: {', '.join(part.obs_names[:2])}" for kind, part in modalities.items())
         raise InputError(f"The modalities have no cell name in common ({seen}). Rename them (obs_names).")
     for kind, part in modalities.items():
-        if len(cells) < part.n_obs:
-            lost = part.n_obs - len(cells)
+        if lost := part.n_obs - len(cells):
             logger.warning(
                 "%d of %d cells of %s are left out: another modality lacks them.", lost, part.n_obs, kind
             )
@@ -114,27 +113,11 @@ def _recorded_build(adata):
 
 
 def map_peaks(adata, gene_panel, feature_modalities, build=None):
-    """Bring the peaks of cells to the regions of a panel, by genomic overlap.
+    """Cells with their peaks brought to the regions of a panel, by genomic overlap; all other features come first.
 
-    Parameters
-    ----------
-    adata : anndata.AnnData
-        Of `read_multiomics`.
-    gene_panel, feature_modalities
-        Of the model's tokenizer.
-    build : str, optional
-        Genome build of the panel (``tokenizer.init_kwargs.get("genome_build")``).
-
-    Returns
-    -------
-    anndata.AnnData
-        Same cells; all features but the peaks unchanged, then the panel's regions, each with the sum of the peaks
-        that overlap it most. ``uns["peak_mapping"]`` counts them.
-
-    Raises
-    ------
-    InputError
-        If the builds differ, or no peak overlaps the panel.
+    `adata` is of `read_multiomics`; `gene_panel` and `feature_modalities` are of the model's tokenizer, and `build` is
+    its genome build, if known. Each region gets the sum of the peaks that overlap it most, and
+    ``uns["peak_mapping"]`` counts them. Peaks of another build are refused, and those of which none overlaps the panel.
     """
     own = adata.uns.get("genome_build")
     if own and build and genome_build(own) != genome_build(build):
@@ -146,23 +129,26 @@ def map_peaks(adata, gene_panel, feature_modalities, build=None):
     peaks = (adata.var["feature_types"] == PEAKS).to_numpy()
     if not regions or not peaks.any():
         return adata.copy()
-    mapping = map_regions(parse_regions(adata.var_names[peaks], own or build), parse_regions(regions, build))
-    if not mapping.n_mapped:
+    overlaps = map_regions(parse_regions(adata.var_names[peaks], own or build), parse_regions(regions, build))
+    if not overlaps.nnz:
         raise InputError(
             f"No peak overlaps a region of the panel (peaks: {', '.join(adata.var_names[peaks][:2])}; panel: "
             f"{', '.join(regions[:2])}). Is the genome build the same?"
         )
-    logger.info("%s.", mapping)
-    others = adata[:, ~peaks]
-    matrix = sp.hstack(
-        [sp.csr_matrix(others.X), sp.csr_matrix(adata[:, peaks].X) @ mapping.matrix], format="csr"
+    n_found = int((overlaps.getnnz(axis=0) > 0).sum())
+    logger.info(
+        "%d of %d peaks overlap %d of the panel's %d regions.",
+        *(overlaps.nnz, peaks.sum(), n_found, len(regions)),
     )
+    others = adata[:, ~peaks]
+    summed = sp.csr_matrix(adata[:, peaks].X) @ overlaps
+    matrix = sp.hstack([sp.csr_matrix(others.X), summed], format="csr")
     var = pd.concat([others.var, pd.DataFrame({"feature_types": PEAKS}, index=regions)])
     mapped = anndata.AnnData(matrix, obs=adata.obs.copy(), var=var, uns=dict(adata.uns))
     mapped.uns["peak_mapping"] = {
         "peaks": int(peaks.sum()),
-        "mapped": mapping.n_mapped,
+        "mapped": overlaps.nnz,
         "regions": len(regions),
-        "regions_found": mapping.n_regions,
+        "regions_found": n_found,
     }
     return mapped

@@ -11,26 +11,11 @@ from .write_h5ad import atomic_write_h5ad
 
 
 def read_multiomics(path, atac=None, genome=None):
-    """Read cells with several modalities.
+    """Read cells with several modalities, as ``var["feature_types"]`` of one AnnData tells them.
 
-    Parameters
-    ----------
-    path : str or os.PathLike
-        A 10x multiome .h5 or matrix folder, a MuData .h5mu, or an .h5ad (or .zarr): with
-        ``var["feature_types"]``, or of RNA alone if `atac` is given.
-    atac : str or os.PathLike, optional
-        File of the same cells' peaks, paired by cell name.
-    genome : str, optional
-        Genome build of the peaks, where the file does not say it.
-
-    Returns
-    -------
-    anndata.AnnData
-        ``var["feature_types"]`` says each feature's modality; ``uns["genome_build"]`` the build, if known.
-
-    Examples
-    --------
-    >>> adata = read_multiomics("multiome.h5mu", genome="GRCh38")  # doctest: +SKIP
+    `path` is a 10x multiome .h5 or matrix folder, a MuData .h5mu, or an .h5ad (or .zarr): with
+    ``var["feature_types"]``, or of RNA alone where `atac` is a file of the same cells' peaks, paired by cell name.
+    `genome` is the build of the peaks where the file does not say it; ``uns["genome_build"]`` holds it, if known.
     """
     path = Path(path)
     if atac is not None:
@@ -49,21 +34,8 @@ def read_multiomics(path, atac=None, genome=None):
 def combine_files(cells, output, atac=None, genome=None, model=None, overwrite=False):
     """Write the modalities of the same cells as one .h5ad, for every other command to read.
 
-    Parameters
-    ----------
-    cells, atac, genome
-        As for `read_multiomics`, `cells` being its path.
-    output : str or os.PathLike
-        The .h5ad to write.
-    model : str or os.PathLike, optional
-        Folder of a model: peaks are mapped to its regions.
-    overwrite : bool
-        Replace an existing output.
-
-    Returns
-    -------
-    dict
-        Cells, features by type, genome build, and how the peaks were mapped.
+    `cells`, `atac` and `genome` are those of `read_multiomics`; with the folder of a `model`, peaks are mapped to its
+    regions. What comes back counts cells and features by type, and says the build and how peaks were mapped.
     """
     inputs = [source for source in (cells, atac) if source is not None]
     check_output_path(output, overwrite, inputs)

@@ -26,14 +26,7 @@ PARTIAL = ".partial"
 
 
 def check_cells_path(path):
-    """The path, refused if it cannot hold cells, as far as its name and place tell.
-
-    Raises
-    ------
-    InputError
-        If there is nothing, nothing in it, or a format that is not read here. Of a folder that holds cells further
-        down, the message names where.
-    """
+    """The path, refused if nothing is there or it cannot hold cells, as far as its name and place tell."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"There is no file {path}.")
@@ -134,14 +127,6 @@ def atomic_path(path, overwrite=False, inputs=()):
     """A temporary path beside `path`, moved to it when the block ends well and removed when it does not.
 
     The arguments are those of `check_output_path`.
-
-    Examples
-    --------
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with atomic_path(Path(folder) / "table.csv") as temporary:
-    ...         _ = temporary.write_text("gene,score")
-    ...     os.listdir(folder)
-    ['table.csv']
     """
     path = check_output_path(path, overwrite, inputs)
     if path.is_dir():
@@ -156,7 +141,9 @@ def atomic_path(path, overwrite=False, inputs=()):
     temporary = Path(temporary)
     try:
         yield temporary
-        _sync(temporary)
+        # brought to the disk before it is moved: a crash must not leave an empty one
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, final)
     except OSError as error:
@@ -188,12 +175,6 @@ def _remove_stale(final):
             stale.unlink(missing_ok=True)
 
 
-def _sync(path):
-    """Bring the file to the disk before it is moved: a crash must not leave an empty one."""
-    with open(path, "rb") as handle:
-        os.fsync(handle.fileno())
-
-
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -206,14 +187,6 @@ def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
 
     When the block fails, the partial folder stays, so that its checkpoints can be resumed: with `resume`; otherwise it
     is removed first. The other arguments are those of `check_output_folder`.
-
-    Examples
-    --------
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     with partial_folder(Path(parent) / "model") as folder:
-    ...         _ = (folder / "config.json").write_text("{}")
-    ...     os.listdir(parent)
-    ['model']
     """
     path = check_output_folder(path, overwrite, marker)
     partial = path.with_name(path.name + PARTIAL)
@@ -263,9 +236,8 @@ def disk_is_full(error):
     """Whether a full disk or quota is behind an error: libraries report it in types and words of their own."""
     signs = ("no space left on device", "os error 28", "errno = 28", "disk quota exceeded")
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(sign in str(error).lower() for sign in signs):
+        by_number = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if by_number or any(sign in str(error).lower() for sign in signs):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -37,40 +37,21 @@ ROW_BLOCK = 1 << 14
 
 
 def read_cells(path, layer=None, backed=False, check=True, every_feature=False):
-    """Read cells from a file or folder, and refuse what cannot be annotated or learnt from.
+    """Cells of a file or folder as an AnnData, refused if they cannot be annotated or learnt from.
 
-    Parameters
-    ----------
-    path : str, os.PathLike or anndata.AnnData
-        .h5ad, .h5 (10x), .h5mu, .zarr, or a folder with a 10x matrix.mtx (gzip-compressed or not); an AnnData is
-        checked and comes back as it is.
-    layer : str, optional
-        Layer whose values will be used, or ``"raw"``; X if left out. Only checked here: the AnnData comes
-        back as it stands in the file.
-    backed : bool
-        Leave the matrix of an .h5ad on disk. Its values are then checked as they are read.
-    check : bool
-        Look for negative, NaN and infinite values, and for a matrix of zeros, now.
-    every_feature : bool
-        Keep the features of a 10x file other than gene expression, such as peaks.
-
-    Returns
-    -------
-    anndata.AnnData
-
-    Raises
-    ------
-    InputError
-        Saying what was found, what was needed and how to mend it.
-
-    Examples
-    --------
-    >>> adata = read_cells("cells.h5ad")  # doctest: +SKIP
+    `path` is an .h5ad, .h5 (10x), .h5mu or .zarr, or a folder with a 10x matrix.mtx, gzip-compressed or not; an AnnData
+    is checked and comes back as it is. The `layer` whose values will be used, ``"raw"`` or X, is only checked here.
+    `backed` leaves the matrix of an .h5ad on disk: its values are then checked as they are read. Else `check` looks for
+    negative, NaN and infinite values, and for a matrix of zeros, now. `every_feature` keeps the features of a 10x file
+    other than gene expression, such as peaks.
     """
     if isinstance(path, anndata.AnnData):
         adata, path = path, "The AnnData"
     else:
-        adata = _read_file(check_cells_path(path), backed, every_feature)
+        path = check_cells_path(path)
+        # repeated gene or cell names are dealt with, old formats are read all the same
+        with _clear_errors(path), warnings.catch_warnings(action="ignore"):
+            adata = _read_file(path, backed, every_feature)
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise InputError(
             f"{path} holds {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed."
@@ -87,13 +68,6 @@ def read_cells(path, layer=None, backed=False, check=True, every_feature=False):
 
 
 def _read_file(path, backed, every_feature):
-    with _clear_errors(path), warnings.catch_warnings():
-        # repeated gene or cell names are dealt with, old formats are read all the same
-        warnings.simplefilter("ignore")
-        return _read_any(path, backed, every_feature)
-
-
-def _read_any(path, backed, every_feature):
     if path.is_dir():
         return anndata.read_zarr(path) if is_zarr(path) else read_10x_folder(path, every_feature)
     if not h5py.is_hdf5(path):
@@ -163,30 +137,13 @@ def matrix_rows(cells, layer=None):
 
 def log_normalize(adata: Any, layer: str | None = None, input: str = "auto") -> tuple[Any, list[str]]:
     """
-    Natural log1p of counts per 10,000, and the gene symbols of its columns, each once.
+    Natural log1p of counts per 10,000, CSR float32 [cells, genes], and the gene symbols of its columns, each once.
 
-    Parameters
-    ----------
-    adata
-        Cells with raw counts or log1p values in `X` or `layer`; it is not changed.
-    layer
-        A layer's name or ``"raw"``; default `X`.
-    input
-        ``"counts"``, ``"log1p"`` or ``"auto"``.
-
-    Returns
-    -------
-    tuple
-        scipy CSR float32 [cells, genes] and the list of its genes; columns of one name are summed as counts.
-
-    Raises
-    ------
-    InputError
-        When the values are neither counts nor log1p.
+    `input` says what the values of X or the `layer`, a name or ``"raw"``, are: ``"counts"``, ``"log1p"`` or ``"auto"``.
+    Columns of one name are summed as counts. Values that are neither are refused.
 
     Examples
     --------
-    >>> import anndata
     >>> cells = anndata.AnnData(np.array([[1.0, 3.0]], dtype=np.float32))
     >>> log_normalize(cells)[0].toarray().round(2).astype(str).tolist()
     [['7.82', '8.92']]
@@ -205,29 +162,21 @@ def log_normalize(adata: Any, layer: str | None = None, input: str = "auto") -> 
     return normalize_expression(counts, target_sum=1e4, log_base=math.e), unique
 
 
-def to_counts_scale(csr, kind, target_sum=1e4):
+def to_counts_scale(csr, kind):
     """Values on the scale of counts: those of the kind ``"counts"`` as they are, ``expm1`` of ``"log1p"`` in float64.
 
-    Rows of the latter are rescaled to `target_sum` if they share another sum.
+    Rows of the latter are rescaled to 10,000 if they share another sum.
     """
     if kind == "counts":
         return csr
-    values = expm1(csr)
-    scale = log1p_scale(csr, target_sum)
-    if scale not in (None, target_sum):
-        values.data *= target_sum / scale
+    values, scale = expm1(csr), log1p_scale(csr)
+    if scale not in (None, 1e4):
+        values.data *= 1e4 / scale
     return values
 
 
 def row_blocks(n_rows):
-    """
-    Slices that cover `n_rows` rows in order.
-
-    Examples
-    --------
-    >>> list(row_blocks(20_000))
-    [slice(0, 16384, None), slice(16384, 20000, None)]
-    """
+    """Slices that cover `n_rows` rows in order."""
     for start in range(0, n_rows, ROW_BLOCK):
         yield slice(start, min(start + ROW_BLOCK, n_rows))
 
@@ -240,9 +189,7 @@ class CscRows:
     """
 
     def __init__(self, dataset):
-        self._group = dataset.group
-        self.shape = dataset.shape
-        self.dtype = dataset.dtype
+        self._group, self.shape = dataset.group, dataset.shape
 
     def __getitem__(self, rows):
         start, stop, step = rows.indices(self.shape[0])

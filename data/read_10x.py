@@ -1,7 +1,6 @@
 """The two forms 10x Genomics' Cell Ranger writes: matrix folders and .h5 files."""
 
 import csv
-import gzip
 import logging
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import scipy.io
 import scipy.sparse as sp
 
 from ..tokenization import InputError
+from ..tokenization.genes_scbert import open_text
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,12 @@ def read_10x_folder(folder, every_feature=False):
     columns = list(zip(*features))
     # a file of one column holds symbols only
     ids, symbols = columns[0], columns[min(1, len(columns) - 1)]
-    kinds = columns[2] if len(columns) > 2 else None
-    return _assemble(matrix, [row[0] for row in barcodes], symbols, ids, kinds, every_feature=every_feature)
+    known = {"gene_ids": ids} | ({"feature_types": columns[2]} if len(columns) > 2 else {})
+    return _assemble(matrix, [row[0] for row in barcodes], symbols, known, every_feature)
 
 
 def _read_table(path):
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", newline="") as handle:
+    with open_text(path) as handle:
         return [row for row in csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
 
 
@@ -79,16 +78,11 @@ def read_10x_h5(path, every_feature=False):
             (group["data"][:].astype("float32"), group["indices"][:], group["indptr"][:]),
             shape=(n_cells, n_genes),
         )
-        barcodes = group["barcodes"].asstr()[:]
-        features = group.get("features")
-        if features is None:
-            return _assemble(
-                matrix, barcodes, group["gene_names"].asstr()[:], group["genes"].asstr()[:], None
-            )
-        kinds = features["feature_type"].asstr()[:] if "feature_type" in features else None
-        genomes = features["genome"].asstr()[:] if "genome" in features else None
-        names, ids = features["name"].asstr()[:], features["id"].asstr()[:]
-        return _assemble(matrix, barcodes, names, ids, kinds, genomes, every_feature)
+        # version 2 has no features
+        table = group.get("features") or {"name": group["gene_names"], "id": group["genes"]}
+        columns = {"gene_ids": "id", "feature_types": "feature_type", "genome": "genome"}
+        known = {ours: table[name].asstr()[:] for ours, name in columns.items() if name in table}
+        return _assemble(matrix, group["barcodes"].asstr()[:], table["name"].asstr()[:], known, every_feature)
 
 
 def _matrix_group(file, path):
@@ -102,15 +96,13 @@ def _matrix_group(file, path):
     return file[groups[0]]
 
 
-def _assemble(matrix, barcodes, symbols, ids, kinds, genomes=None, every_feature=False):
-    var = pd.DataFrame({"gene_ids": list(ids)}, index=pd.Index(list(symbols), dtype=object))
-    if kinds is not None:
-        var["feature_types"] = list(kinds)
-    if genomes is not None:
-        var["genome"] = list(genomes)
+def _assemble(matrix, barcodes, symbols, columns, every_feature):
+    """An AnnData with these columns of `var`, and of these features, as far as they are asked for."""
+    columns = {name: list(values) for name, values in columns.items()}
+    var = pd.DataFrame(columns, index=pd.Index(list(symbols), dtype=object))
     obs = pd.DataFrame(index=pd.Index(list(barcodes), dtype=object))
     adata = anndata.AnnData(matrix, obs=obs, var=var)
-    if every_feature or kinds is None or GENE_EXPRESSION not in set(kinds):
+    if every_feature or GENE_EXPRESSION not in columns.get("feature_types", ()):
         return adata
     expression = (var["feature_types"] == GENE_EXPRESSION).to_numpy()
     if not expression.all():

@@ -25,10 +25,6 @@ def open_cells(path, layer=None):
 
     An .h5ad stays on disk, as `BackedCells`, to be closed by ``file.close()``; any other format of `read_cells` is read
     into memory. That there is the `layer`, or ``"raw"``, is checked here; errors are those of `read_cells`.
-
-    Examples
-    --------
-    >>> cells = open_cells("cells.h5ad", layer="counts")  # doctest: +SKIP
     """
     try:
         cells = BackedCells(path)
@@ -49,24 +45,9 @@ class BackedCells:
     """
     What reading cells needs of an AnnData, over an open .h5ad file as anndata has written it since 0.8.
 
-    Attributes
-    ----------
-    file : h5py.File
-        Open; `file.close()` as for a backed AnnData.
-    obs : Mapping
-        Names of the columns in order; a column is read, as a Series without the names of the cells, when it is asked
-        for.
-    obs_names : pandas.Index
-        Read when asked for.
-    var : pandas.DataFrame
-    X : anndata sparse dataset or h5py.Dataset
-        None if there is none.
-    layers, obsm : dict
-        Matrices by name; they stay on disk until a part of them is taken.
-    raw
-        Its `X`, `var` and `var_names`, or None.
-    isbacked : bool
-        True, as a backed AnnData says.
+    `obs` maps the names of the columns in order to Series without the names of the cells; they and `obs_names` are read
+    when they are asked for. `var` is in memory; X, `layers`, `obsm` and the X of `raw` stay on disk until a part of
+    them is taken. `file` is to be closed.
     """
 
     isbacked = True
@@ -124,10 +105,8 @@ def _matrix(element):
 
 def _matrices(group):
     """The matrices of a group; what is none, such as a data frame of obsm, is left out."""
-    known = {
-        name: element for name, element in group.items() if element.attrs.get("encoding-type") in MATRICES
-    }
-    return {name: _matrix(element) for name, element in known.items()}
+    known = [name for name in group if group[name].attrs.get("encoding-type") in MATRICES]
+    return {name: _matrix(group[name]) for name in known}
 
 
 def _raw(group):

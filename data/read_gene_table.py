@@ -9,8 +9,6 @@ from ..extras import how_to_install
 from ..tokenization import GeneTable, InputError
 from ..tokenization.genes_scbert import open_text
 
-logger = logging.getLogger(__name__)
-
 # the current release; HGNC replaces it in place, so its checksum cannot be known here
 HGNC_URL = "https://storage.googleapis.com/public-download-files/hgnc/tsv/tsv/hgnc_complete_set.txt"
 HGNC_FILE = "hgnc_complete_set.txt"
@@ -41,25 +39,11 @@ def load_gene_table(table):
     return GeneTable.from_file(fetch_hgnc() if str(table) == "hgnc" else table)
 
 
-def fetch_hgnc(folder=None, url=HGNC_URL, sha256=None):
-    """Path of the HGNC complete set, downloaded on the first call.
+def fetch_hgnc():
+    """Path of the HGNC complete set, in ``SCBERT_CACHE`` or the user's cache folder; downloaded on the first call.
 
     The checksum of the first download is kept beside the file, and the file is compared with it at every use, so
     that a damaged or exchanged copy is noticed. Delete the folder to download a newer release.
-
-    Parameters
-    ----------
-    folder : str or os.PathLike, optional
-        Cache folder; ``SCBERT_CACHE`` or the user's cache folder if left out.
-    url : str
-        Where to download from.
-    sha256 : str, optional
-        Checksum that the file must have.
-
-    Raises
-    ------
-    InputError
-        If pooch is not installed, the site cannot be reached, or the checksum is another.
     """
     try:
         import pooch
@@ -68,24 +52,23 @@ def fetch_hgnc(folder=None, url=HGNC_URL, sha256=None):
             f"Downloading the gene table needs pooch: {how_to_install('pooch')}. Or give it as a file "
             f"(gene_table=FILE, or --gene-table FILE)."
         ) from None
-    folder = Path(folder or os.environ.get("SCBERT_CACHE") or pooch.os_cache("scbert"))
+    folder = Path(os.environ.get("SCBERT_CACHE") or pooch.os_cache("scbert"))
     record = folder / f"{HGNC_FILE}.sha256"
-    known = sha256 or (record.read_text(encoding="ascii").strip() if record.is_file() else None)
+    known = record.read_text(encoding="ascii").strip() if record.is_file() else None
     # a half-finished first download has no record: pooch itself moves a file in only when it is whole
     if (folder / HGNC_FILE).is_file() and known and pooch.file_hash(folder / HGNC_FILE) != known:
         raise InputError(
-            f"{folder / HGNC_FILE} does not have the checksum it was downloaded with (or that was asked for). "
-            f"Delete {folder} and try again."
+            f"{folder / HGNC_FILE} does not have the checksum it was downloaded with. Delete {folder} and try again."
         )
     pooch.get_logger().setLevel(logging.WARNING)
     try:
-        path = pooch.retrieve(url, known_hash=known, fname=HGNC_FILE, path=folder)
+        path = pooch.retrieve(HGNC_URL, known_hash=known, fname=HGNC_FILE, path=folder)
     except ValueError as error:
-        raise InputError(f"The download of {url} does not have the checksum {known}.") from error
+        raise InputError(f"The download of {HGNC_URL} does not have the checksum {known}.") from error
     # requests' errors are OSErrors
     except OSError as error:
         raise InputError(
-            f"The gene table could not be downloaded from {url} ({type(error).__name__}). Without a network, "
+            f"The gene table could not be downloaded from {HGNC_URL} ({type(error).__name__}). Without a network, "
             f"download it elsewhere and give the file (gene_table=FILE, or --gene-table FILE)."
         ) from error
     record.write_text(pooch.file_hash(path) + "\n", encoding="ascii")

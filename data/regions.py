@@ -1,7 +1,6 @@
 """Genomic regions: coordinates read and checked, genome builds told apart, peaks mapped to other regions by overlap."""
 
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -43,21 +42,9 @@ def genome_build(name):
 def parse_regions(names, genome=None):
     """Coordinates of regions named chrom:start-end (or chrom-start-end, chrom_start_end).
 
-    Parameters
-    ----------
-    names : sequence of str [regions]
-    genome : str, optional
-        Genome build: regions must start on its chromosomes, if their lengths are known.
-
-    Returns
-    -------
-    pandas.DataFrame [regions]
-        ``chrom`` (with "chr" in front of 1-22, X, Y and the like), ``start``, ``end``; in the order given.
-
-    Raises
-    ------
-    InputError
-        If a name is not a region, ends before it starts, or starts beyond the end of its chromosome.
+    In the order given: ``chrom`` (with "chr" in front of 1-22, X, Y and the like), ``start``, ``end``. What is no
+    region, ends before it starts, or starts beyond the end of its chromosome in the build `genome`, where that is
+    known, is refused.
 
     Examples
     --------
@@ -108,43 +95,15 @@ def _chromosome_lengths(genome):
     return require("bioframe").assembly_info(build).chromsizes.to_dict()
 
 
-@dataclass
-class RegionMapping:
-    """Which panel region each peak goes to; made by `map_regions`."""
-
-    # [peaks, regions], a 1 in the row of each mapped peak; the rows of the others are empty
-    matrix: sp.csr_matrix
-
-    @property
-    def n_mapped(self):
-        """Peaks that overlap a region of the panel."""
-        return self.matrix.nnz
-
-    @property
-    def n_regions(self):
-        """Regions of the panel that some peak overlaps."""
-        return int((np.diff(self.matrix.tocsc().indptr) > 0).sum())
-
-    def __str__(self):
-        peaks, regions = self.matrix.shape
-        return f"{self.n_mapped} of {peaks} peaks overlap {self.n_regions} of the panel's {regions} regions"
-
-
 def map_regions(peaks, regions):
-    """Give every peak the region it overlaps most.
+    """The region that each peak overlaps most, as CSR [peaks, regions]: a 1 in its column, or an empty row.
 
     Both are tables of `parse_regions`, of one genome build. If several regions overlap equally, the first of the panel
     is taken; no peak is counted twice.
-
-    Examples
-    --------
-    >>> mapping = map_regions(parse_regions(["chr1:10-30", "chr2:1-5"]), parse_regions(["chr1:20-90"]))
-    >>> str(mapping)
-    "1 of 2 peaks overlap 1 of the panel's 1 regions"
     """
     shape = (len(peaks), len(regions))
     if not len(peaks) or not len(regions):
-        return RegionMapping(sp.csr_matrix(shape, dtype=np.float32))
+        return sp.csr_matrix(shape, dtype=np.float32)
     pairs = require("bioframe").overlap(
         peaks, regions, how="inner", return_index=True, return_input=False, return_overlap=True
     )
@@ -156,4 +115,4 @@ def map_regions(peaks, regions):
     )
     best = pairs.drop_duplicates("peak")
     ones = np.ones(len(best), dtype=np.float32)
-    return RegionMapping(sp.csr_matrix((ones, (best["peak"], best["region"])), shape=shape))
+    return sp.csr_matrix((ones, (best["peak"], best["region"])), shape=shape)

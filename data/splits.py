@@ -21,24 +21,8 @@ def stratified_split(
     comes first, then test, then validation. A class's cells are drawn by the seed and the class's place among the
     sorted classes, so that other classes do not change its draw.
 
-    Parameters
-    ----------
-    classes
-        Class of every cell, [cells].
-    test_fraction, validation_fraction
-        Shares of the whole.
-    seed
-        Decides the draw.
-
-    Returns
-    -------
-    numpy.ndarray
-        Object array [cells] of ``"train"``, ``"validation"`` and ``"test"``.
-
-    Examples
-    --------
-    >>> stratified_split(np.zeros(5, dtype=int), 0.2, 0.2).tolist().count("train")
-    3
+    `classes` is the class of every cell, [cells]; the fractions are shares of the whole. What comes back is an object
+    array [cells] of ``"train"``, ``"validation"`` and ``"test"``.
     """
     classes = np.asarray(classes)
     splits = np.full(len(classes), "train", dtype=object)
@@ -60,27 +44,10 @@ def _share(n: int, fraction: float, spare: int) -> int:
 
 def stratified_folds(classes: np.ndarray, n_folds: int, seed: int = 0) -> np.ndarray:
     """
-    Give every cell a fold so that each class is spread evenly over the folds.
+    Give every cell a fold, 0..n_folds-1 [cells], so that each class is spread evenly over the folds.
 
-    Parameters
-    ----------
-    classes
-        Class of every cell, [cells].
-
-    Returns
-    -------
-    numpy.ndarray
-        int [cells], 0..n_folds-1. A class with fewer cells than folds is missing from some.
-
-    Raises
-    ------
-    InputError
-        If there are fewer than two folds, or more folds than cells.
-
-    Examples
-    --------
-    >>> np.bincount(stratified_folds(np.zeros(10), 5)).tolist()
-    [2, 2, 2, 2, 2]
+    `classes` is the class of every cell, [cells]; one with fewer cells than folds is missing from some. Fewer than two
+    folds, or more than cells, are refused.
     """
     classes = np.asarray(classes)
     if n_folds < 2:
@@ -119,12 +86,7 @@ def read_split(path: str, cells: Sequence[str]) -> np.ndarray:
     """
     Read a file of `write_split` for these cells, in their order: an object array [cells] of str.
 
-    The file may hold other cells too.
-
-    Raises
-    ------
-    InputError
-        If the file is not such a table, names a cell twice, or lacks one.
+    The file may hold other cells too. One that is no such table, names a cell twice, or lacks one, is refused.
     """
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)

@@ -22,18 +22,12 @@ TABLE_VERSION = "0.2.0"
 def atomic_write_h5ad(adata, path, overwrite=False, inputs=(), compression="gzip"):
     """Write an AnnData so that `path` is either untouched or complete.
 
-    `inputs` are files that must not be overwritten in any case; `compression` is as h5py has it.
-
-    Raises
-    ------
-    InputError
-        If the output may not be written there.
-    OSError
-        If writing failed, such as on a full disk: one clear message.
+    `inputs` are files that must not be overwritten in any case; `compression` is as h5py has it. An output that may not
+    be written there is an `InputError`; a failed write, such as on a full disk, an `OSError` of one clear message.
     """
     if adata.isbacked:
         inputs = (*inputs, adata.filename)
-    with atomic_path(path, overwrite, inputs) as temporary, _h5_file(temporary, "w") as file, _quiet():
+    with atomic_path(path, overwrite, inputs) as temporary, _h5_file(temporary, "w") as file:
         for name, element in _elements(adata).items():
             anndata.io.write_elem(file, name, element, dataset_kwargs={"compression": compression})
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
@@ -61,7 +55,7 @@ def atomic_copy_h5ad(source, path, obs=None, obsm=None, uns=None, overwrite=Fals
     """
     with atomic_path(path, overwrite, inputs=(source,)) as temporary:
         shutil.copyfile(source, temporary)
-        with _h5_file(temporary, "r+") as file, _quiet():
+        with _h5_file(temporary, "r+") as file:
             _add_elements(file, obs or {}, obsm or {}, uns or {})
 
 
@@ -112,19 +106,12 @@ def _write_rows(group, name, rows):
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Slashes in keys, repeated names and the like are the input's; they are not ours to change."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
 def _h5_file(path, mode):
     """An h5py file whose failed writes surface once, after HDF5 has closed in peace."""
     with DeferredWriteErrorFile(path, "w+" if mode == "w" else mode) as raw:
         try:
-            with h5py.File(raw, mode) as file:
+            # slashes in keys, repeated names and the like are the input's; they are not ours to change
+            with h5py.File(raw, mode) as file, warnings.catch_warnings(action="ignore"):
                 yield file
         except Exception:
             # what HDF5 said after a failed write is only its echo

@@ -36,14 +36,14 @@ def matrix_and_names(cells, gene_panel, gene_names=None, layer=None):
         cells, gene_names = cells["X"], cells.get("gene_names") if gene_names is None else gene_names
     if hasattr(cells, "var_names"):
         matrix, source = select_matrix(cells, layer)
-        names = gene_names_of(source.var, source.var_names) if gene_names is None else list(gene_names)
+        names = gene_names_of(source.var, source.var_names)
     elif hasattr(cells, "to_numpy") and hasattr(cells, "index"):
         matrix, names = _frame_and_names(cells, gene_panel)
-        names = names if gene_names is None else list(gene_names)
     else:
         matrix = cells if hasattr(cells, "shape") else np.asarray(cells)
         matrix = matrix.reshape(1, -1) if len(matrix.shape) == 1 else matrix
-        names = gene_panel if gene_names is None else list(gene_names)
+        names = gene_panel
+    names = names if gene_names is None else list(gene_names)
     if hasattr(matrix, "tocsr"):
         # other sparse layouts cannot be cut by rows; CSR passes through
         matrix = matrix.tocsr()
@@ -154,22 +154,11 @@ def sample_rows(matrix):
 
 
 def resolve_input(matrix, input="auto", target_sum=1e4, hint=""):
-    """What kind of values a matrix of cells x genes holds, from a sample of its rows.
+    """What kind of values a matrix of cells x genes holds, ``"counts"`` or ``"log1p"``, from a sample of its rows.
 
-    Parameters
-    ----------
-    input : {"auto", "counts", "log1p"}
-        What it is said to hold.
-    target_sum : float
-        Sum that counts were probably brought to before their logarithm.
-    hint : str
-        What an error ends with, such as `other_sources`.
-
-    Returns
-    -------
-    kind : {"counts", "log1p"}
-    scale : float or None
-        Row sum of log1p values before their logarithm, if they share one (all genes are there).
+    `input` is what it is said to hold, `target_sum` what counts were probably brought to before their logarithm, and
+    `hint` what an error ends with, such as `other_sources`. The second answer is the row sum of log1p values before
+    their logarithm, or None if they share none: then not all genes are there.
     """
     if input not in INPUT_KINDS:
         raise InputError(f"input must be one of {', '.join(INPUT_KINDS)}; found {input!r}.")
@@ -211,8 +200,7 @@ def stack_chunks(chunks, n_columns, dtype):
 def encode_every_gene(bins):
     """All genes of the panel in order, then the trailing token: ``input_ids``, int64 [cells, panel + 1]."""
     input_ids = np.zeros((bins.shape[0], bins.shape[1] + 1), dtype=np.int64)
-    rows = np.repeat(np.arange(bins.shape[0]), np.diff(bins.indptr))
-    input_ids[rows, bins.indices] = bins.data
+    input_ids[:, :-1] = bins.toarray()
     return {"input_ids": input_ids}
 
 
@@ -222,16 +210,18 @@ def encode_expressed(bins, width=None):
     ``input_ids``, ``gene_ids`` and ``attention_mask`` are int64 [cells, length]; pads and the trailing token have id 0
     and the gene id ``panel``.
     """
-    lengths = np.diff(bins.indptr)
-    shape = (bins.shape[0], max(int(lengths.max(initial=0)) + 1, width or 0))
-    rows = np.repeat(np.arange(bins.shape[0]), lengths)
-    places = np.arange(bins.nnz) - np.repeat(bins.indptr[:-1], lengths)
-    input_ids = np.zeros(shape, dtype=np.int64)
-    gene_ids = np.full(shape, bins.shape[1], dtype=np.int64)
-    input_ids[rows, places] = bins.data
-    gene_ids[rows, places] = bins.indices
-    attention_mask = (np.arange(shape[1]) <= lengths[:, None]).astype(np.int64)
-    return {"input_ids": input_ids, "gene_ids": gene_ids, "attention_mask": attention_mask}
+    lengths = np.diff(bins.indptr)[:, None]
+    places = np.arange(max(int(lengths.max(initial=0)) + 1, width or 0))
+    expressed = places < lengths
+    input_ids = np.zeros(expressed.shape, dtype=np.int64)
+    gene_ids = np.full(expressed.shape, bins.shape[1], dtype=np.int64)
+    input_ids[expressed] = bins.data
+    gene_ids[expressed] = bins.indices
+    return {
+        "input_ids": input_ids,
+        "gene_ids": gene_ids,
+        "attention_mask": (places <= lengths).astype(np.int64),
+    }
 
 
 def subsample(bins, max_length, seed=0):
@@ -245,12 +235,9 @@ def subsample(bins, max_length, seed=0):
     for start, stop in zip(bins.indptr[:-1], bins.indptr[1:]):
         excess = stop - start - (max_length - 1)
         if excess > 0:
-            rng = _cell_generator(bins.indices[start:stop], bins.data[start:stop], seed)
+            # a generator of the cell itself: its subset is the same in any batch and any order
+            content = zlib.crc32(bins.indices[start:stop].astype(np.int32).tobytes())
+            content = zlib.crc32(bins.data[start:stop].astype(np.int16).tobytes(), content)
+            rng = np.random.default_rng([seed, content])
             kept[start + rng.choice(stop - start, excess, replace=False)] = False
     return keep_values(bins, kept)
-
-
-def _cell_generator(indices, values, seed):
-    """A generator of the cell itself: its subset is the same in any batch and any order."""
-    content = zlib.crc32(values.astype(np.int16).tobytes(), zlib.crc32(indices.astype(np.int32).tobytes()))
-    return np.random.default_rng([seed, content])

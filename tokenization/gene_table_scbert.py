@@ -108,11 +108,8 @@ def _ncbi_records(reader):
 
 
 def _split(cell):
-    return [
-        name
-        for name in (part.strip() for part in (cell or "").strip('"').split("|"))
-        if name not in ("", "-")
-    ]
+    names = [name.strip() for name in (cell or "").strip('"').split("|")]
+    return [name for name in names if name not in ("", "-")]
 
 
 @dataclass
@@ -155,9 +152,9 @@ def map_genes(gene_names, panel, table=None):
     ['MLL2', 'CD3E']
     """
     names = [str(name) for name in gene_names]
+    table = GeneTable(()) if table is None else table
     in_panel, by_gene = set(panel), _panel_by_gene(panel, table)
-    rows = [_map_gene(name, table, in_panel, by_gene) for name in names]
-    rows = _refuse_collisions(rows)
+    rows = _refuse_collisions([_map_gene(name, table, in_panel, by_gene) for name in names])
     mapped = [row[2] if row[1] in ("matched", "renamed") else row[0] for row in rows]
     found = {row[2] for row in rows if row[1] in ("matched", "renamed")}
     rows += [("", "absent", gene, "", "") for gene in panel if gene not in found]
@@ -167,7 +164,7 @@ def map_genes(gene_names, panel, table=None):
 def _panel_by_gene(panel, table):
     """Genes of the panel by gene id, for those with one meaning."""
     by_gene = defaultdict(list)
-    for name in panel if table is not None else ():
+    for name in panel:
         ids, _ = table.resolve(name)
         if len(ids) == 1:
             by_gene[ids[0]].append(name)
@@ -178,8 +175,6 @@ def _map_gene(name, table, in_panel, by_gene):
     """The report's row of one gene of the file."""
     if name in in_panel:
         return name, "matched", name, "name", ""
-    if table is None:
-        return name, "unused", "", "", ""
     ids, via = table.resolve(name)
     candidates = [gene for gene_id in ids for gene in by_gene.get(gene_id, ())]
     meanings = ", ".join(table.symbols[gene_id] for gene_id in ids)

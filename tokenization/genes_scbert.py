@@ -122,9 +122,7 @@ class GeneAlignment:
         self.n_duplicates = len(used) - self.n_matched
         self.n_absent = self.panel_size - self.n_matched
         self.n_unused = len(self.target) - len(used)
-        self._identity = len(self.target) == self.panel_size and bool(
-            (self.target == np.arange(self.panel_size)).all()
-        )
+        self._identity = np.array_equal(self.target, np.arange(self.panel_size))
         self._in_order = bool((np.diff(used) > 0).all())
 
     @property
@@ -205,9 +203,9 @@ def _name_hint(names, panel):
             "gene_symbols, or give a table of gene names, the HGNC complete set (gene_table=FILE, or "
             "--gene-table FILE)."
         )
-    if sum(bool(GENOMIC_REGION.fullmatch(name)) for name in names) * 2 > len(names):
+    if _most_match(GENOMIC_REGION, names):
         return "The names look like genomic regions (ATAC peaks); this model reads genes."
-    if sum(bool(LOWER_CASE_SYMBOL.fullmatch(name)) for name in names) * 2 > len(names):
+    if _most_match(LOWER_CASE_SYMBOL, names):
         return (
             "The names look like mouse symbols or lower-case ones, which are never guessed: map them to "
             "human gene symbols (for mouse, orthologues) first."
@@ -232,8 +230,12 @@ def align_genes(gene_names, panel):
 
 def looks_like_ensembl(names):
     """Whether more than half of the names are Ensembl gene ids."""
-    names = list(names)
-    return sum(bool(ENSEMBL_ID.fullmatch(str(name))) for name in names) * 2 > len(names) > 0
+    return _most_match(ENSEMBL_ID, names)
+
+
+def _most_match(pattern, names):
+    matches = [bool(pattern.fullmatch(str(name))) for name in names]
+    return 2 * sum(matches) > len(matches)
 
 
 def gene_names_of(var, var_names):
@@ -264,12 +266,6 @@ def read_gene_levels(path):
         raise InputError(f"{path} must hold one number per line: {error}.") from error
 
 
-def write_gene_levels(path, levels):
-    """Write the level of every gene, one per line."""
-    with open(path, "w", encoding="utf-8", newline="\n") as handle:
-        handle.writelines(f"{level:.3g}\n" for level in levels)
-
-
 def check_gene_levels(levels, tokenizer):
     """Levels as float64 [genes], refused if they are not a bin for every gene, or the bins of another kind."""
     if tokenizer.binning != "floor" or tokenizer.feature_modalities is not None:
@@ -288,13 +284,7 @@ def trust(absent, n_genes):
 
 
 def measured_share(levels, absent, log_base, bin_width):
-    """Share of a cell's counts that genes other than `absent` (panel indices) have, as far as levels are trusted.
-
-    Examples
-    --------
-    >>> round(float(measured_share(np.array([1.0, 2.0, 0.0]), np.array([0]), 2.0, 1.0)), 2)
-    0.75
-    """
+    """Share of a cell's counts that genes other than `absent` (panel indices) have, as far as levels are trusted."""
     counts = log_base ** (levels * bin_width) - 1
     missing = counts[absent].sum()
     # where all that the model knows is missing nothing can be said

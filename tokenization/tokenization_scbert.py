@@ -38,7 +38,6 @@ from .genes_scbert import (
     measured_share,
     read_gene_levels,
     read_panel_rows,
-    write_gene_levels,
     write_gene_panel,
 )
 
@@ -135,12 +134,10 @@ class ScBertTokenizer(PreTrainedTokenizer):
         kwargs.setdefault("pad_token", "[BIN_0]")
         kwargs.setdefault("mask_token", "[MASK]")
         kwargs.setdefault("model_max_length", max_length or len(self.gene_panel) + 1)
-        kwargs.setdefault("model_input_names", self._input_names())
+        names = ["input_ids"] if keep_zeros else ["input_ids", "attention_mask", "gene_ids"]
+        names += [] if feature_modalities is None else ["modality_ids"]
+        kwargs.setdefault("model_input_names", names)
         super().__init__(**options, **kwargs)
-
-    def _input_names(self):
-        names = ["input_ids"] if self.keep_zeros else ["input_ids", "attention_mask", "gene_ids"]
-        return names if self.feature_modalities is None else [*names, "modality_ids"]
 
     @property
     def gene_levels(self):
@@ -182,7 +179,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
         write_gene_panel(paths[0], self.gene_panel, self.feature_modalities)
         if self.gene_levels is None:
             return (paths[0],)
-        write_gene_levels(paths[1], self.gene_levels)
+        np.savetxt(paths[1], self.gene_levels, fmt="%.3g")
         return tuple(paths)
 
     # cells to batches
@@ -288,10 +285,6 @@ class ScBertTokenizer(PreTrainedTokenizer):
         """Like `bin_cells`, in chunks of rows: memory does not grow with the cells of a backed file.
 
         An `alignment` of the columns with the panel may be given in the place of `gene_names`.
-
-        Yields
-        ------
-        scipy.sparse.csr_matrix [up to chunk_size, panel]
         """
         gene_names = gene_names if alignment is None else alignment.names
         matrix, names = matrix_and_names(cells, self.gene_panel, gene_names, layer)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import platform
 import re
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +60,9 @@ def find_model(model: str | Path) -> Path:
     A folder of one's own comes before one of that name that ships. Of the Hub, only settings, weights and the
     gene panel are fetched: code of a repository is neither needed nor run.
     """
-    folder = Path(model)
-    if (
-        not folder.exists()
-        and folder.name == str(model)
-        and (SHIPPED_MODELS / folder / "config.json").is_file()
-    ):
-        return SHIPPED_MODELS / folder
+    folder, shipped = Path(model), SHIPPED_MODELS / model
+    if not folder.exists() and folder.name == str(model) and (shipped / "config.json").is_file():
+        return shipped
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) or folder.parent.is_dir():
         return folder
     try:
@@ -77,11 +75,7 @@ def find_model(model: str | Path) -> Path:
 
 
 def check_model_folder(folder: str | Path) -> dict[str, Any]:
-    """
-    The content of a model folder's config.json; one without a complete scBERT model, by its files alone, is refused.
-
-    The `InputError` says what is missing, damaged, or of which other type it is.
-    """
+    """The content of a model folder's config.json; one without a complete scBERT model, by its files, is refused."""
     folder = Path(folder)
     config = _read_config(folder)
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
@@ -141,23 +135,12 @@ def load_weights(
     **fields: Any,
 ) -> PreTrainedModel:
     """
-    A model of a folder on the CPU in float32, every weight present, of the right shape and finite.
+    A model of a folder on the CPU in float32, every weight present, of the right shape and finite, or an `InputError`:
+    transformers would fill the others at random.
 
-    Parameters
-    ----------
-    model_class
-        Class of the model; weights of another head are left out.
-    folder
-        Checked before, by `check_model_folder`.
-    new
-        Weights whose names begin so may be missing, or of another shape, and are then new.
-    **fields
-        Fields of the configuration to change.
-
-    Raises
-    ------
-    InputError
-        Otherwise: transformers would fill the others at random.
+    Weights of another head than the class has are left out; those whose names begin with one of `new` may be missing,
+    or of another shape, and are then new. The folder is checked before, by `check_model_folder`; `fields` of the
+    configuration are changed.
     """
     try:
         with quiet_transformers():
@@ -183,16 +166,13 @@ def load_weights(
 def _check_weights(
     folder: str | Path, network: PreTrainedModel, report: Any, new: str | tuple[str, ...]
 ) -> None:
-    def expected(name: str) -> bool:
-        return not name.startswith(new)
-
-    missing = sorted(filter(expected, report["missing_keys"]))
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(new))
     if missing:
         raise InputError(
             f"The weights in {folder} lack {len(missing)} of the model's tensors (first: {', '.join(missing[:3])}). "
             f"They would be random; the model is refused. {COPY_AGAIN}"
         )
-    mismatched = sorted(item for item in report["mismatched_keys"] if expected(item[0]))
+    mismatched = sorted(item for item in report["mismatched_keys"] if not item[0].startswith(new))
     if mismatched:
         name, found, needed = mismatched[0]
         raise InputError(
@@ -214,35 +194,12 @@ def load_model(
     dtype: torch.dtype | str | None = None,
 ) -> LoadedModel:
     """
-    Load a model folder for annotating or embedding cells.
+    A model, ready for annotating or embedding cells; one that is not fit for it, or not complete, is refused.
 
-    Parameters
-    ----------
-    model
-        Folder written by `finetune`, `pretrain` or `convert`, or the ``user/name`` of one on the Hub; a `LoadedModel`
-        passes through.
-    task
-        ``"annotation"`` needs a fine-tuned model; ``"embedding"`` takes any scBERT model.
-    device
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``...; by default (``"auto"``) the first GPU, or else the CPU.
-    dtype
-        ``"float32"`` or ``"bfloat16"``; by default (``"auto"``) bfloat16 on GPUs that have it, float32 elsewhere.
-
-    Returns
-    -------
-    LoadedModel
-        In evaluation mode.
-
-    Raises
-    ------
-    InputError
-        When the folder is not a complete scBERT model fit for the task; nothing is filled with random weights.
-
-    Examples
-    --------
-    >>> loaded = load_model("my_model")  # doctest: +SKIP
-    >>> loaded.labels  # doctest: +SKIP
-    ['B', 'NK', 'T']
+    `model` is a folder written by `finetune`, `pretrain` or `convert`, or the ``user/name`` of one on the Hub; a
+    `LoadedModel` passes through. The `task` ``"annotation"`` needs a fine-tuned model, ``"embedding"`` takes any.
+    The `device` is ``"cpu"``, ``"cuda"``, ``"cuda:1"``..., by default (``"auto"``) the first GPU, or else the CPU;
+    `dtype` is ``"float32"`` or ``"bfloat16"``, by default (``"auto"``) the latter on GPUs that have it.
     """
     if isinstance(model, LoadedModel):
         return model
@@ -320,15 +277,10 @@ def save_model(
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
     found = {"python": platform.python_version()}
     for package in DECISIVE:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

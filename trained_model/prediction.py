@@ -99,27 +99,13 @@ def predict(
     A cell's result depends neither on its batch mates nor on the order: FAVOR+ stabilises per cell, and masked
     positions contribute exactly nothing. Cells are taken by length, so that batches hold little padding.
 
-    Parameters
-    ----------
-    loaded
-        Model and tokenizer.
-    bins
-        Expression bins [cells, panel], of ``tokenizer.bin_cells``.
-    outputs
-        Any of ``"logits"`` and ``"probabilities"`` (of a classifier), ``"embeddings"`` (a classifier's cell vectors,
-        or see `cell_embedding`) and ``"pooled"`` (what a classifier's output layer reads).
-    batch_size
-        Cells per step; chosen by the size of the model and the memory if left out.
-
-    Yields
-    ------
-    rows
-        Which rows of `bins`, [batch].
-    found
-        Every output by name, float32: [batch, labels], [batch, hidden], [batch, inputs of the output layer].
+    Of `bins` [cells, panel], as ``tokenizer.bin_cells`` makes them, come the rows of each batch and its `outputs` by
+    name, float32: ``"logits"`` and ``"probabilities"`` of a classifier [batch, labels], ``"embeddings"`` [batch,
+    hidden] (a classifier's cell vectors, or see `cell_embedding`), and ``"pooled"``, what a classifier's output layer
+    reads. The size of a batch is chosen by the size of the model and the memory if left out.
     """
     loaded.model.eval()
-    lengths = sequence_lengths(loaded.tokenizer, bins)
+    lengths = _sequence_lengths(loaded.tokenizer, bins)
     if loaded.model.config.num_hidden_layers:
         # whether compiling the layers pays
         expect_work(loaded.model.config, lengths.sum())
@@ -140,17 +126,6 @@ def predict_cells(
     Outputs of all cells in their order; arguments as in `predict`.
 
     `on_batch` is called with the number of cells of every batch that is done.
-
-    Examples
-    --------
-    >>> from scbert import ScBertConfig, ScBertForCellClassification, ScBertTokenizer
-    >>> tokenizer = ScBertTokenizer(gene_panel=["CD3E", "MS4A1"])
-    >>> config = ScBertConfig(hidden_size=8, num_hidden_layers=1, max_position_embeddings=3, num_labels=4)
-    >>> loaded = LoadedModel(ScBertForCellClassification(config), tokenizer)
-    >>> bins = sp.csr_matrix(np.array([[0, 2], [3, 1]], dtype=np.int8))
-    >>> found = predict_cells(loaded, bins, ("logits", "embeddings"))
-    >>> found["logits"].shape, found["embeddings"].shape
-    ((2, 4), (2, 8))
     """
     n_labels = loaded.model.config.num_labels
     sizes = {"logits": n_labels, "probabilities": n_labels, "embeddings": loaded.embedding_size}
@@ -177,7 +152,7 @@ def predict_probabilities(
     return probabilities
 
 
-def sequence_lengths(tokenizer, bins: sp.csr_matrix) -> np.ndarray:
+def _sequence_lengths(tokenizer, bins: sp.csr_matrix) -> np.ndarray:
     """Tokens of every cell, the trailing one included, [cells]."""
     if tokenizer.keep_zeros:
         return np.full(bins.shape[0], bins.shape[1] + 1)

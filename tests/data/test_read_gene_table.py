@@ -3,6 +3,7 @@ import threading
 
 import pytest
 
+from scbert.data import read_gene_table
 from scbert.data.read_gene_table import fetch_hgnc, load_gene_table
 from scbert.tokenization import InputError
 
@@ -11,9 +12,14 @@ pytest.importorskip("pooch")
 TABLE = b"hgnc_id\tsymbol\tstatus\talias_symbol\tprev_symbol\tensembl_gene_id\nHGNC:1\tA\tApproved\tB\t\t\n"
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCBERT_CACHE", str(tmp_path))
+
+
 @pytest.fixture
-def site():
-    """A web site of one file on this machine; counts its visitors."""
+def site(monkeypatch):
+    """A web site of one file on this machine in the place of HGNC's; counts its visitors."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         visits = 0
@@ -30,31 +36,33 @@ def site():
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/hgnc_complete_set.txt", Handler
+    url = f"http://127.0.0.1:{server.server_port}/hgnc_complete_set.txt"
+    monkeypatch.setattr(read_gene_table, "HGNC_URL", url)
+    yield Handler
     server.shutdown()
     server.server_close()
 
 
-def test_downloaded_once_and_held_to_its_checksum(tmp_path, site):
-    url, handler = site
-    path = fetch_hgnc(tmp_path, url)
-    assert path.read_bytes() == TABLE and fetch_hgnc(tmp_path, url) == path and handler.visits == 1
+def test_downloaded_once_and_held_to_its_checksum(site):
+    path = fetch_hgnc()
+    assert path.read_bytes() == TABLE and fetch_hgnc() == path and site.visits == 1
     path.write_bytes(TABLE[:-5])
     with pytest.raises(InputError, match="does not have the checksum"):
-        fetch_hgnc(tmp_path, url)
+        fetch_hgnc()
 
 
 def test_wrong_checksum_is_refused(tmp_path, site):
-    with pytest.raises(InputError, match="checksum"):
-        fetch_hgnc(tmp_path, site[0], sha256="0" * 64)
+    (tmp_path / "hgnc_complete_set.txt.sha256").write_text("0" * 64)
+    with pytest.raises(InputError, match="download of .* checksum"):
+        fetch_hgnc()
     assert not (tmp_path / "hgnc_complete_set.txt").exists()
 
 
 def test_offline_says_what_to_do(tmp_path, monkeypatch):
     # the port is closed: nobody listens on port 1
+    monkeypatch.setattr(read_gene_table, "HGNC_URL", "http://127.0.0.1:1/hgnc_complete_set.txt")
     with pytest.raises(InputError, match="--gene-table"):
-        fetch_hgnc(tmp_path, "http://127.0.0.1:1/hgnc_complete_set.txt")
-    monkeypatch.setenv("SCBERT_CACHE", str(tmp_path))
+        fetch_hgnc()
     (tmp_path / "hgnc_complete_set.txt").write_bytes(TABLE)
     assert len(load_gene_table("hgnc")) == 1
 
