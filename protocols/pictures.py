@@ -75,4 +75,4 @@ def plot_first_setting(
         whole = np.zeros((int(known.sum()), len(classes)))
         whole[:, [column[label] for label in outputs.classes]] = outputs.probabilities[known]
         curves.append(whole)
-    plot_reliability({"model": np.concatenate(curves)}, np.concatenate(targets), folder / "reliability.png")
+    plot_reliability(np.concatenate(curves), np.concatenate(targets), folder / "reliability.png")

@@ -9,11 +9,11 @@ import numpy as np
 from ..evaluation.calibration import expected_calibration_error
 from ..evaluation.metrics import classification_metrics
 from ..evaluation.novelty import (
-    MahalanobisNovelty,
-    NeighbourNovelty,
     energy_score,
     entropy_score,
+    mahalanobis_score,
     max_probability_score,
+    neighbour_score,
     novel_type_metrics,
     novelty_auroc,
     reject,
@@ -78,10 +78,9 @@ def novelty_scores(outputs: Outputs, true: np.ndarray) -> dict[str, Any]:
         fitted = reject(outputs.predicted, certainty, 1 - outputs.threshold)
         row["at_fitted_threshold"] = novel_type_metrics(true, fitted, outputs.classes)
         found["energy"] = energy_score(outputs.logits)
-        distance = MahalanobisNovelty().fit(outputs.train_embeddings, outputs.train_labels)
-        found["mahalanobis"] = distance.score(outputs.embeddings)
-        near = NeighbourNovelty().fit(outputs.train_embeddings)
-        found["neighbours"] = near.score(outputs.embeddings)
+        train, embeddings = outputs.train_embeddings, outputs.embeddings
+        found["mahalanobis"] = mahalanobis_score(train, outputs.train_labels, embeddings)
+        found["neighbours"] = neighbour_score(train, embeddings)
     return row | {f"auroc_{name}": novelty_auroc(score, is_novel) for name, score in found.items()}
 
 
