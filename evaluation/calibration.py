@@ -32,10 +32,10 @@ def fit_temperature(
     """
     The one number that, dividing the logits, makes validation cells likeliest.
 
-    Logits are [cells, classes], `labels` the cells' class indices. Above 1 the model was too sure of itself, below 1 not
-    sure enough; predicted classes don't change. A value at one of the `bounds` means that the cells are (nearly) all
-    right or all wrong, and tell nothing about calibration. `prior` is the weight, in cells, of the belief that the
-    logarithm is near 0: what keeps few cells from the bounds.
+    Logits [cells, classes] and class indices [cells] are of cells that the model did not learn from. Above 1 it was
+    too sure of itself, below 1 not sure enough; predicted classes don't change. A value at one of the `bounds` means
+    that the cells are (nearly) all right or all wrong, and tell nothing about calibration. `prior` is the weight, in
+    cells, of the belief that the logarithm is near 0: what keeps few cells from the bounds.
 
     Guo et al., On Calibration of Modern Neural Networks, ICML 2017. The loss is convex in 1/temperature, so
     a bounded scalar search finds the minimum.
