@@ -133,11 +133,8 @@ def push(
         f"Pushed {len(operations)} files to {address}, which {'everybody' if public else 'only its owner'} can see.\n"
         f"Next: scbert annotate QUERY.h5ad --model {full_name} --output annotated.h5ad"
     )
-    return {
-        "url": address,
-        "private": not public,
-        "files": [operation.path_in_repo for operation in operations],
-    }
+    files = [operation.path_in_repo for operation in operations]
+    return {"url": address, "private": not public, "files": files}
 
 
 def _add_code(folder: Path) -> None:

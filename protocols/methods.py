@@ -198,7 +198,7 @@ def write_ablation(base: str | Path, folder: Path, kind: str, seed: int) -> Path
     model = load_masked_model(base)
     genes = model.base_model.embeddings.gene_embeddings.weight
     kept = genes.detach().clone()
-    if kind != "random genes":
+    if kind in ("no pretraining", "nothing learnt"):
         torch.manual_seed(seed)
         model = ScBertForMaskedExpression(model.config)
         genes = model.base_model.embeddings.gene_embeddings.weight
@@ -228,16 +228,14 @@ def all_methods(
     ``"zero-shot"`` compares models that are not trained; `work` is a folder for scratch, `seed` that of the ablations.
     """
     found = []
-    if base:
-        kinds = ("nothing learnt",) if protocol == "zero-shot" else ("no pretraining", "random genes")
-        ablated = {kind: write_ablation(base, work / kind.replace(" ", "_"), kind, seed) for kind in kinds}
     if protocol == "zero-shot":
         if not base:
             raise InputError("The zero-shot protocol compares embeddings of a pretrained model: give --base.")
         found.append(frozen_neighbours("scBERT embeddings, kNN", Path(base)))
-        found.append(frozen_neighbours("untrained embeddings, kNN", ablated["nothing learnt"], True))
+        untrained = write_ablation(base, work / "untrained", "nothing learnt", seed)
+        found.append(frozen_neighbours("untrained embeddings, kNN", untrained, True))
     else:
-        common = settings | ({"base": base} if base else {})
+        common = {**settings, "base": base} if base else settings
         for recipe in recipes:
             name = "scBERT" if len(recipes) == 1 else f"scBERT ({Path(recipe).stem})"
             found.append(scbert(name, {"recipe": recipe, **common}, work / "run"))
@@ -245,11 +243,12 @@ def all_methods(
         for name, more in variants.items():
             found.append(scbert(name, _merged(first, more), work / "run"))
         if base:
+            untrained = str(write_ablation(base, work / "untrained", "no pretraining", seed))
+            shuffled = str(write_ablation(base, work / "shuffled", "random genes", seed))
             # frozen random weights would be no fair baseline: all of them are trained
-            untrained = {**first, "base": str(ablated["no pretraining"]), "train_all": True}
-            found.append(scbert("scBERT, no pretraining", untrained, work / "run", True))
-            shuffled = {**first, "base": str(ablated["random genes"])}
-            found.append(scbert("scBERT, random genes", shuffled, work / "run", True))
+            new = {**first, "base": untrained, "train_all": True}
+            found.append(scbert("scBERT, no pretraining", new, work / "run", True))
+            found.append(scbert("scBERT, random genes", {**first, "base": shuffled}, work / "run", True))
     return found + [baseline(name) for name in baselines]
 
 
