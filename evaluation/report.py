@@ -32,9 +32,9 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } d
 @dataclass
 class Section:
     """
-    A part of a report: paragraphs, warnings, which stand out, and facts by name, shown as a list.
+    A part of a report, in the order of its fields.
 
-    Tables follow, and by caption the paths of PNGs or matplotlib figures.
+    Warnings stand out, facts are shown as a list; `pictures` are paths of PNGs or matplotlib figures, by caption.
     """
 
     title: str

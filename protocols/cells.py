@@ -38,6 +38,8 @@ def load_benchmark_cells(
         Column of obs with the types; or one for each file, separated by commas.
     label_map
         CSV with the columns ``from`` and ``to``: other names for types. Types that it lacks are left out.
+    layer
+        Layer that holds the values.
     max_cells
         A random part of the labelled cells, the same share of every type, where there are more.
     input
