@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..extras import require
-from .tables import shortened
+from .metrics import shortened
 
 # Paul Tol's muted scheme and two of his light one: told apart with any colour vision, in this order
 COLOURS = (

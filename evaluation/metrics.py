@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from ..extras import require
-from .tables import shortened
 
 
 def classification_metrics(y_true: Sequence, y_pred: Sequence) -> dict[str, Any]:
@@ -76,3 +75,8 @@ def plot_confusion(confusion: dict[str, Any], path: str | Path, title: str = "")
     figure.colorbar(image, ax=axes, label="share of the true type", shrink=0.8)
     figure.savefig(path, dpi=150)
     return figure
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text, or its beginning and an ellipsis: at most `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"

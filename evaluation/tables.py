@@ -64,8 +64,3 @@ class TextTable:
 def _markdown_row(cells: Sequence[str]) -> str:
     escaped = (cell.replace("|", "\\|") for cell in cells)
     return f"| {' | '.join(escaped)} |"
-
-
-def shortened(text: str, limit: int) -> str:
-    """The text, or its beginning and an ellipsis: at most `limit` characters."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
