@@ -30,24 +30,9 @@ class MissingLibrary(ImportError):
 
 def require(module: str, extra: str | None = None) -> ModuleType:
     """
-    Import an optional library, or say how to get it.
+    Import a module of an optional library by its dotted name, or say how to get it by a `MissingLibrary`.
 
-    Parameters
-    ----------
-    module
-        Dotted name of the module to import, for example ``"matplotlib.pyplot"``.
-    extra
-        The extra of this distribution that brings it; looked up if left out.
-
-    Raises
-    ------
-    MissingLibrary
-        When the library itself is absent. An error *inside* an installed library is passed on as it is.
-
-    Examples
-    --------
-    >>> require("json").dumps([1])
-    '[1]'
+    The `extra` that brings it is looked up if left out. An error *inside* an installed library is passed on as it is.
     """
     try:
         return importlib.import_module(module)
@@ -61,17 +46,10 @@ def require(module: str, extra: str | None = None) -> ModuleType:
 
 def how_to_install(library: str, extra: str | None = None) -> str:
     """
-    Say how an optional library is installed, with everything else its extra brings.
+    Say how an optional library is installed, with everything else its extra brings, which is looked up if left out.
 
     The libraries are named rather than ``scbert-transformers[extra]``: that holds however this package was
     installed, from a clone, a wheel or an index.
-
-    Parameters
-    ----------
-    library
-        Name of the missing library.
-    extra
-        The extra that brings it; looked up if left out.
 
     Examples
     --------

@@ -8,6 +8,7 @@ what a reader of the score has to know (convergence, a fallback). All are determ
 import logging
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,7 @@ class Baseline:
     """
     What the classifiers share: cells in, probabilities out, on the training cells' expressed genes.
 
-    Parameters
-    ----------
-    seed
-        Of everything drawn at random.
-    threads
-        Upper limit for linear algebra and worker processes.
+    `threads` is the upper limit for linear algebra and worker processes.
     """
 
     name = ""
@@ -43,15 +39,8 @@ class Baseline:
         self.seed, self.threads = seed, threads
         self.notes: list[str] = []
 
-    def fit(self, adata: Any, label_key: str, layer: str | None = None, input: str = "auto") -> "Baseline":
-        """
-        Learn from labelled cells; unlabelled ones (missing, "unassigned") are left out. Returns itself.
-
-        Raises
-        ------
-        InputError
-            When `label_key` is no column, or holds fewer than two types.
-        """
+    def fit(self, adata: Any, label_key: str, input: str = "auto") -> "Baseline":
+        """Learn from labelled cells; unlabelled ones (missing, "unassigned") are left out. Returns itself."""
         if label_key not in adata.obs:
             have = ", ".join(map(str, adata.obs.columns)) or "none"
             raise InputError(f"There is no column {label_key!r} in obs; it has: {have}.")
@@ -61,7 +50,7 @@ class Baseline:
         if len(self.classes_) < 2:
             found = ", ".join(self.classes_) or "none"
             raise InputError(f"Column {label_key!r} holds {found} as types; at least two are needed.")
-        matrix, names = log_normalize(adata, layer, input)
+        matrix, names = log_normalize(adata, input=input)
         matrix = matrix[labelled]
         seen = np.bincount(matrix.indices, minlength=matrix.shape[1]) > 0
         self.genes = [gene for gene, is_seen in zip(names, seen, strict=True) if is_seen]
@@ -70,15 +59,15 @@ class Baseline:
             self._fit(matrix[:, seen], labels[labelled])
         return self
 
-    def predict_proba(self, adata: Any, layer: str | None = None, input: str = "auto") -> np.ndarray:
+    def predict_proba(self, adata: Any, input: str = "auto") -> np.ndarray:
         """Probabilities of cells, float32 [cells, classes], columns as in `classes_`; absent genes are 0."""
-        matrix, names = log_normalize(adata, layer, input)
+        matrix, names = log_normalize(adata, input=input)
         with require("threadpoolctl").threadpool_limits(self.threads):
             return self._probabilities(matrix, names).astype(np.float32)
 
-    def predict(self, adata: Any, layer: str | None = None, input: str = "auto") -> np.ndarray:
+    def predict(self, adata: Any, input: str = "auto") -> np.ndarray:
         """Most probable type of every cell, [cells]."""
-        return self.classes_[self.predict_proba(adata, layer, input).argmax(axis=1)]
+        return self.classes_[self.predict_proba(adata, input).argmax(axis=1)]
 
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
         raise NotImplementedError
@@ -110,19 +99,9 @@ class LogisticRegressionBaseline(Baseline):
     """
     Logistic regression, L1 (the critics' baseline) or L2, its C chosen by inner cross-validation.
 
-    Parameters
-    ----------
-    penalty
-        ``"l1"``: one classifier per type by liblinear, as in Boiarsky et al. 2024; ``"l2"``: multinomial by
-        L-BFGS, stronger on most of the cells we measured.
-    grid
-        Values of C tried; the best mean macro-F1 wins, of equal ones the smallest. One value: no search.
-
-    Examples
-    --------
-    >>> model = LogisticRegressionBaseline().fit(train, "cell_type")  # doctest: +SKIP
-    >>> model.predict_proba(test).shape, model.C  # doctest: +SKIP
-    ((2700, 9), 0.3)
+    ``"l1"`` is one classifier per type by liblinear, as in Boiarsky et al. 2024; ``"l2"`` multinomial by L-BFGS,
+    stronger on most of the cells we measured. Of the values of C in `grid` the best mean macro-F1 wins, of equal ones
+    the smallest. One value: no search.
     """
 
     def __init__(
@@ -191,7 +170,6 @@ class NeighboursBaseline(Baseline):
     name = "knn"
 
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
-        neighbours, decomposition = require("sklearn.neighbors"), require("sklearn.decomposition")
         mean = np.asarray(matrix.mean(axis=0)).ravel()
         variance = np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel() - mean**2
         # stable: of genes with equal variance the first in order, whatever the machine.
@@ -202,8 +180,9 @@ class NeighboursBaseline(Baseline):
         dense = require("sklearn.preprocessing").FunctionTransformer(
             lambda kept: kept.toarray(), accept_sparse=True
         )
-        pca = decomposition.PCA(components, svd_solver="covariance_eigh")
-        voters = neighbours.KNeighborsClassifier(min(N_NEIGHBORS, len(labels)), weights="distance")
+        pca = require("sklearn.decomposition").PCA(components, svd_solver="covariance_eigh")
+        k = min(N_NEIGHBORS, len(labels))
+        voters = require("sklearn.neighbors").KNeighborsClassifier(k, weights="distance")
         self.model = require("sklearn.pipeline").make_pipeline(dense, pca, voters).fit(kept, labels)
 
 
@@ -225,14 +204,11 @@ class CellTypistBaseline(Baseline):
         self.notes.append("CellTypist's model fitted outside its train(), which this scikit-learn refuses")
 
     def _probabilities(self, matrix: Any, names: list[str]) -> np.ndarray:
-        celltypist, anndata, pandas = _quiet_celltypist(), require("anndata"), require("pandas")
+        celltypist = _quiet_celltypist()
         if not set(names) & set(self.genes):
             raise _no_common_genes(names, self.genes)
         # the query's own genes: CellTypist leaves absent ones out instead of reading them as 0.
-        index = pandas.Index([str(i) for i in range(matrix.shape[0])])
-        query = anndata.AnnData(
-            matrix, obs=pandas.DataFrame(index=index), var=pandas.DataFrame(index=pandas.Index(names))
-        )
+        query = require("anndata").AnnData(matrix, var=require("pandas").DataFrame(index=names))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             table = celltypist.annotate(query, model=self.model).decision_matrix
@@ -281,14 +257,5 @@ BASELINES = {
 
 
 def available_baselines() -> list[str]:
-    """
-    Names of the classifiers of `BASELINES` whose libraries are installed.
-
-    Examples
-    --------
-    >>> "logistic_l1" in available_baselines()
-    True
-    """
-    from importlib.util import find_spec
-
+    """Names of the classifiers of `BASELINES` whose libraries are installed."""
     return [name for name in BASELINES if name != "celltypist" or find_spec("celltypist") is not None]

@@ -15,26 +15,12 @@ MIN_CLASS_CELLS = 20
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """
-    Probabilities of logits divided by a temperature, [cells, classes] float64.
-
-    Examples
-    --------
-    >>> softmax(np.array([[0.0, 0.0]])).tolist()
-    [[0.5, 0.5]]
-    """
+    """Probabilities of logits divided by a temperature, [cells, classes] float64."""
     return require("scipy.special").softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> float:
-    """
-    Mean cross-entropy of logits [cells, classes] divided by a temperature; natural log.
-
-    Examples
-    --------
-    >>> round(negative_log_likelihood(np.zeros((3, 2)), np.array([0, 1, 1])), 4)
-    0.6931
-    """
+    """Mean cross-entropy of logits [cells, classes] divided by a temperature; natural log."""
     scaled = np.asarray(logits, dtype=np.float64) / temperature
     logs = require("scipy.special").log_softmax(scaled, axis=1)
     return float(-logs[np.arange(len(logs)), labels].mean())
@@ -46,72 +32,30 @@ def fit_temperature(
     """
     The one number that, dividing the logits, makes validation cells likeliest.
 
-    Parameters
-    ----------
-    logits
-        Outputs of the classifier for validation cells it was not trained on, [cells, classes].
-    labels
-        Indices of their true classes, [cells].
-    bounds
-        Temperatures searched. A value at a bound means that the validation cells are (nearly) all right or
-        all wrong, and tell nothing about calibration.
-    prior
-        Weight, in cells, of the belief that the logarithm is near 0: what keeps few cells from the bounds.
+    Logits [cells, classes] and class indices [cells] are of cells that the model did not learn from. Above 1 it was
+    too sure of itself, below 1 not sure enough; predicted classes don't change. A value at one of the `bounds` means
+    that the cells are (nearly) all right or all wrong, and tell nothing about calibration. `prior` is the weight, in
+    cells, of the belief that the logarithm is near 0: what keeps few cells from the bounds.
 
-    Returns
-    -------
-    float
-        Above 1: the model was too sure of itself; below 1: not sure enough. Predicted classes don't change.
-
-    Raises
-    ------
-    ValueError
-        When there are no cells, or a label is no column of the logits.
-
-    Notes
-    -----
     Guo et al., On Calibration of Modern Neural Networks, ICML 2017. The loss is convex in 1/temperature, so
     a bounded scalar search finds the minimum.
-
-    Examples
-    --------
-    >>> logits = np.array([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]])
-    >>> round(fit_temperature(logits, np.array([0, 0, 0, 1])), 3)  # 4 / log(3): three in four are right
-    3.641
     """
     logits, labels = _checked(logits, labels)
-    optimize = require("scipy.optimize")
 
     def loss(log_temperature):
         belief = prior / len(labels) * log_temperature**2 / 2
         return negative_log_likelihood(logits, labels, np.exp(log_temperature)) + belief
 
-    options = {"xatol": 1e-6}
-    result = optimize.minimize_scalar(loss, bounds=np.log(bounds), method="bounded", options=options)
+    minimize = require("scipy.optimize").minimize_scalar
+    result = minimize(loss, bounds=np.log(bounds), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(result.x))
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, n_bins: int = 15) -> float:
     """
-    Mean gap between confidence and accuracy over equal-width bins of the confidence, weighted by cells.
+    Mean gap between confidence and accuracy over equal-width bins of the largest probability, weighted by cells.
 
-    Parameters
-    ----------
-    probabilities
-        [cells, classes], rows summing to 1.
-    labels
-        Indices of the true classes, [cells].
-    n_bins
-        Number of bins of the largest probability between 0 and 1.
-
-    Notes
-    -----
-    Naeini et al. 2015; computed by torchmetrics (l1 norm).
-
-    Examples
-    --------
-    >>> round(expected_calibration_error(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0])), 3)
-    0.45
+    Of probabilities [cells, classes] and true classes [cells]; Naeini et al. 2015, by torchmetrics (l1 norm).
     """
     torch, classification = require("torch"), require("torchmetrics.functional.classification")
     probabilities, labels = _checked(probabilities, labels)
@@ -123,16 +67,9 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, n_
 
 @dataclass(frozen=True)
 class UnassignedThreshold:
-    """
-    A threshold on the confidence, and what it did on the cells it was chosen on.
-
-    Cells whose largest probability is below `threshold` become "unassigned". `precision` is the accuracy of
-    the others, `coverage` their share of all cells; `reached` tells whether the wanted precision was met.
-    """
+    """The confidence below which cells become "unassigned", and whether it reaches the wanted precision."""
 
     threshold: float
-    precision: float
-    coverage: float
     reached: bool
 
 
@@ -144,34 +81,14 @@ def choose_threshold(
     default: float = 0.5,
 ) -> UnassignedThreshold:
     """
-    The lowest confidence threshold whose assigned validation cells reach a wanted precision.
+    The lowest confidence threshold whose assigned validation cells reach a wanted share of right answers.
 
-    Parameters
-    ----------
-    probabilities
-        Calibrated probabilities of validation cells, [cells, classes].
-    labels
-        Indices of their true classes, [cells]; -1 for a cell of none of them, which is wrong wherever it is
-        assigned.
-    precision
-        Wanted share of right answers among the assigned cells.
-    min_cells
-        At least this many cells must stay assigned: a precision measured on a handful says nothing.
-    default
-        Threshold when there are too few cells, or none reaches the precision.
+    Of calibrated probabilities [cells, classes] and true classes [cells]; -1 is a cell of none of them, wrong wherever
+    it is assigned. At least `min_cells` must stay assigned: a precision measured on a handful says nothing. Where there
+    are fewer, or none reach the precision, the threshold is `default`.
 
-    Returns
-    -------
-    UnassignedThreshold
-        The threshold lies halfway between the last confidence kept and the next one left out; where every
-        cell is kept, just below the lowest confidence seen, so that nothing is claimed about lower ones.
-
-    Examples
-    --------
-    >>> p = np.array([[0.95, 0.05], [0.9, 0.1], [0.7, 0.3], [0.6, 0.4]])
-    >>> chosen = choose_threshold(p, np.array([0, 0, 1, 0]), precision=0.9, min_cells=1)
-    >>> round(chosen.threshold, 3), chosen.precision, chosen.coverage
-    (0.8, 1.0, 0.5)
+    It lies halfway between the last confidence kept and the next one left out; where every cell is kept, just below the
+    lowest confidence seen, so that nothing is claimed about lower ones.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
     labels = np.asarray(labels)
@@ -184,62 +101,38 @@ def choose_threshold(
     is_cut = np.append(ranked[1:] < ranked[:-1], True)[: len(ranked)]
     good = np.flatnonzero(is_cut & (kept >= min_cells) & (hits >= precision * kept))
     if not len(good):
-        assigned = confidence >= default
-        share = float(right[assigned].mean()) if assigned.any() else float("nan")
-        coverage = float(assigned.mean()) if len(ranked) else float("nan")
-        return UnassignedThreshold(default, share, coverage, reached=False)
+        return UnassignedThreshold(default, reached=False)
     last = good[-1]
     below = (ranked[last] + ranked[last + 1]) / 2 if last + 1 < len(ranked) else ranked[last] - 1e-6
-    return UnassignedThreshold(
-        float(below), float(hits[last] / kept[last]), float(kept[last] / len(ranked)), True
-    )
+    return UnassignedThreshold(float(below), reached=True)
 
 
-def plot_reliability(
-    curves: dict[str, np.ndarray], labels: np.ndarray, path: str | Path | None = None
-) -> Any:
+def plot_reliability(probabilities: np.ndarray, labels: np.ndarray, path: str | Path) -> Any:
     """
     Reliability diagram: accuracy against confidence, with the number of cells of each of ten equal bins below.
 
-    Parameters
-    ----------
-    curves
-        Name of a curve -> probabilities [cells, classes], such as before and after the temperature.
-    labels
-        Indices of the true classes, [cells], the same for all curves.
-    path
-        Where to save the picture; nothing is saved when None.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-
-    Examples
-    --------
-    >>> figure = plot_reliability({"model": np.array([[0.9, 0.1], [0.2, 0.8]])}, np.array([0, 0]))
+    Of probabilities [cells, classes] and true classes [cells]; saved as `path`, and returned as matplotlib's Figure.
     """
+    values, truth = _checked(probabilities, labels)
+    confidence, right = values.max(axis=1), values.argmax(axis=1) == truth
+    n_bins, edges = 10, np.linspace(0, 1, 11)
+    # right-closed bins, as in the calibration error.
+    index = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, n_bins - 1)
+    cells = np.bincount(index, minlength=n_bins)
+    seen = cells > 0
+    accuracy = np.bincount(index, weights=right, minlength=n_bins)[seen] / cells[seen]
+    mean = np.bincount(index, weights=confidence, minlength=n_bins)[seen] / cells[seen]
+    error = expected_calibration_error(values, truth)
     figure = require("matplotlib.figure").Figure(figsize=(4.6, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
-    n_bins, edges = 10, np.linspace(0, 1, 11)
     above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfect")
-    for number, (name, probabilities) in enumerate(curves.items()):
-        values, truth = _checked(probabilities, labels)
-        confidence, right = values.max(axis=1), values.argmax(axis=1) == truth
-        # right-closed bins, as in the calibration error.
-        index = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, n_bins - 1)
-        cells = np.bincount(index, minlength=n_bins)
-        seen = cells > 0
-        accuracy = np.bincount(index, weights=right, minlength=n_bins)[seen] / cells[seen]
-        mean = np.bincount(index, weights=confidence, minlength=n_bins)[seen] / cells[seen]
-        error = expected_calibration_error(values, truth)
-        above.plot(mean, accuracy, marker="o", markersize=4, label=f"{name} (ECE {error:.3f})")
-        below.stairs(cells, edges, color=f"C{number}", linewidth=1.4)
+    above.plot(mean, accuracy, marker="o", markersize=4, label=f"model (ECE {error:.3f})")
+    below.stairs(cells, edges, color="C0", linewidth=1.4)
     above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
     # above the axes: a curve may pass anywhere inside.
     above.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     below.set(xlabel="confidence (largest probability)", ylabel="cells")
-    if path is not None:
-        figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150)
     return figure
 
 
@@ -259,40 +152,20 @@ def conformal_quantiles(
     probabilities: np.ndarray, targets: np.ndarray, coverages: tuple[float, ...] = COVERAGES
 ) -> dict[str, list[float]]:
     """
-    Largest score with which a class belongs to a cell's set, by coverage and class.
+    Largest score with which a class belongs to a cell's set, by coverage and class: ``{"0.9": [classes], ...}``.
+
+    `probabilities` [cells, classes] are of cells with these true classes that the model did not learn from, `coverages`
+    the shares of cells whose set is to hold the true class; one that asks for more cells than there are is left out.
 
     The score is one less the probability of the class. A class with enough cells has the quantile of its own cells'
     scores, the others one of theirs together; where these too are too few, that of all cells.
 
-    Parameters
-    ----------
-    probabilities
-        Of cells that the model did not learn from, [cells, classes].
-    targets
-        Their true classes, [cells].
-    coverages
-        Shares of cells whose set is to hold the true class.
-
-    Returns
-    -------
-    dict
-        ``{"0.9": [classes], ...}``; a coverage that asks for more cells than there are is left out.
-
-    Notes
-    -----
     Least ambiguous sets with class-wise coverage (Sadinle, Lei and Wasserman, JASA 2019), label-conditional conformal
     prediction (Vovk, 2012). For one fixed model and cells drawn like these, each class's coverage is at least the one
     asked for, in finite samples: the quantile has rank ceil((n + 1) coverage). Scores of cross-fitting are not quite
     this: each is of a fit without the cell, and the model that is used has learnt from all cells. It is then right as
     far as the fits agree (Barber, Candes, Ramdas and Tibshirani, Annals of Statistics 2021, on the jackknife), and it
     holds for cells like the reference's only: not across donors or protocols.
-
-    Examples
-    --------
-    >>> sure = np.linspace(0.505, 1, 100)
-    >>> found = conformal_quantiles(np.column_stack([sure, 1 - sure]), np.zeros(100, dtype=int), (0.9,))
-    >>> np.round(found["0.9"][0], 3).item()
-    0.45
     """
     scores = nonconformity(probabilities[np.arange(len(targets)), targets])
     counts = np.bincount(targets, minlength=probabilities.shape[1])

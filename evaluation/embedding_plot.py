@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..extras import require
+from .metrics import shortened
 
 # Paul Tol's muted scheme and two of his light one: told apart with any colour vision, in this order
 COLOURS = (
@@ -15,7 +16,6 @@ COLOURS = (
 )  # fmt: skip
 MARKERS = ("o", "^", "s", "D", "v")
 BACKGROUND, UNASSIGNED_COLOUR = "#e4e4e4", "#777777"
-LABEL_LENGTH = 30
 
 
 def plot_embedding(
@@ -26,29 +26,10 @@ def plot_embedding(
     title: str | None = None,
 ) -> Any:
     """
-    Draw cells in two dimensions, one panel per set of labels, with one legend for all.
+    Draw cells at coordinates [cells, 2], one panel per set of labels, with one legend for all; matplotlib's Figure.
 
-    Parameters
-    ----------
-    coordinates
-        For instance ``adata.obsm["X_umap"]``, [cells, 2].
-    panels
-        Title -> label of every cell, [cells]. A label has the same colour in all panels; "unassigned" is grey.
-    path
-        Where to save the picture; nothing is saved when None.
-    background
-        Other cells to show in light grey behind, [n, 2].
-    title
-        Text above all panels.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-
-    Examples
-    --------
-    >>> xy = np.array([[0.0, 1.0], [1.0, 0.0]])
-    >>> figure = plot_embedding(xy, {"truth": ["B", "T"], "prediction": ["B", "B"]}, "umap.png")
+    `panels` holds the label of every cell by title: a label has the same colour in all panels, "unassigned" is grey.
+    `background` [n, 2] are other cells, in light grey behind. Nothing is saved without a path.
     """
     shown = [np.asarray(labels).astype(str) for labels in panels.values()]
     names = sorted(set(np.concatenate(shown)) - {"unassigned"})
@@ -70,8 +51,13 @@ def plot_embedding(
         panel.set_title(heading, fontsize=10)
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_color("#bbbbbb")
+    line = require("matplotlib.lines").Line2D
+    handles = [
+        line([], [], color=colour, marker=marker, linestyle="", markersize=6, label=shortened(name, 30))
+        for name, (colour, marker) in styles.items()
+    ]
     figure.legend(
-        handles=[_handle(name, *style) for name, style in styles.items()],
+        handles=handles,
         loc="outside right center",
         frameon=False,
         fontsize=8.5,
@@ -84,22 +70,11 @@ def plot_embedding(
     return figure
 
 
-def _handle(name: str, colour: str, marker: str) -> Any:
-    label = name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 1] + "…"
-    line = require("matplotlib.lines").Line2D
-    return line([], [], color=colour, marker=marker, linestyle="", markersize=6, label=label)
-
-
 def umap_of(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
     """
     Places of cells in a picture, [cells, 2], by scanpy's UMAP (with this seed) of their vectors [cells, features].
 
     Up to three cells are returned on a line.
-
-    Examples
-    --------
-    >>> umap_of(np.random.default_rng(0).normal(size=(30, 4))).shape
-    (30, 2)
     """
     if len(vectors) <= 3:
         return np.stack([np.arange(len(vectors)), np.zeros(len(vectors))], axis=1).astype(float)

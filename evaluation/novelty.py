@@ -14,117 +14,58 @@ from ..extras import require
 
 
 def max_probability_score(probabilities: np.ndarray) -> np.ndarray:
-    """
-    One minus the largest probability of each cell, [cells]; 0.5 is scBERT's rule.
-
-    Examples
-    --------
-    >>> max_probability_score(np.array([[0.75, 0.25]])).tolist()
-    [0.25]
-    """
+    """One minus the largest probability of each cell, [cells]; 0.5 is scBERT's rule."""
     return 1.0 - np.asarray(probabilities).max(axis=1)
 
 
 def entropy_score(probabilities: np.ndarray) -> np.ndarray:
-    """
-    Entropy of each cell's probabilities divided by that of a uniform guess, [cells], 0 to 1.
-
-    Examples
-    --------
-    >>> entropy_score(np.array([[0.5, 0.5], [1.0, 0.0]])).tolist()
-    [1.0, 0.0]
-    """
+    """Entropy of each cell's probabilities divided by that of a uniform guess, [cells], 0 to 1."""
     values = np.asarray(probabilities, dtype=np.float64)
     logs = np.log(values, out=np.zeros_like(values), where=values > 0)
     # + 0.0 turns the -0.0 of a certain cell into 0.0.
     return -(values * logs).sum(axis=1) / np.log(max(values.shape[1], 2)) + 0.0
 
 
-def energy_score(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+def energy_score(logits: np.ndarray) -> np.ndarray:
     """
-    Free energy -T log sum exp(logit / T) of each cell, [cells].
+    Free energy -log sum exp(logit) of each cell, [cells].
 
     Unlike probabilities it tells "no class fits" (all logits small) from "two classes fit" (two large ones).
     Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020.
-
-    Examples
-    --------
-    >>> energy_score(np.log(np.array([[1.0, 3.0]]))).round(4).tolist()  # -log(1 + 3)
-    [-1.3863]
     """
-    special = require("scipy.special")
-    return -temperature * special.logsumexp(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
+    return -require("scipy.special").logsumexp(np.asarray(logits, dtype=np.float64), axis=1)
 
 
-class MahalanobisNovelty:
+def mahalanobis_score(train: np.ndarray, labels: Sequence, embeddings: np.ndarray) -> np.ndarray:
     """
-    Squared Mahalanobis distance to the nearest class mean of the training embeddings, one covariance for all.
+    Squared Mahalanobis distance of embeddings to the nearest class mean of `train` (each [cells, hidden]), [cells].
 
-    The covariance within classes is shrunk (Ledoit-Wolf), since there may be fewer cells than dimensions.
+    There is one covariance for all classes, of `labels` [training cells]. It is shrunk (Ledoit-Wolf), since there may
+    be fewer cells than dimensions.
     Lee et al., A Simple Unified Framework for Detecting Out-of-Distribution Samples, NeurIPS 2018.
-
-    Examples
-    --------
-    >>> train = np.array([[0.0, 1.0], [0.0, -1.0], [9.0, 1.0], [9.0, -1.0]])
-    >>> novelty = MahalanobisNovelty().fit(train, ["B", "B", "T", "T"])
-    >>> near, far = novelty.score(np.array([[0.0, 0.0], [4.5, 5.0]]))
-    >>> bool(near < far)
-    True
     """
-
-    def fit(self, embeddings: np.ndarray, labels: Sequence) -> "MahalanobisNovelty":
-        """Learn from embeddings [cells, hidden] and one label per cell; returns itself."""
-        covariance = require("sklearn.covariance")
-        embeddings = np.asarray(embeddings, dtype=np.float64)
-        _, index = np.unique(np.asarray(labels).astype(str), return_inverse=True)
-        self.means = np.stack([embeddings[index == k].mean(axis=0) for k in range(index.max() + 1)])
-        within = embeddings - self.means[index]
-        # a pseudo-inverse: a dimension that never varies within a class would make the inverse infinite.
-        self.precision = covariance.LedoitWolf(assume_centered=True).fit(within).precision_
-        return self
-
-    def score(self, embeddings: np.ndarray) -> np.ndarray:
-        """Novelty of embeddings [cells, hidden] -> [cells]."""
-        embeddings = np.asarray(embeddings, dtype=np.float64)
-        nearest = np.full(len(embeddings), np.inf)
-        for mean in self.means:
-            away = embeddings - mean
-            nearest = np.minimum(nearest, np.einsum("nh,hk,nk->n", away, self.precision, away, optimize=True))
-        return nearest
+    train, embeddings = np.asarray(train, dtype=np.float64), np.asarray(embeddings, dtype=np.float64)
+    _, index = np.unique(np.asarray(labels).astype(str), return_inverse=True)
+    means = np.stack([train[index == k].mean(axis=0) for k in range(index.max() + 1)])
+    # a pseudo-inverse: a dimension that never varies within a class would make the inverse infinite.
+    shrunk = require("sklearn.covariance").LedoitWolf(assume_centered=True).fit(train - means[index])
+    nearest = np.full(len(embeddings), np.inf)
+    for mean in means:
+        away = embeddings - mean
+        nearest = np.minimum(nearest, np.einsum("nh,hk,nk->n", away, shrunk.precision_, away, optimize=True))
+    return nearest
 
 
-class NeighbourNovelty:
+def neighbour_score(train: np.ndarray, embeddings: np.ndarray, n_neighbors: int = 10) -> np.ndarray:
     """
-    Distance to the k-th nearest training embedding, both scaled to length 1.
+    Distance of embeddings to the k-th nearest of `train` (each [cells, hidden]), all scaled to length 1, [cells].
 
+    k is lowered to the number of training cells where there are fewer.
     Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, ICML 2022.
-
-    Parameters
-    ----------
-    n_neighbors
-        k; lowered to the number of training cells where there are fewer.
-
-    Examples
-    --------
-    >>> novelty = NeighbourNovelty(n_neighbors=1).fit(np.array([[1.0, 0.0], [0.0, 2.0]]))
-    >>> novelty.score(np.array([[5.0, 0.0], [-1.0, 0.0]])).round(4).tolist()
-    [0.0, 1.4142]
     """
-
-    def __init__(self, n_neighbors: int = 10) -> None:
-        self.n_neighbors = n_neighbors
-
-    def fit(self, embeddings: np.ndarray) -> "NeighbourNovelty":
-        """Keep the training embeddings [cells, hidden]; returns itself."""
-        neighbours = require("sklearn.neighbors")
-        used = min(self.n_neighbors, len(embeddings))
-        self.index = neighbours.NearestNeighbors(n_neighbors=used).fit(_unit(embeddings))
-        return self
-
-    def score(self, embeddings: np.ndarray) -> np.ndarray:
-        """Novelty of embeddings [cells, hidden] -> [cells]."""
-        distances, _ = self.index.kneighbors(_unit(embeddings))
-        return distances[:, -1]
+    neighbours = require("sklearn.neighbors").NearestNeighbors(n_neighbors=min(n_neighbors, len(train)))
+    distances, _ = neighbours.fit(_unit(train)).kneighbors(_unit(embeddings))
+    return distances[:, -1]
 
 
 def _unit(embeddings: np.ndarray) -> np.ndarray:
@@ -133,14 +74,7 @@ def _unit(embeddings: np.ndarray) -> np.ndarray:
 
 
 def reject(predictions: Sequence, scores: np.ndarray, threshold: float) -> np.ndarray:
-    """
-    Predictions with "unassigned" in the place of every cell whose novelty score exceeds the threshold.
-
-    Examples
-    --------
-    >>> reject(["B", "T"], np.array([0.2, 0.8]), 0.5).tolist()
-    ['B', 'unassigned']
-    """
+    """Predictions with "unassigned" in the place of every cell whose novelty score exceeds the threshold."""
     return np.where(np.asarray(scores) > threshold, UNASSIGNED, np.asarray(predictions).astype(str))
 
 
@@ -149,11 +83,6 @@ def novelty_auroc(scores: np.ndarray, is_novel: Sequence) -> float:
     Probability that a novel cell scores above a known one (ties count half); 0.5 is chance.
 
     NaN when all cells are of one kind. By scikit-learn.
-
-    Examples
-    --------
-    >>> novelty_auroc(np.array([0.1, 0.4, 0.35, 0.8]), [False, False, True, True])
-    0.75
     """
     is_novel = np.asarray(is_novel, dtype=bool)
     if is_novel.all() or not is_novel.any():
@@ -165,35 +94,18 @@ def novel_type_metrics(y_true: Sequence, y_pred: Sequence, known_labels: Sequenc
     """
     What a classifier with a rejection rule makes of query cells, some of types it never saw.
 
-    Parameters
-    ----------
-    y_true
-        True labels of the query cells, [cells]. A cell is *truly novel* when its label is none of `known_labels`.
-    y_pred
-        Predicted labels, [cells]. A cell is *predicted novel* when its prediction is "unassigned".
-    known_labels
-        The types that the classifier was trained on.
+    A cell is *truly novel* when its true label is none of `known_labels`, which the classifier was trained on, and
+    *predicted novel* when its predicted one is "unassigned". A share of no cells is NaN.
 
-    Returns
-    -------
-    dict
-        - ``known_accuracy``: of the truly known cells, the share predicted as exactly their type; a known
-          cell left unassigned is wrong;
-        - ``novel_accuracy``: of the *union* of truly novel and predicted novel cells, the share that is both
-          (the definition of Yang et al. 2022: it falls when novel cells are missed and when known ones are
-          thrown out);
-        - ``novel_recall``: of the truly novel cells, the share predicted novel;
-        - ``novel_precision``: of the predicted novel cells, the share truly novel;
-        - ``assigned_accuracy``: of the cells that got a type, known and novel alike, the share that is right;
-        - ``n_known``, ``n_novel``, ``n_predicted_novel``: how many cells each rests on.
-
-        A share of no cells is NaN.
-
-    Examples
-    --------
-    >>> scores = novel_type_metrics(["B", "B", "X", "X"], ["B", "unassigned", "unassigned", "B"], ["B"])
-    >>> scores["known_accuracy"], round(scores["novel_accuracy"], 3)
-    (0.5, 0.333)
+    - ``known_accuracy``: of the truly known cells, the share predicted as exactly their type; a known
+      cell left unassigned is wrong;
+    - ``novel_accuracy``: of the *union* of truly novel and predicted novel cells, the share that is both
+      (the definition of Yang et al. 2022: it falls when novel cells are missed and when known ones are
+      thrown out);
+    - ``novel_recall``: of the truly novel cells, the share predicted novel;
+    - ``novel_precision``: of the predicted novel cells, the share truly novel;
+    - ``assigned_accuracy``: of the cells that got a type, known and novel alike, the share that is right;
+    - ``n_known``, ``n_novel``, ``n_predicted_novel``: how many cells each rests on.
     """
     true, predicted = np.asarray(y_true).astype(str), np.asarray(y_pred).astype(str)
     if true.shape != predicted.shape or true.ndim != 1:

@@ -9,26 +9,10 @@ class PerGeneModeBaseline:
     """
     Predicts every gene's commonest bin of the training cells, whatever the cell.
 
-    A gene the training cells never express gets the commonest bin of all genes. Its probabilities (for a cross-entropy)
-    are the gene's shares of bins, after adding the shares of all genes as one pseudo-count.
-
-    Parameters
-    ----------
-    bin_counts
-        [genes, vocabulary], see `count_bins`.
-
-    Attributes
-    ----------
-    mode
-        The commonest bin of every gene, [genes]; of equal ones that which all genes have more often.
-    log_shares
-        Natural logarithm of the shares, float32 [genes, vocabulary].
-
-    Examples
-    --------
-    >>> baseline = PerGeneModeBaseline(np.array([[0, 3, 1], [0, 0, 2], [0, 0, 0]]))
-    >>> baseline.mode.tolist()
-    [1, 2, 1]
+    Made of `count_bins`' output [genes, vocabulary]. `mode` [genes] is the commonest bin of every gene, of equal ones
+    that which all genes have more often; a gene the training cells never express gets the commonest bin of all genes.
+    Its probabilities (for a cross-entropy) are the gene's shares of bins, after adding the shares of all genes as one
+    pseudo-count: `log_shares` are their natural logarithms, float32 [genes, vocabulary].
     """
 
     def __init__(self, bin_counts: np.ndarray):
@@ -44,12 +28,6 @@ def count_bins(bins: Any, vocab_size: int) -> np.ndarray:
     How often each expression id stands at each gene of CSR bins [cells, genes], int64 [genes, vocab_size].
 
     Zeros are not stored and not counted (column 0 is 0), as they are never asked for.
-
-    Examples
-    --------
-    >>> import scipy.sparse
-    >>> count_bins(scipy.sparse.csr_matrix([[2, 0], [2, 1]]), 3).tolist()
-    [[0, 0, 2], [0, 1, 0]]
     """
     n_genes = bins.shape[1]
     flat = bins.indices.astype(np.int64) * vocab_size + bins.data

@@ -32,20 +32,9 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } d
 @dataclass
 class Section:
     """
-    A part of a report: a heading, sentences, tables, and pictures with their captions.
+    A part of a report, in the order of its fields.
 
-    Attributes
-    ----------
-    title
-        Heading.
-    sentences, warnings
-        Paragraphs; warnings stand out.
-    facts
-        Name -> value, shown as a list.
-    tables
-        See `TextTable`.
-    pictures
-        Caption -> path of a PNG, or a matplotlib figure.
+    Warnings stand out, facts are shown as a list; `pictures` are paths of PNGs or matplotlib figures, by caption.
     """
 
     title: str
@@ -71,14 +60,7 @@ class Section:
 
 
 def report_html(title: str, sections: Sequence[Section]) -> str:
-    """
-    A whole page, pictures inside it as data.
-
-    Examples
-    --------
-    >>> "<h1>Cells &amp; types</h1>" in report_html("Cells & types", [Section("Scores")])
-    True
-    """
+    """A whole page, pictures inside it as data."""
     body = "\n".join(section.html() for section in sections)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

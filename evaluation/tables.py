@@ -1,7 +1,7 @@
 """A table of text, shown in a terminal, in Markdown and in HTML."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -11,14 +11,9 @@ from ..extras import require
 @dataclass(frozen=True)
 class TextTable:
     """
-    Rows of text under a title.
+    Rows of text under a title; the first column is text, the others are numbers and stand on the right.
 
-    Attributes
-    ----------
-    title, columns, rows
-        What is shown; the first column is text, the others are numbers and stand on the right.
-    marked
-        Rows that need attention, coloured where colours are.
+    `marked` are the rows that need attention, coloured where colours are.
 
     Examples
     --------
@@ -33,16 +28,13 @@ class TextTable:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    marked: frozenset[int] = field(default=frozenset())
+    marked: frozenset[int] = frozenset()
 
     def markdown(self) -> str:
         """The table as GitHub's Markdown."""
-        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-        body = "\n".join(
-            "|" + "|".join(cell if cell.startswith("---") else f" {_pipe(cell)} " for cell in line) + "|"
-            for line in lines
-        )
-        return f"**{self.title}**\n\n{body}"
+        rule = "|---|" + "---:|" * (len(self.columns) - 1)
+        lines = [_markdown_row(self.columns), rule, *map(_markdown_row, self.rows)]
+        return f"**{self.title}**\n\n" + "\n".join(lines)
 
     def rich(self) -> Any:
         """The table for a `rich.console.Console`."""
@@ -69,5 +61,6 @@ class TextTable:
         )
 
 
-def _pipe(cell: str) -> str:
-    return cell.replace("|", "\\|")
+def _markdown_row(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"

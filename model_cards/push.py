@@ -105,7 +105,10 @@ def push(
     True
     """
     folder = Path(folder)
-    _check_name(repo_id)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(f"{repo_id!r} is no name for the Hub: {error}") from error
     load_model(folder, "embedding", device="cpu", dtype="float32")
     if not all((folder / name).is_file() for name in CODE):
         # such as the models that ship: without its code a model would work for nobody who lacks this package
@@ -130,24 +133,14 @@ def push(
         f"Pushed {len(operations)} files to {address}, which {'everybody' if public else 'only its owner'} can see.\n"
         f"Next: scbert annotate QUERY.h5ad --model {full_name} --output annotated.h5ad"
     )
-    return {
-        "url": address,
-        "private": not public,
-        "files": [operation.path_in_repo for operation in operations],
-    }
+    files = [operation.path_in_repo for operation in operations]
+    return {"url": address, "private": not public, "files": files}
 
 
 def _add_code(folder: Path) -> None:
     """Save model and tokenizer again, which writes the code they need beside them."""
     model_class = getattr(modeling_scbert, check_model_folder(folder)["architectures"][0])
     save_model(load_weights(model_class, folder), load_tokenizer(folder), folder)
-
-
-def _check_name(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise InputError(f"{repo_id!r} is no name for the Hub: {error}") from error
 
 
 def _check_visibility(api: HfApi, repo_id: str, public: bool) -> None:

@@ -43,33 +43,8 @@ def export_space(
     Write the page as a Space: app.py, README.md with its front matter, requirements.txt, package and models.
 
     The package itself goes along, so that the Space does not depend on an index having it. A model folder is copied; a
-    model named as on the Hub is fetched by the Space.
-
-    Parameters
-    ----------
-    output
-        The folder to write.
-    models
-        Model folders, or names on the Hub; that they can be used is not looked into.
-    limits
-        ``max_cells`` and ``max_megabytes`` of an upload.
-    overwrite
-        Replace a folder written earlier.
-
-    Returns
-    -------
-    dict
-        ``output``, ``models`` and ``files``.
-
-    Raises
-    ------
-    InputError
-        When the folder exists.
-
-    Examples
-    --------
-    >>> export_space("space", ["my_model"])["models"]  # doctest: +SKIP
-    ['models/my_model']
+    model named as on the Hub is fetched by the Space. That they can be used is not looked into. `limits` are
+    ``max_cells`` and ``max_megabytes`` of an upload. Returns ``output``, ``models`` and ``files``, their number.
     """
     with partial_folder(output, overwrite, marker="app.py") as folder:
         _copy_package(folder / "scbert")

@@ -34,8 +34,6 @@ def load_benchmark_cells(
 
     Parameters
     ----------
-    paths
-        Files of cells.
     label_key
         Column of obs with the types; or one for each file, separated by commas.
     label_map
@@ -44,8 +42,6 @@ def load_benchmark_cells(
         Layer that holds the values.
     max_cells
         A random part of the labelled cells, the same share of every type, where there are more.
-    seed
-        Decides that part.
     input
         What the values are: ``"counts"``, ``"log1p"`` or ``"auto"``; kept in ``uns["input"]``.
 
@@ -55,11 +51,6 @@ def load_benchmark_cells(
         Values as they stand in the files (CSR float32), ``obs["label"]`` (str) and, with several files,
         ``obs["dataset"]`` (their names) beside the columns of the files. ``var["feature_types"]`` where the
         features are of several modalities.
-
-    Raises
-    ------
-    InputError
-        When files share no genes, hold different kinds of values, or no two types have three cells.
     """
     keys = [key.strip() for key in label_key.split(",")]
     if len(keys) not in (1, len(paths)):
@@ -98,14 +89,12 @@ def _read_one(path, key, names, layer, several: bool) -> anndata.AnnData:
     matrix, of = select_matrix(source, layer)
     genes = gene_names_of(of.var, of.var_names)
     unique = list(dict.fromkeys(genes))
-    values = as_csr(matrix)
-    if len(unique) < len(genes):
-        values = align_genes(genes, unique).apply(values)
+    values = align_genes(genes, unique).apply(as_csr(matrix))
     kept = np.array([label is not None for label in labels], dtype=bool)
     obs = source.obs.loc[kept].copy()
     obs[LABEL] = labels[kept]
-    stem = Path(path).name.partition(".")[0]
     if several:
+        stem = Path(path).name.partition(".")[0]
         obs[DATASET] = stem
         obs.index = [f"{stem}:{name}" for name in obs.index]
     cells = anndata.AnnData(sp.csr_matrix(values[np.flatnonzero(kept)], dtype=np.float32), obs=obs)
@@ -114,8 +103,7 @@ def _read_one(path, key, names, layer, several: bool) -> anndata.AnnData:
         # of a repeated name the first
         kind_of = dict(zip(reversed(genes), reversed(of.var[MODALITY].astype(str).tolist())))
         cells.var[MODALITY] = [kind_of[gene] for gene in unique]
-    if not cells.obs_names.is_unique:
-        cells.obs_names_make_unique()
+    cells.obs_names_make_unique()
     return cells
 
 

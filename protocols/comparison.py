@@ -27,11 +27,6 @@ def wilcoxon_p(first: Sequence[float], second: Sequence[float]) -> float:
     Two-sided p-value of Wilcoxon's signed-rank test over paired folds; 1 where no fold differs.
 
     With n folds it cannot fall below 2 / 2^n: five folds never reach 0.05.
-
-    Examples
-    --------
-    >>> wilcoxon_p([1, 2, 3, 4, 5], [0, 0, 0, 0, 0])
-    0.0625
     """
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     differences = differences[np.isfinite(differences)]
@@ -42,29 +37,12 @@ def wilcoxon_p(first: Sequence[float], second: Sequence[float]) -> float:
 
 def summarise_folds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
-    Mean and spread over folds of every method in every setting.
+    Mean and spread over folds of every method in every setting, in the order of the rows of `scores.fold_scores`.
 
-    Parameters
-    ----------
-    rows
-        One per fold, setting and method: ``fold, setting, model, baseline`` (bool), ``accuracy, macro_f1,
-        balanced_accuracy, seconds``, and in the novel-type protocol the keys of `NOVELTY`. The method of the
-        first row is the model in question.
-
-    Returns
-    -------
-    list of dict
-        ``setting, model, baseline, folds``, ``NAME`` and ``NAME_sd`` for every score (sd over folds, of n - 1;
-        NaN for one fold), ``p_value`` (macro-F1 against the model in question; NaN for itself) and ``beats``:
-        whether it is a baseline whose mean macro-F1 (or known accuracy) is higher.
-
-    Examples
-    --------
-    >>> scores = {"accuracy": 0.9, "balanced_accuracy": 0.9, "seconds": 1.0}
-    >>> rows = [{"fold": "1", "setting": "", "model": m, "baseline": c, "macro_f1": f, **scores}
-    ...         for m, c, f in [("scBERT", False, 0.8), ("knn", True, 0.9)]]
-    >>> summarise_folds(rows)[1]["beats"]
-    True
+    The method of the first row is the model in question, and comes first in every setting. Each entry has ``setting,
+    model, baseline, folds``, ``NAME`` and ``NAME_sd`` for every score (sd over folds, of n - 1; NaN for one fold),
+    ``p_value`` (macro-F1 against the model in question; NaN for itself) and ``beats``: whether it is a baseline whose
+    mean macro-F1 is higher.
     """
     names = [*SCORES, "seconds", *(name for name in (*NOVELTY, "ece") if name in rows[0])]
     main, result = rows[0]["model"], []
@@ -76,23 +54,18 @@ def summarise_folds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             entry = {"setting": setting, "model": model, "baseline": mine[0]["baseline"], "folds": len(mine)}
             for name in names:
                 values = np.array([row.get(name, np.nan) for row in mine], dtype=np.float64)
-                entry[name], entry[f"{name}_sd"] = _mean(values), _spread(values)
-            paired = [(row["macro_f1"], own[row["fold"]]) for row in mine if row["fold"] in own]
+                entry[name], entry[f"{name}_sd"] = _mean_and_spread(values[np.isfinite(values)])
+            if model == main:
+                to_beat = entry["macro_f1"] + TIE
+            paired = [(row["macro_f1"], own[row["fold"]]) for row in mine]
             entry["p_value"] = float("nan") if model == main else wilcoxon_p(*zip(*paired))
-            entry["beats"] = bool(mine[0]["baseline"]) and entry["macro_f1"] > _mean(list(own.values())) + TIE
+            entry["beats"] = bool(mine[0]["baseline"]) and entry["macro_f1"] > to_beat
             result.append(entry)
     return result
 
 
 def warnings_of(summary: Sequence[dict[str, Any]]) -> list[str]:
-    """
-    One sentence for every setting in which a baseline has the higher mean macro-F1.
-
-    Examples
-    --------
-    >>> warnings_of([{"setting": "", "model": "scBERT", "macro_f1": 0.8, "beats": False, "p_value": 1.0}])
-    []
-    """
+    """One sentence for every setting in which a baseline has the higher mean macro-F1."""
     found = []
     for setting in dict.fromkeys(entry["setting"] for entry in summary):
         here = [entry for entry in summary if entry["setting"] == setting]
@@ -139,7 +112,8 @@ def score_tables(summary: Sequence[dict[str, Any]], title: str) -> list[TextTabl
     heading = f"{title}, {settings[0]}" if settings[0] else title
     tables = [_one_setting(summary, heading)]
     if "known_accuracy" in summary[0]:
-        tables.append(_novelty(summary, f"{heading}: types left out"))
+        rows = [[entry["model"], *(_value(entry, name) for name in NOVELTY)] for entry in summary]
+        tables.append(TextTable(f"{heading}: types left out", ["model", *NOVELTY.values()], rows))
     return tables
 
 
@@ -160,24 +134,12 @@ def _one_setting(summary: Sequence[dict[str, Any]], title: str) -> TextTable:
 
 
 def _over_settings(summary, settings: list[str], score: str, title: str) -> TextTable:
-    by_place = {(entry["model"], entry["setting"]): entry for entry in summary}
-    models = list(dict.fromkeys(entry["model"] for entry in summary))
     rows = []
-    for model in models:
-        entries = [by_place.get((model, setting)) for setting in settings]
-        warned = ["⚠ " if entry and entry["beats"] else "" for entry in entries]
-        cells = [mark + _value(entry, score) if entry else "" for mark, entry in zip(warned, entries)]
-        rows.append([model, *cells])
+    for model in dict.fromkeys(entry["model"] for entry in summary):
+        here = [entry for entry in summary if entry["model"] == model]
+        rows.append([model, *(("⚠ " if entry["beats"] else "") + _value(entry, score) for entry in here)])
     marked = frozenset(number for number, row in enumerate(rows) if any("⚠" in cell for cell in row))
     return TextTable(f"{title} ({_folds(summary)})", ["model", *settings], rows, marked)
-
-
-def _novelty(summary: Sequence[dict[str, Any]], title: str) -> TextTable:
-    rows = [
-        [entry["model"], *("" if np.isnan(entry[name]) else _value(entry, name) for name in NOVELTY)]
-        for entry in summary
-    ]
-    return TextTable(title, ["model", *NOVELTY.values()], rows)
 
 
 def _folds(summary: Sequence[dict[str, Any]]) -> str:
@@ -194,11 +156,6 @@ def _number(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.3f}"
 
 
-def _mean(values: Sequence[float] | np.ndarray) -> float:
-    finite = np.asarray(values)[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else float("nan")
-
-
-def _spread(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.std(ddof=1)) if len(finite) > 1 else float("nan")
+def _mean_and_spread(values: np.ndarray) -> tuple[float, float]:
+    mean = float(values.mean()) if len(values) else float("nan")
+    return mean, float(values.std(ddof=1)) if len(values) > 1 else float("nan")

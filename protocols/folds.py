@@ -27,20 +27,11 @@ MODALITIES = dict(zip(FEATURE_TYPES, ("RNA", "ATAC", "protein")))
 @dataclass(frozen=True)
 class Fold:
     """
-    One experiment.
+    One experiment: ``"train"``, ``"validation"``, ``"test"`` or ``""`` for every cell, [cells].
 
-    Attributes
-    ----------
-    name
-        Of the fold; the same in all settings that share its test cells.
-    split
-        ``"train"``, ``"validation"``, ``"test"`` or ``""`` for every cell, [cells].
-    setting
-        What is varied, such as ``"16 shots"``; the columns of the table.
-    novel
-        The type left out of training, in the novel-type protocol.
-    deleted
-        Genes set to zero in all cells.
+    The name is the same in all settings that share its test cells. The setting is what is varied, such as ``"16 per
+    type"``: the columns of the table. `novel` is the type left out of training, in the novel-type protocol; `deleted`
+    are genes set to zero in all cells.
     """
 
     name: str
@@ -108,10 +99,9 @@ def few_shot(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fold]:
     labels, folds = cells.obs[LABEL].to_numpy(), []
     for k in range(options.n_folds):
         rank = _ranks(labels, options.seed + k)
-        most = max(options.shots)
         for shots in options.shots:
             split = np.full(len(labels), "", dtype=object)
-            split[rank < shots], split[rank >= most] = TRAIN, TEST
+            split[rank < shots], split[rank >= max(options.shots)] = TRAIN, TEST
             folds.append(Fold(f"draw {k + 1}", split, f"{shots} per type"))
     return folds
 
@@ -134,15 +124,15 @@ def class_imbalance(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fo
     four = counts.index[:4]
     scale = min(1.0, min(int(counts[name] * 0.7) / size for name, size in zip(four, CLASS_SIZES)))
     sizes = {name: max(3, round(size * scale)) for name, size in zip(four, CLASS_SIZES)}
-    setting, folds = "/".join(str(sizes[name]) for name in four), []
+    # as many test cells of every type
+    spare = min(int(counts[name]) - sizes[name] for name in four)
+    setting, folds = "/".join(map(str, sizes.values())), []
     for k in range(options.n_folds):
         rank = _ranks(labels, options.seed + k)
         split = np.full(len(labels), "", dtype=object)
         for name, size in sizes.items():
             here = labels == name
             split[here & (rank < size)] = TRAIN
-            # as many test cells of every type
-            spare = min(int(counts[other]) - sizes[other] for other in four)
             split[here & (rank >= size) & (rank < size + spare)] = TEST
         training = split == TRAIN
         split[training] = stratified_split(labels[training], 0.0, VALIDATION_SHARE, options.seed + k)
@@ -153,11 +143,10 @@ def class_imbalance(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fo
 def novel_types(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fold]:
     """Leave one type out of training; a fifth of the other types and all of its own cells (as many) are the test."""
     labels, folds = cells.obs[LABEL].to_numpy(), []
+    place = _places(labels, options.seed)
     for number, name in enumerate(np.unique(labels)):
-        novel = labels == name
-        place = _places(labels, options.seed)
         split = _split(labels, place >= 0.8, options.seed + number)
-        split[novel & (place < 0.8)] = ""
+        split[(labels == name) & (place < 0.8)] = ""
         folds.append(Fold(f"without {name}", split, novel=str(name)))
     if len(folds) < 3:
         raise InputError(f"Leaving one type out needs three types; there are {len(folds)}.")
@@ -228,14 +217,7 @@ def write_folds(folder: Path, cells: anndata.AnnData, folds: Sequence[Fold]) -> 
 
 
 def read_folds(folder: str | Path, cells: anndata.AnnData, folds: Sequence[Fold]) -> list[Fold]:
-    """
-    The folds as the files of `write_folds` say; only those whose file is there, so that a part can be run.
-
-    Raises
-    ------
-    InputError
-        When there is no file of any fold, or it lacks cells.
-    """
+    """The folds as the files of `write_folds` say; only those whose file is there, so that a part can be run."""
     paths = {fold.file: Path(folder) / fold.file for fold in folds}
     kept = [fold for fold in folds if paths[fold.file].is_file()]
     if not kept:
@@ -278,7 +260,7 @@ def _validate_on_a_group(split: np.ndarray, groups: np.ndarray, labels: np.ndarr
     types = set(labels[training])
     for name in names[np.argsort(sizes, kind="stable")]:
         here = training & (groups == name)
-        if set(labels[training & ~here]) == types and len(names) > 1:
+        if set(labels[training & ~here]) == types:
             split[training] = TRAIN
             split[here] = VALIDATION
             return

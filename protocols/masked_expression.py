@@ -19,23 +19,12 @@ BATCH = 16
 
 
 @torch.inference_mode()
-def masked_accuracy(base: str | Path, cells: anndata.AnnData, fold: Fold, seed: int = 0) -> dict[str, Any]:
+def masked_accuracy(base: str | Path, cells: anndata.AnnData, fold: Fold, seed: int) -> dict[str, Any]:
     """
     Share of masked genes of the fold's test cells whose bin the base names, and what the gene alone achieves.
 
-    Parameters
-    ----------
-    base
-        Pretrained model folder.
-    cells, fold
-        The commonest bins are counted in the fold's training cells; at most 500 test cells are asked about.
-    seed
-        Of the masks.
-
-    Returns
-    -------
-    dict
-        ``base`` and ``commonest_bin`` (accuracies over the same masked tokens), ``tokens``.
+    These are ``base`` and ``commonest_bin``, over the same ``tokens``, of at most 500 cells; the commonest bins are
+    counted in the fold's training cells.
     """
     model, tokenizer = load_masked_model(base).eval(), load_tokenizer(base)
     bins = tokenizer.bin_cells(cells, input=input_of(cells))

@@ -41,32 +41,22 @@ DEFAULT_BASELINES = ("logistic_l1", "logistic_l2", "knn", "celltypist", "majorit
 @dataclass
 class Outputs:
     """
-    What a method says of a fold's test cells.
+    What a method says of a fold's test cells: probabilities [test cells, types learnt].
 
-    Attributes
-    ----------
-    classes, probabilities
-        Types learnt, and [test cells, types].
-    seconds
-        Of training and prediction.
-    logits, embeddings, train_embeddings, train_labels
-        Of scBERT only, for calibration and novelty.
-    threshold
-        Of "unassigned", as it stands in the model.
-    masked_accuracy
-        Of the pretraining, on validation cells, where it was part of the run.
-    notes
-        What a reader of the score has to know.
+    `notes` are what a reader of the score has to know.
     """
 
     classes: list[str]
     probabilities: np.ndarray
+    # of training and prediction
     seconds: float
+    # of scBERT only, for calibration and novelty; the threshold of "unassigned" as it stands in the model
     logits: np.ndarray | None = None
     embeddings: np.ndarray | None = None
     train_embeddings: np.ndarray | None = None
     train_labels: np.ndarray | None = None
-    threshold: float = 0.5
+    threshold: float = DEFAULT_THRESHOLD
+    # of the pretraining, on validation cells, where it was part of the run
     masked_accuracy: float | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -130,27 +120,23 @@ def _train(cells: anndata.AnnData, fold: Fold, settings: dict[str, Any], work: P
     if input_of(cells) != "auto":
         options["input"] = input_of(cells)
     fixed = {"reference": "cells of a fold", "label_key": LABEL, "output": work / "model", "test_key": SPLIT}
-    solved = parse(FINETUNE, {**fixed, **options})[3].solved_head
-    part, few = _cells_of(cells, fold, repeat=not solved)
-    if few and not solved:
-        # validation cells that are copies cannot stop anything
-        options["early_stopping_patience"] = 0
     _, data_arguments, model_arguments, training = parse(FINETUNE, {**fixed, **options})
+    # one that is trained in epochs and has no validation cells is validated on its training cells, repeated
+    repeat = not training.solved_head and VALIDATION not in fold.split
+    if repeat:
+        # validation cells that are copies cannot stop anything
+        training.early_stopping_patience = 0
+    part = _cells_of(cells, fold, repeat)
     set_seed(training.seed)
     data = run_finetune.load(data_arguments, model_arguments, training, reference=part)
     model = run_finetune.build_model(model_arguments, data, training.seed)
     return run_finetune.train(model, data, training), data
 
 
-def _cells_of(cells: anndata.AnnData, fold: Fold, repeat: bool) -> tuple[anndata.AnnData, bool]:
-    """
-    The fold's cells, and whether there are too few to validate on.
-
-    Then, to `repeat` them is asked for where a model is trained in epochs: the training cells stand in for validation.
-    """
+def _cells_of(cells: anndata.AnnData, fold: Fold, repeat: bool) -> anndata.AnnData:
+    """The fold's cells; to `repeat` the training cells lets them stand in for validation too."""
     rows = [np.flatnonzero(fold.split == name) for name in (TRAIN, VALIDATION, TEST)]
-    few = not len(rows[1])
-    if few and repeat:
+    if repeat:
         labels = cells.obs[LABEL].to_numpy()[rows[0]]
         names, counts = np.unique(labels, return_counts=True)
         size = max(MIN_CELLS, CELLS_OF_AN_EPOCH // len(names))
@@ -162,7 +148,7 @@ def _cells_of(cells: anndata.AnnData, fold: Fold, repeat: bool) -> tuple[anndata
     obs = pd.DataFrame({LABEL: pd.Categorical(types), SPLIT: pd.Categorical(split)})
     obs.index = obs.index.astype(str)
     columns = [MODALITY] if MODALITY in cells.var else []
-    return anndata.AnnData(cells.X[chosen], obs=obs, var=cells.var[columns]), few
+    return anndata.AnnData(cells.X[chosen], obs=obs, var=cells.var[columns])
 
 
 def _outputs(tuned: TunedModel, data: Any, asked: Any) -> Outputs:
@@ -204,19 +190,10 @@ def frozen_neighbours(name: str, folder: Path, is_baseline: bool = False) -> Met
 
 def write_ablation(base: str | Path, folder: Path, kind: str, seed: int) -> Path:
     """
-    A base with a part taken away, as a model folder.
+    Write a base with a part taken away as a model folder; returns the folder.
 
-    Parameters
-    ----------
-    base
-        Pretrained model folder.
-    folder
-        Where to write.
-    kind
-        ``"no pretraining"``: new weights, the gene table kept; ``"random genes"``: a random gene table of the
-        same spread, the other weights kept; ``"nothing learnt"``: both new.
-    seed
-        Of what is drawn.
+    ``"no pretraining"``: new weights, the gene table kept; ``"random genes"``: a random gene table of the same
+    spread, the other weights kept; ``"nothing learnt"``: both new.
     """
     model = load_masked_model(base)
     genes = model.base_model.embeddings.gene_embeddings.weight
@@ -251,16 +228,14 @@ def all_methods(
     ``"zero-shot"`` compares models that are not trained; `work` is a folder for scratch, `seed` that of the ablations.
     """
     found = []
-    if base:
-        kinds = ("nothing learnt",) if protocol == "zero-shot" else ("no pretraining", "random genes")
-        ablated = {kind: write_ablation(base, work / kind.replace(" ", "_"), kind, seed) for kind in kinds}
     if protocol == "zero-shot":
         if not base:
             raise InputError("The zero-shot protocol compares embeddings of a pretrained model: give --base.")
         found.append(frozen_neighbours("scBERT embeddings, kNN", Path(base)))
-        found.append(frozen_neighbours("untrained embeddings, kNN", ablated["nothing learnt"], True))
+        untrained = write_ablation(base, work / "untrained", "nothing learnt", seed)
+        found.append(frozen_neighbours("untrained embeddings, kNN", untrained, True))
     else:
-        common = {**settings, **({"base": base} if base else {})}
+        common = {**settings, "base": base} if base else settings
         for recipe in recipes:
             name = "scBERT" if len(recipes) == 1 else f"scBERT ({Path(recipe).stem})"
             found.append(scbert(name, {"recipe": recipe, **common}, work / "run"))
@@ -268,17 +243,16 @@ def all_methods(
         for name, more in variants.items():
             found.append(scbert(name, _merged(first, more), work / "run"))
         if base:
+            untrained = str(write_ablation(base, work / "untrained", "no pretraining", seed))
+            shuffled = str(write_ablation(base, work / "shuffled", "random genes", seed))
             # frozen random weights would be no fair baseline: all of them are trained
-            untrained = {**first, "base": str(ablated["no pretraining"]), "train_all": True}
-            found.append(scbert("scBERT, no pretraining", untrained, work / "run", True))
-            shuffled = {**first, "base": str(ablated["random genes"])}
-            found.append(scbert("scBERT, random genes", shuffled, work / "run", True))
+            new = {**first, "base": untrained, "train_all": True}
+            found.append(scbert("scBERT, no pretraining", new, work / "run", True))
+            found.append(scbert("scBERT, random genes", {**first, "base": shuffled}, work / "run", True))
     return found + [baseline(name) for name in baselines]
 
 
 def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """`more` over `settings`, within ``model`` and ``tokenizer`` field by field."""
-    nested = {
-        name: {**settings.get(name, {}), **more[name]} for name in ("model", "tokenizer") if name in more
-    }
-    return {**settings, **more, **nested}
+    nested = {name: settings.get(name, {}) | more[name] for name in ("model", "tokenizer") if name in more}
+    return settings | more | nested

@@ -6,7 +6,6 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from .comparison import score_tables, summarise_folds, warnings_of, warnings_of_
 from .folds import PROTOCOLS, SHOTS, TEST, Fold, ProtocolOptions, read_folds, write_folds
 from .masked_expression import masked_accuracy
 from .methods import DEFAULT_BASELINES, Method, Outputs, all_methods
-from .pictures import plot_first_setting, plot_scores
+from .report import plot_one_setting, plot_scores, write_report
 from .scores import finite, fold_scores
 
 logger = logging.getLogger(__name__)
@@ -41,12 +40,8 @@ DEFAULT_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Runs:
-    """What the methods said and scored: `rows` of all, `main` (outputs, true types) of the model in question."""
-
-    rows: list[dict[str, Any]]
-    main: list[tuple[Fold, Outputs, np.ndarray]]
+# fold, outputs and true types of the model in question
+Main = list[tuple[Fold, Outputs, np.ndarray]]
 
 
 def run_benchmark(
@@ -161,16 +156,14 @@ def run_benchmark(
             seed,
         )
         write_folds(folder / "folds", adata, planned)
-        runs = run_all(methods, adata, planned, seed)
+        rows, main = run_all(methods, adata, planned, seed)
         masked = masked_accuracy(base, adata, planned[0], seed) if base else None
-        result = _result(protocol, adata, runs, masked)
+        result = _result(protocol, adata, rows, masked)
         result["settings"] = {"recipe": recipe, "base": str(base) if base else None, "seed": seed, **given}
         result["seconds"] = time.perf_counter() - started
-        tables = write_results(folder, protocol, runs, result, sorted(adata.obs[LABEL].unique()))
+        tables = write_results(folder, main, result, sorted(adata.obs[LABEL].unique()))
         if report is not None:
-            from .report import write_report
-
-            write_report(report, folder, protocol, tables, runs.main, result, overwrite)
+            write_report(report, folder, tables, main, result, overwrite)
     show(tables, result)
     logger.info(
         f"Written to {output}: tables of {result['cells']:,} cells and {result['genes']:,} genes; "
@@ -227,24 +220,26 @@ def named_baselines(given: str | Sequence[str] | None) -> list[str]:
     return [name for name in names if name]
 
 
-def run_all(methods: list[Method], cells: anndata.AnnData, folds: list[Fold], seed: int) -> Runs:
-    """Every method on every fold; scores are logged as they come."""
-    runs, labels = Runs([], []), cells.obs[LABEL].to_numpy().astype(str)
+def run_all(
+    methods: list[Method], cells: anndata.AnnData, folds: list[Fold], seed: int
+) -> tuple[list[dict[str, Any]], Main]:
+    """Every method on every fold, as rows of scores, which are logged as they come, and what the first method said."""
+    rows, main, labels = [], [], cells.obs[LABEL].to_numpy().astype(str)
     for number, fold in enumerate(folds):
         part = without_genes(cells, fold.deleted)
         true = labels[fold.split == TEST]
         for method in methods:
             outputs = method.run(part, fold, seed)
             row = fold_scores(method, outputs, fold, true)
-            runs.rows.append(row)
+            rows.append(row)
             if method is methods[0]:
-                runs.main.append((fold, outputs, true))
+                main.append((fold, outputs, true))
             place = f"{number + 1}/{len(folds)} {fold.setting} {fold.name}".replace("  ", " ")
             logger.info(
                 f"{place}, {method.name}: accuracy {row['accuracy']:.3f}, macro-F1 {row['macro_f1']:.3f} "
                 f"({row['seconds']:.0f} s)"
             )
-    return runs
+    return rows, main
 
 
 def without_genes(cells: anndata.AnnData, genes: Sequence[str]) -> anndata.AnnData:
@@ -258,9 +253,12 @@ def without_genes(cells: anndata.AnnData, genes: Sequence[str]) -> anndata.AnnDa
     return copy
 
 
-def _result(protocol: str, cells: anndata.AnnData, runs: Runs, masked: dict | None) -> dict[str, Any]:
+def _result(
+    protocol: str, cells: anndata.AnnData, rows: list[dict[str, Any]], masked: dict[str, Any] | None
+) -> dict[str, Any]:
     # the order of the table: methods as they ran, the model in question first
-    summary = summarise_folds(runs.rows)
+    summary = summarise_folds(rows)
+    warnings = warnings_of(summary) + (warnings_of_modalities(summary) if protocol == "modalities" else [])
     result = {
         "protocol": protocol,
         "cells": cells.n_obs,
@@ -268,29 +266,26 @@ def _result(protocol: str, cells: anndata.AnnData, runs: Runs, masked: dict | No
         "cells_per_type": {str(k): int(v) for k, v in cells.obs[LABEL].value_counts().items()},
         "macro_f1": summary[0]["macro_f1"],
         "accuracy": summary[0]["accuracy"],
-        "warnings": warnings_of(summary)
-        + (warnings_of_modalities(summary) if protocol == "modalities" else []),
+        "warnings": warnings,
         "summary": summary,
-        "rows": runs.rows,
+        "rows": rows,
         "versions": versions(),
     }
     if masked is not None:
         result["masked_expression"] = masked
         if masked["commonest_bin"] > masked["base"]:
-            result["warnings"].append(
+            warnings.append(
                 f"masked expression: every gene's commonest bin is right in {masked['commonest_bin']:.3f} of the "
                 f"masked tokens, the base in {masked['base']:.3f}."
             )
     return result
 
 
-def write_results(
-    folder: Path, protocol: str, runs: Runs, result: dict[str, Any], classes: list[str]
-) -> list[TextTable]:
+def write_results(folder: Path, main: Main, result: dict[str, Any], classes: list[str]) -> list[TextTable]:
     """Write results.json, table.md and the pictures; returns the tables."""
+    protocol, masked = result["protocol"], result.get("masked_expression")
     tables = score_tables(result["summary"], protocol)
-    if result.get("masked_expression"):
-        masked = result["masked_expression"]
+    if masked:
         rows = [
             ["base", f"{masked['base']:.3f}"],
             ["every gene's commonest bin", f"{masked['commonest_bin']:.3f}"],
@@ -302,11 +297,11 @@ def write_results(
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     written = json.dumps(finite(result), indent=1, ensure_ascii=False, default=str)
     (folder / RESULTS).write_text(written + "\n", encoding="utf-8")
-    plot_scores(runs.rows, folder / "scores.png", f"{protocol}: macro-F1 (grey: baselines)")
-    last = runs.main[-1][0].setting
-    shown = [(outputs, true) for fold, outputs, true in runs.main if fold.setting == last]
+    plot_scores(result["rows"], folder / "scores.png", f"{protocol}: macro-F1 (grey: baselines)")
+    last = main[-1][0].setting
+    shown = [(outputs, true) for fold, outputs, true in main if fold.setting == last]
     title = f"{result['rows'][0]['model']}, {protocol} {last}".strip()
-    plot_first_setting(shown, classes, folder, title)
+    plot_one_setting(shown, classes, folder, title)
     return tables
 
 

@@ -9,11 +9,11 @@ import numpy as np
 from ..evaluation.calibration import expected_calibration_error
 from ..evaluation.metrics import classification_metrics
 from ..evaluation.novelty import (
-    MahalanobisNovelty,
-    NeighbourNovelty,
     energy_score,
     entropy_score,
+    mahalanobis_score,
     max_probability_score,
+    neighbour_score,
     novel_type_metrics,
     novelty_auroc,
     reject,
@@ -27,11 +27,7 @@ def fold_scores(method: Method, outputs: Outputs, fold: Fold, true: np.ndarray) 
     """
     One row of results: what a method said of a fold's test cells, whose types are `true`.
 
-    Returns
-    -------
-    dict
-        Scores over the test cells whose type was learnt; with a novel type also the keys of
-        `comparison.NOVELTY`, over all test cells.
+    Scores are over the test cells whose type was learnt; those of a novel type (`novelty_scores`) over all.
     """
     known = np.isin(true, outputs.classes)
     scores = classification_metrics(true[known], outputs.predicted[known])
@@ -47,20 +43,14 @@ def fold_scores(method: Method, outputs: Outputs, fold: Fold, true: np.ndarray) 
         "seconds": outputs.seconds,
         "notes": outputs.notes,
     }
-    if find_spec("torchmetrics") is not None:
-        row |= _calibration(outputs, true, known)
+    if find_spec("torchmetrics") is not None and len(outputs.classes) > 1:
+        targets = np.array([outputs.classes.index(label) for label in true[known]])
+        row["ece"] = expected_calibration_error(outputs.probabilities[known], targets)
+        if outputs.logits is not None:
+            row["threshold"] = outputs.threshold
     if fold.novel is not None:
         row |= novelty_scores(outputs, true)
     return row
-
-
-def _calibration(outputs: Outputs, true: np.ndarray, known: np.ndarray) -> dict[str, Any]:
-    column = {name: number for number, name in enumerate(outputs.classes)}
-    targets = np.array([column[label] for label in true[known]])
-    if len(outputs.classes) < 2 or not len(targets):
-        return {}
-    row: dict[str, Any] = {"ece": expected_calibration_error(outputs.probabilities[known], targets)}
-    return row | ({} if outputs.logits is None else {"threshold": outputs.threshold})
 
 
 def novelty_scores(outputs: Outputs, true: np.ndarray) -> dict[str, Any]:
@@ -72,16 +62,15 @@ def novelty_scores(outputs: Outputs, true: np.ndarray) -> dict[str, Any]:
     is_novel = ~np.isin(true, outputs.classes)
     certainty = max_probability_score(outputs.probabilities)
     called = reject(outputs.predicted, certainty, 1 - DEFAULT_THRESHOLD)
-    row = dict(novel_type_metrics(true, called, outputs.classes))
+    row: dict[str, Any] = novel_type_metrics(true, called, outputs.classes)
     found = {"max_probability": certainty, "entropy": entropy_score(outputs.probabilities)}
     if outputs.logits is not None:
         fitted = reject(outputs.predicted, certainty, 1 - outputs.threshold)
         row["at_fitted_threshold"] = novel_type_metrics(true, fitted, outputs.classes)
         found["energy"] = energy_score(outputs.logits)
-        distance = MahalanobisNovelty().fit(outputs.train_embeddings, outputs.train_labels)
-        found["mahalanobis"] = distance.score(outputs.embeddings)
-        near = NeighbourNovelty().fit(outputs.train_embeddings)
-        found["neighbours"] = near.score(outputs.embeddings)
+        train, embeddings = outputs.train_embeddings, outputs.embeddings
+        found["mahalanobis"] = mahalanobis_score(train, outputs.train_labels, embeddings)
+        found["neighbours"] = neighbour_score(train, embeddings)
     return row | {f"auroc_{name}": novelty_auroc(score, is_novel) for name, score in found.items()}
 
 

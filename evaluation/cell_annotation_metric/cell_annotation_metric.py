@@ -54,8 +54,6 @@ class CellAnnotationMetric(evaluate.Metric):
 
     def _compute(self, predictions, references, labels=None, details=False):
         scores = annotation_scores(predictions, references, labels)
-        return (
-            scores
-            if details
-            else {name: scores[name] for name in ("accuracy", "macro_f1", "balanced_accuracy")}
-        )
+        if details:
+            return scores
+        return {name: scores[name] for name in ("accuracy", "macro_f1", "balanced_accuracy")}

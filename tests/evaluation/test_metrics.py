@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from scbert.evaluation import cell_annotation_metric
+from scbert.evaluation.cell_annotation_metric.annotation_scores import annotation_scores
 from scbert.evaluation.metrics import classification_metrics, plot_confusion
 
 TRUE = ["B", "B", "B", "T", "T", "NK"]
@@ -32,14 +33,14 @@ def test_hand_worked_scores():
 
 
 def test_labels_choose_the_classes_of_the_means():
-    scores = classification_metrics(TRUE, PREDICTED, labels=["B", "T"])
+    scores = annotation_scores(PREDICTED, TRUE, labels=["B", "T"])
     assert scores["macro_f1"] == pytest.approx((0.8 + 0.4) / 2)
     assert scores["accuracy"] == pytest.approx(0.5)
     assert scores["confusion"]["labels"] == ["B", "T", "NK", "unassigned"]
 
 
 def test_a_class_without_cells_does_not_enter_the_balanced_accuracy():
-    scores = classification_metrics(["B", "T"], ["B", "T"], labels=["B", "T", "NK"])
+    scores = annotation_scores(["B", "T"], ["B", "T"], labels=["B", "T", "NK"])
     assert scores["balanced_accuracy"] == 1.0
     assert scores["macro_f1"] == pytest.approx(2 / 3)
 
