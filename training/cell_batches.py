@@ -122,12 +122,11 @@ class DataCollatorForMaskedExpression:
             own = [np.random.default_rng((self.seed, int(index), 1)) for index in batch["indices"]]
             bins = thin_cells(bins, bin_values(self.tokenizer), self.thinning, own)
         arrays = self.tokenizer.encode_bins(bins)
+        ids, mask = arrays["input_ids"], self.tokenizer.mask_token_id
+        own = [np.random.default_rng((self.seed, int(index))) for index in batch["indices"]]
+        uniform = np.concatenate([rng.random((n, 2)) for rng, n in zip(own, np.count_nonzero(ids, axis=1))])
         arrays["input_ids"], arrays["labels"] = mask_expression(
-            arrays["input_ids"],
-            self.tokenizer.mask_token_id,
-            self._uniform(batch["indices"], np.count_nonzero(arrays["input_ids"], axis=1)),
-            self.mlm_probability,
-            self.replace_probability,
+            ids, mask, uniform, self.mlm_probability, self.replace_probability
         )
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.packing:
@@ -136,11 +135,6 @@ class DataCollatorForMaskedExpression:
             tensors["cell_targets"] = torch.from_numpy(self.targets(batch["bins"], batch["files"]))
         # so that a batch that goes wrong can be named
         return tensors | {"indices": torch.from_numpy(batch["indices"])}
-
-    def _uniform(self, indices: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Two random numbers for every expressed token of the batch, [tokens, 2]."""
-        generators = (np.random.default_rng((self.seed, int(index))) for index in indices)
-        return np.concatenate([rng.random((n, 2)) for rng, n in zip(generators, counts)])
 
 
 def mask_expression(
