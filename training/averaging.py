@@ -41,12 +41,8 @@ class Prior:
     """
     What is thought of a member before any cell speaks.
 
-    Attributes
-    ----------
-    log_temperature
-        At the `DEFAULT_PENALTY`; see `expected_temperature`.
-    share
-        In the average, against those of the others.
+    Its log temperature is that at the `DEFAULT_PENALTY` (see `expected_temperature`); its share of the average stands
+    against those of the others.
     """
 
     log_temperature: float
@@ -69,8 +65,9 @@ class Mixture:
 
     def logits(self, members: Sequence[np.ndarray]) -> np.ndarray:
         """The average of the members' logits, [penalties, cells, classes] each."""
-        parts = (factor * member[place] for factor, member, place in zip(self.factors, members, self.places))
-        return sum(parts)
+        return sum(
+            factor * member[place] for factor, member, place in zip(self.factors, members, self.places)
+        )
 
     def head(self, members: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Weights [classes, genes] and bias [classes] whose logits are the average of the members'."""
@@ -99,18 +96,8 @@ def choose_mixture(
     What decides the label is chosen by cells that weigh the more the rarer their class is (`RARENESS`); the
     temperature, by all cells alike. Cells of small classes count less in both: a fold without one of two cells says
     little of the fit with both. Where nothing speaks, the penalty is `DEFAULT_PENALTY`, and shares and temperature
-    are the prior's.
-
-    Parameters
-    ----------
-    members
-        Cross-fitted logits [penalties, cells, classes] of each.
-    targets
-        Classes of the cells, [cells].
-    among
-        Cells to choose by, bool [cells].
-    priors
-        Of each member.
+    are the prior's. Members are cross-fitted logits [penalties, cells, classes]; the cells `among` choose, bool
+    [cells].
     """
     counts = np.bincount(targets, minlength=members[0].shape[-1])
     alike = (counts[targets] - 1) / (counts[targets] + 9)

@@ -57,15 +57,12 @@ class RedrawFeaturesCallback(TrainerCallback):
     features of an uninterrupted one. Evaluation uses those of the last step.
     """
 
-    def __init__(self, seed: int = 0):
-        self.seed = seed
-
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         encoder = getattr(model, "module", model).base_model
         interval = encoder.config.feature_redraw_interval
         # at the beginning of a step: a checkpoint holds the features it was made with
         if interval and state.global_step and state.global_step % interval == 0:
-            encoder.redraw_features(self.seed * 1_000_003 + state.global_step // interval)
+            encoder.redraw_features(args.seed * 1_000_003 + state.global_step // interval)
 
 
 class SetEpochCallback(TrainerCallback):
@@ -157,9 +154,6 @@ class ProgressBar(TrainerCallback):
         if self.task is not None:
             text = f"epoch {state.epoch:.0f}, {self.describe(metrics)}"
             self.progress.update(self.task, description=text)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.stop()
 
     def stop(self) -> None:
         """Take the bar down; after an error too, or it would go on drawing over the message."""

@@ -34,16 +34,9 @@ FEWEST_CELLS = 50
 @dataclass
 class CellAxes:
     """
-    A vector for every gene.
-
-    Attributes
-    ----------
-    vectors
-        float32 [genes, axes], the axis that tells the most first; zeros for genes that vary too little.
-    center
-        The vector of the mean cell of all files, float32 [axes].
-    spread
-        Variance of cells along each axis; that within a neighbourhood is 1, float64 [axes].
+    A vector for every gene, float32 [genes, axes], the axis that tells the most first; zeros for genes that vary too
+    little. The center is the vector of the mean cell of all files, [axes]; the spread, the variance of cells along each
+    axis [axes], where that within a neighbourhood is 1.
     """
 
     vectors: np.ndarray
@@ -57,22 +50,9 @@ def cell_axes(
     """
     Axes of the cells of several files.
 
-    Parameters
-    ----------
-    files
-        Expression bins of each, [cells, genes], over one panel; a sequence, or a function that begins to read them
-        anew (they are gone through twice). A gene that a file does not measure is 0 in all its cells.
-    n_axes
-        How many; fewer come back of few cells or genes.
-
-    Returns
-    -------
-    CellAxes
-
-    Raises
-    ------
-    ValueError
-        If no file has `FEWEST_CELLS` cells.
+    Each file is its expression bins [cells, genes] over one panel, 0 for a gene that it does not measure. Given is a
+    sequence of them, or a function that begins to read them anew (they are gone through twice). Few cells or genes have
+    fewer axes than `n_axes`; without a file of `FEWEST_CELLS` cells there are none, a ValueError.
 
     Examples
     --------

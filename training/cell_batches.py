@@ -17,19 +17,9 @@ class CellDataset(Dataset):
     Binned cells whose rows are taken a batch at a time.
 
     The index ``epoch * len(cells) + i`` asks for cell ``i``, too: it numbers the visits to the cells, and decides by
-    itself what is random about one.
-
-    Parameters
-    ----------
-    bins
-        What `ScBertTokenizer.bin_cells` returns, CSR [cells, panel]; or what is indexed like it, such as
-        `data.streaming.BinnedCells`.
-    labels
-        Class ids, [cells].
-    rows
-        Cells to take, in this order; all of them if left out.
-    files
-        Number of the file that every cell comes from, [cells].
+    itself what is random about one. Bins are CSR [cells, panel], or what is indexed like it, such as
+    `data.streaming.BinnedCells`; `rows` are the cells to take, in this order, and `files` says which file each cell of
+    the bins comes from.
 
     Examples
     --------
@@ -69,11 +59,6 @@ class DataCollatorForCells:
     """
     Batches of `CellDataset` as tensors: what the tokenizer says of the cells, and their labels.
 
-    Parameters
-    ----------
-    tokenizer
-        Makes the rows dense: every gene of the panel, or the expressed ones padded to the longest cell.
-
     Examples
     --------
     >>> from scbert import ScBertTokenizer
@@ -99,21 +84,10 @@ class DataCollatorForMaskedExpression:
     """
     Batches for masked expression modelling: some expressed genes of each cell are hidden and asked for.
 
-    Seed and index of a cell alone decide its mask, whatever batch, worker or process it falls into.
-
-    Parameters
-    ----------
-    tokenizer
-        Makes the rows dense, and names the mask.
-    mlm_probability, replace_probability, seed
-        As in `mask_expression`; the seed decides every draw.
-    packing
-        Put the cells of a batch one after another in one row, without padding (see `packing_scbert.pack`); the
-        masks are those of the padded batch. Nothing changes where every cell has every gene.
-    targets
-        Gives ``cell_targets`` of the cells as they were before anything was hidden; none if left out.
-    thinning
-        Largest share of a cell's counts that is taken away before, see `thin_cells`.
+    Seed and index of a cell alone decide its mask, whatever batch, worker or process it falls into. With `packing` the
+    cells of a batch come one after another in one row, without padding (see `packing_scbert.pack`), with the masks of
+    the padded batch; nothing changes where every cell has every gene. `targets` gives ``cell_targets`` of the cells as
+    they were before anything was hidden; `thinning` is the share of their counts taken away before, see `thin_cells`.
 
     Examples
     --------
@@ -148,12 +122,11 @@ class DataCollatorForMaskedExpression:
             own = [np.random.default_rng((self.seed, int(index), 1)) for index in batch["indices"]]
             bins = thin_cells(bins, bin_values(self.tokenizer), self.thinning, own)
         arrays = self.tokenizer.encode_bins(bins)
+        ids, mask = arrays["input_ids"], self.tokenizer.mask_token_id
+        own = [np.random.default_rng((self.seed, int(index))) for index in batch["indices"]]
+        uniform = np.concatenate([rng.random((n, 2)) for rng, n in zip(own, np.count_nonzero(ids, axis=1))])
         arrays["input_ids"], arrays["labels"] = mask_expression(
-            arrays["input_ids"],
-            self.tokenizer.mask_token_id,
-            self._uniform(batch["indices"], np.count_nonzero(arrays["input_ids"], axis=1)),
-            self.mlm_probability,
-            self.replace_probability,
+            ids, mask, uniform, self.mlm_probability, self.replace_probability
         )
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.packing:
@@ -162,11 +135,6 @@ class DataCollatorForMaskedExpression:
             tensors["cell_targets"] = torch.from_numpy(self.targets(batch["bins"], batch["files"]))
         # so that a batch that goes wrong can be named
         return tensors | {"indices": torch.from_numpy(batch["indices"])}
-
-    def _uniform(self, indices: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Two random numbers for every expressed token of the batch, [tokens, 2]."""
-        generators = (np.random.default_rng((self.seed, int(index))) for index in indices)
-        return np.concatenate([rng.random((n, 2)) for rng, n in zip(generators, counts)])
 
 
 def mask_expression(
@@ -180,25 +148,9 @@ def mask_expression(
     Choose ``ceil(mlm_probability * expressed)`` expressed tokens of every cell and hide most of them.
 
     Zeros (genes without expression, the trailing token, pads) are never chosen, and no token is replaced by a
-    random one. Source: Yang et al. 2022, as described in its methods.
-
-    Parameters
-    ----------
-    input_ids
-        Expression ids [batch, length].
-    mask_token_id
-        What a hidden token becomes.
-    uniform
-        Random numbers in [0, 1), two for each expressed token of the batch in reading order, [tokens, 2].
-    mlm_probability
-        Share of the expressed tokens that is chosen, rounded up.
-    replace_probability
-        Probability that a chosen token is hidden; the others stay and are asked for all the same.
-
-    Returns
-    -------
-    masked, labels
-        Both [batch, length]: the ids with mask tokens, and the true ids of the chosen with -100 elsewhere.
+    random one; one that is chosen and not hidden is asked for all the same. Source: Yang et al. 2022, as described in
+    its methods. Of ids [batch, length], and two random numbers in [0, 1) for each expressed token of the batch in
+    reading order, [tokens, 2]; gives the ids with mask tokens, and the true ids of the chosen with -100 elsewhere.
     """
     rows, columns = np.nonzero(input_ids)
     counts = np.bincount(rows, minlength=len(input_ids))

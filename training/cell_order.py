@@ -16,13 +16,6 @@ class EpochSampler(Sampler[int]):
     No state is kept: a run resumed in the middle of an epoch sees what an uninterrupted one would have seen, and every
     process draws the same list (accelerate then deals it out).
 
-    Parameters
-    ----------
-    size
-        Number of cells.
-    seed
-        With the epoch, decides the order.
-
     Examples
     --------
     >>> order = EpochSampler(3)
@@ -52,14 +45,7 @@ class EpochSampler(Sampler[int]):
 
 
 class OversamplingSampler(EpochSampler):
-    """
-    As many draws as cells, with replacement, every class equally likely.
-
-    Parameters
-    ----------
-    targets
-        Class of every training cell, [cells].
-    """
+    """As many draws as cells [cells] have classes `targets`, with replacement, every class equally likely."""
 
     def __init__(self, targets: np.ndarray, seed: int = 0):
         super().__init__(len(targets), seed)
@@ -74,14 +60,8 @@ class LengthGroupedSampler(EpochSampler):
     """
     Every cell once, in random order, with cells of like length side by side: less padding, and nothing else changed.
 
-    Cells are shuffled, cut into groups of eight batches, sorted within a group, and the batches shuffled.
-
-    Parameters
-    ----------
-    lengths
-        Expressed genes of every cell, [cells].
-    batch_size
-        Cells of one step's batch over all processes.
+    Cells are shuffled, cut into groups of eight batches, sorted within a group, and the batches shuffled. The lengths
+    are the expressed genes of every cell; a batch is that of one step over all processes.
 
     Examples
     --------
@@ -98,11 +78,10 @@ class LengthGroupedSampler(EpochSampler):
         generator = self.generator()
         order = generator.permutation(self.size)
         group = self.batch_size * BATCHES_PER_GROUP
-        parts = [order[start : start + group] for start in range(0, len(order), group)]
+        parts = np.split(order, range(group, self.size, group))
         order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        batches = np.split(order, range(self.batch_size, self.size, self.batch_size))
+        n_whole = self.size // self.batch_size
         # an incomplete batch stays last: anywhere else it would shift the others' bounds
-        rest = batches[len(whole) :]
-        yield from (int(i) for n in generator.permutation(len(whole)) for i in whole[n])
-        yield from (int(i) for batch in rest for i in batch)
+        for n in [*generator.permutation(n_whole), *range(n_whole, len(batches))]:
+            yield from batches[n].tolist()

@@ -14,17 +14,9 @@ UNMEASURED = -100.0
 
 def bin_values(tokenizer: ScBertTokenizer) -> np.ndarray:
     """
-    Expression that the bins of a tokenizer stand for; see `floor_values`.
+    Expression that the bins of a tokenizer stand for, float32 [bins], 0 for bin 0; see `floor_values`.
 
-    Returns
-    -------
-    numpy.ndarray
-        float32 [bins], 0 for bin 0.
-
-    Raises
-    ------
-    InputError
-        If bins are quantiles of a cell, which have no values.
+    An `InputError` if bins are quantiles of a cell, which have no values.
 
     Examples
     --------
@@ -41,14 +33,7 @@ def bin_values(tokenizer: ScBertTokenizer) -> np.ndarray:
 
 class CellTargets:
     """
-    Expression of whole cells, as `whole_cell_loss` takes it.
-
-    Parameters
-    ----------
-    tokenizer
-        Tells what bins stand for.
-    measured
-        Which genes each file measures, bool [files, genes].
+    Expression of whole cells, as `whole_cell_loss` takes it, by the genes that each file measures, bool [files, genes].
 
     Examples
     --------
@@ -73,25 +58,11 @@ def mean_cell(
     bin_counts: np.ndarray, values: np.ndarray, measured: np.ndarray, cells_per_file: np.ndarray
 ) -> np.ndarray:
     """
-    Logarithm of the mean expression of every gene in the cells whose file measures it.
+    Logarithm of the mean expression of every gene in the cells whose file measures it, float32 [genes].
 
-    One cell with the mean of all genes is added, so that a gene that no cell expresses has a logarithm.
-
-    Parameters
-    ----------
-    bin_counts
-        How often each bin stands at each gene, [genes, vocabulary].
-    values
-        Of `bin_values`.
-    measured
-        bool [files, genes].
-    cells_per_file
-        [files].
-
-    Returns
-    -------
-    numpy.ndarray
-        float32 [genes].
+    By how often each bin stands at each gene [genes, vocabulary], the `bin_values`, the genes that each file measures
+    [files, genes] and the number of its cells. One cell with the mean of all genes is added, so that a gene that no
+    cell expresses has a logarithm.
 
     Examples
     --------
@@ -110,20 +81,9 @@ def thin_cells(
     """
     Cells as shallower sequencing would have seen them: some of the genes with few counts are gone.
 
-    Of every cell's counts a share from 0 to `largest` is taken away. A gene is lost if all of its counts are; how many
-    it has is told by its expression in units of the cell's lowest, which is one count. What stays keeps its bin: on
-    average, expression per 10,000 counts does not change.
-
-    Parameters
-    ----------
-    bins
-        [cells, genes].
-    values
-        Of `bin_values`.
-    largest
-        From 0 to 1.
-    generators
-        One for every cell, which decide alone.
+    Of every cell's counts a share from 0 to `largest` is taken away, as its generator decides. A gene is lost if all of
+    its counts are; how many it has is told by its expression in units of the cell's lowest, which is one count. What
+    stays of the bins [cells, genes] keeps its bin: on average, expression per 10,000 counts does not change.
 
     Examples
     --------

@@ -1,6 +1,9 @@
 """Pairs of co-expressed genes: Pearson correlation over sparse cells, block by block."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,18 +20,11 @@ CUTOFFS = np.round(np.arange(0.1, 1.0, 0.1), 1)
 
 @dataclass
 class GenePairs:
-    """Co-expressed pairs of one dataset or of several joined together.
+    """
+    Co-expressed pairs of one dataset or of several joined together.
 
-    Attributes
-    ----------
-    genes : list of str
-        The names that `pairs` indexes.
-    pairs : numpy.ndarray
-        [n_pairs, 2] int32 positions in `genes`; a pair appears once per dataset that supports it.
-    correlations : numpy.ndarray
-        [n_pairs] float32 Pearson correlations.
-    pairs_above : dict
-        How many pairs exceed each of a ladder of cutoffs, chosen or not.
+    Pairs are positions in the list of genes, int32 [n_pairs, 2], one for each dataset that supports it, with Pearson
+    correlations, float32 [n_pairs]. `pairs_above` counts those that exceed each of a ladder of cutoffs, chosen or not.
     """
 
     genes: list[str]
@@ -43,41 +39,15 @@ def coexpressed_pairs(
     cutoff: float | None = 0.9,
     top_pairs: int | None = None,
     min_cells: int = 20,
-    block_bytes: int = BLOCK_BYTES,
-    progress=None,
+    progress: Callable[[int], Any] | None = None,
 ) -> GenePairs:
     """Find the gene pairs whose expression correlates across the cells of one dataset.
 
     Genes seen in fewer than `min_cells` cells are left out first: two genes that share their only
-    cell correlate perfectly and mean nothing.
-
-    Parameters
-    ----------
-    expression : scipy.sparse matrix
-        [cells, genes], log-normalised expression.
-    gene_names : sequence of str
-        One name per column.
-    cutoff : float, optional
-        Keep pairs with a correlation of at least this much (0.9 in the gene2vec paper, whose samples
-        are bulk tissues; single cells correlate far less).
-    top_pairs : int, optional
-        Keep only the most correlated so many pairs; of those above `cutoff` if both are given.
-    min_cells : int
-        A gene needs to be expressed in so many cells.
-    block_bytes : int
-        Bound on the block of the correlation matrix held at a time.
-    progress : callable, optional
-        Called with the number of genes finished since the last call.
-
-    Returns
-    -------
-    GenePairs
-        Strongest pairs in order of gene position; `pairs_above` counts pairs at other cutoffs.
-
-    Raises
-    ------
-    InputError
-        If neither `cutoff` nor `top_pairs` is given or the cutoff lets through too many pairs to hold.
+    cell correlate perfectly and mean nothing. Of log-normalised expression [cells, genes], pairs are kept whose
+    correlation is the cutoff at least (0.9 in the gene2vec paper, whose samples are bulk tissues; single cells
+    correlate far less), and of these only the strongest `top_pairs`. They come in order of gene position. `progress` is
+    told how many genes were finished since it was last called.
 
     Examples
     --------
@@ -95,7 +65,7 @@ def coexpressed_pairs(
     kept, mean, deviation = _usable_genes(expression, min_cells)
     expression = expression[:, kept].tocsr()
     selection = _PairSelection(cutoff, top_pairs)
-    rows_per_block = max(1, block_bytes // (4 * max(1, len(kept))))
+    rows_per_block = max(1, BLOCK_BYTES // (4 * max(1, len(kept))))
     for start in range(0, len(kept), rows_per_block):
         stop = min(start + rows_per_block, len(kept))
         block = _correlation_block(expression, mean[kept], deviation[kept], start, stop)
@@ -103,8 +73,9 @@ def coexpressed_pairs(
             selection.add(block[row : row + ROWS_AT_ONCE], start + row, start)
         if progress is not None:
             progress(stop - start)
-    pairs, correlations = selection.result()
-    return GenePairs(list(names[kept]), pairs, correlations, selection.pairs_above())
+    selection.keep_strongest()
+    counts = dict(zip(CUTOFFS.tolist(), selection.counts.tolist()))
+    return GenePairs(list(names[kept]), *selection.parts[0], counts)
 
 
 def join_pairs(parts) -> GenePairs:
@@ -121,16 +92,13 @@ def join_pairs(parts) -> GenePairs:
     [[0, 1], [1, 2]]
     """
     position: dict[str, int] = {}
-    pairs, correlations, above = [], [], dict.fromkeys(CUTOFFS.tolist(), 0)
+    pairs, correlations, above = [], [], Counter()
     for part in parts:
         ids = np.array([position.setdefault(gene, len(position)) for gene in part.genes], dtype=np.int32)
-        pairs.append(ids[part.pairs.reshape(-1, 2)] if len(ids) else np.empty((0, 2), np.int32))
+        pairs.append(ids[part.pairs])
         correlations.append(part.correlations)
-        for level, count in part.pairs_above.items():
-            above[level] += count
-    joined = np.concatenate(pairs) if pairs else np.empty((0, 2), np.int32)
-    values = np.concatenate(correlations) if correlations else np.empty(0, np.float32)
-    return GenePairs(list(position), joined, values, above)
+        above.update(part.pairs_above)
+    return GenePairs(list(position), np.concatenate(pairs), np.concatenate(correlations), above)
 
 
 def _usable_genes(expression, min_cells: int):
@@ -183,14 +151,15 @@ class _PairSelection:
         self.parts.append((pairs, rows[i, j]))
         self.held += len(pairs)
         if self.top_pairs is not None and self.held > 2 * self.top_pairs:
-            self._keep_strongest()
+            self.keep_strongest()
         if self.held > MOST_PAIRS:
             raise InputError(
                 f"More than {MOST_PAIRS:,} gene pairs correlate at {self.threshold} or more, too many to hold: "
                 "raise the cutoff, or keep the strongest only with --top-pairs."
             )
 
-    def _keep_strongest(self) -> None:
+    def keep_strongest(self) -> None:
+        """Make one part of all, with the strongest pairs alone."""
         # one empty part, so that there is something to join where no gene is left
         parts = self.parts or [(np.empty((0, 2), np.int32), np.empty(0, np.float32))]
         pairs, values = (np.concatenate(arrays) for arrays in zip(*parts))
@@ -200,10 +169,3 @@ class _PairSelection:
             pairs, values = pairs[kept], values[kept]
             self.threshold = max(self.threshold, float(values.min()))
         self.parts, self.held = [(pairs, values)], len(values)
-
-    def result(self):
-        self._keep_strongest()
-        return self.parts[0]
-
-    def pairs_above(self) -> dict[float, int]:
-        return {float(level): int(count) for level, count in zip(CUTOFFS, self.counts)}

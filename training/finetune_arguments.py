@@ -1,6 +1,11 @@
 """Settings of a fine-tuning run; recipes in recipes/."""
 
-from dataclasses import dataclass, field
+# HfArg makes a dataclass field, with a text of help
+# ruff: noqa: RUF009
+
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from ..tokenization import InputError
 from .settings import RECIPES, RunDataArguments, RunKind, RunModelArguments, RunTrainingArguments
@@ -15,50 +20,35 @@ CHOICES = {
 class FinetuneDataArguments(RunDataArguments):
     """Which labelled cells are learnt, and which test."""
 
-    reference: str = field(
-        default=None, metadata={"help": "Labelled cells: .h5ad, 10x .h5 or folder, .zarr."}
+    reference: str = HfArg(default=None, help="Labelled cells: .h5ad, 10x .h5 or folder, .zarr.")
+    label_key: str = HfArg(default=None, help="Column of obs that holds the cell types.")
+    test: str | None = HfArg(default=None, help="Labelled cells to test on, in a file of their own.")
+    test_key: str | None = HfArg(
+        default=None, help="Column of obs that says train, validation or test for each cell."
     )
-    label_key: str = field(default=None, metadata={"help": "Column of obs that holds the cell types."})
-    test: str | None = field(
-        default=None, metadata={"help": "Labelled cells to test on, in a file of their own."}
+    test_fraction: float = HfArg(
+        default=0.2, help="Share of the labelled cells to test on, and not to learn from."
     )
-    test_key: str | None = field(
-        default=None, metadata={"help": "Column of obs that says train, validation or test for each cell."}
+    validation_fraction: float = HfArg(
+        default=0.1, help="Share of the labelled cells that choose the best epoch."
     )
-    test_fraction: float = field(
-        default=0.2, metadata={"help": "Share of the labelled cells to test on, and not to learn from."}
+    unlabelled: list[str] | None = HfArg(
+        default=None, help="Files of cells without labels, such as those to annotate, to learn from as well."
     )
-    validation_fraction: float = field(
-        default=0.1, metadata={"help": "Share of the labelled cells that choose the best epoch."}
-    )
-    unlabelled: list[str] | None = field(
+    top_genes: int | None = HfArg(
         default=None,
-        metadata={"help": "Files of cells without labels, such as those to annotate, to learn from as well."},
+        help="Without a base or a panel file: only the N most variable genes of the cells learnt (0: all).",
     )
-    top_genes: int | None = field(
+    ontology: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Without a base or a panel file: only the N most variable genes of the cells learnt (0: all)."
-        },
+        help="Table of the labels' Cell Ontology terms, of map-labels: .csv with label, term_id.",
     )
-    ontology: str | None = field(
-        default=None,
-        metadata={
-            "help": "Table of the labels' Cell Ontology terms, of map-labels: .csv with label, term_id."
-        },
+    label_tree: str | None = HfArg(
+        default=None, help="Table of the types above the labels, to back off to: .csv with label, parent."
     )
-    label_tree: str | None = field(
-        default=None,
-        metadata={"help": "Table of the types above the labels, to back off to: .csv with label, parent."},
-    )
-    coarse_key: str | None = field(
-        default=None, metadata={"help": "Column of obs with coarser types, to back off to."}
-    )
-    min_genes: int = field(
-        default=0,
-        metadata={
-            "help": "Expressed genes a training cell needs; a class without such cells keeps all it has."
-        },
+    coarse_key: str | None = HfArg(default=None, help="Column of obs with coarser types, to back off to.")
+    min_genes: int = HfArg(
+        default=0, help="Expressed genes a training cell needs; a class without such cells keeps all it has."
     )
 
     def __post_init__(self):
@@ -80,22 +70,17 @@ class FinetuneDataArguments(RunDataArguments):
 class FinetuneModelArguments(RunModelArguments):
     """What of a base is trained."""
 
-    train_all: bool | None = field(
+    train_all: bool | None = HfArg(
         default=None,
-        metadata={
-            "help": "Train every weight. Default: yes from random weights; with a base only the final norm, "
-            "the block before the last and the head."
-        },
+        help="Train every weight. Default: yes from random weights; with a base only the final norm, "
+        "the block before the last and the head.",
     )
-    frozen_layers: int = field(
-        default=0,
-        metadata={"help": "First layers of a base to keep as they are when every other weight is trained."},
+    frozen_layers: int = HfArg(
+        default=0, help="First layers of a base to keep as they are when every other weight is trained."
     )
-    freeze_encoder: bool = field(
+    freeze_encoder: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Train the final norm and the head of a base alone; its states are computed once a cell."
-        },
+        help="Train the final norm and the head of a base alone; its states are computed once a cell.",
     )
 
 
@@ -109,32 +94,26 @@ class FinetuneTrainingArguments(RunTrainingArguments):
     load_best_model_at_end: bool = True
     metric_for_best_model: str = "macro_f1"
     greater_is_better: bool = True
-    early_stopping_patience: int = field(
-        default=10, metadata={"help": "Epochs without a better validation macro-F1 before the end; 0: never."}
+    early_stopping_patience: int = HfArg(
+        default=10, help="Epochs without a better validation macro-F1 before the end; 0: never."
     )
-    class_balance: str = field(
+    class_balance: str = HfArg(
         default="none",
-        metadata={
-            "help": "none, weights (loss weighted by inverse class size) or oversample (rare classes)."
-        },
+        help="none, weights (loss weighted by inverse class size) or oversample (rare classes).",
     )
-    solved_head: bool = field(
+    solved_head: bool = HfArg(
         default=False,
-        metadata={
-            "help": "The head is no result of steps but of penalised logistic regression on the encoder's states, with "
-            "all labelled cells; nothing else is trained."
-        },
+        help="The head is no result of steps but of penalised logistic regression on the encoder's states, with "
+        "all labelled cells; nothing else is trained.",
     )
-    cell_axes: str = field(
+    cell_axes: str = HfArg(
         default="",
-        metadata={
-            "help": "Pretrained model that knows what studies differ in, which a solved head is kept from leaning on, "
-            "and axes of cells, to go by where the median type has few cells: scbert-mini, which ships, a folder "
-            "or a name on the Hub; empty: none."
-        },
+        help="Pretrained model that knows what studies differ in, which a solved head is kept from leaning on, "
+        "and axes of cells, to go by where the median type has few cells: scbert-mini, which ships, a folder "
+        "or a name on the Hub; empty: none.",
     )
-    cache_frozen: str = field(
-        default="auto", metadata={"help": "Where frozen layers' outputs are kept: auto, memory, disk or off."}
+    cache_frozen: str = HfArg(
+        default="auto", help="Where frozen layers' outputs are kept: auto, memory, disk or off."
     )
 
     def __post_init__(self):

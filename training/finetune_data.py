@@ -28,6 +28,7 @@ from ..tokenization.cells_scbert import feature_modalities
 from ..tokenization.expression_scbert import as_csr
 from .finetune_arguments import FinetuneDataArguments
 from .initial_model import new_tokenizer
+from .principal_axes import most_variable
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +38,8 @@ SPLITS = ("train", "validation", "test")
 @dataclass
 class LabelledCells:
     """
-    Cells of one split.
-
-    Attributes
-    ----------
-    bins
-        Expression bins [cells, panel], sparse.
-    targets
-        Class of every cell, [cells] int64.
-    cells
-        Where they stand in their file, [cells] int64.
+    Cells of one split: sparse expression bins [cells, panel], classes [cells] int64, and where the cells stand in their
+    file [cells] int64.
     """
 
     bins: sp.csr_matrix
@@ -62,26 +55,11 @@ class FinetuneData:
     """
     Everything a run learns from.
 
-    Attributes
-    ----------
-    tokenizer
-        The base's, or one over the chosen panel.
-    classes
-        Labels in the order of the classes.
-    splits
-        ``train``, ``validation``, ``test`` (may be empty) -> cells.
-    sources
-        The AnnData each split is from, for the baseline.
-    input_kind
-        What the values are: ``"counts"`` or ``"log1p"``.
-    report
-        What was left out and why, and how the genes matched.
-    term_ids
-        Cell Ontology terms of the classes, and of the types above them; None without a table of terms.
-    parents
-        The tree of types above the classes, child -> parent; None without one.
-    unlabelled
-        Expression bins of cells without labels, [others, panel], sparse; None without such cells.
+    The classes are labels in their order; the splits ``train``, ``validation`` and ``test`` may be empty; `sources` are
+    the AnnData that each is from, for the baseline, and the kind of their values is ``"counts"`` or ``"log1p"``. The
+    report says what was left out and why, and how the genes matched. Cell Ontology terms are of the classes and of the
+    types above them, and parents lead from child to parent; None without a table of terms, or a tree. Unlabelled cells
+    are expression bins [others, panel], sparse; None without such cells.
     """
 
     tokenizer: ScBertTokenizer
@@ -119,27 +97,10 @@ def load_data(
     """
     Read the reference, choose classes and splits, and bin the cells.
 
-    Parameters
-    ----------
-    data
-        Files, columns and fractions.
-    tokenizer
-        The base's tokenizer, or options for a new one over the panel of the run.
-    seed
-        Decides the splits.
-    reference, test
-        The cells, where they are no files. They are left as they are.
-    unlabelled
-        Cells without labels, or their files.
-    validate
-        Whether some cells are kept for validation; if not, those that a column says are for it are learnt from.
-    learn_levels
-        Whether the tokenizer is given the genes' levels in the training cells, for files that lack some of them.
-
-    Raises
-    ------
-    InputError
-        For every fault of the input that a user can mend.
+    The tokenizer is the base's, or options for a new one over the panel of the run; it is given the genes' levels in
+    the training cells if it shall `learn_levels`, for files that lack some genes. Cells that are given and are no files
+    are left as they are. Where none are kept to `validate`, those that a column says are for it are learnt from. Every
+    fault of the input that a user can mend is an `InputError`.
     """
     reference = read_cells(data.reference if reference is None else reference, layer=data.layer)
     labels = find_labels(reference.obs, data.label_key, data.reference)
@@ -263,7 +224,7 @@ def _tokenizer_of(
     reference: AnnData,
     labelled: np.ndarray,
     data: FinetuneDataArguments,
-    others: Sequence[AnnData] = (),
+    others: Sequence[AnnData],
 ) -> ScBertTokenizer:
     """A tokenizer over the panel file, or the genes that these or other cells express (or the most variable)."""
     if data.genes:
@@ -304,10 +265,7 @@ def most_variable_genes(cells: AnnData, n_genes: int, layer: str | None, input: 
     ['B']
     """
     values, names = log_normalize(cells, layer, input)
-    mean = np.asarray(values.mean(axis=0)).ravel()
-    variance = np.asarray(values.multiply(values).mean(axis=0)).ravel() - mean**2
-    chosen = np.argsort(-variance, kind="stable")[:n_genes]
-    return [names[i] for i in np.sort(chosen)]
+    return [names[i] for i in most_variable(values, n_genes)]
 
 
 def _gene_report(

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import accuracy_score, f1_score
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState
 
 from ..evaluation.calibration import choose_threshold, conformal_quantiles, fit_temperature, softmax
@@ -26,31 +27,20 @@ ASSIGNED_PRECISION = 0.95
 def build_trainer(
     model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainingArguments
 ) -> CellTrainer:
-    """
-    Put model, cells and settings together.
-
-    Parameters
-    ----------
-    model
-        `ScBertForCellClassification`, what is frozen has ``requires_grad`` off.
-    data
-        Splits; train and validation are used here, test is not.
-    arguments
-        Settings.
-    """
+    """Put model, training and validation cells, and settings together; what is frozen has ``requires_grad`` off."""
     learnt, validation = data.splits["train"], data.splits["validation"]
     if not len(validation):
         raise InputError(
             "There are no validation cells, which choose the best epoch: validation_fraction must be above 0, and the "
             "classes need more cells."
         )
-    train = CellDataset(learnt.bins, learnt.targets)
-    n_classes = len(data.classes)
-    weights = class_weights(learnt.targets, n_classes) if arguments.class_balance == "weights" else None
+    weights = None
+    if arguments.class_balance == "weights":
+        weights = class_weights(learnt.targets, len(data.classes))
     callbacks = []
     if all(parameter.requires_grad for parameter in model.parameters()):
         # frozen blocks were trained for the features they came with; theirs stay
-        callbacks.append(RedrawFeaturesCallback(arguments.seed))
+        callbacks.append(RedrawFeaturesCallback())
     if arguments.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
     return CellTrainer(
@@ -59,10 +49,10 @@ def build_trainer(
         callbacks,
         model=model,
         args=arguments,
-        train_dataset=train,
+        train_dataset=CellDataset(learnt.bins, learnt.targets),
         eval_dataset=CellDataset(validation.bins, validation.targets),
         data_collator=DataCollatorForCells(data.tokenizer),
-        compute_metrics=validation_scores(n_classes),
+        compute_metrics=validation_scores,
         compute_loss_func=weighted_loss(weights),
     )
 
@@ -81,19 +71,7 @@ def choose_sampler(data: FinetuneData, arguments: FinetuneTrainingArguments) -> 
 
 def class_weights(targets: np.ndarray, n_classes: int) -> torch.Tensor:
     """
-    Weights inverse to class size, with mean 1 over the training cells.
-
-    Parameters
-    ----------
-    targets
-        Class of every training cell, [cells].
-    n_classes
-        Number of classes; each needs a cell.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 [classes].
+    Weights inverse to class size, float32 [classes], with mean 1 over the training cells of these classes [cells].
 
     Examples
     --------
@@ -106,16 +84,11 @@ def class_weights(targets: np.ndarray, n_classes: int) -> torch.Tensor:
 
 def weighted_loss(weights: torch.Tensor | None) -> Callable[..., torch.Tensor]:
     """
-    Cross-entropy for `transformers.Trainer(compute_loss_func=...)`.
+    Cross-entropy for `transformers.Trainer(compute_loss_func=...)`, with a weight for each class or equal ones.
 
     The sum over cells is divided by the number of cells of the whole step, which the Trainer counts over the
     micro-batches of an accumulation and over processes. Weights have mean 1 over the training set and are not
     renormalised within a micro-batch, so a step's gradient is the same however it is cut.
-
-    Parameters
-    ----------
-    weights
-        One per class, or None for equal ones.
     """
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
@@ -127,23 +100,15 @@ def weighted_loss(weights: torch.Tensor | None) -> Callable[..., torch.Tensor]:
     return loss
 
 
-def validation_scores(n_classes: int) -> Callable[[Any], dict[str, float]]:
+def validation_scores(prediction: Any) -> dict[str, float]:
     """
     Scores after every epoch, as `Trainer(compute_metrics=...)` wants them.
 
-    Macro-F1 runs over the classes that have a cell in the split, as in `evaluation.classification_metrics`;
-    from the confusion matrix, because it is asked for every epoch.
+    Macro-F1 runs over the classes that have a cell in the split, as in `evaluation.classification_metrics`.
     """
-
-    def scores(prediction: Any) -> dict[str, float]:
-        true, predicted = prediction.label_ids, prediction.predictions.argmax(axis=-1)
-        confusion = np.zeros((n_classes, n_classes))
-        np.add.at(confusion, (true, predicted), 1)
-        hits, seen = np.diag(confusion), confusion.sum(axis=1) > 0
-        f1 = 2 * hits / np.maximum(confusion.sum(axis=0) + confusion.sum(axis=1), 1)
-        return {"accuracy": float(hits.sum() / confusion.sum()), "macro_f1": float(f1[seen].mean())}
-
-    return scores
+    true, predicted = prediction.label_ids, prediction.predictions.argmax(axis=-1)
+    macro_f1 = f1_score(true, predicted, labels=np.unique(true), average="macro", zero_division=0)
+    return {"accuracy": float(accuracy_score(true, predicted)), "macro_f1": float(macro_f1)}
 
 
 def calibrated(
@@ -155,16 +120,8 @@ def calibrated(
 ) -> TunedModel:
     """
     A trained model with its temperature in the weights of the output layer; in its config, the threshold of
-    "unassigned" and the quantiles of prediction sets.
-
-    Parameters
-    ----------
-    model, state, weights
-        See `TunedModel`.
-    logits_of
-        Logits of some cells, [cells, classes], before the temperature.
-    validation
-        The cells that temperature, threshold and quantiles are chosen on.
+    "unassigned" and the quantiles of prediction sets. All three are chosen on the validation cells, by logits
+    [cells, classes] before the temperature; for the others see `TunedModel`.
     """
     logits = logits_of(validation)
     temperature = temperature_of(logits, validation.targets)
@@ -173,10 +130,9 @@ def calibrated(
     model.config.conformal_quantiles = conformal_quantiles(probabilities, validation.targets)
 
     def divided() -> dict[str, torch.Tensor]:
-        all_weights = weights()
         return {
             name: weight / temperature if "classifier.out_proj." in name else weight
-            for name, weight in all_weights.items()
+            for name, weight in weights().items()
         }
 
     return TunedModel(model, state, lambda cells: softmax(logits_of(cells), temperature), divided)
@@ -184,41 +140,25 @@ def calibrated(
 
 def temperature_of(logits: np.ndarray, targets: np.ndarray) -> float:
     """
-    What to divide logits by for honest confidences; near 1 where the cells are too few to tell.
+    What to divide logits [cells, classes] by for honest confidences; near 1 where the cells are too few to tell.
 
     The prior is worth `TEMPERATURE_PRIOR` cells: without it, a handful of cells that are all right would ask for
     certainty.
-
-    Parameters
-    ----------
-    logits
-        Of validation cells, [cells, classes].
-    targets
-        Their classes, [cells].
 
     Examples
     --------
     >>> temperature_of(np.array([[4.0, 0.0]] * 80), np.array([0] * 60 + [1] * 20)) > 3
     True
     """
-    return fit_temperature(logits, targets, (0.05, 20.0), prior=TEMPERATURE_PRIOR)
+    return fit_temperature(logits, targets, prior=TEMPERATURE_PRIOR)
 
 
 def threshold_of(probabilities: np.ndarray, targets: np.ndarray) -> float | None:
     """
     Confidence below which cells should stay unassigned, so that `ASSIGNED_PRECISION` of the others are right.
 
-    Parameters
-    ----------
-    probabilities
-        Of validation cells, calibrated, [cells, classes].
-    targets
-        Their classes, [cells].
-
-    Returns
-    -------
-    float or None
-        At least 0.5. None with fewer than 50 cells, or where no threshold reaches the precision.
+    By calibrated probabilities of validation cells, [cells, classes]. At least 0.5; None with fewer than 50 cells, or
+    where no threshold reaches the precision.
 
     Examples
     --------

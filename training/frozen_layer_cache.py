@@ -30,17 +30,9 @@ class FrozenLayerCache:
     Keeps the output of an encoder's frozen first layers, and stands in for them.
 
     A cell is known by a hash of its tokens (bins, genes, modalities) and of the frozen weights; everything is forgotten
-    when the weights change. Results are those without the cache.
-
-    Parameters
-    ----------
-    encoder
-        `ScBertModel`. Layers count as frozen up to the first that has a weight to train.
-    max_bytes
-        What may be kept; cells beyond it are computed every time. Nothing is thrown out to make room: in epochs over
-        the same cells, whatever is thrown out would be asked for next.
-    folder
-        Keep cells there, in a file each, and not in memory.
+    when the weights change. Results are those without the cache. Layers count as frozen up to the first that has a
+    weight to train. Cells beyond `max_bytes` are computed every time: in epochs over the same cells, whatever is thrown
+    out to make room would be asked for next. With a folder cells are kept there, in a file each, and not in memory.
 
     Examples
     --------
@@ -197,21 +189,8 @@ def cached_frozen_layers(
     """
     Keep what the frozen first layers of an encoder put out, where there is room for it, until the block ends.
 
-    Parameters
-    ----------
-    encoder
-        `ScBertModel`.
-    storage
-        ``"memory"``, ``"disk"``, ``"off"``; ``"auto"`` takes memory if all cells fit a quarter of what is free, disk if
-        they fit half of that, and as much as fits in memory otherwise.
-    n_cells
-        Cells that will be asked for.
-    folder
-        Where ``"disk"`` keeps its files.
-
-    Yields
-    ------
-    The cache; None where nothing is frozen or ``storage`` is ``"off"``.
+    The storage ``"auto"`` takes memory if all cells fit a quarter of what is free, the disk (the folder) if they fit
+    half of that, and as much as fits in memory otherwise. None where nothing is frozen or it is ``"off"``.
 
     Examples
     --------

@@ -77,31 +77,9 @@ def train_gene2vec(
 ) -> GeneVectors:
     """Train skip-gram word2vec (window 1) on co-expressed pairs as two-word sentences.
 
-    Parameters
-    ----------
-    pairs : GenePairs
-        From `coexpressed_pairs` or `join_pairs`.
-    size : int
-        Length of a vector; the model's hidden size.
-    iterations : int
-        Passes over the pairs, shuffled anew for each.
-    seed : int
-        Seed of shuffling, initialisation and sampling.
-    workers : int
-        Threads; results repeat exactly with one only.
-    progress : callable, optional
-        Called with the number of pairs read since the last call; pairs are read `iterations + 1`
-        times, once to count the genes.
-
-    Returns
-    -------
-    GeneVectors
-        Genes in order of how many pairs they stand in.
-
-    Raises
-    ------
-    InputError
-        If no gene stands in five pairs.
+    The pairs are shuffled anew for each iteration; results repeat exactly with one worker only. `progress` is told how
+    many pairs were read since it was last called: they are read `iterations + 1` times, once to count the genes. Genes
+    come in order of how many pairs they stand in; if none stands in five, that is an `InputError`.
 
     Examples
     --------
@@ -154,25 +132,11 @@ def save_gene_vectors(vectors: GeneVectors, path) -> None:
 
 
 def load_gene_vectors(path, genes=None) -> GeneVectors:
-    """Read gene vectors from word2vec text, `SYMBOL<TAB>numbers` lines, or `.npy` with a gene list.
+    """Read gene vectors from word2vec text (`.gz` too), `SYMBOL<TAB>numbers` lines, or `.npy` [genes, size].
 
-    Parameters
-    ----------
-    path : str or os.PathLike
-        Text (`.gz` too) or `.npy` [genes, size].
-    genes : str or os.PathLike, optional
-        One symbol per line, for `.npy`; the same name ending in `.genes.txt` when left out.
-
-    Returns
-    -------
-    GeneVectors
-        A symbol that stands twice keeps its first vector.
-
-    Raises
-    ------
-    InputError
-        If a line does not hold as many numbers as the others, a number is not finite, or the gene
-        list and the array differ in length.
+    The list of an `.npy` has one symbol per line, and by default the same name ending in `.genes.txt`. A symbol that
+    stands twice keeps its first vector. Lines of unlike length, numbers that are not finite, or a list of another
+    length are an `InputError`.
     """
     path = Path(path)
     names, matrix = _read_npy(path, genes) if path.suffix == ".npy" else _read_text(path)
@@ -241,28 +205,9 @@ def _read_text(path: Path) -> tuple[list[str], np.ndarray]:
 def assign_gene_vectors(model, panel, vectors: GeneVectors, seed: int = 0) -> GeneVectorReport:
     """Put gene vectors into a model's gene table by symbol.
 
-    Genes without a vector are drawn from a normal distribution with the deviation of the assigned
-    vectors; the row of the trailing token stays zero.
-
-    Parameters
-    ----------
-    model : ScBertModel or a model with a head
-        Its gene table [len(panel) + 1, hidden_size] is written in place.
-    panel : ScBertTokenizer or list of str
-        The gene panel, in the order of the table.
-    vectors : GeneVectors
-    seed : int
-        Seed of the genes without a vector.
-
-    Returns
-    -------
-    GeneVectorReport
-
-    Raises
-    ------
-    InputError
-        If the vectors are not of the model's hidden size, the panel is not the table's, or no gene
-        of the panel has a vector.
+    The table [genes + 1, hidden_size] is written in place. The panel is a list of symbols or a tokenizer. Genes without
+    a vector are drawn from a normal distribution with the deviation of the assigned vectors; the row of the trailing
+    token stays zero. Vectors of another size, another panel than the table's, or no gene in common are an `InputError`.
     """
     genes = list(getattr(panel, "gene_panel", panel))
     table = model.base_model.embeddings.gene_embeddings.weight

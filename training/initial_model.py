@@ -33,14 +33,7 @@ FEWEST_GENES = 50
 
 
 def base_tokenizer(base: str | Path, genes: str | None = None) -> ScBertTokenizer:
-    """
-    The tokenizer of a base, its folder checked first.
-
-    Raises
-    ------
-    InputError
-        If the base is not complete; or with `genes`, the panel of a new model.
-    """
+    """The tokenizer of a base, its folder checked first; it takes no panel file (`genes`), which is for new models."""
     folder = find_model(base)
     check_model_folder(folder)
     if genes:
@@ -57,21 +50,9 @@ def new_tokenizer(
     genome_build: str | None = None,
 ) -> ScBertTokenizer:
     """
-    A tokenizer over a panel.
+    A tokenizer over a panel, with the recipe's options of `ScBertTokenizer`; one that is unknown is an `InputError`.
 
-    Parameters
-    ----------
-    options
-        The recipe's options of `ScBertTokenizer`.
-    panel
-        Gene symbols, in order.
-    modalities, genome_build
-        Modality of every feature of the panel, and the genome build of its peaks; with genes only, None.
-
-    Raises
-    ------
-    InputError
-        If an option is unknown.
+    Modalities are of every feature of the panel, the genome build is that of its peaks; with genes only, None.
     """
     if modalities is not None:
         options = {**options, "feature_modalities": list(modalities), "genome_build": genome_build}
@@ -83,16 +64,9 @@ def new_tokenizer(
 
 def load_base(base: str | Path, labels: list[str], changes: dict[str, Any]) -> PreTrainedModel:
     """
-    A pretrained encoder with a head for `labels`.
+    A pretrained encoder, all of whose weights must be there, with a head for `labels`, the classes in order.
 
-    Parameters
-    ----------
-    base
-        Folder or Hub name of a model with any head; weights of the encoder must all be there.
-    labels
-        Names of the classes, in order.
-    changes
-        Recipe's fields of the model; only those of the head are taken.
+    Of the recipe's `changes` of the model only those of the head are taken.
     """
     folder = find_model(base)
     architectures = check_model_folder(folder).get("architectures")
@@ -120,18 +94,9 @@ def new_model(
     fields: dict[str, Any], tokenizer: ScBertTokenizer, labels: list[str], seed: int
 ) -> PreTrainedModel:
     """
-    A model of the recipe's size with random weights, for the tokenizer's panel and bins.
+    A model of the recipe's `fields` with random weights, for the tokenizer's panel and bins and the classes in order.
 
-    Parameters
-    ----------
-    fields
-        Fields of `ScBertConfig`.
-    tokenizer
-        Decides vocabulary and sequence length.
-    labels
-        Names of the classes, in order.
-    seed
-        Of the random features, unless `fields` has one; weights follow torch's own generator.
+    The seed is that of the random features, unless the fields have one; weights follow torch's own generator.
     """
     model = ScBertForCellClassification(new_config(fields, tokenizer, seed, **label_names(labels)))
     start_head(model)
@@ -147,11 +112,6 @@ def start_head(model: PreTrainedModel) -> None:
     convolution's bias starts at 0.5: below zero its ReLU hides a gene from the head, and no gradient brings it back.
     With ``ordinal_expression`` the convolution reads along the chord of the bins' arc instead: a gene's number is
     then its bin, as long as no layer changes the tokens.
-
-    Parameters
-    ----------
-    model
-        `ScBertForCellClassification`; changed in place.
     """
     model.classifier.out_proj.weight.zero_()
     if model.config.pooling == "conv":
@@ -176,23 +136,10 @@ def start_cell(model: PreTrainedModel, vectors: np.ndarray, center: np.ndarray) 
     """
     Let the cell token begin as linear axes of expression: ``bins @ vectors - center``, turned into the hidden space.
 
-    The vectors become the gene table, as its trailing row zeros, in directions across the arc of ordinal expression,
-    and with zero means, so that reading the bins stays exact; all are scaled alike, so that the longest is as long as
-    a bin's embedding. No layer changes the cell token until it has learnt to.
-
-    Parameters
-    ----------
-    model
-        Of any head, with ``pooling="cell"``; changed in place.
-    vectors
-        Of the genes of the panel, [genes, axes]; zeros for genes that are on no axis.
-    center
-        Taken off every cell, [axes].
-
-    Raises
-    ------
-    InputError
-        If the model has no cell token, or is not wide enough.
+    The vectors [genes, axes], zeros for genes on no axis, become the gene table, as its trailing row zeros, in
+    directions across the arc of ordinal expression, and with zero means, so that reading the bins stays exact; all are
+    scaled alike, so that the longest is as long as a bin's embedding. No layer changes the cell token until it has
+    learnt to. An `InputError` if the model has no cell token (``pooling="cell"``), or is not wide enough.
     """
     encoder, config = model.base_model, model.config
     if config.pooling != "cell":
@@ -220,14 +167,7 @@ def across_the_arc(config: ScBertConfig) -> torch.Tensor:
 
 
 def new_config(fields: dict[str, Any], tokenizer: ScBertTokenizer, seed: int, **more: Any) -> ScBertConfig:
-    """
-    The configuration of a recipe's fields, with sizes that the tokenizer decides.
-
-    Raises
-    ------
-    InputError
-        If a field is unknown or its value cannot be.
-    """
+    """The configuration of a recipe's fields, sizes decided by the tokenizer; an `InputError` if it cannot be."""
     modalities = tokenizer.feature_modalities
     unknown = sorted(set(fields) - set(ScBertConfig().to_dict()))
     if unknown:
@@ -259,46 +199,22 @@ def freeze_whole_encoder(model: PreTrainedModel) -> None:
     model.scbert.final_norm.requires_grad_(True)
 
 
-@torch.no_grad()
 def freeze_for_finetuning(model: PreTrainedModel) -> None:
     """
     Leave only the final norm, the block before the last and the head to be trained, as the original does.
 
     A model of one block trains that block.
-
-    Parameters
-    ----------
-    model
-        `ScBertForCellClassification`; changed in place.
     """
-    encoder = model.scbert
-    for parameter in encoder.parameters():
-        parameter.requires_grad_(False)
-    for trained in (encoder.final_norm, *encoder.layers[-2:][:1]):
-        for parameter in trained.parameters():
-            parameter.requires_grad_(True)
+    freeze_whole_encoder(model)
+    model.scbert.layers[-2:][:1].requires_grad_(True)
 
 
 def pretrained_vectors(model: str | Path, panel: Sequence[str]) -> np.ndarray | None:
     """
-    Vectors of the genes of a panel by a pretrained model, [genes, hidden], zeros for those it does not know.
+    Vectors of the genes of a panel by a model pretrained with ``pooling="cell"``, float32 [genes, hidden].
 
-    Parameters
-    ----------
-    model
-        With ``pooling="cell"``: a folder, a name on the Hub, or ``"scbert-mini"``, which ships.
-    panel
-        Gene symbols.
-
-    Returns
-    -------
-    numpy.ndarray or None
-        float32; None where fewer than `FEWEST_GENES` genes have a vector.
-
-    Raises
-    ------
-    InputError
-        If the model's gene table holds no axes of cells.
+    Zeros for genes that it does not know; None where fewer than `FEWEST_GENES` have a vector. An `InputError` if the
+    model's gene table holds no axes of cells.
     """
     folder = find_model(model)
     if check_model_folder(folder).get("pooling") != "cell" or not (folder / WEIGHTS).is_file():
@@ -319,17 +235,8 @@ def pretrained_effects(model: str | Path, panel: Sequence[str]) -> np.ndarray | 
     """
     Directions in which studies differ, as a pretrained model's folder has them, [n, genes]; None if it has none.
 
-    Parameters
-    ----------
-    model
-        As in `pretrained_vectors`.
-    panel
-        Gene symbols; of genes that the model does not know nothing is said.
-
-    Raises
-    ------
-    InputError
-        If the file does not hold directions over the genes of the model's panel.
+    Of genes that the model does not know nothing is said. An `InputError` if the file does not hold directions over the
+    genes of the model's panel.
     """
     folder = find_model(model)
     if not (folder / EFFECTS).is_file():

@@ -33,6 +33,7 @@ from .averaging import (
     PENALTIES,
     RARENESS,
     SHARE_BESIDE_ALIKE,
+    Mixture,
     Prior,
     average_logits,
     expected_temperature,
@@ -55,18 +56,9 @@ class SolvedHead:
     """
     What `solve_head` found.
 
-    Attributes
-    ----------
-    weights
-        Of the output layer, float32 [classes, features]; the temperature is in them.
-    bias
-        float32 [classes].
-    logits
-        Of every cell, float64 [cells, classes], by fits, shares and a temperature that it had no part in.
-    shares, penalties
-        Of each member of the average, by its name.
-    temperature
-        What the averaged logits were divided by.
+    The output layer's weights are float32 [classes, features], the bias [classes]; the temperature that the averaged
+    logits were divided by is in them. The logits are of every cell, float64 [cells, classes], by fits, shares and a
+    temperature that it had no part in. Shares and penalties are those of each member of the average, by its name.
     """
 
     weights: np.ndarray
@@ -80,14 +72,8 @@ class SolvedHead:
 @dataclass
 class PretrainedAxes:
     """
-    Coordinates of the cells along axes that were found elsewhere.
-
-    Attributes
-    ----------
-    axes
-        Of all cells.
-    signal
-        Share of what differs between the cells that the axes hold, None where it cannot be measured.
+    Coordinates of all cells along axes that were found elsewhere, and the share of what differs between the cells that
+    these hold, None where it cannot be measured.
     """
 
     axes: Axes
@@ -113,31 +99,12 @@ def solve_head(
     """
     Solve for the weights of a linear head, and cross-fit the logits of the cells it is solved on.
 
-    Parameters
-    ----------
-    features
-        One number per gene, 0 where it is not expressed, [cells, genes].
-    targets
-        Class of every cell, [cells], from 0; one cell of a class is enough.
-    n_classes
-        Number of classes.
-    folds
-        Number of the fold of every cell, [cells]; see `cross_folds`.
-    axes
-        Of all cells, if they are known already: `axes_of_cells` of ``features``.
-    powers
-        One regression for each is in the average; ``(0.0,)`` is ridge regression alone.
-    on_fit
-        Called after each of the ``n_fits(folds, powers, pretrained)`` fits, for a progress bar.
-    pretrained
-        Axes for one more regression.
-    effects
-        Directions that the regressions are kept from leaning on, in units of the features, [n, genes]; see
-        `principal_axes.Damping`. Axes that are given are damped already.
-
-    Returns
-    -------
-    SolvedHead
+    Features are one number per gene, 0 where it is not expressed, [cells, genes]; targets the classes from 0, of which
+    one cell each is enough; folds as of `cross_folds`. Axes are given if `axes_of_cells` of the features are known
+    already. For each of the powers one regression is in the average, ``(0.0,)`` is ridge regression alone; one more
+    goes along pretrained axes. The regressions are kept from leaning on the directions `effects`, in units of the
+    features, [n, genes] (see `principal_axes.Damping`), along which axes that are given are damped already. `on_fit` is
+    called after each of the `n_fits`, for a progress bar.
 
     Examples
     --------
@@ -173,13 +140,11 @@ def fit_members(
     prior = Prior(LOG_TEMPERATURE_FOREIGN)
     if pretrained.alike:
         prior = Prior(LOG_TEMPERATURE_ALIKE, 2 - SHARE_BESIDE_ALIKE)
-        members = [_to_earn_its_share(member) if member.name == name_of(0) else member for member in members]
+        for member in members:
+            if member.name == name_of(0):
+                member.prior.share = SHARE_BESIDE_ALIKE
     along = cross_fit(features, targets, n_classes, folds, 0.0, pretrained.axes, on_fit)
     return [*members, replace(along, name=PRETRAINED, prior=prior)]
-
-
-def _to_earn_its_share(member: "Member") -> "Member":
-    return replace(member, prior=replace(member.prior, share=SHARE_BESIDE_ALIKE))
 
 
 def name_of(power: float) -> str:
@@ -191,16 +156,18 @@ def average(members: Sequence["Member"], targets: np.ndarray, folds: np.ndarray)
     """One head of several regressions, each with the share that it is worth out of fold."""
     priors = [member.prior for member in members]
     logits, mixture = average_logits([member.logits for member in members], targets, folds, priors)
-    weights, bias = mixture.head(members)
+    return as_head(*mixture.head(members), logits, members, mixture)
+
+
+def as_head(
+    weights: np.ndarray, bias: np.ndarray, logits: np.ndarray, members: Sequence["Member"], mixture: Mixture
+) -> SolvedHead:
+    """A head with the names of those whose mixture it is."""
     names = [member.name for member in members]
-    return SolvedHead(
-        weights.astype(np.float32),
-        bias.astype(np.float32),
-        logits,
-        dict(zip(names, mixture.shares.tolist())),
-        {name: PENALTIES[place] for name, place in zip(names, mixture.places)},
-        mixture.temperature,
-    )
+    shares = dict(zip(names, mixture.shares.tolist()))
+    penalties = {name: PENALTIES[place] for name, place in zip(names, mixture.places)}
+    weights, bias = weights.astype(np.float32), bias.astype(np.float32)
+    return SolvedHead(weights, bias, logits, shares, penalties, mixture.temperature)
 
 
 def cross_folds(targets: np.ndarray, n_folds: int = 5, seed: int = 0) -> np.ndarray:
@@ -220,11 +187,9 @@ def cross_folds(targets: np.ndarray, n_folds: int = 5, seed: int = 0) -> np.ndar
     return folds
 
 
-def n_fits(
-    folds: np.ndarray, powers: Sequence[float] = POWERS, pretrained: PretrainedAxes | None = None
-) -> int:
+def n_fits(folds: np.ndarray, pretrained: PretrainedAxes | None = None) -> int:
     """How many fits `solve_head` makes with these folds."""
-    return (len(powers) + (pretrained is not None)) * (len(np.unique(folds)) + 1)
+    return (len(POWERS) + (pretrained is not None)) * (len(np.unique(folds)) + 1)
 
 
 @dataclass
@@ -339,23 +304,9 @@ def ridge_path(
     """
     Multinomial logistic regression with one penalty after another, each begun where the last one ended.
 
-    Cells weigh the more the rarer their class is (`averaging.RARENESS`); the mean cell weighs 1.
-
-    Parameters
-    ----------
-    coordinates
-        float32 [cells, rank].
-    targets
-        [cells].
-    n_classes
-        Number of classes, with a cell or without.
-    penalties
-        In hundredths of the mean squared norm of the coordinates.
-
-    Returns
-    -------
-    list
-        Coefficients [classes, rank] and bias [classes] for each; a class without a cell has `LOWEST_LOGIT` as bias.
+    Cells weigh the more the rarer their class is (`averaging.RARENESS`); the mean cell weighs 1. Penalties are in
+    hundredths of the mean squared norm of the coordinates [cells, rank]. For each there are coefficients
+    [classes, rank] and bias [classes]; a class without a cell has `LOWEST_LOGIT` as bias.
     """
     seen = np.unique(targets)
     if len(seen) == 1:

@@ -11,17 +11,9 @@ class MaskedScores:
     """
     Gathers cross-entropy over the tokens asked for, and accuracy over those of them that were hidden.
 
-    A token asked for but left in sight (one in ten) counts in the loss, as in training; accuracy would be
-    flattered by it.
-
-    Parameters
-    ----------
-    baseline
-        Predicts from the gene alone, on the same tokens.
-    vocab_size
-        Number of expression ids.
-    mean_cell
-        Log expression of every gene, [genes]: what whole cells are compared with, where they are predicted.
+    A token asked for but left in sight (one in ten) counts in the loss, as in training; accuracy would be flattered by
+    it. The baseline predicts from the gene alone, on the same tokens; whole cells, where they are predicted, are
+    compared with the mean cell, as log expression of every gene [genes].
     """
 
     # rows of `totals`: tokens, loss, baseline's loss; tokens and loss of modality prediction; cells, loss and the mean
@@ -43,20 +35,10 @@ class MaskedScores:
         cell_loss: torch.Tensor | None = None,
     ) -> None:
         """
-        Add a batch.
+        Add a batch: its logits [labelled tokens, vocab_size], in reading order of the labels.
 
-        Parameters
-        ----------
-        logits
-            [labelled tokens, vocab_size], in reading order of the labels.
-        batch
-            ``input_ids`` and ``labels`` [batch, length]; ``gene_ids`` of the same shape, or the panel's order.
-        mask_token_id
-            Tells which tokens were hidden.
-        modality_loss
-            Mean over the batch's tokens, where modalities are predicted as well.
-        cell_loss
-            Mean over the batch's cells, where they are predicted as well from ``cell_targets`` [batch, genes].
+        Without ``gene_ids`` its genes are in the panel's order. The losses are means, over its tokens where modalities
+        are predicted as well, and over its cells where these are, from ``cell_targets`` [batch, genes].
         """
         batch = {name: value.cpu() for name, value in batch.items()}
         logits = logits.detach().float().cpu()
@@ -88,15 +70,11 @@ class MaskedScores:
 
     def metrics(self) -> dict[str, float]:
         """
-        Loss, accuracy and accuracy by true bin, each beside the baselines'.
+        Loss and accuracy beside the baselines'.
 
-        Returns
-        -------
-        dict
-            ``loss``, ``baseline_loss``, ``masked_accuracy``, ``baseline_masked_accuracy`` (the gene's commonest
-            bin), ``cell_baseline_masked_accuracy`` (the cell's), their means over bins (``..._bin_mean``), and
-            ``masked_accuracy_bin_3`` and the like for bins that were asked for; and ``modality_loss`` where
-            modalities are predicted; ``cell_loss`` and ``baseline_cell_loss`` (of the mean cell) where cells are.
+        ``baseline_masked_accuracy`` is that of the gene's commonest bin, ``cell_baseline_masked_accuracy`` of the
+        cell's; of each there is the mean over bins (``..._bin_mean``), and ``masked_accuracy_bin_3`` and the like for
+        bins that were asked for. ``baseline_cell_loss`` is of the mean cell.
         """
         tokens, loss, baseline_loss, modality_tokens, modality_loss, *whole = self.totals.tolist()
         found = {

@@ -30,25 +30,21 @@ BELOW_THRESHOLD, MOST_KEPT = 0.01, 0.8
 
 
 def whitened(coordinates: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cell vectors [cells, size] of coordinates along axes [cells, size], and the matrix that makes them."""
+    """
+    Cell vectors [cells, size] of coordinates along axes, and the matrix [size, size] that makes them of these.
+
+    They have the same scatter within types in every direction. Its covariance is shrunk (Ledoit-Wolf): there may be few
+    cells.
+    """
     coordinates = coordinates.astype(np.float64)
-    whitener = whitening(coordinates, targets)
-    return coordinates @ whitener, whitener
-
-
-def whitening(vectors: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """
-    Matrix [size, size] that gives cell vectors the same scatter within types in every direction.
-
-    The covariance within types is shrunk (Ledoit-Wolf): there may be few cells.
-    """
-    centers = type_centers(vectors, targets)
-    within = vectors - centers[np.unique(targets, return_inverse=True)[1]]
-    if not within.any():
+    within = coordinates - type_centers(coordinates, targets)[np.unique(targets, return_inverse=True)[1]]
+    if within.any():
+        values, axes = np.linalg.eigh(LedoitWolf(assume_centered=True).fit(within).covariance_)
+        whitener = (axes / np.sqrt(np.maximum(values, 1e-9 * values.max()))) @ axes.T
+    else:
         # one cell a type: directions are taken as they are
-        return np.eye(vectors.shape[1]) / max(vectors.std(), 1e-12)
-    values, axes = np.linalg.eigh(LedoitWolf(assume_centered=True).fit(within).covariance_)
-    return (axes / np.sqrt(np.maximum(values, 1e-9 * values.max()))) @ axes.T
+        whitener = np.eye(coordinates.shape[1]) / max(coordinates.std(), 1e-12)
+    return coordinates @ whitener, whitener
 
 
 def all_centers(vectors: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -80,16 +76,8 @@ def held_out_distances(
     `relative_distance` of every cell, [cells], by axes, scatter and centers that it had no part in.
 
     Of cells that axes are not of, coordinates are smaller. Where there are so many that nobody took their `products`
-    the difference is gone, and the `axes` of all serve.
-
-    Parameters
-    ----------
-    axes, products
-        Of all cells; see `principal_axes.axes_and_products`.
-    features, targets, folds
-        As in `logistic_head.solve_head`.
-    size
-        Of the cell vectors.
+    the difference is gone, and the `axes` of all serve (see `principal_axes.axes_and_products`). The size is that of
+    the cell vectors.
     """
     distances = np.empty(len(targets))
     for fold in np.unique(folds):
@@ -153,12 +141,7 @@ def choose_threshold(confidence: np.ndarray, right: np.ndarray) -> float:
     """
     The highest confidence below which cells may be left unassigned, `MOST_LOST` of the held-out ones unduly.
 
-    Parameters
-    ----------
-    confidence
-        Of held-out cells [cells], novelty and all.
-    right
-        Whether their labels are, bool [cells].
+    By the confidence of held-out cells [cells], novelty and all, and whether their labels are right.
 
     Examples
     --------

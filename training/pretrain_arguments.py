@@ -1,6 +1,11 @@
 """Settings of a pretraining run; recipes in recipes/pretrain/."""
 
-from dataclasses import dataclass, field
+# HfArg makes a dataclass field, with a text of help
+# ruff: noqa: RUF009
+
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from ..tokenization import InputError
 from .settings import (
@@ -23,29 +28,20 @@ RESTARTS = {"first_cycle", "cycle_growth", "warmup", "min_rate", "decay"}
 class PretrainDataArguments(RunDataArguments):
     """Which cells are learnt from, and how they are masked."""
 
-    corpus: str = field(
-        default=None, metadata={"help": "A corpus of scbert build, a file, or a folder of files."}
-    )
-    validation_fraction: float = field(default=0.05, metadata={"help": "Share of the cells not learnt from."})
-    mlm_probability: float = field(
-        default=0.15, metadata={"help": "Share of a cell's expressed genes asked for."}
-    )
-    replace_probability: float = field(
-        default=0.9, metadata={"help": "Probability that a gene asked for is hidden."}
-    )
-    thinning: float = field(
+    corpus: str = HfArg(default=None, help="A corpus of scbert build, a file, or a folder of files.")
+    validation_fraction: float = HfArg(default=0.05, help="Share of the cells not learnt from.")
+    mlm_probability: float = HfArg(default=0.15, help="Share of a cell's expressed genes asked for.")
+    replace_probability: float = HfArg(default=0.9, help="Probability that a gene asked for is hidden.")
+    thinning: float = HfArg(
         default=0.0,
-        metadata={
-            "help": "Largest share of a training cell's counts taken away at random, anew at every visit."
-        },
+        help="Largest share of a training cell's counts taken away at random, anew at every visit.",
     )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read neighbouring cells together, in bounded memory: for files too large for it."},
+    streaming: bool = HfArg(
+        default=False, help="Read neighbouring cells together, in bounded memory: for files too large for it."
     )
-    force: bool = field(default=False, metadata={"help": "Take files with few genes of the panel too."})
-    min_genes: int | None = field(
-        default=None, metadata={"help": "Expressed genes a training cell needs (200, or 0 for small panels)."}
+    force: bool = HfArg(default=False, help="Take files with few genes of the panel too.")
+    min_genes: int | None = HfArg(
+        default=None, help="Expressed genes a training cell needs (200, or 0 for small panels)."
     )
 
     def least_genes(self, panel_size: int) -> int:
@@ -72,22 +68,18 @@ class PretrainDataArguments(RunDataArguments):
 class PretrainModelArguments(RunModelArguments):
     """What the gene table starts from."""
 
-    gene_vectors: str | None = field(
-        default=None, metadata={"help": "Gene vectors (gene2vec) for the gene table, by symbol."}
+    gene_vectors: str | None = HfArg(
+        default=None, help="Gene vectors (gene2vec) for the gene table, by symbol."
     )
-    gene_vectors_std: float | None = field(
+    gene_vectors_std: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Standard deviation to bring the gene vectors to (their own if left out). gene2vec's, some "
-            "0.2, drowns expression embeddings that start at 0.02."
-        },
+        help="Standard deviation to bring the gene vectors to (their own if left out). gene2vec's, some "
+        "0.2, drowns expression embeddings that start at 0.02.",
     )
-    n_cell_axes: int = field(
+    n_cell_axes: int = HfArg(
         default=0,
-        metadata={
-            "help": "Number of linear axes of cells, found in the corpus without labels, that the gene table and with "
-            'it the cell token start from (0: none). For a new model of pooling "cell".'
-        },
+        help="Number of linear axes of cells, found in the corpus without labels, that the gene table and with "
+        'it the cell token start from (0: none). For a new model of pooling "cell".',
     )
 
     def __post_init__(self):
@@ -107,18 +99,14 @@ class PretrainTrainingArguments(RunTrainingArguments):
     logging_steps: float = 10
     # a process killed while it writes one checkpoint can go back to the other
     save_total_limit: int = 2
-    packing: bool = field(
+    packing: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Train on the cells of a batch one after another in a row, in place of padding them."
-        },
+        help="Train on the cells of a batch one after another in a row, in place of padding them.",
     )
-    cosine_restarts: dict | str = field(
+    cosine_restarts: dict | str = HfArg(
         default_factory=dict,
-        metadata={
-            "help": "JSON: first_cycle, cycle_growth, warmup, min_rate, decay of cosine annealing with warm-up "
-            "restarts, in epochs; takes the place of lr_scheduler_type. {} for the latter."
-        },
+        help="JSON: first_cycle, cycle_growth, warmup, min_rate, decay of cosine annealing with warm-up "
+        "restarts, in epochs; takes the place of lr_scheduler_type. {} for the latter.",
     )
 
     def __post_init__(self):

@@ -43,18 +43,9 @@ class PretrainData:
     """
     Everything a pretraining run learns from.
 
-    Attributes
-    ----------
-    tokenizer
-        The base's, or one over the chosen panel.
-    train, validation
-        Cells.
-    bin_counts
-        How often each bin stands at each gene in the training cells, [genes, vocabulary] int64.
-    measured
-        Which genes each file measures, bool [files, genes]: those that any of its cells expresses.
-    report
-        Cells and files taken and left out.
+    The bins that stand at each gene in the training cells are counted, [genes, vocabulary] int64. A file counts as
+    measuring the genes that any of its cells expresses, bool [files, genes]. The report names cells and files taken and
+    left out.
     """
 
     tokenizer: ScBertTokenizer
@@ -93,20 +84,8 @@ def load_data(
 
     A corpus, and files with ``streaming``, stay on disk; other files are binned into memory. All cells are binned once
     to find those with something to learn and to count bins; what was found of a corpus is kept in its folder ``cache``.
-
-    Parameters
-    ----------
-    data
-        Corpus and fractions.
-    tokenizer
-        The base's tokenizer, or options for a new one over the panel of the run.
-    seed
-        Decides which cells validate.
-
-    Raises
-    ------
-    InputError
-        If the corpus is damaged, no file of it can be used, or too few cells are left.
+    The tokenizer is the base's, or options for a new one over the panel of the run. An `InputError` if the corpus is
+    damaged, no file of it can be used, or too few cells are left.
     """
     cells, tokenizer, report, files = (_open_corpus if is_corpus(data.corpus) else _open_files)(
         data, tokenizer

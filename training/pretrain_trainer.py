@@ -30,16 +30,9 @@ class MaskedExpressionTrainer(CellTrainer):
     Every visit to a cell has an index of its own, so that masks and order depend on the seed alone and a resumed run
     repeats an uninterrupted one. Evaluation gathers scores batch by batch and holds no logits of a whole split.
 
-    Parameters
-    ----------
-    baseline
-        Stands beside every score.
-    mean_cell
-        Log expression of every gene, [genes], where whole cells are predicted: stands beside the scores of that.
-    streaming
-        Take cells in a `StreamOrder`; else each epoch in an order of its own, from anywhere.
-    **options
-        Of `transformers.Trainer`.
+    Beside every score stands that of the baseline; where whole cells are predicted, that of the mean cell, as log
+    expression of every gene [genes]. Cells are taken in a `StreamOrder` if they are streamed; else each epoch in an
+    order of its own, from anywhere. The options are those of `transformers.Trainer`.
     """
 
     def __init__(
@@ -50,10 +43,12 @@ class MaskedExpressionTrainer(CellTrainer):
         **options: Any,
     ):
         args, n_cells = options["args"], len(options["train_dataset"])
-        sampler = (
-            _stream_order(args, n_cells) if streaming else EpochSampler(n_cells, args.data_seed or args.seed)
-        )
-        super().__init__(sampler, _describe, [RedrawFeaturesCallback(args.seed)], **options)
+        seed = args.data_seed or args.seed
+        sampler: Any = EpochSampler(n_cells, seed)
+        if streaming:
+            place = args.process_index, args.world_size, args.dataloader_num_workers
+            sampler = StreamOrder(n_cells, args.train_batch_size, seed, *place, numbered=True)
+        super().__init__(sampler, _describe, [RedrawFeaturesCallback()], **options)
         self.baseline, self.mean_cell = baseline, mean_cell
         self.streaming = streaming
 
@@ -123,9 +118,8 @@ class MaskedExpressionTrainer(CellTrainer):
             inputs[name] = inputs[name].masked_fill(filled_up, -100)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        mask_token_id = self.model.config.mask_token_id
         parts = (outputs.get("modality_loss"), outputs.get("cell_loss"))
-        self.scores.add(outputs.logits, inputs, mask_token_id, *parts)
+        self.scores.add(outputs.logits, inputs, self.model.config.mask_token_id, *parts)
         return loss.detach(), None, None
 
     def _filled_up(self, batch_size: int) -> torch.Tensor:
@@ -146,13 +140,6 @@ class MaskedExpressionTrainer(CellTrainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in self.scores.metrics().items()})
         return output
-
-
-def _stream_order(args: PretrainTrainingArguments, n_cells: int) -> StreamOrder:
-    return StreamOrder(
-        n_cells, args.train_batch_size, args.data_seed or args.seed, args.process_index, args.world_size,
-        args.dataloader_num_workers, numbered=True,
-    )  # fmt: skip
 
 
 def _describe(metrics: dict[str, float]) -> str:

@@ -43,16 +43,11 @@ MOST_THINNINGS, SMALLEST_AXIS = 10, 3e-3
 @dataclass
 class Axes:
     """
-    Coordinates of cells along axes, and the way back to weights of genes.
+    Coordinates of cells along axes, float32 [cells, rank], and the way back to weights of genes.
 
-    Attributes
-    ----------
-    coordinates
-        float32 [cells, rank], the largest principal axis first; of cells that the axes are not of as well.
-    center
-        Mean of the features of the cells that the axes are of, [genes].
-    to_genes
-        Coefficients [n, rank] to weights [n, genes].
+    The largest principal axis comes first; cells that the axes are not of have coordinates as well. The center is the
+    mean of the features of those that they are of, [genes]; `to_genes` makes weights [n, genes] of coefficients
+    [n, rank].
     """
 
     coordinates: np.ndarray
@@ -83,12 +78,7 @@ class Damping:
     """
     The matrix (1 + E'E / s)^(-1/2) [genes, genes], for effects E [n, genes] and the cells' mean squared norm s.
 
-    Attributes
-    ----------
-    directions
-        At right angles, of length 1, [n, genes].
-    lost
-        What features lose along each, from 0 to 1, [n].
+    Its directions are at right angles, of length 1, [n, genes]; features lose from 0 to 1 along each, [n].
     """
 
     directions: np.ndarray
@@ -133,18 +123,10 @@ def axes_of_cells(
     effects: np.ndarray | None = None,
 ) -> Axes:
     """
-    Principal axes of cells.
+    Principal axes of cells [cells, genes]: of those `learnt` from, bool [cells], or all.
 
-    Parameters
-    ----------
-    features
-        [cells, genes].
-    learnt
-        Cells that the axes are of, bool [cells]; all of them by default.
-    rank
-        Number of axes; by default all of up to `FULL_RANK` cells, and `RANK` of more.
-    effects
-        Directions that the features are damped along, in their units, [n, genes]; see `Damping`.
+    By default the rank is their number up to `FULL_RANK`, and `RANK` of more. The features are damped along the
+    effects, in their units, [n, genes]; see `Damping`.
 
     Examples
     --------
@@ -155,8 +137,8 @@ def axes_of_cells(
     learnt = np.ones(features.shape[0], dtype=bool) if learnt is None else learnt
     if features.shape[0] > min(MAX_CELLS_BY_CELLS, FEW_GENES * features.shape[1]):
         return _axes_by_genes(features, learnt, rank, effects)
-    damping = None if effects is None else Damping.of(effects, features)
-    return axes_by_products(_damped_products(features, damping), features, learnt, rank, damping)
+    products, damping = _damped_products(features, effects)
+    return axes_by_products(products, features, learnt, rank, damping)
 
 
 def axes_and_products(
@@ -165,27 +147,24 @@ def axes_and_products(
     """`axes_of_cells`, and the inner products of all cells [cells, cells] if there are few enough to take them."""
     if features.shape[0] > MAX_CELLS_BY_CELLS:
         return axes_of_cells(features, effects=effects), None
-    damping = None if effects is None else Damping.of(effects, features)
-    products = _damped_products(features, damping)
+    products, damping = _damped_products(features, effects)
     every = np.ones(features.shape[0], dtype=bool)
     return axes_by_products(products, features, every, damping=damping), products
 
 
-def _damped_products(features, damping) -> np.ndarray:
+def _damped_products(features, effects) -> tuple[np.ndarray, Damping | None]:
     products = inner_products(features)
-    return products if damping is None else products - damping.products(features)
+    if effects is None:
+        return products, None
+    damping = Damping.of(effects, features)
+    return products - damping.products(features), damping
 
 
 def axes_along(features: sp.csr_matrix, vectors: np.ndarray) -> Axes:
     """
-    Coordinates of cells along axes that were found elsewhere.
+    Coordinates of cells along axes that were found elsewhere, by the vectors of the genes [genes, axes].
 
-    Parameters
-    ----------
-    features
-        [cells, genes], and behind the genes what no vector is of.
-    vectors
-        Of the genes, [genes, axes].
+    The features [cells, genes] may have more behind the genes, which no vector is of.
 
     Examples
     --------
@@ -205,16 +184,9 @@ def signal_along(bins: sp.csr_matrix, values: np.ndarray, vectors: np.ndarray) -
 
     The counts of every cell are thinned into two halves, whose noise is independent (count splitting, Neufeld et al.
     2024): what both halves tell of the same cell is no noise. High where the axes know cells of this kind; 0 where the
-    cells do not differ by more than the noise.
-
-    Parameters
-    ----------
-    bins
-        Expression bins [cells, genes]; of more than `COMPARED_CELLS`, as many are drawn.
-    values
-        Expression that bins stand for, see `expression_scbert.floor_values`; a cell's lowest is one count.
-    vectors
-        Of the genes, [genes, axes].
+    cells do not differ by more than the noise. By expression bins [cells, genes], of which at most `COMPARED_CELLS` are
+    drawn, the values they stand for (see `expression_scbert.floor_values`; a cell's lowest is one count), and the
+    vectors of the genes [genes, axes].
 
     Examples
     --------
@@ -289,11 +261,17 @@ def axes_by_products(
     return Axes((centered @ basis).astype(np.float32), center, to_genes)
 
 
+def most_variable(rows: sp.csr_matrix, n_genes: int) -> np.ndarray:
+    """Columns whose values vary the most, in their order; of equal ones the first."""
+    mean = np.asarray(rows.mean(axis=0)).ravel()
+    variance = np.asarray(rows.multiply(rows).mean(axis=0)).ravel() - mean**2
+    return np.sort(np.argsort(-variance, kind="stable")[:n_genes])
+
+
 def _axes_by_genes(features, learnt, rank, effects) -> Axes:
     rows = features[learnt]
     center = np.asarray(rows.mean(axis=0)).ravel()
-    variance = np.asarray(rows.multiply(rows).mean(axis=0)).ravel() - center**2
-    kept = np.sort(np.argsort(-variance, kind="stable")[:COVARIANCE_GENES])
+    kept = most_variable(rows, COVARIANCE_GENES)
     scatter = inner_products(rows[:, kept].T.tocsr()) - rows.shape[0] * np.outer(center[kept], center[kept])
     damping = None if effects is None else Damping.of(effects[:, kept], rows[:, kept])
     if damping is not None:

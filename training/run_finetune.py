@@ -5,7 +5,6 @@ Fine-tune a model on labelled cells: ``scbert finetune``, or
     accelerate launch -m scbert.training.run_finetune recipe.json ...
 """
 
-import json
 import logging
 import sys
 import time
@@ -50,7 +49,7 @@ from .run_summary import (
     score_splits,
     summarise,
 )
-from .settings import SHORT_NAMES, parse, parse_command_line
+from .settings import SHORT_NAMES, parse, run_command
 from .solved_head import solve_classifier
 
 logger = logging.getLogger(__name__)
@@ -275,15 +274,7 @@ def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainin
 
 def main() -> int:
     """Entry of ``python -m scbert.training.run_finetune``; returns the exit code."""
-    try:
-        summary = finetune(**parse_command_line(FINETUNE, sys.argv[1:]))
-    except (InputError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    if "settings" in summary:
-        shown = {name: value for name, value in summary.items() if isinstance(value, float)}
-        print(json.dumps(shown))
-    return 0
+    return run_command(FINETUNE, finetune)
 
 
 if __name__ == "__main__":

@@ -30,20 +30,10 @@ def run_folder(
     settings: dict[str, Any], arguments: RunDataArguments, training: TrainingArguments, fingerprint: int
 ) -> Iterator[tuple[Path, Path | None]]:
     """
-    The partial folder of a run, which gets its name when the block ends well.
+    The partial folder of a run, which gets its name when the block ends well, and the checkpoint to go on from, if any.
 
-    Parameters
-    ----------
-    settings, fingerprint
-        What a resumed run must have in common with the one it goes on with: settings, and a checksum of the cells.
-    arguments
-        Their `output`, `overwrite` and `resume` are asked for.
-    training
-        Its checkpoints lie in the folder.
-
-    Yields
-    ------
-    The folder, and the checkpoint to go on from, if any.
+    A resumed run must have the settings, and the checksum of the cells, of the one it goes on with. Checkpoints lie in
+    the folder.
     """
     is_main = training.process_index == 0
     # the folder is the main process's; nobody touches it before it is made
@@ -56,8 +46,7 @@ def run_folder(
             if is_main:
                 _log_resumption(folder, checkpoint)
         if is_main:
-            record = {"settings": comparable(settings), "cells": fingerprint}
-            write_json(folder / RECORD, record)
+            write_json(folder / RECORD, {"settings": comparable(settings), "cells": fingerprint})
         PartialState().wait_for_everyone()
         yield folder, checkpoint
 

@@ -48,36 +48,11 @@ def gene2vec(
     Correlations are taken within each file and the pairs joined, so that differences between studies
     are not mistaken for co-expression.
 
-    Parameters
-    ----------
-    output : path
-        Word2vec text (`.gz` too) or `.npy`.
-    corpus : path, optional
-        A corpus of `scbert build`, a file of cells or a folder of them.
-    import_file : path, optional
-        Word2vec text, `SYMBOL<TAB>numbers`, or `.npy` with `genes` as its list of symbols.
-    genes : path, optional
-        Gene panel to keep to (or the gene list of an imported `.npy`).
-    cutoff, top_pairs, min_cells
-        Of each file, as in `coexpressed_pairs`; the cutoff is 0.9 where neither it nor `top_pairs` is given.
-    max_cells : int
-        Larger files are sampled down to so many cells.
-    size, iterations, seed, workers
-        As in `train_gene2vec`.
-    layer, input
-        Where the values are and what they are, as for every verb.
-    overwrite : bool
-        Replace an existing output.
-
-    Returns
-    -------
-    dict
-        genes, size, pairs, files, skipped files and the ladder of pairs above each cutoff.
-
-    Raises
-    ------
-    InputError
-        If the output exists, both or neither source is given, or nothing can be trained on.
+    The output is word2vec text (`.gz` too) or `.npy`. A corpus is one of `scbert build`, a file of cells or a folder of
+    them; a foreign file, what `load_gene_vectors` reads, with `genes` as the list of an `.npy`; else `genes` is a panel
+    to keep to. The limits of pairs are of each file, as in `coexpressed_pairs`; the cutoff is 0.9 where neither it nor
+    `top_pairs` is given. Files of more than `max_cells` are sampled. The rest is as in `train_gene2vec`. What is
+    returned is said of the output, and the ladder of pairs above each cutoff.
     """
     output = Path(output)
     if (corpus is None) == (import_file is None):

@@ -5,7 +5,7 @@ Pretrain a model by masked expression modelling: ``scbert pretrain``, or
     accelerate launch -m scbert.training.run_pretrain recipe.json ...
 """
 
-import json
+import dataclasses
 import logging
 import sys
 import time
@@ -29,7 +29,7 @@ from .pretrain_arguments import (
 from .pretrain_data import PretrainData, load_data
 from .pretrain_trainer import MaskedExpressionTrainer, build_pretrainer
 from .run_folder import finish, run_folder
-from .settings import parse, parse_command_line
+from .settings import parse, run_command
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +104,7 @@ def build_model(
             vectors.matrix *= arguments.gene_vectors_std / vectors.matrix.std()
         report = assign_gene_vectors(model, data.tokenizer, vectors, seed=training.seed)
         logger.warning("Gene vectors: %s", report)
-        data.report["gene_vectors"] = {
-            "assigned": report.assigned, "initialised": report.initialised, "unused": report.unused,
-        }  # fmt: skip
+        data.report["gene_vectors"] = dataclasses.asdict(report)
     if arguments.n_cell_axes:
         # read by those who need it only
         from .cell_axes import cell_axes
@@ -212,13 +210,7 @@ def log_pretraining(summary: dict[str, Any], output: str | Path) -> None:
 
 def main() -> int:
     """Entry of ``python -m scbert.training.run_pretrain``; returns the exit code."""
-    try:
-        summary = pretrain(**parse_command_line(PRETRAIN, sys.argv[1:]))
-    except (InputError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps({name: value for name, value in summary.items() if isinstance(value, float)}))
-    return 0
+    return run_command(PRETRAIN, pretrain)
 
 
 if __name__ == "__main__":

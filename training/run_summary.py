@@ -48,20 +48,11 @@ ESTIMATE_WORDS = {
 @dataclass
 class TunedModel:
     """
-    A model as fine-tuning left it, by whatever way: what is scored and summarised.
+    A model as fine-tuning left it, by whatever way, with its best weights: what is scored and summarised.
 
-    Attributes
-    ----------
-    model
-        With its best weights.
-    state
-        Steps and history; empty where nothing was trained in steps.
-    probabilities_of
-        Calibrated probabilities of some cells, [cells, classes]. On several processes all of them must ask.
-    weights
-        All weights by name; asked for by every process, since under FSDP each holds a part.
-    held_out
-        What cross-fitting says of the training cells, where the head was solved for.
+    The state has steps and history, and is empty where nothing was trained in steps. Calibrated probabilities of some
+    cells are [cells, classes]. On several processes all of them must ask for these, and for the weights by name: under
+    FSDP each holds a part. Where the head was solved for, cross-fitting says of the training cells what is `held_out`.
     """
 
     model: PreTrainedModel
@@ -144,19 +135,7 @@ def score_baseline(data: FinetuneData, layer: str | None, seed: int) -> dict[str
     """
     Logistic regression on log1p CP10k of the same cells, its strength chosen by the same cross-fitting.
 
-    Parameters
-    ----------
-    data
-        Splits and their sources.
-    layer
-        Layer that holds the values.
-    seed
-        Of folds, and of the part of the cells that is taken where there are very many.
-
-    Returns
-    -------
-    dict
-        ``name``, ``seconds``, ``notes``, and scores for the estimate that counts.
+    Of very many cells a part is drawn. Gives ``name``, ``seconds``, ``notes``, and scores for the estimate that counts.
     """
     start, notes = time.perf_counter(), []
     asked = next((name for name in ("test", "validation") if len(data.splits[name])), None)
@@ -167,9 +146,8 @@ def score_baseline(data: FinetuneData, layer: str | None, seed: int) -> dict[str
         cells, targets = cells[chosen], targets[chosen]
         notes.append(f"learnt from {MAX_BASELINE_CELLS} of the cells")
     values, genes = log_normalize(data.sources["train"], layer, data.input_kind)
-    head = solve_head(
-        values[cells], targets, len(data.classes), cross_folds(targets, seed=seed), powers=(0.0,)
-    )
+    folds = cross_folds(targets, seed=seed)
+    head = solve_head(values[cells], targets, len(data.classes), folds, powers=(0.0,))
     result: dict[str, Any] = {"name": "logistic regression (L2, strength by cross-validation, log1p CP10k)"}
     if asked is None:
         judged = judged_cells(targets)
@@ -198,7 +176,7 @@ def summarise(
     The figures that count stand at the top level, by the name of their estimate: ``cross_validation_accuracy`` or
     ``test_accuracy``, the macro-F1, and the baseline's.
     """
-    parameters, config, state = list(tuned.model.parameters()), tuned.model.config, tuned.state
+    config, state = tuned.model.config, tuned.state
     history = _history(state.log_history)
     best = max((row for row in history if "macro_f1" in row), key=lambda row: row["macro_f1"], default={})
     estimate = next((name for name in ESTIMATES if name in scores), None)
@@ -219,9 +197,9 @@ def summarise(
         "classes": data.classes,
         "data": data.report,
         "model": {
-            "parameters": sum(p.numel() for p in parameters),
+            "parameters": tuned.model.num_parameters(),
             "unassigned_threshold": config.unassigned_threshold,
-            "trained": sum(p.numel() for p in parameters if p.requires_grad),
+            "trained": tuned.model.num_parameters(only_trainable=True),
         },
         "solved_head": None if tuned.held_out is None else tuned.held_out.report,
         "training": {
@@ -355,16 +333,7 @@ def draw_figures(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def plot_learning_curve(history: list[dict[str, float]], path: Path) -> None:
-    """
-    Loss of training and validation on the left, validation scores on the right, by epoch.
-
-    Parameters
-    ----------
-    history
-        Rows with ``epoch`` and any of ``train_loss``, ``validation_loss``, ``accuracy``, ``macro_f1``.
-    path
-        Picture to write.
-    """
+    """Loss of training and validation on the left, validation scores on the right, by epoch, of what the rows have."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -377,12 +346,8 @@ def plot_learning_curve(history: list[dict[str, float]], path: Path) -> None:
         for name, label, colour in wanted:
             points = [(row["epoch"], row[name]) for row in history if name in row]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    label=label,
-                    color=colour,
-                    marker="." if len(points) < 30 else None,
-                )
+                marker = "." if len(points) < 30 else None
+                axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker)
         axes.set_xlabel("epoch")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

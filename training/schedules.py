@@ -19,22 +19,8 @@ def cosine_restart_rate(
     Learning rate of cosine annealing with warm-up restarts.
 
     A cycle climbs linearly from `min_rate` over `warmup` units of time and falls along a cosine to `min_rate`
-    again. The cosine part of every next cycle is `cycle_growth` times as long, and its peak is lower by `decay`.
-
-    Parameters
-    ----------
-    time
-        Units of time since the start (the original scBERT steps once an epoch).
-    first_cycle
-        Length of the first cycle, warm-up included.
-    cycle_growth
-        Growth of the cosine part from cycle to cycle.
-    warmup
-        Length of every warm-up.
-    min_rate, max_rate
-        Lowest rate, and the first cycle's highest.
-    decay
-        Factor on the highest rate from cycle to cycle.
+    again. The cosine part of every next cycle is `cycle_growth` times as long, and its peak is lower by `decay`. The
+    length of the first cycle has the warm-up in it; `max_rate` is its highest. The original scBERT's unit is an epoch.
 
     Examples
     --------

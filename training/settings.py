@@ -1,15 +1,21 @@
 """Settings of a run, whatever it trains: options over a recipe, as dataclasses for HfArgumentParser."""
 
+# HfArg makes a dataclass field, with a text of help
+# ruff: noqa: RUF009
+
 import argparse
 import dataclasses
 import json
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from ..tokenization import InputError
 
@@ -25,14 +31,14 @@ NOT_COMPARED = {"resume", "overwrite", "cache_frozen", "dataloader_num_workers",
 class RunDataArguments:
     """Which cells are learnt from, and where the model goes."""
 
-    output: str = field(default=None, metadata={"help": "The model folder to write."})
-    genes: str | None = field(
-        default=None, metadata={"help": "Gene panel file, without a base; the expressed genes if left out."}
+    output: str = HfArg(default=None, help="The model folder to write.")
+    genes: str | None = HfArg(
+        default=None, help="Gene panel file, without a base; the expressed genes if left out."
     )
-    layer: str | None = field(default=None, metadata={"help": "Layer that holds the values; 'raw' for .raw."})
-    input: str = field(default="auto", metadata={"help": "What the values are: auto, counts or log1p."})
-    resume: bool = field(default=False, metadata={"help": "Continue an interrupted run of the same command."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an existing model folder."})
+    layer: str | None = HfArg(default=None, help="Layer that holds the values; 'raw' for .raw.")
+    input: str = HfArg(default="auto", help="What the values are: auto, counts or log1p.")
+    resume: bool = HfArg(default=False, help="Continue an interrupted run of the same command.")
+    overwrite: bool = HfArg(default=False, help="Replace an existing model folder.")
 
     def require(self, cells: str, *more: str) -> None:
         """Refuse a setting that is missing, and an output that is the cells themselves."""
@@ -49,15 +55,12 @@ class RunDataArguments:
 class RunModelArguments:
     """What is trained: a pretrained base, or the recipe's size from random weights."""
 
-    base: str | None = field(
-        default=None, metadata={"help": "Model to start from: a folder, or a name on the Hub."}
+    base: str | None = HfArg(default=None, help="Model to start from: a folder, or a name on the Hub.")
+    model: dict | str = HfArg(
+        default_factory=dict, help="JSON: fields of ScBertConfig, for a model without a base."
     )
-    model: dict | str = field(
-        default_factory=dict, metadata={"help": "JSON: fields of ScBertConfig, for a model without a base."}
-    )
-    tokenizer: dict | str = field(
-        default_factory=dict,
-        metadata={"help": "JSON: options of ScBertTokenizer, for a model without a base."},
+    tokenizer: dict | str = HfArg(
+        default_factory=dict, help="JSON: options of ScBertTokenizer, for a model without a base."
     )
 
     def __post_init__(self):
@@ -99,18 +102,8 @@ class RunKind:
     """
     What is particular about the settings of one kind of run.
 
-    Attributes
-    ----------
-    name
-        ``"finetune"`` or ``"pretrain"``: the verb, and the end of the module's name.
-    argument_types
-        Its dataclasses: data, model, training.
-    recipes
-        Folder of its recipes.
-    default_recipe, default_with_base
-        Their names, where none is given.
-    renamed
-        Recipes of earlier versions -> those that took their place.
+    The name is the verb, and the end of the module's name; `argument_types` are its dataclasses of data, model and
+    training; `renamed` leads from recipes of earlier versions to those that took their place.
     """
 
     name: str
@@ -120,34 +113,27 @@ class RunKind:
     default_with_base: str
     renamed: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def field_names(self) -> set[str]:
-        """Every setting's name."""
-        return {item.name for kind in self.argument_types for item in dataclasses.fields(kind) if item.init}
-
 
 def parse(kind: RunKind, options: dict[str, Any]) -> tuple[dict[str, Any], Any, Any, Any]:
-    """Options over their recipe, as the merged settings and as the three dataclasses of the kind."""
+    """Options over their recipe, merged, and as the three dataclasses; an `InputError` where these do not work."""
     settings = merge_settings(kind, options)
-    return settings, *build_arguments(kind, settings)
+    output = Path(str(settings.get("output", "")))
+    checkpoints = output.with_name(f"{output.name}.partial") / "checkpoints"
+    try:
+        arguments = {"output_dir": str(checkpoints), **settings}
+        return settings, *HfArgumentParser(kind.argument_types).parse_dict(arguments)
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise InputError(f"These settings do not work: {error}") from error
 
 
 def merge_settings(kind: RunKind, options: dict[str, Any]) -> dict[str, Any]:
     """
     Put what was given over its recipe; within ``model`` and ``tokenizer`` field by field.
 
-    Parameters
-    ----------
-    kind
-        What is run.
-    options
-        Settings by name, None where not given. ``recipe`` names the recipe; `SHORT_NAMES`, ``device`` and ``dtype``
-        are understood.
-
-    Raises
-    ------
-    InputError
-        If a name or the recipe is unknown.
+    Options are settings by name, None where not given. ``recipe`` names the recipe; `SHORT_NAMES`, ``device`` and
+    ``dtype`` are understood; an unknown name or recipe is an `InputError`.
     """
     given = {SHORT_NAMES.get(name, name): value for name, value in options.items() if value is not None}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
@@ -157,7 +143,8 @@ def merge_settings(kind: RunKind, options: dict[str, Any]) -> dict[str, Any]:
     if recipe in kind.renamed:
         raise InputError(f"The recipe {recipe!r} is no more; {kind.renamed[recipe]!r} took its place.")
     settings = load_recipe(recipe, kind.recipes)
-    unknown = sorted({*given, *settings} - kind.field_names)
+    known = {item.name for part in kind.argument_types for item in dataclasses.fields(part) if item.init}
+    unknown = sorted({*given, *settings} - known)
     if unknown:
         raise InputError(f"Unknown setting(s): {', '.join(unknown)}.")
     for name in ("model", "tokenizer"):
@@ -165,38 +152,12 @@ def merge_settings(kind: RunKind, options: dict[str, Any]) -> dict[str, Any]:
     return settings | given
 
 
-def build_arguments(kind: RunKind, settings: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Make the dataclasses of merged settings; wrong values are an `InputError`."""
-    output = Path(str(settings.get("output", "")))
-    checkpoints = output.with_name(f"{output.name}.partial") / "checkpoints"
-    try:
-        return HfArgumentParser(kind.argument_types).parse_dict({"output_dir": str(checkpoints), **settings})
-    except InputError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise InputError(f"These settings do not work: {error}") from error
-
-
 def load_recipe(recipe: str | Path, folder: Path = RECIPES) -> dict[str, Any]:
     """
-    Read a recipe: sections ``data``, ``model``, ``tokenizer`` and ``training`` of settings.
+    Settings of a recipe, which has the sections ``data``, ``model``, ``tokenizer`` and ``training``.
 
-    Parameters
-    ----------
-    recipe
-        Name of a shipped recipe (``"default"``, ``"scbert"``, ...) or a .json file.
-    folder
-        Where the shipped ones are.
-
-    Returns
-    -------
-    dict
-        The settings without the levels ``data`` and ``training``; ``model`` and ``tokenizer`` stay dicts.
-
-    Raises
-    ------
-    InputError
-        If there is no such recipe, or it has other sections.
+    It is a .json file, or one of those that ship, by its name in `folder`. The levels ``data`` and ``training`` are
+    gone in what comes back; ``model`` and ``tokenizer`` stay dicts. Other sections, or no file, are an `InputError`.
 
     Examples
     --------
@@ -224,6 +185,19 @@ def load_recipe(recipe: str | Path, folder: Path = RECIPES) -> dict[str, Any]:
     return {**content.get("data", {}), **content.get("training", {}), **nested}
 
 
+def run_command(kind: RunKind, job: Callable[..., dict[str, Any]]) -> int:
+    """Do the job with the settings of the command line, print the scores it returns; the exit code."""
+    try:
+        summary = job(**parse_command_line(kind, sys.argv[1:]))
+    except (InputError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    # of several processes, some return no whole summary
+    if "settings" in summary:
+        print(json.dumps({name: value for name, value in summary.items() if isinstance(value, float)}))
+    return 0
+
+
 def parse_command_line(kind: RunKind, arguments: list[str]) -> dict[str, Any]:
     """
     Read ``[recipe.json] --name value ...`` into the settings that were given.
@@ -249,17 +223,9 @@ def device_settings(device: str | None = None, dtype: str | None = None) -> dict
     """
     The settings of `transformers.TrainingArguments` that put a run on a device, in a precision.
 
-    Parameters
-    ----------
-    device
-        ``"auto"`` (every GPU that ``CUDA_VISIBLE_DEVICES`` shows, else the CPU), ``"cpu"`` or ``"cuda"``.
-    dtype
-        ``"float32"`` or ``"bfloat16"`` (under autocast; weights stay in float32); the recipe's if left out.
-
-    Raises
-    ------
-    InputError
-        If there is no such device or precision.
+    The device is ``"auto"`` (every GPU that ``CUDA_VISIBLE_DEVICES`` shows, else the CPU), ``"cpu"`` or ``"cuda"``; the
+    precision ``"float32"`` or ``"bfloat16"`` (under autocast; weights stay in float32), by default the recipe's. Others
+    are an `InputError`.
 
     Examples
     --------

@@ -31,14 +31,8 @@ class HeldOut:
     """
     What cross-fitting says of the cells that a head was solved on.
 
-    Attributes
-    ----------
-    probabilities
-        Of every cell, [cells, classes], by fits that it had no part in.
-    folds
-        Of every cell, [cells].
-    report
-        Shares, penalties and temperature of the fits, and how novelty is told where there are cells to tell by.
+    Probabilities are of every cell, [cells, classes], by fits that it had no part in. The report has shares, penalties
+    and temperature of the fits, and how novelty is told where there are cells to tell by.
     """
 
     probabilities: np.ndarray
@@ -59,31 +53,12 @@ def solve_classifier(
     """
     Solve for everything above the encoder: output layer (with its temperature), cell vectors, novelty, threshold.
 
-    Parameters
-    ----------
-    loaded
-        A classifier and its tokenizer; its head and the threshold of its config are changed in place, nothing else.
-    bins
-        Expression bins [cells, panel].
-    targets
-        Classes of the cells, [cells]; every class occurs, and one cell of it is enough.
-    seed
-        Of the folds.
-    show_progress
-        Whether to draw a bar, in a terminal.
-    unlabelled
-        Bins of cells without labels to learn from as well, [others, panel].
-    gene_vectors
-        Of the panel, [panel, axes], by pretraining; see `initial_model.pretrained_vectors`. One of the regressions then
-        goes along these axes.
-    effects
-        Directions in which studies differ, [n, panel], in units of the cells' scatter: the regressions are kept from
-        leaning on them; see `principal_axes`.
-
-    Raises
-    ------
-    InputError
-        If the head has hidden layers: then its output layer does not read the genes.
+    The classifier's head and the threshold of its config are changed in place, nothing else. Bins are [cells, panel];
+    every class occurs among the targets [cells], and one cell of it is enough. Cells without labels, bins
+    [others, panel], are learnt from as well. With vectors of the genes by pretraining, [panel, axes] (see
+    `initial_model.pretrained_vectors`), one of the regressions goes along these axes. All are kept from leaning on
+    `effects`, directions in which studies differ, [n, panel], in units of the cells' scatter (see `principal_axes`). An
+    `InputError` if the head has hidden layers: then its output layer does not read the genes.
     """
     config = loaded.model.config
     if config.classifier_hidden_sizes:
@@ -104,12 +79,12 @@ def solve_classifier(
         total += teacher.n_fits(folds)
     with tqdm(total=total, desc="Solving", unit="fit", disable=None if show_progress else True) as bar:
         axes, products = axes_and_products(features, effects)
-        given = {"n_classes": config.num_labels, "folds": folds, "axes": axes, "pretrained": pretrained}
-        given["effects"] = effects
+        given = {"axes": axes, "pretrained": pretrained, "effects": effects}
+        given |= {"n_classes": config.num_labels, "folds": folds, "on_fit": bar.update}
         if others is None:
-            head, learnt = solve_head(features, targets, on_fit=bar.update, **given), {}
+            head, learnt = solve_head(features, targets, **given), {}
         else:
-            head, found = teacher.learn_from_all(features, targets, others, on_fit=bar.update, **given)
+            head, found = teacher.learn_from_all(features, targets, others, **given)
             learnt = {"unlabelled": found}
     report = {"shares": head.shares, "penalties": head.penalties, "temperature": head.temperature} | learnt
     report["signal"] = None if pretrained is None else pretrained.signal
@@ -162,16 +137,7 @@ def _along_pretrained(loaded, bins, features, gene_vectors) -> PretrainedAxes | 
 
 
 def pooled_features(loaded: LoadedModel, bins: sp.csr_matrix) -> sp.csr_matrix:
-    """
-    What the head's output layer reads of every cell, [cells, genes + 1] or [cells, hidden], sparse.
-
-    Parameters
-    ----------
-    loaded
-        A classifier without hidden layers in its head, and its tokenizer.
-    bins
-        Expression bins [cells, panel].
-    """
+    """What the output layer of a head without hidden layers reads, [cells, genes + 1] or [cells, hidden], sparse."""
     rows, parts = [], []
     for batch, found in predict(loaded, bins, ("pooled",)):
         rows.append(batch)

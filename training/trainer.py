@@ -24,16 +24,8 @@ class CellTrainer(Trainer):
     """
     `transformers.Trainer` with an order of cells of its own, checkpoints known to be whole, and one progress bar.
 
-    Parameters
-    ----------
-    sampler
-        Order of the training cells; the Trainer's own shuffling if left out.
-    describe
-        See `ProgressBar`.
-    callbacks
-        Further ones.
-    **options
-        Of `transformers.Trainer`.
+    Without a sampler it is the Trainer's own shuffling; `describe` is that of `ProgressBar`, and what else is given
+    goes to the Trainer.
     """
 
     def __init__(
@@ -46,9 +38,7 @@ class CellTrainer(Trainer):
         self.progress = ProgressBar(describe)
         ours = [CompleteCheckpoints(), StopOnDivergence(), self.progress]
         super().__init__(callbacks=[*ours, *callbacks], **options)
-        self.sampler = sampler
-        # tokens, once known
-        self.work_ahead = None
+        self.sampler, self.work_is_known = sampler, False
         if sampler is not None:
             self.add_callback(SetEpochCallback(sampler))
         for theirs in (ProgressCallback, PrinterCallback):
@@ -58,11 +48,11 @@ class CellTrainer(Trainer):
         return self.sampler or super()._get_train_sampler(train_dataset)
 
     def training_step(self, model, inputs, *args, **options):
-        if self.work_ahead is None:
+        if not self.work_is_known:
             # a first batch stands for those to come
             steps = (self.state.max_steps - self.state.global_step) * self.args.gradient_accumulation_steps
-            self.work_ahead = steps * inputs["input_ids"].numel()
-            expect_work(self.model.config, self.work_ahead, training=True)
+            expect_work(self.model.config, steps * inputs["input_ids"].numel(), training=True)
+            self.work_is_known = True
         return super().training_step(model, inputs, *args, **options)
 
     def run(self, checkpoint: Path | None = None) -> None:

@@ -38,6 +38,7 @@ from .logistic_head import (
     Member,
     PretrainedAxes,
     SolvedHead,
+    as_head,
     average,
     cross_fit,
     fit_members,
@@ -45,7 +46,7 @@ from .logistic_head import (
     ridge_path,
     scaled_axes,
 )
-from .principal_axes import Axes, axes_of_cells
+from .principal_axes import Axes, axes_of_cells, most_variable
 
 # of the averaged members: powers of the gene scales of smoothed cells, numbers of axes, name of the one on the genes
 SMOOTHED_POWERS, AXES, GENES = (0.5, 1.0), (20, 10), name_of(0.5)
@@ -83,25 +84,13 @@ def learn_from_all(
     effects: np.ndarray | None = None,
 ) -> tuple[SolvedHead, dict[str, Any]]:
     """
-    As `logistic_head.solve_head`, with cells that have no label.
+    As `logistic_head.solve_head`, with features of cells that have no label, [others, genes].
 
-    Parameters
-    ----------
-    features, targets, n_classes, folds, axes, on_fit, pretrained, effects
-        Of `solve_head`.
-    unlabelled
-        Features of the other cells, [others, genes]; of more than `MAX_CELLS`, as many are drawn.
-
-    Returns
-    -------
-    head : SolvedHead
-        Its logits are of the average and of the labelled cells' own head, by fits that knew the label of the cell in no
-        way; its shares are the members' of the average.
-    report : dict
-        ``cells``; ``told_apart``, the area under the curve of telling the two kinds apart; ``neighbours``, "all" or
-        "own"; ``gain`` of log-likelihood per held-out cell, with its standard ``error`` (None where there is no cell
-        to tell by); ``agreement`` of the members on the other cells; ``own_share`` of the labelled cells' own head in
-        the one that is returned; ``kept``.
+    The head's logits are of the average and of the labelled cells' own head, by fits that knew the label of the cell in
+    no way; its shares are the members' of the average. The report has ``told_apart``, the area under the curve of
+    telling the two kinds of cells apart; ``neighbours``, "all" or "own"; ``gain`` of log-likelihood per held-out cell,
+    with its standard ``error`` (None where there is no cell to tell by); ``agreement`` of the members on the other
+    cells; and ``own_share`` of the labelled cells' own head in the one that is returned.
 
     Examples
     --------
@@ -150,10 +139,7 @@ def learn_from_all(
     weights, bias = handed_on(features, targets, unlabelled, probabilities, n_classes, effects)
     weights = (1 - own_share) * weights + own_share * without.weights
     bias = (1 - own_share) * bias + own_share * without.bias
-    names = [member.name for member in members]
-    shares = {name: float(share) for name, share in zip(names, mixture.shares)}
-    penalties = {name: PENALTIES[place] for name, place in zip(names, mixture.places)}
-    return SolvedHead(weights, bias, logits, shares, penalties, mixture.temperature), report
+    return as_head(weights, bias, logits, members, mixture), report
 
 
 def fit_teachers(
@@ -165,14 +151,9 @@ def fit_teachers(
     on_fit: Callable[[], Any] | None = None,
 ) -> tuple[list[Member], float]:
     """
-    The regressions that need the other cells, and how well these can be told from the labelled ones.
+    The regressions that need the other cells, and how well these can be told from the labelled ones (`two_sample_auc`).
 
-    Returns
-    -------
-    members : list of Member
-        With logits of all cells, the labelled ones first.
-    told_apart : float
-        See `two_sample_auc`.
+    Their logits are of all cells, the labelled ones first.
     """
     cells, n_labelled = sp.vstack([features, unlabelled]).tocsr(), len(targets)
     joint = axes_of_cells(cells, rank=NEIGHBOUR_AXES)
@@ -203,12 +184,7 @@ def two_sample_auc(coordinates: np.ndarray, n_first: int) -> float:
     """
     How well a linear classifier tells the first cells from the others, cross-validated: 0.5 not at all, 1 always.
 
-    Parameters
-    ----------
-    coordinates
-        Of all cells along few axes, [cells, axes].
-    n_first
-        Number of cells of the first kind.
+    By coordinates of all cells along few axes, [cells, axes].
 
     Examples
     --------
@@ -237,16 +213,9 @@ def neighbour_means(
     """
     Each cell's mean with its neighbours, of the most variable genes; the others are 0.
 
-    Parameters
-    ----------
-    cells
-        [cells, genes].
-    coordinates
-        To look for neighbours in, [cells, axes].
-    n_first
-        Given, the first so many cells and the others are neighbours among themselves only.
-    n_neighbours
-        Of the first cells then, who may be few; of all others and otherwise `NEIGHBOURS`.
+    Neighbours are looked for in the coordinates [cells, axes] of the cells [cells, genes]. Given `n_first`, so many
+    cells and the others have neighbours among themselves only, of the first, who may be few, `n_neighbours`; else
+    `NEIGHBOURS`.
 
     Examples
     --------
@@ -255,9 +224,7 @@ def neighbour_means(
     >>> means.toarray().ravel().tolist()
     [1.0, 1.0, 10.0, 10.0]
     """
-    means = np.asarray(cells.mean(axis=0)).ravel()
-    variance = np.asarray(cells.multiply(cells).mean(axis=0)).ravel() - means**2
-    kept = np.sort(np.argsort(-variance, kind="stable")[:SMOOTHED_GENES])
+    kept = most_variable(cells, SMOOTHED_GENES)
     if n_first is None:
         graph = _neighbour_graph(coordinates, NEIGHBOURS)
     else:
@@ -297,10 +264,7 @@ def agreement_of(types: Sequence[np.ndarray]) -> np.ndarray:
     """
     Share of the cells that a member gives the type that another does, in the mean over the others, [members].
 
-    Parameters
-    ----------
-    types
-        What each member says, [cells].
+    By what each member says, [cells].
 
     Examples
     --------
@@ -322,23 +286,8 @@ def handed_on(
     """
     A head on the genes that learns the labelled cells, and of the others those that the probabilities are sure of.
 
-    Its temperature is the one that comes closest to the probabilities.
-
-    Parameters
-    ----------
-    features, targets
-        Labelled cells [cells, genes] and their classes.
-    unlabelled, probabilities
-        The others [others, genes], and what is said of them, [others, classes].
-    n_classes
-        Number of classes.
-    effects
-        As in `learn_from_all`.
-
-    Returns
-    -------
-    weights, bias
-        float32 [classes, genes] and [classes].
+    Its temperature is the one that comes closest to these, [others, classes]. Weights are float32 [classes, genes], the
+    bias [classes]; the effects are those of `learn_from_all`.
     """
     sure = probabilities.max(axis=1) > SURE
     cells = sp.vstack([features, unlabelled[sure]]).tocsr()

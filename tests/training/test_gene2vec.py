@@ -33,9 +33,10 @@ def as_dict(found):
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4 * 40 * 7, 2**20])
-def test_correlations_equal_numpy_whatever_the_block(expression, block_bytes):
+def test_correlations_equal_numpy_whatever_the_block(expression, block_bytes, monkeypatch):
+    monkeypatch.setattr("scbert.training.coexpression.BLOCK_BYTES", block_bytes)
     matrix, names = expression
-    found = coexpressed_pairs(matrix, names, cutoff=-1.0, block_bytes=block_bytes)
+    found = coexpressed_pairs(matrix, names, cutoff=-1.0)
     wanted = np.corrcoef(matrix.toarray().T)
     assert len(found.pairs) == 40 * 39 // 2
     for (i, j), value in as_dict(found).items():
@@ -52,10 +53,11 @@ def test_cells_are_streamed(expression, monkeypatch):
     )
 
 
-def test_top_pairs_are_the_strongest(expression):
+def test_top_pairs_are_the_strongest(expression, monkeypatch):
+    monkeypatch.setattr("scbert.training.coexpression.BLOCK_BYTES", 4 * 40 * 3)
     matrix, names = expression
     every = coexpressed_pairs(matrix, names, cutoff=-1.0)
-    top = coexpressed_pairs(matrix, names, cutoff=None, top_pairs=20, block_bytes=4 * 40 * 3)
+    top = coexpressed_pairs(matrix, names, cutoff=None, top_pairs=20)
     strongest = np.sort(every.correlations)[-20:]
     np.testing.assert_allclose(np.sort(top.correlations), strongest, atol=1e-6)
 

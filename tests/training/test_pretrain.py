@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -242,10 +243,10 @@ def test_features_are_redrawn_by_step_alone():
 
     def run(steps):
         model = ScBertModel(ScBertConfig(**SIZE, max_position_embeddings=9))
-        callback = RedrawFeaturesCallback(seed=5)
+        callback, args = RedrawFeaturesCallback(), SimpleNamespace(seed=5)
         matrices = []
         for State.global_step in steps:
-            callback.on_step_begin(None, State, None, model=model)
+            callback.on_step_begin(args, State, None, model=model)
             matrices.append(model.layers[0].attention.projection_matrix.clone())
         return matrices
 
