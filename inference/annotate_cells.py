@@ -18,12 +18,11 @@ from ..data.paths import ANNOTATION_FORMATS, check_output_path
 from ..data.read import read_cells
 from ..data.read_backed import BackedCells
 from ..modeling_scbert import ScBertForCellClassification
-from ..modeling_scbert.heads_scbert import novelty_given
 from ..tokenization import InputError
 from ..trained_model.model_folder import load_model, versions
 from ..trained_model.prediction import LoadedModel, log_batch_size, predict_probabilities
 from .annotate_processes import ShardedPrediction, main
-from .assignment import assign, prediction_sets, set_sizes, set_words, shift_notes, wider_answers
+from .assignment import assign, novel_share, prediction_sets, set_sizes, set_words, shift_notes, wider_answers
 from .expression_pca import expression_pca
 from .query import BinnedQuery, copy_with_parts, opened, overlap_numbers, progress_bar, write_parts
 from .report import cell_coordinates, write_annotation_report
@@ -272,11 +271,16 @@ def _annotation(
         obs["scbert_prediction_set"] = sets
         uns |= {"coverage": float(coverage), "prediction_set_sizes": sizes}
     notes = _notes(adata, query, obs) + doubts(query.alignment, labels, names)
-    if loaded.has_cell_vectors and not loaded.model.classifier.novelty.tells_without(query.alignment.absent):
+    if not loaded.tells_novelty_without(query.alignment.absent):
         notes.append(
             "Too many genes that tell new types are absent: no cell is unassigned for being of a new type."
         )
     notes += [] if coverage is None else shift_notes(probabilities)
+    if 0 < threshold < loaded.threshold and (share := novel_share(probabilities)):
+        notes.append(
+            f"{share:.1%} of the cells look like none of the model's types. The threshold asked for is below the "
+            f"model's, {loaded.threshold:g}: such cells may have a name all the same."
+        )
     if vote_key is not None:
         notes += _add_vote(obs, uns, adata, query, probabilities, names, vote_key)
     parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
@@ -300,13 +304,11 @@ def _predict_all(
 ) -> np.ndarray | DiskMatrix:
     """Probabilities [cells, labels]; zeros for empty cells."""
     probabilities = query.new_rows(len(loaded.labels), output)
-    with (
-        progress_bar(query.n_cells, "Annotating", progress) as bar,
-        novelty_given(loaded.model, query.alignment),
-    ):
+    absent = query.alignment.absent
+    with progress_bar(query.n_cells, "Annotating", progress) as bar:
         for start, bins in query.chunks():
             cells = slice(start, start + bins.shape[0])
-            probabilities[cells] = predict_probabilities(loaded, bins, batch_size, on_batch=bar.update)
+            probabilities[cells] = predict_probabilities(loaded, bins, absent, batch_size, bar.update)
     return probabilities
 
 

@@ -26,7 +26,6 @@ from ..data.disk_matrix import DiskMatrix
 from ..data.paths import atomic_file
 from ..data.read import matrix_rows
 from ..data.worker_processes import end_with_parent
-from ..modeling_scbert.heads_scbert import novelty_given
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
 from ..trained_model.model_folder import find_model, load_model
@@ -156,8 +155,7 @@ class ShardedPrediction:
                 stop = min(start + facts["shard_cells"], matrix.shape[0])
                 rows = as_csr(matrix[start:stop])
                 bins = sp.csr_matrix(loaded.tokenizer.bin_rows(rows, alignment, kind, scale is not None))
-                with novelty_given(loaded.model, alignment):
-                    probabilities = predict_probabilities(loaded, bins, facts["batch_size"])
+                probabilities = predict_probabilities(loaded, bins, alignment.absent, facts["batch_size"])
                 with atomic_file(path) as handle:
                     np.savez(handle, probabilities=probabilities)
 

@@ -14,8 +14,9 @@ from ..data.labels import UNASSIGNED
 from ..data.read import row_blocks
 from ..evaluation.calibration import in_set
 
-# mean probability of no known type beyond which cells differ from those learnt
-MOST_NOVELTY = 0.04
+# a cell looks like no known type whose probabilities sum to less; share of such cells beyond which cells differ from
+# those learnt, twice what is held out of these (`training.novelty_head.KNOWN_SHARE`)
+LOOKS_NOVEL, MOST_NOVEL = 0.9, 0.05
 
 
 def assign(
@@ -135,23 +136,31 @@ def set_sizes(coverage: float, sizes: np.ndarray) -> dict[str, Any]:
     }
 
 
-def shift_notes(probabilities: np.ndarray | DiskMatrix) -> list[str]:
+def novel_share(probabilities: np.ndarray | DiskMatrix) -> float:
     """
-    A warning where the cells are so often of no type learnt that no coverage can be promised for them.
+    Share of the cells with expression that look like none of the types learnt.
 
-    What a cell's probabilities lack of 1 is the probability that it is of none of the types. It is 0.02 in the mean
-    of held-out cells by the way it is made (`training.novelty_head.KNOWN_SHARE`).
+    Examples
+    --------
+    >>> novel_share(np.array([[0.7, 0.3], [0.1, 0.5], [0.0, 0.0]]))
+    0.5
     """
-    total = n_cells = 0.0
+    novel = n_cells = 0
     for block in row_blocks(len(probabilities)):
         sums = probabilities[block].sum(axis=1)
-        total, n_cells = total + (1 - sums[sums > 0]).sum(), n_cells + (sums > 0).sum()
-    if n_cells == 0 or total / n_cells <= MOST_NOVELTY:
+        novel, n_cells = novel + ((sums > 0) & (sums < LOOKS_NOVEL)).sum(), n_cells + (sums > 0).sum()
+    return float(novel / max(n_cells, 1))
+
+
+def shift_notes(probabilities: np.ndarray | DiskMatrix) -> list[str]:
+    """A warning where so many cells look like no type learnt that no coverage can be promised for them."""
+    share = novel_share(probabilities)
+    if share <= MOST_NOVEL:
         return []
     return [
-        f"These cells differ from those that the model learnt from (mean probability of no known type "
-        f"{total / n_cells:.2f}, {MOST_NOVELTY:.2f} at most where they do not): prediction sets may hold the true type "
-        "less often than asked for."
+        f"These cells differ from those that the model learnt from ({share:.0%} look like none of its types, "
+        f"{MOST_NOVEL:.0%} at most where they do not): prediction sets may hold the true type less often than asked "
+        "for."
     ]
 
 

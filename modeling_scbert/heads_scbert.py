@@ -1,8 +1,5 @@
 """What stands on the encoder and is more than one linear map."""
 
-import contextlib
-from contextvars import ContextVar
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -10,21 +7,12 @@ from transformers import initialization as init
 from .configuration_scbert import ScBertConfig
 from .packing_scbert import unpacked
 
-# a model may answer several queries at a time, each in a thread of its own
-NOTHING_IS_NOVEL = ContextVar("NOTHING_IS_NOVEL", default=False)
-
 
 def share_of_batches(loss: torch.Tensor, labels: torch.Tensor | None, kwargs: dict) -> torch.Tensor:
     """A mean over a batch as a share of that over all accumulated batches, as the loss of masked expression is."""
     if labels is None or kwargs.get("num_items_in_batch") is None:
         return loss
     return loss * (labels != -100).sum() / kwargs["num_items_in_batch"]
-
-
-def novelty_given(model, alignment):
-    """Within it, a classifier calls no cell new if too many genes of its panel are ``absent`` from the alignment."""
-    novelty = getattr(getattr(model, "classifier", None), "novelty", None)
-    return contextlib.nullcontext() if novelty is None else novelty.for_cells_without(alignment.absent)
 
 
 class ScBertClassificationHead(nn.Module):
@@ -74,8 +62,8 @@ class ScBertClassificationHead(nn.Module):
         """
         From last hidden states, or the encoder's vectors of ``cells [batch, hidden]`` where it makes them.
 
-        Logits ``[batch, labels]``, and where nothing is trained, ``probabilities [batch, labels]`` of all types (what
-        they lack to 1 is the probability of a type that is not among them) and ``cell_vectors [batch, size]``.
+        Logits ``[batch, labels]``, and where nothing is trained, ``probabilities [batch, labels]`` of all types, which
+        sum to less than 1 where the cell looks like none of them, and ``cell_vectors [batch, size]``.
         """
         pooled = cells if cells is not None else self.pool(*unpacked(hidden_states, attention_mask, gene_ids))
         states = pooled
@@ -94,51 +82,49 @@ class ScBertNovelty(nn.Module):
     """
     How likely a cell is of one of the known types, by what is fitted once the head is (training/novelty_head.py).
 
-    By how far its vector lies from the center of the nearest type (Mahalanobis distance; Lee et al. 2018), less how far
-    it lies from the mean of all cells: cells of another study are farther from both, and no more novel for that (Ren et
-    al. 2021). How common new types are in a query nobody knows: a distance says no more than that the cell is not sure
-    enough to have a name. No gradient trains these: buffers.
+    By how far its vector lies from the center of the nearest type (Mahalanobis distance; Lee et al. 2018), less a share
+    of how far it lies from the mean of all cells: cells of another study are farther from both, and hardly more novel
+    for that (Ren et al. 2021). How common new types are in a query nobody knows, and in most there is none: a distance
+    says no more than that the cell is not sure enough to have a name. No gradient trains these: buffers.
     """
 
-    # log odds of a model that was fitted to nothing: every cell is of a known type
-    NEVER = -30.0
+    # a distance that no cell has: what makes a cell novel in a model that was fitted to nothing
+    NEVER = 1e30
+    # what the squared distance to the mean of all cells counts beside that to the nearest type
+    SHARE_OF_ALL = 0.75
     # share of the vectors' squared weights that measured genes must have for a distance to say something
     LEAST_MEASURED = 0.8
+    # what a cell keeps of its probabilities however far it lies: less than the threshold by this, and this at most
+    BELOW_THRESHOLD, MOST_KEPT = 0.01, 0.8
 
     def __init__(self, pooled_size: int, config: ScBertConfig):
         super().__init__()
-        size, self.reads_genes = config.cell_vector_size, config.pooling == "conv"
+        self.config, size = config, config.cell_vector_size
         self.register_buffer("projection", torch.empty(size, pooled_size))
         self.register_buffer("offset", torch.empty(size))
         # of the types, and of all cells
         self.register_buffer("centers", torch.empty(config.num_labels + 1, size))
-        # of the log odds of novelty: intercept, and what the difference of squared distances is multiplied by
-        self.register_buffer("coefficients", torch.empty(2))
-        # what a cell keeps of its probabilities, however far it lies: too little for the threshold
-        self.register_buffer("least_known", torch.empty(()))
+        # the relative distance at which a cell is as likely novel as known, and how the log odds rise with it
+        self.register_buffer("odds", torch.empty(2))
 
     def start_weights(self) -> None:
-        """Zeros: nothing is novel."""
-        for name in ("projection", "offset", "centers", "least_known"):
+        """Nothing is novel."""
+        for name in ("projection", "offset", "centers"):
             init.zeros_(getattr(self, name))
-        init.copy_(self.coefficients, torch.tensor([self.NEVER, 0.0]))
+        init.copy_(self.odds, torch.tensor([self.NEVER, 1.0]))
 
     def tells_without(self, absent) -> bool:
         """Whether distances say something of cells that lack the ``absent`` genes: places in the panel, ``[genes]``."""
-        weights = self.projection.float().square().sum(dim=0)
-        if len(absent) == 0 or not self.reads_genes:
+        if len(absent) == 0 or self.config.pooling != "conv":
             return True
+        weights = self.projection.float().square().sum(dim=0)
         lacking = weights[torch.as_tensor(absent, device=weights.device)].sum()
         return bool(lacking <= (1 - self.LEAST_MEASURED) * weights.sum())
 
-    @contextlib.contextmanager
-    def for_cells_without(self, absent):
-        """Within it nothing is novel, if the cells lack too many genes to tell; see `tells_without`."""
-        before = NOTHING_IS_NOVEL.set(not self.tells_without(absent))
-        try:
-            yield
-        finally:
-            NOTHING_IS_NOVEL.reset(before)
+    @classmethod
+    def least_share(cls, threshold: float | None) -> float:
+        """What a cell keeps of its probabilities however far it lies: by this threshold it is left unassigned."""
+        return 0.0 if threshold is None else max(0.0, min(threshold - cls.BELOW_THRESHOLD, cls.MOST_KEPT))
 
     def vectors(self, pooled) -> torch.Tensor:
         """Cell vectors ``[batch, size]`` of what the pooling gives; their unit is the scatter within a type."""
@@ -147,10 +133,9 @@ class ScBertNovelty(nn.Module):
             return nn.functional.linear(pooled.float(), self.projection.float(), self.offset.float())
 
     def forward(self, vectors) -> torch.Tensor:
-        """How likely a cell is of one of the types, ``[batch]``."""
-        if NOTHING_IS_NOVEL.get():
-            return vectors.new_ones(vectors.shape[:1])
+        """Share of its probabilities that a cell keeps, ``[batch]``."""
         squared = (vectors.unsqueeze(1) - self.centers.float()).square().sum(dim=-1)
-        intercept, slope = self.coefficients.float()
-        odds = intercept + slope * (squared[:, :-1].amin(dim=1) - squared[:, -1])
-        return (-odds).sigmoid().clamp(min=self.least_known.float())
+        distances = squared[:, :-1].amin(dim=1) - self.SHARE_OF_ALL * squared[:, -1]
+        even, slope = self.odds.float()
+        known = (slope * (even - distances)).sigmoid()
+        return known.clamp(min=self.least_share(self.config.unassigned_threshold))

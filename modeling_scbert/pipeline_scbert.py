@@ -2,26 +2,27 @@
 
 import importlib
 import os
+from dataclasses import dataclass
 from types import GeneratorType
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
-from .heads_scbert import novelty_given
 
-
+@dataclass
 class BinnedCells(Dataset):
-    """Rows of a sparse matrix of expression bins [cells, panel], one item a cell."""
+    """Expression bins [cells, panel], sparse, an item a cell; and whether their genes tell if they are novel."""
 
-    def __init__(self, bins):
-        self.bins = bins
+    bins: Any
+    tells_novelty: bool
 
     def __len__(self):
         return self.bins.shape[0]
 
     def __getitem__(self, index):
-        return self.bins[index : index + 1]
+        return BinnedCells(self.bins[index : index + 1], self.tells_novelty)
 
 
 def mean_of_expressed(
@@ -107,24 +108,28 @@ class CellPipeline(Pipeline):
         """
         if isinstance(cells, (GeneratorType, list)) or getattr(cells, "ndim", 2) == 1:
             return super().__call__(cells, **options)
-        binning, cells = self._preprocess_params | self._sanitize_parameters(**options)[0], _read(cells)
-        bins = BinnedCells(self.tokenizer.bin_cells(cells, **binning))
-        named = {name: given for name, given in binning.items() if name != "input"}
-        with novelty_given(self.model, self.tokenizer.align(cells, **named)):
-            return list(super().__call__(bins, **options))
+        binning = self._preprocess_params | self._sanitize_parameters(**options)[0]
+        return list(super().__call__(self._binned(_read(cells), **binning), **options))
 
     def preprocess(self, cell, **binning):
-        bins = cell
-        if getattr(getattr(cell, "dtype", None), "name", "") not in ("int8", "int16") or not hasattr(
-            cell, "indptr"
-        ):
-            bins = self.tokenizer.bin_cells(cell, **binning)
-        if bins.shape[0] != 1:
+        found = cell if isinstance(cell, BinnedCells) else self._binned(cell, **binning)
+        if len(found) != 1:
             raise ValueError(
-                f"A generator or list gives one cell at a time; found {bins.shape[0]}. Pass many cells as one AnnData "
+                f"A generator or list gives one cell at a time; found {len(found)}. Pass many cells as one AnnData "
                 "or matrix."
             )
-        return {name: torch.from_numpy(array) for name, array in self.tokenizer.encode_bins(bins).items()}
+        encoded = self.tokenizer.encode_bins(found.bins)
+        return {
+            **{name: torch.from_numpy(array) for name, array in encoded.items()},
+            "tells_novelty": torch.tensor([found.tells_novelty]),
+        }
+
+    def _binned(self, cells, input="auto", **named):
+        alignment = self.tokenizer.align(cells, **named)
+        alignment.check()
+        novelty = getattr(getattr(self.model, "classifier", None), "novelty", None)
+        tells_novelty = novelty is None or novelty.tells_without(alignment.absent)
+        return BinnedCells(self.tokenizer.bin_cells(cells, input=input, **named), tells_novelty)
 
     def save_pretrained(self, save_directory, **options):
         """Save model, tokenizer and code; the configuration names both pipelines."""
@@ -158,8 +163,12 @@ class CellTypeAnnotationPipeline(CellPipeline):
             )
 
     def _forward(self, inputs):
-        found = self.model(**inputs).probabilities
-        return {"probabilities": found, "expressed": (inputs["input_ids"] > 0).any(dim=1)}
+        tells_novelty = inputs.pop("tells_novelty")
+        found = self.model(**inputs)
+        # a cell that lacks too many genes is not called novel
+        known = found.logits.float().softmax(dim=-1)
+        probabilities = torch.where(tells_novelty.unsqueeze(-1), found.probabilities, known)
+        return {"probabilities": probabilities, "expressed": (inputs["input_ids"] > 0).any(dim=1)}
 
     def postprocess(self, outputs, top_k=5, threshold=None):
         if not outputs["expressed"].item():
@@ -187,7 +196,18 @@ class CellEmbeddingPipeline(CellPipeline):
     >>> adata.obsm["X_scbert"] = np.stack(pipeline("cell-embedding", model="my_model")(adata))  # doctest: +SKIP
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.model.config.cell_vector_size and not hasattr(self.model, "classifier"):
+            # the task has the encoder loaded, and it is the classifier that makes the vectors
+            encoder = self.model
+            classes = importlib.import_module(type(encoder).__module__)
+            given = {"dtype": encoder.dtype, "revision": encoder.config._commit_hash}
+            classifier = classes.ScBertForCellClassification.from_pretrained(encoder.name_or_path, **given)
+            self.model = classifier.to(self.device).eval()
+
     def _forward(self, inputs):
+        inputs.pop("tells_novelty")
         if self.model.config.cell_vector_size and hasattr(self.model, "classifier"):
             return {"embeddings": self.model(**inputs).cell_vectors}
         return {"embeddings": cell_embedding(self.model.base_model(**inputs), **inputs)}

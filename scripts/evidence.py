@@ -137,7 +137,6 @@ def scbert(task: Task, cell_axes: str | None = None) -> Answer:
     """
     from transformers import set_seed
 
-    from scbert.modeling_scbert.heads_scbert import novelty_given
     from scbert.training import run_finetune
     from scbert.training.finetune_arguments import FINETUNE
     from scbert.training.finetune_data import LabelledCells
@@ -162,8 +161,8 @@ def scbert(task: Task, cell_axes: str | None = None) -> Answer:
     asked = asked if task.measured is None else asked[:, task.measured]
     bins = data.tokenizer.bin_cells(asked, input="counts")
     nowhere = np.zeros(bins.shape[0], dtype=np.int64)
-    with novelty_given(model, data.tokenizer.align(asked)):
-        probabilities = tuned.probabilities_of(LabelledCells(bins, nowhere, nowhere))
+    absent = data.tokenizer.align(asked).absent
+    probabilities = tuned.probabilities_of(LabelledCells(bins, nowhere, nowhere, absent))
     threshold = model.config.unassigned_threshold
     classes = np.array(data.classes, dtype=object)
     return Answer(probabilities, classes, 0.5 if threshold is None else threshold)

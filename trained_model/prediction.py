@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from scipy.special import softmax
 from transformers import PreTrainedModel
 
 from ..modeling_scbert.pipeline_scbert import cell_embedding
@@ -54,6 +55,10 @@ class LoadedModel:
     def has_cell_vectors(self) -> bool:
         """Whether the model is a classifier that makes cell vectors."""
         return getattr(getattr(self.model, "classifier", None), "novelty", None) is not None
+
+    def tells_novelty_without(self, absent: Sequence[int]) -> bool:
+        """Whether it can tell that cells are of none of its types which lack these genes, places in the panel."""
+        return not self.has_cell_vectors or self.model.classifier.novelty.tells_without(absent)
 
     @property
     def embedding_kind(self) -> str:
@@ -140,15 +145,21 @@ def predict_cells(
 def predict_probabilities(
     loaded: LoadedModel,
     bins: sp.csr_matrix,
+    absent: Sequence[int] = (),
     batch_size: int | None = None,
     on_batch: Callable[[int], None] = lambda n_cells: None,
 ) -> np.ndarray:
-    """Probabilities [cells, labels], zeros for cells without expression; arguments as in `predict_cells`."""
+    """
+    Probabilities [cells, labels], zeros for cells without expression; arguments as in `predict_cells`.
+
+    Where too many genes are `absent`, places in the panel that the cells lack, no cell is novel.
+    """
     expressed = np.flatnonzero(np.diff(bins.indptr))
     on_batch(bins.shape[0] - len(expressed))
     probabilities = np.zeros((bins.shape[0], len(loaded.labels)), dtype=np.float32)
-    found = predict_cells(loaded, bins[expressed], ("probabilities",), batch_size, on_batch)
-    probabilities[expressed] = found["probabilities"]
+    asked = "probabilities" if loaded.tells_novelty_without(absent) else "logits"
+    found = predict_cells(loaded, bins[expressed], (asked,), batch_size, on_batch)[asked]
+    probabilities[expressed] = found if asked == "probabilities" else softmax(found, axis=1)
     return probabilities
 
 

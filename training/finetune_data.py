@@ -38,13 +38,14 @@ SPLITS = ("train", "validation", "test")
 @dataclass
 class LabelledCells:
     """
-    Cells of one split: sparse expression bins [cells, panel], classes [cells] int64, and where the cells stand in their
-    file [cells] int64.
+    Cells of one split: sparse expression bins [cells, panel], classes [cells] int64, where they stand in their file
+    [cells] int64, and places of the panel's genes that the file lacks.
     """
 
     bins: sp.csr_matrix
     targets: np.ndarray
     cells: np.ndarray
+    absent: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -333,7 +334,8 @@ def _test_cells(
     report: dict[str, Any],
 ) -> LabelledCells:
     """Cells to test on whose class is among those learnt."""
-    tokenizer.align(test, layer=data.layer).check()
+    alignment = tokenizer.align(test, layer=data.layer)
+    alignment.check()
     labels = find_labels(test.obs, data.label_key, data.test)
     targets = _targets(labels, classes)
     cells = np.flatnonzero(targets >= 0)
@@ -344,4 +346,4 @@ def _test_cells(
     # a class the model cannot know is no mistake of its; said, and left out of the scores
     report["test_classes_unknown"] = sorted({label for label in labels if label is not None} - set(classes))
     bins = tokenizer.bin_cells(test, input=data.input, layer=data.layer)[cells]
-    return LabelledCells(bins, targets[cells], cells)
+    return LabelledCells(bins, targets[cells], cells, alignment.absent)

@@ -3,8 +3,10 @@ What tells that a cell is of none of the types learnt, and how sure a label has 
 
 How far a cell lies from the nearest type, in the space of the cell vectors and in units of the scatter within types
 (Mahalanobis; Lee et al. 2018), is taken relative to how far it lies from the mean of all cells (Ren et al. 2021):
-cells of another study are farther from both alike, and no more novel for that. A cell is novel where that is more
-than for nearly all cells, each by what was learnt without it (a conformal outlier test, Bates et al. 2023).
+cells of another study are farther from both. A cell is novel where that is more than for nearly all cells, each by what
+was learnt without it (a conformal outlier test, Bates et al. 2023). Three quarters of the second distance are a middle:
+all of it leaves what is far across the types' span, or beside a type that most cells are of, unseen; without it, a
+fourth of the cells of other chemistries are novel.
 Leaving types out in turn and fitting the odds on them, with the energy of the logits beside the distance, was measured
 and found half as many: types that differ little from a known one, which nothing tells, taught it to doubt the distance.
 """
@@ -12,9 +14,11 @@ and found half as many: types that differ little from a known one, which nothing
 import numpy as np
 import scipy.sparse as sp
 from scipy.optimize import brentq
+from scipy.spatial.distance import cdist
 from scipy.special import expit
 from sklearn.covariance import LedoitWolf
 
+from ..modeling_scbert.heads_scbert import ScBertNovelty
 from .principal_axes import Axes, axes_by_products
 
 # cells that a type needs to speak here, and cells that must speak in all
@@ -25,8 +29,8 @@ KNOWN_SHARE = 0.975
 SHARPNESS = 20.0
 # share of the held-out cells that may be lost, though their label is right, to novelty and threshold; and thresholds
 MOST_LOST, THRESHOLDS = 0.03, np.linspace(0.3, 0.98, 69)
-# what a cell keeps of its probabilities however far it lies: less than the threshold by this, and this at most
-BELOW_THRESHOLD, MOST_KEPT = 0.01, 0.8
+# held-out distances that differ by less, relative to their size, are all the same
+LEAST_SPREAD = 1e-6
 
 
 def whitened(coordinates: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -59,9 +63,9 @@ def type_centers(vectors: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def relative_distance(vectors: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Squared distance to the nearest type less that to the mean of all cells, the last of the centers, [cells]."""
-    squared = ((vectors[:, None] - centers[None]) ** 2).sum(axis=2)
-    return squared[:, :-1].min(axis=1) - squared[:, -1]
+    """Squared distance to the nearest type less a share of that to the mean of all cells, the last center, [cells]."""
+    squared = cdist(vectors, centers, "sqeuclidean")
+    return squared[:, :-1].min(axis=1) - ScBertNovelty.SHARE_OF_ALL * squared[:, -1]
 
 
 def held_out_distances(
@@ -104,37 +108,34 @@ def telling_cells(targets: np.ndarray) -> np.ndarray:
 
 def fit_novelty(distances: np.ndarray) -> np.ndarray:
     """
-    Intercept and slope of the log odds of novelty, [2], by the `held_out_distances` of known cells.
+    The distance at which a cell is as likely novel as known, and how the log odds rise with it, [2].
 
-    The odds rise steeply where the distances of known cells end: those keep `KNOWN_SHARE` of their probability in the
-    mean.
+    By the `held_out_distances` of known cells: the odds rise steeply where these end, and the cells keep `KNOWN_SHARE`
+    of their probability in the mean. Where all are alike they say nothing, and nothing is novel.
 
     Examples
     --------
-    >>> intercept, slope = fit_novelty(np.random.default_rng(0).normal(size=1000))
-    >>> expit(intercept + slope * np.array([0.0, 1.0, 3.0])).round(2).tolist()
-    [0.0, 0.0, 1.0]
+    >>> odds = fit_novelty(np.random.default_rng(0).normal(size=1000))
+    >>> known_shares(np.array([0.0, 1.0, 3.0]), odds).round(2).tolist()
+    [1.0, 1.0, 0.0]
     """
-    slope = SHARPNESS / (distances.std() + 1e-9)
-    rises = slope * distances
-    intercept = brentq(lambda x: expit(-x - rises).mean() - KNOWN_SHARE, -rises.max() - 60, -rises.min() + 60)
-    return np.array([intercept, slope])
+    spread = distances.std()
+    if spread <= LEAST_SPREAD * max(1.0, np.abs(distances).max()):
+        return np.array([ScBertNovelty.NEVER, 1.0])
+    slope = SHARPNESS / spread
+    reach = 60 / slope
+    even = brentq(
+        lambda x: expit(slope * (x - distances)).mean() - KNOWN_SHARE,
+        distances.min() - reach,
+        distances.max() + reach,
+    )
+    return np.array([even, slope])
 
 
-def known_shares(distances: np.ndarray, coefficients: np.ndarray, least: float = 0.0) -> np.ndarray:
-    """
-    What cells keep of their probabilities, [cells], by their distances and what `fit_novelty` found.
-
-    How common new types are in a query nobody knows, and in most there is none: a cell that lies far off keeps so much
-    (`least_share`) that it is left unassigned, as without it, and no surer of being new than that.
-    """
-    intercept, slope = coefficients
-    return np.maximum(expit(-intercept - slope * distances), least)
-
-
-def least_share(threshold: float) -> float:
-    """What a cell keeps of its probabilities however far it lies: by the threshold it is left unassigned."""
-    return min(threshold - BELOW_THRESHOLD, MOST_KEPT)
+def known_shares(distances: np.ndarray, odds: np.ndarray, threshold: float | None = None) -> np.ndarray:
+    """What cells keep of their probabilities, [cells], as `ScBertNovelty` has it; the threshold is the model's."""
+    even, slope = odds
+    return np.maximum(expit(slope * (even - distances)), ScBertNovelty.least_share(threshold))
 
 
 def choose_threshold(confidence: np.ndarray, right: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainerState, set_seed
 from ..data.paths import check_output_folder
 from ..evaluation.calibration import conformal_quantiles
 from ..tokenization import InputError
-from ..trained_model.prediction import LoadedModel, predict_cells
+from ..trained_model.prediction import LoadedModel, predict_probabilities
 from .cell_batches import CellDataset
 from .finetune_arguments import (
     FINETUNE,
@@ -266,7 +266,7 @@ def solve(model: PreTrainedModel, data: FinetuneData, arguments: FinetuneTrainin
     return TunedModel(
         model,
         TrainerState(),
-        lambda cells: predict_cells(loaded, cells.bins, ("probabilities",))["probabilities"],
+        lambda cells: predict_probabilities(loaded, cells.bins, cells.absent),
         model.state_dict,
         held_out,
     )

@@ -19,7 +19,6 @@ from .novelty_head import (
     fit_novelty,
     held_out_distances,
     known_shares,
-    least_share,
     telling_cells,
     whitened,
 )
@@ -102,21 +101,16 @@ def solve_classifier(
 
 def _tell_novelty(loaded, held_out, distances, targets, told) -> None:
     """Put what tells novelty, and the threshold, into the model; novelty counts for the held-out cells, too."""
-    coefficients = fit_novelty(distances[told])
+    odds = fit_novelty(distances[told])
     largest, right = held_out.probabilities.max(axis=1), held_out.probabilities.argmax(axis=1) == targets
-    confidence = largest * known_shares(distances, coefficients)
+    confidence = largest * known_shares(distances, odds)
     threshold = choose_threshold(confidence[told], right[told])
-    least = least_share(threshold)
-    held_out.probabilities *= known_shares(distances, coefficients, least)[:, None]
+    # what is kept at least leaves the same cells below the threshold
+    held_out.probabilities *= known_shares(distances, odds, threshold)[:, None]
     loaded.model.config.unassigned_threshold = threshold
-    _fill(loaded.model.classifier.novelty, coefficients=coefficients, least_known=np.array(least))
-    intercept, slope = coefficients.tolist()
-    held_out.report["novelty"] = {
-        "cells": int(told.sum()),
-        "intercept": intercept,
-        "slope": slope,
-        "least": least,
-    }
+    _fill(loaded.model.classifier.novelty, odds=odds)
+    even, slope = odds.tolist()
+    held_out.report["novelty"] = {"cells": int(told.sum()), "even_at": even, "slope": slope}
 
 
 def _reads_genes(features, bins) -> bool:

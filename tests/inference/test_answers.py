@@ -241,12 +241,11 @@ def test_the_fields_travel_as_json(taught):
 
 
 def test_cells_that_differ_are_said_to_have_no_promise():
-    """More probability of no known type than held-out cells have; empty cells do not count."""
-    alike, odd = np.full((50, 2), 0.49), np.full((50, 2), 0.4)
-    empty = np.zeros((500, 2))
-    assert shift_notes(np.concatenate([alike, empty])) == [] and shift_notes(empty) == []
-    (note,) = shift_notes(np.concatenate([odd, empty]))
-    assert "mean probability of no known type 0.20" in note
+    """More cells that look like no known type than held-out cells have; empty ones do not count."""
+    known, novel, empty = np.full((50, 2), 0.49), np.full((3, 2), 0.4), np.zeros((500, 2))
+    assert shift_notes(np.concatenate([known, novel[:2], empty])) == [] and shift_notes(empty) == []
+    (note,) = shift_notes(np.concatenate([known, novel, empty]))
+    assert "6% look like none of its types" in note
 
 
 def test_no_cell_is_called_new_where_most_genes_that_tell_are_absent(taught, new_cells, caplog):
@@ -261,7 +260,8 @@ def test_no_cell_is_called_new_where_most_genes_that_tell_are_absent(taught, new
     threshold = taught.model.config.unassigned_threshold
     assert np.median(sums[0]) < threshold and (sums[1] > 0.9999).all()
     assert caplog.text.count("no cell is unassigned for being of a new type") == 1
-    assert taught.model.classifier.novelty.coefficients[0] != ScBertNovelty.NEVER
+    assert taught.model.classifier.novelty.odds[0] < ScBertNovelty.NEVER
     annotator = CellTypeAnnotationPipeline(model=taught.model, tokenizer=taught.tokenizer)
-    found = annotator(few, top_k=3)
-    assert all(sum(one["score"] for one in cell) > 0.9999 for cell in found)
+    rows = [{"X": row, "gene_names": few.var_names} for row in few.X]
+    for found in (annotator(few, top_k=3), annotator(rows, top_k=3), annotator(rows, top_k=3, batch_size=7)):
+        assert all(sum(one["score"] for one in cell) > 0.9999 for cell in found)

@@ -15,7 +15,6 @@ from scbert.training.novelty_head import (
     fit_novelty,
     held_out_distances,
     known_shares,
-    least_share,
     relative_distance,
     telling_cells,
     type_centers,
@@ -49,11 +48,11 @@ def test_distance_grows_with_the_way_to_the_nearest_type():
     assert far > near
 
 
-def test_what_is_farther_from_everything_is_no_more_novel():
-    """A shift of all cells, across what tells types apart, adds as much to both distances."""
+def test_what_is_farther_from_everything_is_hardly_more_novel():
+    """A shift of all cells, across what tells types apart, adds as much to both distances: a fourth of it is left."""
     centers = np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     own, shifted = relative_distance(np.array([[1.0, 0.0, 0.0], [1.0, 0.0, 50.0]]), centers)
-    assert own == pytest.approx(shifted)
+    assert shifted - own == pytest.approx(50.0**2 / 4)
 
 
 def test_held_out_distances_are_those_of_new_cells_of_known_types():
@@ -76,14 +75,35 @@ def test_known_cells_stay_known_and_a_type_left_out_does_not():
         learnt, index = features[known], np.unique(targets[known], return_inverse=True)[1]
         axes, products = axes_and_products(learnt)
         distances = held_out_distances(axes, products, learnt, index, cross_folds(index), 8)
-        coefficients = fit_novelty(distances)
-        kept = known_shares(distances, coefficients)
+        odds = fit_novelty(distances)
+        kept = known_shares(distances, odds)
         np.testing.assert_allclose(kept.mean(), KNOWN_SHARE, atol=1e-3)
         assert np.median(kept) > 0.999
         of_all = axes_by_products(inner_products(features), features, known, rank=8)
         vectors, whitener = whitened(of_all.coordinates[known], index)
         novel = relative_distance(of_all.coordinates[~known] @ whitener, all_centers(vectors, index))
-        assert (known_shares(novel, coefficients, least=0.6) == 0.6).mean() > 0.9
+        assert (known_shares(novel, odds, threshold=0.61) == 0.6).mean() > 0.9
+
+
+def test_a_new_type_is_told_beside_one_that_most_cells_are_of():
+    """The mean of all cells is then that of the common type, and being as far from both says something."""
+    features, targets = cells_of_types(n_cells=200)
+    kept = (targets == 0) | (np.arange(len(targets)) % 20 == 0)
+    features, targets = features[kept], targets[kept]
+    known = targets != 4
+    axes, products = axes_and_products(features[known])
+    distances = held_out_distances(
+        axes, products, features[known], targets[known], cross_folds(targets[known]), 8
+    )
+    of_all = axes_by_products(inner_products(features), features, known, rank=8)
+    vectors, whitener = whitened(of_all.coordinates[known], targets[known])
+    novel = relative_distance(of_all.coordinates[~known] @ whitener, all_centers(vectors, targets[known]))
+    assert np.mean(known_shares(novel, fit_novelty(distances)) < 0.5) > 0.9
+
+
+def test_distances_that_are_all_alike_say_nothing():
+    odds = fit_novelty(np.full(50, -3.0))
+    assert (known_shares(np.array([-3.0, 0.0, 1e6]), odds) == 1).all()
 
 
 def test_few_cells_and_types_of_few_cells_do_not_tell():
@@ -108,9 +128,9 @@ def test_the_floor_changes_no_decision_by_the_threshold():
     rng = np.random.default_rng(0)
     largest, distances = rng.beta(9, 1, size=2000), rng.normal(size=2000)
     largest[:10] = 1.0
-    coefficients = fit_novelty(distances)
-    confidence = largest * known_shares(distances, coefficients)
+    odds = fit_novelty(distances)
+    confidence = largest * known_shares(distances, odds)
     threshold = choose_threshold(confidence, rng.random(2000) < 0.9)
-    floored = largest * known_shares(distances, coefficients, least_share(threshold))
+    floored = largest * known_shares(distances, odds, threshold)
     np.testing.assert_array_equal(floored < threshold, confidence < threshold)
     assert (floored >= confidence).all() and floored.min() > 0.2 > confidence.min()
