@@ -202,7 +202,7 @@ class CellEmbeddingPipeline(CellPipeline):
             # the task has the encoder loaded, and it is the classifier that makes the vectors
             encoder = self.model
             classes = importlib.import_module(type(encoder).__module__)
-            given = {"dtype": encoder.dtype, "revision": encoder.config._commit_hash}
+            given = {"dtype": encoder.dtype, "revision": getattr(encoder.config, "_commit_hash", None)}
             classifier = classes.ScBertForCellClassification.from_pretrained(encoder.name_or_path, **given)
             self.model = classifier.to(self.device).eval()
 

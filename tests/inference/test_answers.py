@@ -7,6 +7,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from transformers import pipeline
 
 import scbert
 from scbert import ScBertConfig
@@ -265,3 +266,19 @@ def test_no_cell_is_called_new_where_most_genes_that_tell_are_absent(taught, new
     rows = [{"X": row, "gene_names": few.var_names} for row in few.X]
     for found in (annotator(few, top_k=3), annotator(rows, top_k=3), annotator(rows, top_k=3, batch_size=7)):
         assert all(sum(one["score"] for one in cell) > 0.9999 for cell in found)
+
+
+def test_the_embedding_pipeline_gives_the_cell_vectors_of_a_classifier(taught, new_cells, tmp_path):
+    """The task has the bare encoder loaded, whose states are not what `embed` writes."""
+    query = new_cells(5, seed=3)
+    taught.save(tmp_path / "model")
+    expected = taught.embed(query, progress=False).obsm["X_scbert"]
+    found = np.stack(pipeline("cell-embedding", model=str(tmp_path / "model"))(query))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_lower_threshold_says_that_new_types_may_get_a_name(taught, new_cells, caplog):
+    query = new_cells(30, seed=0)
+    query.X = query.X[:, np.random.default_rng(0).permutation(query.n_vars)]
+    taught.annotate(query, progress=False, threshold=taught.model.config.unassigned_threshold / 2)
+    assert "look like none of the model's types" in caplog.text
