@@ -15,8 +15,8 @@ from ..data.read import row_blocks
 from ..evaluation.calibration import in_set
 
 # a cell looks like no known type whose probabilities sum to less; share of such cells beyond which cells differ from
-# those learnt, twice what is held out of these (`training.novelty_head.KNOWN_SHARE`)
-LOOKS_NOVEL, MOST_NOVEL = 0.9, 0.05
+# those learnt; of held-out ones it is 0.025 in the mean (`training.novelty_head.KNOWN_SHARE`)
+LOOKS_NOVEL, MOST_NOVEL = 0.9, 0.1
 
 
 def assign(
