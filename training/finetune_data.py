@@ -57,17 +57,17 @@ class FinetuneData:
     Everything a run learns from.
 
     The classes are labels in their order; the splits ``train``, ``validation`` and ``test`` may be empty; `sources` are
-    the AnnData that each is from, for the baseline, and the kind of their values is ``"counts"`` or ``"log1p"``. The
-    report says what was left out and why, and how the genes matched. Cell Ontology terms are of the classes and of the
-    types above them, and parents lead from child to parent; None without a table of terms, or a tree. Unlabelled cells
-    are expression bins [others, panel], sparse; None without such cells.
+    the AnnData that each is from, for the baseline, and `input_kinds` what their values are, ``"counts"`` or
+    ``"log1p"``. The report says what was left out and why, and how the genes matched. Cell Ontology terms are of the
+    classes and of the types above them, and parents lead from child to parent; None without a table of terms, or a
+    tree. Unlabelled cells are expression bins [others, panel], sparse; None without such cells.
     """
 
     tokenizer: ScBertTokenizer
     classes: list[str]
     splits: dict[str, LabelledCells]
     sources: dict[str, AnnData]
-    input_kind: str
+    input_kinds: dict[str, str]
     report: dict[str, Any] = field(default_factory=dict)
     term_ids: dict[str, str] | None = None
     parents: dict[str, str] | None = None
@@ -141,14 +141,17 @@ def load_data(
         splits["test"] = _test_cells(sources["test"], data, tokenizer, classes, report)
     bins_of_others = [_unlabelled_bins(cells, data, tokenizer) for cells in others]
     report["cells"] = {name: len(splits[name]) for name in SPLITS}
-    kind = tokenizer.resolve_input(select_matrix(reference, data.layer)[0], data.input)[0]
+    kinds = {
+        name: tokenizer.resolve_input(select_matrix(source, data.layer)[0], data.input)[0]
+        for name, source in sources.items()
+    }
     stacked = sp.vstack(bins_of_others, format="csr") if others else None
     if stacked is not None and not stacked.shape[0]:
         raise InputError(
             "None of the cells without labels expresses a gene of the reference. Give cells of the same tissue, or "
             "leave --unlabelled out."
         )
-    return FinetuneData(tokenizer, classes, splits, sources, kind, report, term_ids, parents, stacked)
+    return FinetuneData(tokenizer, classes, splits, sources, kinds, report, term_ids, parents, stacked)
 
 
 def _unlabelled_bins(

@@ -11,6 +11,7 @@ from scipy.special import softmax
 from transformers import AutoModelForSequenceClassification
 
 from scbert import ScBertTokenizer
+from scbert.data.read import log_normalize
 from scbert.inference import annotate
 from scbert.tokenization import InputError
 from scbert.trained_model.prediction import LoadedModel, predict_cells
@@ -54,6 +55,34 @@ def test_default_learns_from_every_cell_and_says_what_it_measured(solved):
     assert summary["training"]["steps"] == 0
     assert json.loads((folder / "metrics.json").read_text())["solved_head"]["shares"]
     assert not (folder / "learning_curve.png").exists()
+
+
+def test_the_baseline_is_judged_by_all_cells_though_it_learns_from_a_part(
+    blobs, tmp_path, monkeypatch, caplog
+):
+    """In cross-validation; a class of few cells is among those it learns from."""
+    monkeypatch.setattr("scbert.training.run_summary.MAX_BASELINE_CELLS", 60)
+    monkeypatch.setattr("scbert.training.run_summary.BASELINE_CELLS_A_TYPE", 3)
+    with caplog.at_level("INFO"):
+        summary = finetune(
+            blobs[:99].copy(), "cell_type", tmp_path / "model", use_cpu=True, disable_tqdm=True
+        )
+    baseline = summary["baseline"]["cross_validation"]
+    assert baseline["cells"] == summary["cross_validation"]["cells"] == 99
+    assert baseline["macro_f1"] > 0.9
+    assert "(the baseline learnt from 60 of the 99 cells)" in caplog.text
+
+
+def test_the_baseline_reads_each_file_by_its_own_kind(blobs, tmp_path):
+    """Counts to learn from and log1p values to be tested on, or counts both times."""
+    reference, test = blobs[::2].copy(), blobs[1::2].copy()
+    logged = AnnData(log_normalize(test)[0], obs=test.obs, var=test.var)
+    first, second = (
+        finetune(reference, "cell_type", tmp_path / name, test=part, use_cpu=True, disable_tqdm=True)
+        for name, part in (("counts", test), ("logs", logged))
+    )
+    scores = [summary["baseline"]["test"]["mean_confidence"] for summary in (first, second)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def test_a_new_type_is_unassigned_and_known_ones_are_not(solved, blobs):
