@@ -126,7 +126,8 @@ def load_data(
     splits, sources = {}, dict.fromkeys(SPLITS, reference)
     bins = tokenizer.bin_cells(reference, input=data.input, layer=data.layer)
     source = select_matrix(reference, data.layer)[1]
-    for note in cell_notes(gene_names_of(source.var, source.var_names), np.diff(bins.indptr)):
+    names = gene_names_of(source.var, source.var_names, tokenizer.gene_panel)
+    for note in cell_notes(names, np.diff(bins.indptr)):
         logger.warning(note)
     for name in SPLITS:
         cells = np.flatnonzero(assigned == name)
@@ -238,7 +239,7 @@ def _tokenizer_of(
     expressed = _expressed(matrix[np.flatnonzero(labelled)])
     for cells in others:
         of_cells, var = select_matrix(cells, data.layer)
-        theirs = np.array(gene_names_of(var.var, var.var_names))[_expressed(of_cells)]
+        theirs = np.array(gene_names_of(var.var, var.var_names, names))[_expressed(of_cells)]
         expressed |= np.isin(names, theirs)
     panel = list(dict.fromkeys(name for name, seen in zip(names, expressed, strict=True) if seen))
     if data.top_genes:
@@ -321,7 +322,8 @@ def _drop_low_gene_cells(
     if not data.min_genes:
         return
     matrix, source = select_matrix(reference, data.layer)
-    alignment = align_genes(gene_names_of(source.var, source.var_names), tokenizer.gene_panel)
+    names = gene_names_of(source.var, source.var_names, tokenizer.gene_panel)
+    alignment = align_genes(names, tokenizer.gene_panel)
     cells = np.flatnonzero(assigned == "train")
     enough = alignment.apply(as_csr(matrix[cells])).getnnz(axis=1) >= data.min_genes
     low = cells[~enough & np.isin(targets[cells], targets[cells[enough]])]

@@ -175,7 +175,7 @@ def score_baseline(data: FinetuneData, tuned: TunedModel, layer: str | None, see
             result["cross_validation"] = _scores(softmax(logits[judged]), targets[judged], data)
     else:
         part = data.splits[asked]
-        others, names = log_normalize(data.sources[asked], layer, data.input_kinds[asked])
+        others, names = log_normalize(data.sources[asked], layer, data.input_kinds[asked], genes)
         rows = align_genes(names, genes).apply(others)[part.cells]
         result[asked] = _scores(softmax(rows @ head.weights.T + head.bias), part.targets, data)
     return result | {"seconds": time.perf_counter() - start, "notes": notes}

@@ -93,6 +93,19 @@ def test_a_new_type_is_unassigned_and_known_ones_are_not(solved, blobs):
     assert unassigned[~novel].mean() < 0.15
 
 
+def test_a_model_of_ensembl_ids_takes_files_that_have_symbols_as_well(blobs, tmp_path):
+    """Learnt from ids alone; asked and tested with a column of symbols, and with other versions."""
+    blobs.var_names = [f"ENSG{number:011d}.3" for number in range(blobs.n_vars)]
+    others = blobs.copy()
+    others.var_names = [name.replace(".3", ".7") for name in blobs.var_names]
+    others.var["feature_name"] = [f"GENE{number}" for number in range(blobs.n_vars)]
+    options = {"use_cpu": True, "disable_tqdm": True}
+    summary = finetune(blobs, "cell_type", tmp_path / "model", test=others, **options)
+    assert summary["test_accuracy"] > 0.9 and summary["baseline_test_accuracy"] > 0.9
+    answers = [annotate(cells.copy(), model=tmp_path / "model", progress=False) for cells in (blobs, others)]
+    np.testing.assert_array_equal(*(cells.obsm["scbert_probabilities"] for cells in answers))
+
+
 def test_probabilities_are_the_models_own(solved, blobs):
     annotated = annotate(blobs, model=solved[0], progress=False)
     model = AutoModelForSequenceClassification.from_pretrained(solved[0]).eval()
