@@ -1,11 +1,16 @@
 """Penalised regressions on principal axes, beside scikit-learn on the features themselves."""
 
+import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
+from scbert.training import logistic_head
 from scbert.training.averaging import (
     DEFAULT_PENALTY,
     LOWEST_LOGIT,
@@ -98,6 +103,26 @@ def test_held_out_logits_have_seen_nothing_of_their_cell(cells):
         )
         np.testing.assert_array_equal(first[:, same_fold], second[:, same_fold])
         assert np.abs(first - second).max() > 1e-3
+
+
+def test_fits_at_the_same_time_do_not_limit_threads_within_each_other(cells, monkeypatch):
+    """The limit is the process's; how many have set it is counted."""
+    features, targets = cells
+    given = features, targets, 3, cross_folds(targets), 0.0, axes_of_cells(features)
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def limits(n_threads):
+        inside.append(n_threads)
+        time.sleep(0.1)
+        seen.append(len(inside))
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(logistic_head, "threadpool_limits", limits)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: cross_fit(*given), range(2)))
+    assert seen == [1, 1]
 
 
 def test_scales_prefer_genes_that_tell_classes_apart(cells):
