@@ -32,6 +32,8 @@ SYMBOL_COLUMNS = (
     "hgnc_symbol", "Symbol", "SYMBOL", "GeneSymbol", "gene_short_name", "gene",
 )  # fmt: skip
 MINIMUM_OVERLAP = 0.3
+# levels have as many digits in memory as in their file, so that a model read back bins as it did
+LEVEL_FORMAT = "%.3g"
 
 
 def open_text(path):
@@ -283,7 +285,7 @@ def read_gene_levels(path):
 
 
 def check_gene_levels(levels, tokenizer):
-    """Levels as float64 [genes], refused if they are not a bin for every gene, or the bins of another kind."""
+    """Levels as float64 [genes], rounded, refused if they are not a bin for every gene, or the bins of another kind."""
     if tokenizer.binning != "floor" or tokenizer.feature_modalities is not None:
         raise InputError("gene_levels need binning='floor' and features of one modality.")
     levels, n_genes = np.asarray(levels, dtype=np.float64), len(tokenizer.gene_panel)
@@ -291,7 +293,7 @@ def check_gene_levels(levels, tokenizer):
         raise InputError(
             f"gene_levels must hold a number from 0 to {tokenizer.n_bins} for each of the panel's {n_genes} genes."
         )
-    return levels
+    return np.array([float(LEVEL_FORMAT % level) for level in levels])
 
 
 def trust(absent, n_genes):
