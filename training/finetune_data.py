@@ -25,7 +25,7 @@ from ..tokenization import (
     select_matrix,
 )
 from ..tokenization.cells_scbert import feature_modalities
-from ..tokenization.expression_scbert import as_csr
+from ..tokenization.expression_scbert import as_csr, is_integer_valued
 from .finetune_arguments import FinetuneDataArguments
 from .initial_model import new_tokenizer
 from .principal_axes import most_variable
@@ -113,6 +113,8 @@ def load_data(
     trainable = labels if given is None else np.where(given != "test", labels, None)
     classes, report = choose_classes(trainable, data.label_key)
     report["unlabelled"] = int(sum(label is None for label in labels))
+    if given is not None:
+        report["test_classes_unknown"] = _unknown_classes(labels[given == "test"], classes)
     term_ids, parents = _terms_and_tree(data, reference, labels, classes)
     targets = _targets(labels, classes)
     assigned = _assign_splits(targets, given, data, seed, validate)
@@ -125,10 +127,14 @@ def load_data(
     _drop_low_gene_cells(assigned, targets, reference, tokenizer, data, report)
     splits, sources = {}, dict.fromkeys(SPLITS, reference)
     bins = tokenizer.bin_cells(reference, input=data.input, layer=data.layer)
-    source = select_matrix(reference, data.layer)[1]
+    matrix, source = select_matrix(reference, data.layer)
     names = gene_names_of(source.var, source.var_names, tokenizer.gene_panel)
     for note in cell_notes(names, np.diff(bins.indptr)):
         logger.warning(note)
+    if matrix.max() == 1 and is_integer_valued(as_csr(matrix)):
+        logger.warning(
+            "All values of the reference are 0 or 1: they look like presence or absence, and are taken for counts."
+        )
     for name in SPLITS:
         cells = np.flatnonzero(assigned == name)
         splits[name] = LabelledCells(bins[cells], targets[cells], cells)
@@ -202,6 +208,11 @@ def _targets(labels: np.ndarray, classes: list[str]) -> np.ndarray:
     """Class of every cell, -1 where it has none (or one that is not learnt)."""
     index = {name: i for i, name in enumerate(classes)}
     return np.array([index.get(label, -1) for label in labels], dtype=np.int64)
+
+
+def _unknown_classes(labels: np.ndarray, classes: list[str]) -> list[str]:
+    """Classes the model cannot know, which is no mistake of its; to be said, and left out of the scores."""
+    return sorted({label for label in labels if label is not None} - set(classes))
 
 
 def _given_splits(reference: AnnData, test_key: str | None) -> np.ndarray | None:
@@ -348,7 +359,6 @@ def _test_cells(
         raise InputError(
             f"No cell of the test file {Path(data.test).name} has one of the classes learnt: {', '.join(classes)}."
         )
-    # a class the model cannot know is no mistake of its; said, and left out of the scores
-    report["test_classes_unknown"] = sorted({label for label in labels if label is not None} - set(classes))
+    report["test_classes_unknown"] = _unknown_classes(labels, classes)
     bins = tokenizer.bin_cells(test, input=data.input, layer=data.layer)[cells]
     return LabelledCells(bins, targets[cells], cells, alignment.absent)
