@@ -286,7 +286,7 @@ def _say_learnt(summary: dict[str, Any]) -> str:
 def _say_unlabelled(taught: dict[str, Any]) -> str:
     others = f"{taught['cells']:,} cells without labels"
     if not taught["kept"]:
-        why = "held-out labelled cells were better off without it"
+        why = "held-out labelled cells were worse off with it, by more than a standard error"
         if taught["gain"] is None:
             why = f"ways to use them agree on {taught['agreement']:.0%} only, and no type has a second cell to judge by"
         return f"What {others} taught was left out: {why}."
