@@ -27,7 +27,7 @@ from scbert.training.logistic_head import (
     ridge_path,
     scaled_axes,
 )
-from scbert.training.principal_axes import axes_of_cells, inner_products
+from scbert.training.principal_axes import axes_of_cells, column_means, inner_products
 
 
 def test_products_dense_and_sparse_are_all_products():
@@ -35,6 +35,14 @@ def test_products_dense_and_sparse_are_all_products():
     matrix = (rng.random((40, 300)) < np.linspace(0, 1, 300) ** 3).astype(np.float32)
     rows = sp.csr_matrix(matrix * rng.integers(1, 9, matrix.shape))
     np.testing.assert_allclose(inner_products(rows), (rows @ rows.T).toarray(), rtol=1e-5)
+
+
+def test_sums_over_many_cells_keep_their_digits(monkeypatch):
+    """Beyond 2^24 float32 cannot count; the values are summed in blocks."""
+    monkeypatch.setattr("scbert.training.principal_axes.SUMMED_VALUES", 1)
+    rows = sp.csr_matrix(np.array([[2.0**24, 0], [1, 3], [1, 0], [0, 3]], dtype=np.float32))
+    assert column_means(rows).tolist() == [(2**24 + 2) / 4, 1.5]
+    assert column_means(rows, power=2)[0] == (2**48 + 2) / 4
 
 
 @pytest.mark.parametrize("learnt", [slice(None), slice(0, 60)])
