@@ -61,6 +61,16 @@ class Axes:
         weights = self.to_genes(coefficients)
         return weights, bias - weights @ self.center
 
+    def first(self, rank: int) -> "Axes":
+        """The largest of these, at most so many."""
+        coordinates = self.coordinates[:, :rank]
+        others = self.coordinates.shape[1] - coordinates.shape[1]
+
+        def to_genes(coefficients):
+            return self.to_genes(np.pad(coefficients, ((0, 0), (0, others))))
+
+        return Axes(coordinates, self.center, to_genes)
+
     def widened(self, genes: np.ndarray, scales: np.ndarray) -> "Axes":
         """The same axes on all genes [genes], where these are of some `genes` that were multiplied by `scales`."""
         center = np.zeros(len(scales))

@@ -167,8 +167,7 @@ def fit_teachers(
         member = cross_fit(smooth, all_targets, n_classes, all_folds, power, joint, on_fit)
         members.append(replace(member, name=f"neighbours, power {power:g}"))
     for rank in AXES:
-        few = Axes(joint.coordinates[:, :rank], joint.center, joint.to_genes)
-        member = cross_fit(cells, all_targets, n_classes, all_folds, 0.0, few, on_fit)
+        member = cross_fit(cells, all_targets, n_classes, all_folds, 0.0, joint.first(rank), on_fit)
         members.append(replace(member, name=f"{rank} axes"))
     return members, told_apart
 

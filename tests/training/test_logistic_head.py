@@ -47,13 +47,14 @@ def test_sums_over_many_cells_keep_their_digits(monkeypatch):
 
 @pytest.mark.parametrize("learnt", [slice(None), slice(0, 60)])
 @pytest.mark.parametrize("limit", [10_000, 10])
-def test_weights_of_genes_give_what_coordinates_gave(cells, learnt, limit, monkeypatch):
-    """Both routes to the axes, for cells that the axes are of and others."""
+@pytest.mark.parametrize("rank", [3, 1000])
+def test_weights_of_genes_give_what_coordinates_gave(cells, learnt, limit, rank, monkeypatch):
+    """Both routes to the axes, for cells that the axes are of and others, and for the first axes alone."""
     monkeypatch.setattr("scbert.training.principal_axes.MAX_CELLS_BY_CELLS", limit)
     features, _ = cells
     mask = np.zeros(90, dtype=bool)
     mask[learnt] = True
-    axes = axes_of_cells(features, mask)
+    axes = axes_of_cells(features, mask).first(rank)
     rng = np.random.default_rng(1)
     coefficients, bias = rng.normal(size=(3, axes.coordinates.shape[1])), rng.normal(size=3)
     weights, intercept = axes.gene_weights(coefficients, bias)
