@@ -89,14 +89,15 @@ class CellFile:
 
     def __init__(self, path, tokenizer, layer=None, input="auto"):
         self.path, self._layer = Path(path), layer
-        matrix, names = self._open()
+        matrix, names = self._open(tokenizer.gene_panel)
         self.n_cells = matrix.shape[0]
         self.alignment = align_genes(names, tokenizer.gene_panel)
         self.kind, scale = tokenizer.resolve_input(matrix, input)
         self.covers_all_genes = scale is not None
 
-    def _open(self):
-        matrix, names = matrix_rows(read_cells(self.path, layer=self._layer, backed=True), self._layer)
+    def _open(self, panel=None):
+        cells = read_cells(self.path, layer=self._layer, backed=True)
+        matrix, names = matrix_rows(cells, self._layer, panel)
 
         @lru_cache(KEPT_BLOCKS)
         def block(number):

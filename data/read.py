@@ -6,6 +6,7 @@ rows or on the scale of log1p CP10k.
 import contextlib
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,8 @@ def opened_cells(path, **options):
             adata.file.close()
 
 
-def matrix_rows(cells, layer=None):
-    """Something that gives rows of a matrix by slice, and the names of its columns.
+def matrix_rows(cells, layer=None, panel=None):
+    """Something that gives rows of a matrix by slice, and its columns' names, for a `panel` (see `gene_names_of`).
 
     The matrix of `cells`, in memory or backed, may be CSR, CSC or dense. What comes back has a `shape`, and its
     ``[start:stop]`` is cheap in time or flat in memory.
@@ -132,15 +133,18 @@ def matrix_rows(cells, layer=None):
     matrix, source = select_matrix(cells, layer)
     if getattr(matrix, "format", None) == "csc":
         matrix = matrix.tocsr() if sp.issparse(matrix) else CscRows(matrix)
-    return matrix, gene_names_of(source.var, source.var_names)
+    return matrix, gene_names_of(source.var, source.var_names, panel)
 
 
-def log_normalize(adata: Any, layer: str | None = None, input: str = "auto") -> tuple[Any, list[str]]:
+def log_normalize(
+    adata: Any, layer: str | None = None, input: str = "auto", panel: Sequence[str] | None = None
+) -> tuple[Any, list[str]]:
     """
-    Natural log1p of counts per 10,000, CSR float32 [cells, genes], and the gene symbols of its columns, each once.
+    Natural log1p of counts per 10,000, CSR float32 [cells, genes], and the names of its columns, each once.
 
     `input` says what the values of X or the `layer`, a name or ``"raw"``, are: ``"counts"``, ``"log1p"`` or ``"auto"``.
-    Columns of one name are summed as counts. Values that are neither are refused.
+    Columns of one name are summed as counts. Values that are neither are refused. The names are gene symbols, or what
+    a `panel` has more of (see `gene_names_of`).
 
     Examples
     --------
@@ -151,7 +155,7 @@ def log_normalize(adata: Any, layer: str | None = None, input: str = "auto") -> 
     matrix, source = select_matrix(adata, layer)
     csr = as_csr(matrix)
     kind = detect_input_kind(csr) if input == "auto" else input
-    names = gene_names_of(source.var, source.var_names)
+    names = gene_names_of(source.var, source.var_names, panel)
     unique = list(dict.fromkeys(names))
     counts = align_genes(names, unique).apply(to_counts_scale(csr, kind))
     if kind == "log1p":

@@ -144,9 +144,9 @@ class ShardedPrediction:
         if loaded is None:
             loaded = load_model(facts["model"], "annotation", _device(facts["device"], rank), facts["dtype"])
         with opened(facts["query"], facts["layer"]) as adata:
-            matrix, names = matrix_rows(adata, facts["layer"])
-            names = name_genes(names, loaded.tokenizer.gene_panel, facts["gene_table"])
-            alignment = align_genes(names, loaded.tokenizer.gene_panel)
+            panel = loaded.tokenizer.gene_panel
+            matrix, names = matrix_rows(adata, facts["layer"], panel)
+            alignment = align_genes(name_genes(names, panel, facts["gene_table"]), panel)
             kind, scale = loaded.tokenizer.resolve_input(matrix, facts["input"])
             for path in self._shards(matrix.shape[0])[rank::world_size]:
                 if path.exists():

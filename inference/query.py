@@ -67,7 +67,7 @@ class BinnedQuery:
         genes_report: str | Path | None = None,
     ):
         self._tokenizer, self.layer, self.input, self._backed = tokenizer, layer, input, adata.isbacked
-        self._matrix, names = matrix_rows(adata, layer)
+        self._matrix, names = matrix_rows(adata, layer, tokenizer.gene_panel)
         names = name_genes(names, tokenizer.gene_panel, gene_table, genes_report)
         self.n_cells = adata.n_obs
         self.alignment = align_genes(names, tokenizer.gene_panel)

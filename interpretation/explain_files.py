@@ -223,8 +223,8 @@ def add_columns(
 ) -> None:
     """Put ``var["scbert_NAME"]`` (mean size over types), ``varm`` (per type) and ``uns["scbert_explanation"]``."""
     _, source = select_matrix(adata, layer)
-    names = gene_names_of(source.var, source.var_names)
     for name, scores in per_type.items():
+        names = gene_names_of(source.var, source.var_names, list(scores.index))
         if len(names) == adata.n_vars:
             # genes that the model does not have: no value
             values = scores[~scores.index.duplicated()].reindex(names)

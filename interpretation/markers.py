@@ -176,7 +176,7 @@ def differential_expression_agreement(
     labels = adata.obs[label_key].astype(object).astype(str)
     sizes = labels[~labels.isin(UNLABELLED)].value_counts()
     types = [name for name in scores.columns if sizes.get(str(name), 0) >= 2]
-    matrix, genes = log_normalize(adata, layer, input)
+    matrix, genes = log_normalize(adata, layer, input, list(scores.index))
     shared = [gene for gene in genes if gene in scores.index]
     if len(sizes) < 2 or not types or not shared:
         raise InputError(

@@ -104,7 +104,7 @@ def scbert(name: str, settings: dict[str, Any], work: Path, is_baseline: bool = 
         try:
             tuned, data = _train(cells, fold, settings, work, seed)
             # asked of the cells as they are: fine-tuning's own test leaves types out that it did not learn
-            asked = data.tokenizer.bin_cells(cells[fold.split == TEST], input=data.input_kind)
+            asked = data.tokenizer.bin_cells(cells[fold.split == TEST], input=data.input_kinds["test"])
             outputs = _outputs(tuned, data, asked)
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -36,7 +36,7 @@ def matrix_and_names(cells, gene_panel, gene_names=None, layer=None):
         cells, gene_names = cells["X"], cells.get("gene_names") if gene_names is None else gene_names
     if hasattr(cells, "var_names"):
         matrix, source = select_matrix(cells, layer)
-        names = gene_names_of(source.var, source.var_names)
+        names = gene_names_of(source.var, source.var_names, gene_panel)
     elif hasattr(cells, "to_numpy") and hasattr(cells, "index"):
         matrix, names = _frame_and_names(cells, gene_panel)
     else:
@@ -136,7 +136,8 @@ def raw_hint(cells, gene_panel, layer=None):
     if raw is None or layer == "raw":
         return ""
     used, all_genes = (
-        align_genes(gene_names_of(each.var, each.var_names), gene_panel).n_matched for each in (cells, raw)
+        align_genes(gene_names_of(each.var, each.var_names, gene_panel), gene_panel).n_matched
+        for each in (cells, raw)
     )
     if all_genes <= used:
         return ""

@@ -1,6 +1,6 @@
 """Gene panels and gene names: which column of a file is which gene of the model, and what of those it lacks.
 
-Names are matched exactly, case and all; nothing is guessed.
+Names are matched exactly, case and all, but for the versions of Ensembl ids; nothing is guessed.
 
 What was not measured is no sign that it is not there. A tokenizer may know the level of every gene, its mean bin in the
 cells that a model learnt from. Where a gene of the panel is not in a file, cells are given its level in the place of 0,
@@ -23,6 +23,7 @@ from .errors_scbert import InputError
 from .expression_scbert import expm1, keep_values, with_data
 
 ENSEMBL_ID = re.compile(r"ENS[A-Z]{0,4}G\d{9,}(\.\d+)?(_PAR_Y)?")
+ENSEMBL_VERSION = re.compile(r"(?<=\d)\.\d+")
 GENOMIC_REGION = re.compile(r"(chr)?[\w.]+[-:_]\d+[-_]\d+")
 LOWER_CASE_SYMBOL = re.compile(r"[A-Z]?[a-z][a-z0-9.-]*")
 # where files of the field keep symbols when var_names are Ensembl ids
@@ -31,6 +32,8 @@ SYMBOL_COLUMNS = (
     "hgnc_symbol", "Symbol", "SYMBOL", "GeneSymbol", "gene_short_name", "gene",
 )  # fmt: skip
 MINIMUM_OVERLAP = 0.3
+# levels have as many digits in memory as in their file, so that a model read back bins as it did
+LEVEL_FORMAT = "%.3g"
 
 
 def open_text(path):
@@ -216,16 +219,29 @@ def _name_hint(names, panel):
 def align_genes(gene_names, panel):
     """Match the columns of a file to a gene panel by exact name, as a `GeneAlignment`.
 
+    An Ensembl id that the panel does not have is matched without its version, the number behind the dot.
+
     Examples
     --------
     >>> alignment = align_genes(["CD3E", "MS4A1", "CD3E"], ["MS4A1", "CD3E", "NKG7"])
     >>> alignment.n_matched, alignment.n_duplicates, alignment.n_absent
     (2, 1, 1)
+    >>> align_genes(["ENSG00000000003.15"], ["ENSG00000000003.7"]).n_matched
+    1
     """
     index = {gene: i for i, gene in enumerate(panel)}
+    index = {_unversioned(gene): i for gene, i in index.items()} | index
     names = [str(name) for name in gene_names]
-    target = np.fromiter((index.get(name, -1) for name in names), dtype=np.int32, count=len(names))
+    target = np.array(
+        [index[name] if name in index else index.get(_unversioned(name), -1) for name in names],
+        dtype=np.int32,
+    )
     return GeneAlignment(target, names, panel)
+
+
+def _unversioned(name):
+    """An Ensembl id without its version; any other name as it is."""
+    return ENSEMBL_VERSION.sub("", name) if ENSEMBL_ID.fullmatch(name) else name
 
 
 def looks_like_ensembl(names):
@@ -238,10 +254,10 @@ def _most_match(pattern, names):
     return 2 * sum(matches) > len(matches)
 
 
-def gene_names_of(var, var_names):
+def gene_names_of(var, var_names, panel=None):
     """Gene symbols of an annotated matrix: `var_names`, or a column of `var` if those are Ensembl ids.
 
-    Where a symbol is missing in the column, the Ensembl id stays.
+    Where a symbol is missing in the column, the Ensembl id stays; all of them do where a `panel` has more of these.
     """
     names = [str(name) for name in var_names]
     if not looks_like_ensembl(names):
@@ -251,7 +267,9 @@ def gene_names_of(var, var_names):
             symbols = [str(value) for value in var[column]]
             if not looks_like_ensembl(symbols):
                 missing = {"", "nan", "None", "<NA>"}
-                return [name if s in missing else s for s, name in zip(symbols, names)]
+                symbols = [name if s in missing else s for s, name in zip(symbols, names)]
+                found = [align_genes(each, panel or ()).n_matched for each in (symbols, names)]
+                return names if found[1] > found[0] else symbols
     return names
 
 
@@ -267,7 +285,7 @@ def read_gene_levels(path):
 
 
 def check_gene_levels(levels, tokenizer):
-    """Levels as float64 [genes], refused if they are not a bin for every gene, or the bins of another kind."""
+    """Levels as float64 [genes], rounded, refused if they are not a bin for every gene, or the bins of another kind."""
     if tokenizer.binning != "floor" or tokenizer.feature_modalities is not None:
         raise InputError("gene_levels need binning='floor' and features of one modality.")
     levels, n_genes = np.asarray(levels, dtype=np.float64), len(tokenizer.gene_panel)
@@ -275,7 +293,7 @@ def check_gene_levels(levels, tokenizer):
         raise InputError(
             f"gene_levels must hold a number from 0 to {tokenizer.n_bins} for each of the panel's {n_genes} genes."
         )
-    return levels
+    return np.array([float(LEVEL_FORMAT % level) for level in levels])
 
 
 def trust(absent, n_genes):

@@ -30,6 +30,7 @@ from .expression_scbert import (
     normalize_expression,
 )
 from .genes_scbert import (
+    LEVEL_FORMAT,
     MINIMUM_OVERLAP,
     align_genes,
     check_gene_levels,
@@ -179,7 +180,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
         write_gene_panel(paths[0], self.gene_panel, self.feature_modalities)
         if self.gene_levels is None:
             return (paths[0],)
-        np.savetxt(paths[1], self.gene_levels, fmt="%.3g")
+        np.savetxt(paths[1], self.gene_levels, fmt=LEVEL_FORMAT)
         return tuple(paths)
 
     # cells to batches

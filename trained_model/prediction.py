@@ -1,4 +1,4 @@
-"""A model in memory with its tokenizer, and its outputs for binned cells, batch by batch, through its own forward."""
+"""A model in memory with its tokenizer, and its outputs for binned cells, batch by batch."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def predict(
 
     Of `bins` [cells, panel], as ``tokenizer.bin_cells`` makes them, come the rows of each batch and its `outputs` by
     name, float32: ``"logits"`` and ``"probabilities"`` of a classifier [batch, labels], ``"embeddings"`` [batch,
-    hidden] (a classifier's cell vectors, or see `cell_embedding`), and ``"pooled"``, what a classifier's output layer
-    reads. The size of a batch is chosen by the size of the model and the memory if left out.
+    hidden] (a classifier's cell vectors, or see `cell_embedding`), and ``"pooled"``, what a classifier's head pools.
+    The size of a batch is chosen by the size of the model and the memory if left out.
     """
     loaded.model.eval()
     lengths = _sequence_lengths(loaded.tokenizer, bins)
@@ -241,39 +241,27 @@ def _run(loaded: LoadedModel, encoded: dict[str, np.ndarray], outputs: Collectio
 
 
 @torch.inference_mode()
-def _forward(loaded: LoadedModel, encoded: dict[str, np.ndarray], outputs: Collection[str]):
-    inputs = {name: _to_device(array, loaded.device) for name, array in encoded.items()}
+def _forward(loaded: LoadedModel, arrays: dict[str, np.ndarray], outputs: Collection[str]):
+    inputs = {name: _to_device(array, loaded.device) for name, array in arrays.items()}
     half = loaded.dtype != torch.float32
     autocast = torch.autocast(loaded.device.type, loaded.dtype) if half else contextlib.nullcontext()
-    whole = loaded.has_cell_vectors or set(outputs) - {"embeddings"}
-    network = loaded.model if whole else loaded.model.base_model
-    with autocast, _watched(network, outputs) as found:
-        found |= network(**inputs)
+    model, found = loaded.model, {}
+    # in turn, and without hooks that would catch what passes by: another thread may run the same model
+    with autocast:
+        encoded = model.base_model(**inputs)
+        states = encoded.last_hidden_state, inputs.get("attention_mask"), inputs.get("gene_ids")
+        cells = encoded.get("pooler_output")
+        if "pooled" in outputs and cells is None:
+            cells = model.classifier.pool(*states)
+        of_encoder = {"pooled"} if loaded.has_cell_vectors else {"pooled", "embeddings"}
+        if set(outputs) - of_encoder:
+            found = model.classifier(*states, cells)
+    found["pooled"] = cells
     if "embeddings" in outputs:
-        encoded = found["embeddings"]
         found["embeddings"] = found.get("cell_vectors")
         if found["embeddings"] is None:
             found["embeddings"] = cell_embedding(encoded, **inputs)
     return {name: found[name].float().cpu().numpy() for name in outputs}
-
-
-@contextlib.contextmanager
-def _watched(network: torch.nn.Module, outputs: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """What passes by within the model's forward: what the encoder returns, what the output layer reads."""
-    found = {}
-
-    def keep_encoded(module, args, output):
-        found["embeddings"] = output
-
-    def keep_pooled(module, args):
-        found["pooled"] = args[0]
-
-    with contextlib.ExitStack() as hooks:
-        if "embeddings" in outputs:
-            hooks.enter_context(network.base_model.register_forward_hook(keep_encoded))
-        if "pooled" in outputs:
-            hooks.enter_context(network.classifier.out_proj.register_forward_pre_hook(keep_pooled))
-        yield found
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -25,7 +25,7 @@ from ..tokenization import (
     select_matrix,
 )
 from ..tokenization.cells_scbert import feature_modalities
-from ..tokenization.expression_scbert import as_csr
+from ..tokenization.expression_scbert import as_csr, is_integer_valued
 from .finetune_arguments import FinetuneDataArguments
 from .initial_model import new_tokenizer
 from .principal_axes import most_variable
@@ -57,17 +57,17 @@ class FinetuneData:
     Everything a run learns from.
 
     The classes are labels in their order; the splits ``train``, ``validation`` and ``test`` may be empty; `sources` are
-    the AnnData that each is from, for the baseline, and the kind of their values is ``"counts"`` or ``"log1p"``. The
-    report says what was left out and why, and how the genes matched. Cell Ontology terms are of the classes and of the
-    types above them, and parents lead from child to parent; None without a table of terms, or a tree. Unlabelled cells
-    are expression bins [others, panel], sparse; None without such cells.
+    the AnnData that each is from, for the baseline, and `input_kinds` what their values are, ``"counts"`` or
+    ``"log1p"``. The report says what was left out and why, and how the genes matched. Cell Ontology terms are of the
+    classes and of the types above them, and parents lead from child to parent; None without a table of terms, or a
+    tree. Unlabelled cells are expression bins [others, panel], sparse; None without such cells.
     """
 
     tokenizer: ScBertTokenizer
     classes: list[str]
     splits: dict[str, LabelledCells]
     sources: dict[str, AnnData]
-    input_kind: str
+    input_kinds: dict[str, str]
     report: dict[str, Any] = field(default_factory=dict)
     term_ids: dict[str, str] | None = None
     parents: dict[str, str] | None = None
@@ -113,6 +113,8 @@ def load_data(
     trainable = labels if given is None else np.where(given != "test", labels, None)
     classes, report = choose_classes(trainable, data.label_key)
     report["unlabelled"] = int(sum(label is None for label in labels))
+    if given is not None:
+        report["test_classes_unknown"] = _unknown_classes(labels[given == "test"], classes)
     term_ids, parents = _terms_and_tree(data, reference, labels, classes)
     targets = _targets(labels, classes)
     assigned = _assign_splits(targets, given, data, seed, validate)
@@ -125,9 +127,14 @@ def load_data(
     _drop_low_gene_cells(assigned, targets, reference, tokenizer, data, report)
     splits, sources = {}, dict.fromkeys(SPLITS, reference)
     bins = tokenizer.bin_cells(reference, input=data.input, layer=data.layer)
-    source = select_matrix(reference, data.layer)[1]
-    for note in cell_notes(gene_names_of(source.var, source.var_names), np.diff(bins.indptr)):
+    matrix, source = select_matrix(reference, data.layer)
+    names = gene_names_of(source.var, source.var_names, tokenizer.gene_panel)
+    for note in cell_notes(names, np.diff(bins.indptr)):
         logger.warning(note)
+    if matrix.max() == 1 and is_integer_valued(as_csr(matrix)):
+        logger.warning(
+            "All values of the reference are 0 or 1: they look like presence or absence, and are taken for counts."
+        )
     for name in SPLITS:
         cells = np.flatnonzero(assigned == name)
         splits[name] = LabelledCells(bins[cells], targets[cells], cells)
@@ -141,14 +148,17 @@ def load_data(
         splits["test"] = _test_cells(sources["test"], data, tokenizer, classes, report)
     bins_of_others = [_unlabelled_bins(cells, data, tokenizer) for cells in others]
     report["cells"] = {name: len(splits[name]) for name in SPLITS}
-    kind = tokenizer.resolve_input(select_matrix(reference, data.layer)[0], data.input)[0]
+    kinds = {
+        name: tokenizer.resolve_input(select_matrix(source, data.layer)[0], data.input)[0]
+        for name, source in sources.items()
+    }
     stacked = sp.vstack(bins_of_others, format="csr") if others else None
     if stacked is not None and not stacked.shape[0]:
         raise InputError(
             "None of the cells without labels expresses a gene of the reference. Give cells of the same tissue, or "
             "leave --unlabelled out."
         )
-    return FinetuneData(tokenizer, classes, splits, sources, kind, report, term_ids, parents, stacked)
+    return FinetuneData(tokenizer, classes, splits, sources, kinds, report, term_ids, parents, stacked)
 
 
 def _unlabelled_bins(
@@ -200,6 +210,11 @@ def _targets(labels: np.ndarray, classes: list[str]) -> np.ndarray:
     return np.array([index.get(label, -1) for label in labels], dtype=np.int64)
 
 
+def _unknown_classes(labels: np.ndarray, classes: list[str]) -> list[str]:
+    """Classes the model cannot know, which is no mistake of its; to be said, and left out of the scores."""
+    return sorted({label for label in labels if label is not None} - set(classes))
+
+
 def _given_splits(reference: AnnData, test_key: str | None) -> np.ndarray | None:
     """The split of every cell as the column says, "" where it says nothing; None without a column."""
     if test_key is None:
@@ -235,7 +250,7 @@ def _tokenizer_of(
     expressed = _expressed(matrix[np.flatnonzero(labelled)])
     for cells in others:
         of_cells, var = select_matrix(cells, data.layer)
-        theirs = np.array(gene_names_of(var.var, var.var_names))[_expressed(of_cells)]
+        theirs = np.array(gene_names_of(var.var, var.var_names, names))[_expressed(of_cells)]
         expressed |= np.isin(names, theirs)
     panel = list(dict.fromkeys(name for name, seen in zip(names, expressed, strict=True) if seen))
     if data.top_genes:
@@ -318,7 +333,8 @@ def _drop_low_gene_cells(
     if not data.min_genes:
         return
     matrix, source = select_matrix(reference, data.layer)
-    alignment = align_genes(gene_names_of(source.var, source.var_names), tokenizer.gene_panel)
+    names = gene_names_of(source.var, source.var_names, tokenizer.gene_panel)
+    alignment = align_genes(names, tokenizer.gene_panel)
     cells = np.flatnonzero(assigned == "train")
     enough = alignment.apply(as_csr(matrix[cells])).getnnz(axis=1) >= data.min_genes
     low = cells[~enough & np.isin(targets[cells], targets[cells[enough]])]
@@ -343,7 +359,6 @@ def _test_cells(
         raise InputError(
             f"No cell of the test file {Path(data.test).name} has one of the classes learnt: {', '.join(classes)}."
         )
-    # a class the model cannot know is no mistake of its; said, and left out of the scores
-    report["test_classes_unknown"] = sorted({label for label in labels if label is not None} - set(classes))
+    report["test_classes_unknown"] = _unknown_classes(labels, classes)
     bins = tokenizer.bin_cells(test, input=data.input, layer=data.layer)[cells]
     return LabelledCells(bins, targets[cells], cells, alignment.absent)

@@ -15,6 +15,7 @@ logits that scores are taken from.
 """
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -49,6 +50,8 @@ SCALED_RANK = 256
 # the intercept is penalised as the weight of a feature of this size (in root mean squared norms, times the root of the
 # cells a class): of few cells, free intercepts learn which cells happen to be small
 INTERCEPT_SIZE = 0.1
+# the limit on threads is the process's: one who sets it while another has would never see it undone
+ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass
@@ -238,7 +241,7 @@ def cross_fit(
 
     labelled = folds >= 0
     held = [folds == fold for fold in np.unique(folds[labelled])] + [~labelled]
-    with threadpool_limits(1):
+    with ONE_AT_A_TIME, threadpool_limits(1):
         fitted = Parallel(n_jobs=os.cpu_count(), prefer="threads")(
             delayed(fit)(labelled & ~mask) for mask in held
         )

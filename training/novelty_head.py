@@ -142,7 +142,8 @@ def choose_threshold(confidence: np.ndarray, right: np.ndarray) -> float:
     """
     The highest confidence below which cells may be left unassigned, `MOST_LOST` of the held-out ones unduly.
 
-    By the confidence of held-out cells [cells], novelty and all, and whether their labels are right.
+    It is one of `THRESHOLDS`, the lowest even where that loses more. By the confidence of held-out cells [cells],
+    novelty and all, and whether their labels are right.
 
     Examples
     --------

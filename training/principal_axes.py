@@ -38,6 +38,8 @@ STRENGTH = 200.0
 COMPARED_CELLS = 500
 # how often fewer cells are thinned at the most; axes shorter than this share of the longest are rounding
 MOST_THINNINGS, SMALLEST_AXIS = 10, 3e-3
+# values that are summed together in double precision
+SUMMED_VALUES = 1 << 24
 
 
 @dataclass
@@ -58,6 +60,16 @@ class Axes:
         """Weights [n, genes] and bias [n] that give on the features what these give on the coordinates."""
         weights = self.to_genes(coefficients)
         return weights, bias - weights @ self.center
+
+    def first(self, rank: int) -> "Axes":
+        """The largest of these, at most so many."""
+        coordinates = self.coordinates[:, :rank]
+        others = self.coordinates.shape[1] - coordinates.shape[1]
+
+        def to_genes(coefficients):
+            return self.to_genes(np.pad(coefficients, ((0, 0), (0, others))))
+
+        return Axes(coordinates, self.center, to_genes)
 
     def widened(self, genes: np.ndarray, scales: np.ndarray) -> "Axes":
         """The same axes on all genes [genes], where these are of some `genes` that were multiplied by `scales`."""
@@ -105,9 +117,28 @@ class Damping:
 
 def mean_squared_norm(features: sp.csr_matrix) -> float:
     """Of cells [cells, genes] less their mean."""
-    center = np.asarray(features.mean(axis=0), dtype=np.float64).ravel()
+    center = column_means(features)
     # of cells that are all alike, rounding may leave less than nothing
-    return max(float(features.multiply(features).sum() / features.shape[0] - center @ center), 1e-9)
+    return max(float(column_means(features, power=2).sum() - center @ center), 1e-9)
+
+
+def column_means(rows: sp.csr_matrix, power: int = 1) -> np.ndarray:
+    """
+    Means of the columns, or of a power of their values, float64 [columns].
+
+    The sums are taken in double precision (in float32 those over millions of rows lose digits), without a copy of all
+    values.
+
+    Examples
+    --------
+    >>> column_means(sp.csr_matrix(np.array([[1.0, 0.0], [2.0, 4.0]])), power=2).tolist()
+    [2.5, 8.0]
+    """
+    total = np.zeros(rows.shape[1])
+    for start in range(0, rows.nnz, SUMMED_VALUES):
+        part = slice(start, min(start + SUMMED_VALUES, rows.nnz))
+        total += np.bincount(rows.indices[part], rows.data[part].astype(np.float64) ** power, len(total))
+    return total / rows.shape[0]
 
 
 def in_units_of(features: sp.csr_matrix, effects: np.ndarray) -> np.ndarray:
@@ -173,7 +204,7 @@ def axes_along(features: sp.csr_matrix, vectors: np.ndarray) -> Axes:
     [-1.0, 1.0]
     """
     vectors = np.pad(vectors, ((0, features.shape[1] - len(vectors)), (0, 0)))
-    center = np.asarray(features.mean(axis=0)).ravel()
+    center = column_means(features)
     coordinates = (features @ vectors - center @ vectors).astype(np.float32)
     return Axes(coordinates, center, lambda coefficients: coefficients @ vectors.T)
 
@@ -257,22 +288,21 @@ def axes_by_products(
         # once for the damped cells that the axes are sums of, once for the cells they are asked of
         return weights if damping is None else damping.weights(damping.weights(weights))
 
-    center = np.asarray(rows.mean(axis=0)).ravel()
-    return Axes((centered @ basis).astype(np.float32), center, to_genes)
+    return Axes((centered @ basis).astype(np.float32), column_means(rows), to_genes)
 
 
 def most_variable(rows: sp.csr_matrix, n_genes: int) -> np.ndarray:
     """Columns whose values vary the most, in their order; of equal ones the first."""
-    mean = np.asarray(rows.mean(axis=0)).ravel()
-    variance = np.asarray(rows.multiply(rows).mean(axis=0)).ravel() - mean**2
+    variance = column_means(rows, power=2) - column_means(rows) ** 2
     return np.sort(np.argsort(-variance, kind="stable")[:n_genes])
 
 
 def _axes_by_genes(features, learnt, rank, effects) -> Axes:
     rows = features[learnt]
-    center = np.asarray(rows.mean(axis=0)).ravel()
-    kept = most_variable(rows, COVARIANCE_GENES)
-    scatter = inner_products(rows[:, kept].T.tocsr()) - rows.shape[0] * np.outer(center[kept], center[kept])
+    center, kept = column_means(rows), most_variable(rows, COVARIANCE_GENES)
+    # of large matrices, single precision will do
+    middle = center[kept].astype(np.float32)
+    scatter = inner_products(rows[:, kept].T.tocsr()) - rows.shape[0] * np.outer(middle, middle)
     damping = None if effects is None else Damping.of(effects[:, kept], rows[:, kept])
     if damping is not None:
         scatter = damping.weights(damping.weights(scatter).T)
@@ -285,7 +315,7 @@ def _axes_by_genes(features, learnt, rank, effects) -> Axes:
         weights[:, kept] = coefficients @ vectors.T
         return weights
 
-    coordinates = features[:, kept] @ vectors - center[kept] @ vectors
+    coordinates = features[:, kept] @ vectors - middle @ vectors
     return Axes(coordinates.astype(np.float32), center, to_genes)
 
 

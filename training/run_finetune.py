@@ -204,7 +204,7 @@ def train_and_save(
         seconds["scoring"] = time.perf_counter() - start - seconds["training"]
         summary, weights = scores, tuned.weights()
         if training.process_index == 0:
-            baseline = score_baseline(data, data_arguments.layer, training.seed)
+            baseline = score_baseline(data, tuned, data_arguments.layer, training.seed)
             summary = summarise(settings, data, tuned, training, scores, baseline, seconds)
             draw_figures(folder, summary)
             finish(folder, training.output_dir, tuned.model, data.tokenizer, weights, summary)

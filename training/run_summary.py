@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.stats import t as student_t
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
@@ -24,8 +25,8 @@ from .solved_head import HeldOut
 
 logger = logging.getLogger(__name__)
 
-# the baseline is a yardstick, not the job: past this many cells it learns from a random part
-MAX_BASELINE_CELLS = 4000
+# the baseline is a yardstick, not the job: past this many cells it learns from a random part, with so many of each type
+MAX_BASELINE_CELLS, BASELINE_CELLS_A_TYPE = 4000, 20
 # what a test score is of, by the name that its figures have
 ESTIMATES = {
     "test": "cells that were not learnt from",
@@ -131,31 +132,50 @@ def _scores(
     return result
 
 
-def score_baseline(data: FinetuneData, layer: str | None, seed: int) -> dict[str, Any]:
+def baseline_cells(targets: np.ndarray, seed: int) -> np.ndarray:
+    """
+    Cells that the baseline learns from, bool [cells]: a random part of very many, which leaves no class out.
+
+    Examples
+    --------
+    >>> targets = np.repeat([0, 1], [9000, 7])
+    >>> np.bincount(targets[baseline_cells(targets, 0)]).tolist()
+    [3993, 7]
+    """
+    drawn = np.random.default_rng(seed).permutation(len(targets))
+    place_in_class = pd.Series(targets[drawn]).groupby(targets[drawn]).cumcount().to_numpy()
+    drawn = drawn[np.argsort(place_in_class >= BASELINE_CELLS_A_TYPE, kind="stable")]
+    return np.isin(np.arange(len(targets)), drawn[:MAX_BASELINE_CELLS])
+
+
+def score_baseline(data: FinetuneData, tuned: TunedModel, layer: str | None, seed: int) -> dict[str, Any]:
     """
     Logistic regression on log1p CP10k of the same cells, its strength chosen by the same cross-fitting.
 
-    Of very many cells a part is drawn. Gives ``name``, ``seconds``, ``notes``, and scores for the estimate that counts.
+    Of very many cells it learns from `baseline_cells` and is judged by all, in cross-validation by fits that knew
+    nothing of them. Gives ``name``, ``seconds``, ``notes``, and scores for the estimate that counts.
     """
     start, notes = time.perf_counter(), []
     asked = next((name for name in ("test", "validation") if len(data.splits[name])), None)
     learnt = [data.splits[name] for name in ("train", "validation") if name != asked]
     cells, targets = (np.concatenate([getattr(part, of) for part in learnt]) for of in ("cells", "targets"))
-    if len(cells) > MAX_BASELINE_CELLS:
-        chosen = np.random.default_rng(seed).choice(len(cells), MAX_BASELINE_CELLS, replace=False)
-        cells, targets = cells[chosen], targets[chosen]
-        notes.append(f"learnt from {MAX_BASELINE_CELLS} of the cells")
-    values, genes = log_normalize(data.sources["train"], layer, data.input_kind)
-    folds = cross_folds(targets, seed=seed)
-    head = solve_head(values[cells], targets, len(data.classes), folds, powers=(0.0,))
+    taught = baseline_cells(targets, seed)
+    if not taught.all():
+        notes.append(f"the baseline learnt from {taught.sum():,} of the {len(cells):,} cells")
+    values, genes = log_normalize(data.sources["train"], layer, data.input_kinds["train"])
+    folds = cross_folds(targets, seed=seed) if tuned.held_out is None else tuned.held_out.folds
+    head = solve_head(values[cells[taught]], targets[taught], len(data.classes), folds[taught], powers=(0.0,))
     result: dict[str, Any] = {"name": "logistic regression (L2, strength by cross-validation, log1p CP10k)"}
     if asked is None:
         judged = judged_cells(targets)
         if judged.any():
-            result["cross_validation"] = _scores(softmax(head.logits[judged]), targets[judged], data)
+            # the cells that no fit learnt from are asked of the one on all others
+            logits = values[cells] @ head.weights.T + head.bias
+            logits[taught] = head.logits
+            result["cross_validation"] = _scores(softmax(logits[judged]), targets[judged], data)
     else:
         part = data.splits[asked]
-        others, names = log_normalize(data.sources[asked], layer, data.input_kind)
+        others, names = log_normalize(data.sources[asked], layer, data.input_kinds[asked], genes)
         rows = align_genes(names, genes).apply(others)[part.cells]
         result[asked] = _scores(softmax(rows @ head.weights.T + head.bias), part.targets, data)
     return result | {"seconds": time.perf_counter() - start, "notes": notes}
@@ -266,7 +286,7 @@ def _say_learnt(summary: dict[str, Any]) -> str:
 def _say_unlabelled(taught: dict[str, Any]) -> str:
     others = f"{taught['cells']:,} cells without labels"
     if not taught["kept"]:
-        why = "held-out labelled cells were better off without it"
+        why = "held-out labelled cells were worse off with it, by more than a standard error"
         if taught["gain"] is None:
             why = f"ways to use them agree on {taught['agreement']:.0%} only, and no type has a second cell to judge by"
         return f"What {others} taught was left out: {why}."
@@ -293,6 +313,7 @@ def _say_scores(summary: dict[str, Any], estimate: str) -> str:
     if f"baseline_{estimate}_accuracy" in summary:
         theirs = told(summary[f"baseline_{estimate}_accuracy"], summary[f"baseline_{estimate}_macro_f1"])
         text += f"; logistic regression on the same cells: {theirs}"
+        text += "".join(f" ({note})" for note in summary["baseline"]["notes"])
     return text + "."
 
 

@@ -14,9 +14,9 @@ those of the labelled cells alone, which dampens what a wrong teacher does. So t
 one weight for a gene and type, and answers for a cell no matter which others it comes with.
 
 Where the two kinds of cells can be told apart (another protocol, cells and nuclei), neighbours are looked for among
-cells of the same kind only. Where held-out labelled cells were better off without all this, it is left; so it is where
-no cell can be held out, one of a type, and the members contradict each other. A member that contradicts all others
-counts little then.
+cells of the same kind only. Where held-out labelled cells were worse off with all this, by more than a standard error,
+it is left; so it is where no cell can be held out, one of a type, and the members contradict each other. A member that
+contradicts all others counts little then.
 """
 
 from collections.abc import Callable, Sequence
@@ -167,8 +167,7 @@ def fit_teachers(
         member = cross_fit(smooth, all_targets, n_classes, all_folds, power, joint, on_fit)
         members.append(replace(member, name=f"neighbours, power {power:g}"))
     for rank in AXES:
-        few = Axes(joint.coordinates[:, :rank], joint.center, joint.to_genes)
-        member = cross_fit(cells, all_targets, n_classes, all_folds, 0.0, few, on_fit)
+        member = cross_fit(cells, all_targets, n_classes, all_folds, 0.0, joint.first(rank), on_fit)
         members.append(replace(member, name=f"{rank} axes"))
     return members, told_apart
 

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import anndata
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from scbert.inference import embed, embed_file
 from scbert.modeling_scbert.pipeline_scbert import mean_of_expressed
 from scbert.tokenization import InputError
 from scbert.trained_model.model_folder import load_model
+from scbert.trained_model.prediction import predict
 
 
 def test_mean_over_expressed_genes_and_the_trailing_token():
@@ -40,6 +43,24 @@ def test_embeddings_equal_the_plain_model(adata, make_model, tokenizer):
         kept = encoded["input_ids"][0] > 0
         kept[-1] = True
         np.testing.assert_allclose(found[cell], hidden[kept].mean(0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("outputs", [("embeddings", "logits"), ("pooled",)])
+def test_threads_with_one_model_keep_their_cells_apart(adata, make_model, outputs):
+    """Another thread runs the model on other cells while it is about to answer."""
+    loaded = load_model(make_model())
+    bins = loaded.tokenizer.bin_cells(adata)
+    ((_, expected),) = predict(loaded, bins[:5], outputs)
+    with ThreadPoolExecutor(1) as pool:
+
+        def run_others(*passing):
+            hook.remove()
+            pool.submit(list, predict(loaded, bins[5:10], outputs)).result()
+
+        hook = loaded.model.classifier.register_forward_hook(run_others)
+        ((_, found),) = predict(loaded, bins[:5], outputs)
+    for name in outputs:
+        np.testing.assert_array_equal(found[name], expected[name])
 
 
 def test_a_pretrained_model_embeds(adata, pretrained_dir):

@@ -133,6 +133,22 @@ def test_symbols_are_found_in_var(column):
     assert gene_names_of(var, ids) == ["TP53", "BRCA1", "ENSG00000000003"]
 
 
+def test_a_panel_of_ids_keeps_the_ids_and_one_of_symbols_takes_these():
+    ids = ["ENSG00000141510", "ENSG00000012048.23", "ENSG00000000003"]
+    var = pd.DataFrame({"gene_symbols": ["TP53", "BRCA1", "TSPAN6"]}, index=ids)
+    assert gene_names_of(var, ids, ["ENSG00000141510.2", "ENSG00000012048"]) == ids
+    for panel in (["TP53", "BRCA1"], ["CD3E"]):
+        assert gene_names_of(var, ids, panel) == ["TP53", "BRCA1", "TSPAN6"]
+
+
+def test_versions_of_ensembl_ids_do_not_matter():
+    panel = ["ENSG00000141510", "ENSG00000012048.23", "ENSG00000182378", "AC1.2"]
+    names = ["ENSG00000012048", "ENSG00000141510.7", "ENSG00000182378.15_PAR_Y", "AC1.1"]
+    # copies of the Y chromosome are columns of their own, and other names have dots that mean something
+    assert align_genes(names, panel).target.tolist() == [1, 0, -1, -1]
+    assert align_genes(["ENSG00000012048.23", "ENSG00000012048.1"], panel).n_duplicates == 1
+
+
 def test_symbols_in_var_names_are_left_alone():
     var = pd.DataFrame({"gene_name": ["other", "names"]}, index=["TP53", "BRCA1"])
     assert gene_names_of(var, var.index) == ["TP53", "BRCA1"]

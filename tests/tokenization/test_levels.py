@@ -71,9 +71,14 @@ def test_logs_of_a_part_of_the_genes_keep_their_size(tokenizer):
 
 
 def test_levels_travel_with_the_tokenizer(tokenizer, tmp_path):
+    # more digits than the file has: they would make another bin of 2.5
+    tokenizer.gene_levels = [*LEVELS[:4], 2.5004, 1.0]
     tokenizer.save_pretrained(tmp_path)
     again = ScBertTokenizer.from_pretrained(tmp_path)
-    np.testing.assert_allclose(again.gene_levels, LEVELS)
+    np.testing.assert_array_equal(again.gene_levels, tokenizer.gene_levels)
+    counts = np.random.default_rng(0).poisson(3, (20, 3))
+    bins = [t.bin_cells(counts, gene_names=GENES[:3]).toarray() for t in (tokenizer, again)]
+    np.testing.assert_array_equal(*bins)
     again.gene_levels = None
     again.save_pretrained(tmp_path / "none")
     assert not (tmp_path / "none" / "gene_levels.txt").exists()

@@ -171,9 +171,12 @@ def test_given_splits_are_kept_to(tune, adata, tmp_path):
     words = np.array(["train"] * 80 + ["Test"] * 30 + ["other"] * 10, dtype=object)
     words[110:] = None
     adata.obs["fold"] = words
+    adata.obs["cell_type"] = adata.obs["cell_type"].cat.add_categories("plasma cell")
+    adata.obs.loc[adata.obs_names[80:84], "cell_type"] = "plasma cell"
     adata.write_h5ad(tmp_path / "folds.h5ad")
     summary, _ = tune(reference=tmp_path / "folds.h5ad", test_key="fold")
-    assert summary["cells"]["test"] == 30
+    assert summary["cells"]["test"] == 26
+    assert summary["data"]["test_classes_unknown"] == ["plasma cell"]
     assert summary["cells"]["train"] + summary["cells"]["validation"] == 80
     adata.obs["fold"] = ["train"] * 60 + ["fold 2"] * 60
     adata.write_h5ad(tmp_path / "folds.h5ad")
@@ -188,6 +191,12 @@ def test_a_test_file_of_its_own(tune, adata, tmp_path):
     summary, _ = tune(test=tmp_path / "test.h5ad")
     assert summary["data"]["test_classes_unknown"] == ["plasma cell"]
     assert summary["cells"]["test"] == summary["test"]["cells"] == 26
+
+
+def test_presence_and_absence_are_told_from_counts(tune, adata, caplog):
+    adata.X = adata.X > 4
+    tune(reference=adata)
+    assert "look like presence or absence" in caplog.text
 
 
 def test_low_gene_cells_are_left_out_of_training_only(tune, adata, tmp_path):

@@ -1,11 +1,16 @@
 """Penalised regressions on principal axes, beside scikit-learn on the features themselves."""
 
+import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
+from scbert.training import logistic_head
 from scbert.training.averaging import (
     DEFAULT_PENALTY,
     LOWEST_LOGIT,
@@ -22,7 +27,7 @@ from scbert.training.logistic_head import (
     ridge_path,
     scaled_axes,
 )
-from scbert.training.principal_axes import axes_of_cells, inner_products
+from scbert.training.principal_axes import axes_of_cells, column_means, inner_products
 
 
 def test_products_dense_and_sparse_are_all_products():
@@ -32,15 +37,24 @@ def test_products_dense_and_sparse_are_all_products():
     np.testing.assert_allclose(inner_products(rows), (rows @ rows.T).toarray(), rtol=1e-5)
 
 
+def test_sums_over_many_cells_keep_their_digits(monkeypatch):
+    """Beyond 2^24 float32 cannot count; the values are summed in blocks."""
+    monkeypatch.setattr("scbert.training.principal_axes.SUMMED_VALUES", 1)
+    rows = sp.csr_matrix(np.array([[2.0**24, 0], [1, 3], [1, 0], [0, 3]], dtype=np.float32))
+    assert column_means(rows).tolist() == [(2**24 + 2) / 4, 1.5]
+    assert column_means(rows, power=2)[0] == (2**48 + 2) / 4
+
+
 @pytest.mark.parametrize("learnt", [slice(None), slice(0, 60)])
 @pytest.mark.parametrize("limit", [10_000, 10])
-def test_weights_of_genes_give_what_coordinates_gave(cells, learnt, limit, monkeypatch):
-    """Both routes to the axes, for cells that the axes are of and others."""
+@pytest.mark.parametrize("rank", [3, 1000])
+def test_weights_of_genes_give_what_coordinates_gave(cells, learnt, limit, rank, monkeypatch):
+    """Both routes to the axes, for cells that the axes are of and others, and for the first axes alone."""
     monkeypatch.setattr("scbert.training.principal_axes.MAX_CELLS_BY_CELLS", limit)
     features, _ = cells
     mask = np.zeros(90, dtype=bool)
     mask[learnt] = True
-    axes = axes_of_cells(features, mask)
+    axes = axes_of_cells(features, mask).first(rank)
     rng = np.random.default_rng(1)
     coefficients, bias = rng.normal(size=(3, axes.coordinates.shape[1])), rng.normal(size=3)
     weights, intercept = axes.gene_weights(coefficients, bias)
@@ -98,6 +112,26 @@ def test_held_out_logits_have_seen_nothing_of_their_cell(cells):
         )
         np.testing.assert_array_equal(first[:, same_fold], second[:, same_fold])
         assert np.abs(first - second).max() > 1e-3
+
+
+def test_fits_at_the_same_time_do_not_limit_threads_within_each_other(cells, monkeypatch):
+    """The limit is the process's; how many have set it is counted."""
+    features, targets = cells
+    given = features, targets, 3, cross_folds(targets), 0.0, axes_of_cells(features)
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def limits(n_threads):
+        inside.append(n_threads)
+        time.sleep(0.1)
+        seen.append(len(inside))
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(logistic_head, "threadpool_limits", limits)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: cross_fit(*given), range(2)))
+    assert seen == [1, 1]
 
 
 def test_scales_prefer_genes_that_tell_classes_apart(cells):

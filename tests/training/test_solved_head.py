@@ -11,6 +11,7 @@ from scipy.special import softmax
 from transformers import AutoModelForSequenceClassification
 
 from scbert import ScBertTokenizer
+from scbert.data.read import log_normalize
 from scbert.inference import annotate
 from scbert.tokenization import InputError
 from scbert.trained_model.prediction import LoadedModel, predict_cells
@@ -56,12 +57,53 @@ def test_default_learns_from_every_cell_and_says_what_it_measured(solved):
     assert not (folder / "learning_curve.png").exists()
 
 
+def test_the_baseline_is_judged_by_all_cells_though_it_learns_from_a_part(
+    blobs, tmp_path, monkeypatch, caplog
+):
+    """In cross-validation; a class of few cells is among those it learns from."""
+    monkeypatch.setattr("scbert.training.run_summary.MAX_BASELINE_CELLS", 60)
+    monkeypatch.setattr("scbert.training.run_summary.BASELINE_CELLS_A_TYPE", 3)
+    with caplog.at_level("INFO"):
+        summary = finetune(
+            blobs[:99].copy(), "cell_type", tmp_path / "model", use_cpu=True, disable_tqdm=True
+        )
+    baseline = summary["baseline"]["cross_validation"]
+    assert baseline["cells"] == summary["cross_validation"]["cells"] == 99
+    assert baseline["macro_f1"] > 0.9
+    assert "(the baseline learnt from 60 of the 99 cells)" in caplog.text
+
+
+def test_the_baseline_reads_each_file_by_its_own_kind(blobs, tmp_path):
+    """Counts to learn from and log1p values to be tested on, or counts both times."""
+    reference, test = blobs[::2].copy(), blobs[1::2].copy()
+    logged = AnnData(log_normalize(test)[0], obs=test.obs, var=test.var)
+    first, second = (
+        finetune(reference, "cell_type", tmp_path / name, test=part, use_cpu=True, disable_tqdm=True)
+        for name, part in (("counts", test), ("logs", logged))
+    )
+    scores = [summary["baseline"]["test"]["mean_confidence"] for summary in (first, second)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
 def test_a_new_type_is_unassigned_and_known_ones_are_not(solved, blobs):
     annotated = annotate(blobs, model=solved[0], progress=False)
     unassigned = (annotated.obs["scbert_cell_type"] == "unassigned").to_numpy()
     novel = (blobs.obs["cell_type"] == "type 5").to_numpy()
     assert unassigned[novel].mean() > 0.8
     assert unassigned[~novel].mean() < 0.15
+
+
+def test_a_model_of_ensembl_ids_takes_files_that_have_symbols_as_well(blobs, tmp_path):
+    """Learnt from ids alone; asked and tested with a column of symbols, and with other versions."""
+    blobs.var_names = [f"ENSG{number:011d}.3" for number in range(blobs.n_vars)]
+    others = blobs.copy()
+    others.var_names = [name.replace(".3", ".7") for name in blobs.var_names]
+    others.var["feature_name"] = [f"GENE{number}" for number in range(blobs.n_vars)]
+    options = {"use_cpu": True, "disable_tqdm": True}
+    summary = finetune(blobs, "cell_type", tmp_path / "model", test=others, **options)
+    assert summary["test_accuracy"] > 0.9 and summary["baseline_test_accuracy"] > 0.9
+    answers = [annotate(cells.copy(), model=tmp_path / "model", progress=False) for cells in (blobs, others)]
+    np.testing.assert_array_equal(*(cells.obsm["scbert_probabilities"] for cells in answers))
 
 
 def test_probabilities_are_the_models_own(solved, blobs):
