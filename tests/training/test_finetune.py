@@ -205,6 +205,27 @@ def test_low_gene_cells_are_left_out_of_training_only(tune, adata, tmp_path):
     assert summary["data"]["min_genes"]["left_out"] == 0
 
 
+def test_cells_without_a_gene_are_not_learnt_from(tune, adata, tmp_path, caplog):
+    caplog.set_level("INFO")
+    empty = adata.X.tolil()
+    empty[:30] = 0
+    adata.X = empty.tocsr()
+    adata.write_h5ad(tmp_path / "empty.h5ad")
+    for options in ({}, {"test_fraction": 0, "recipe": "default"}):
+        summary, _ = tune(reference=tmp_path / "empty.h5ad", overwrite=True, **options)
+        cells, left_out = summary["cells"], summary["data"]["empty"]
+        assert sum(cells.values()) + left_out == 120 and left_out + cells["test"] >= 30
+        assert f"{left_out} without a gene of the panel" in caplog.text
+    assert left_out == 30 and summary["cross_validation"]["cells"] == 90
+    # a class is never emptied
+    empty[np.flatnonzero(adata.obs["cell_type"] == "B cell")] = 0
+    adata.X = empty.tocsr()
+    adata.write_h5ad(tmp_path / "empty.h5ad")
+    summary, _ = tune(reference=tmp_path / "empty.h5ad", overwrite=True)
+    assert "B cell" in summary["classes"]
+    assert "No training cell of B cell expresses a gene of the panel" in caplog.text
+
+
 def test_a_panel_file(tune, gene_panel, tmp_path):
     (tmp_path / "panel.txt").write_text("\n".join([*gene_panel[:100], "ABSENT1", "ABSENT2"]))
     summary, folder = tune(genes=tmp_path / "panel.txt")
