@@ -22,7 +22,16 @@ from ..tokenization import InputError
 from ..trained_model.model_folder import load_model, versions
 from ..trained_model.prediction import LoadedModel, log_batch_size, predict_probabilities
 from .annotate_processes import ShardedPrediction, main
-from .assignment import assign, novel_share, prediction_sets, set_sizes, set_words, shift_notes, wider_answers
+from .assignment import (
+    COLUMNS,
+    assign,
+    novel_share,
+    prediction_sets,
+    set_sizes,
+    set_words,
+    shift_notes,
+    wider_answers,
+)
 from .expression_pca import expression_pca
 from .query import BinnedQuery, copy_with_parts, opened, overlap_numbers, progress_bar, write_parts
 from .report import cell_coordinates, write_annotation_report
@@ -251,8 +260,8 @@ def _annotation(
     threshold: float | None,
     coverage: float | None,
     vote_key: str | None,
-) -> tuple[dict[str, dict], dict[str, Any]]:
-    """Annotation of an AnnData as ``{"obs": ..., "obsm": ..., "uns": ...}``, and a summary."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Annotation of an AnnData as ``{"obs": ..., "obsm": ..., "uns": ..., "stale": [...]}``, and a summary."""
     threshold, names = loaded.threshold if threshold is None else threshold, loaded.labels
     labels, confidence = assign(probabilities, names, threshold)
     obs = {"scbert_cell_type": labels, "scbert_confidence": confidence}
@@ -270,7 +279,7 @@ def _annotation(
         sets, sizes = prediction_sets(probabilities, names, loaded.quantiles(coverage))
         obs["scbert_prediction_set"] = sets
         uns |= {"coverage": float(coverage), "prediction_set_sizes": sizes}
-    notes = _notes(adata, query, obs) + doubts(query.alignment, labels, names)
+    notes = _notes(query) + doubts(query.alignment, labels, names)
     if not loaded.tells_novelty_without(query.alignment.absent):
         notes.append(
             "Too many genes that tell new types are absent: no cell is unassigned for being of a new type."
@@ -283,7 +292,12 @@ def _annotation(
         )
     if vote_key is not None:
         notes += _add_vote(obs, uns, adata, query, probabilities, names, vote_key)
+    # groups that are voted in stay, whoever made them
+    earlier = [name for name in COLUMNS if name in set(adata.obs) and (name in obs or name != vote_key)]
+    if earlier:
+        notes.append(f"Columns of an earlier annotation were replaced or removed: {', '.join(earlier)}.")
     parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
+    parts["stale"] = [name for name in earlier if name not in obs]
     summary = _summary(labels, confidence, loaded, query, notes)
     if sizes is not None:
         summary["prediction_sets"] = set_sizes(coverage, sizes)
@@ -347,7 +361,7 @@ def _add_vote(
     return [told, *vote_notes(vote)]
 
 
-def _notes(adata: AnnData, query: BinnedQuery, obs: dict) -> list[str]:
+def _notes(query: BinnedQuery) -> list[str]:
     notes = []
     if query.n_empty:
         notes.append(
@@ -357,9 +371,6 @@ def _notes(adata: AnnData, query: BinnedQuery, obs: dict) -> list[str]:
         notes.append(
             f"{query.alignment.n_duplicates:,} gene(s) of the query have the name of another: their values were summed."
         )
-    replaced = [name for name in obs if name in adata.obs]
-    if replaced:
-        notes.append(f"Columns of an earlier annotation were replaced: {', '.join(replaced)}.")
     return notes
 
 
