@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..data.read_backed import BackedCells
 from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError
 from ..trained_model.model_folder import load_model, versions
-from ..trained_model.prediction import LoadedModel, log_batch_size, predict_probabilities
+from ..trained_model.prediction import LoadedModel, check_batch_size, log_batch_size, predict_probabilities
 from .annotate_processes import ShardedPrediction, main
 from .assignment import (
     COLUMNS,
@@ -128,7 +129,7 @@ def annotate(
     >>> [name for name in annotated.obs if name.startswith("scbert")][:2]
     ['scbert_cell_type', 'scbert_confidence']
     """
-    _check_threshold(threshold)
+    _check_numbers(threshold, batch_size)
     adata = read_cells(cells, layer=layer, check=False)
     if majority_vote is not None:
         check_vote(adata, majority_vote)
@@ -199,7 +200,7 @@ def annotate_file(
         When the output cannot be written.
     """
     started = time.monotonic()
-    _check_threshold(threshold)
+    _check_numbers(threshold, batch_size)
     check_output_path(output, overwrite, inputs=(query,), suffix=ANNOTATION_FORMATS)
     for written, others in ((genes_report, (output, gene_table)), (report, (output,))):
         if written is not None:
@@ -247,9 +248,10 @@ def _load_annotator(model: Any, device: str | None, dtype: str | None, coverage:
     return loaded
 
 
-def _check_threshold(threshold: float | None) -> None:
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise InputError(f"The threshold is {threshold}; it must lie between 0 and 1.")
+def _check_numbers(threshold: float | None, batch_size: int | None) -> None:
+    if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+        raise InputError(f"The threshold is {threshold!r}; it must be a number from 0 to 1.")
+    check_batch_size(batch_size)
 
 
 def _annotation(
