@@ -23,7 +23,7 @@ import torch
 from accelerate import PartialState
 
 from ..data.disk_matrix import DiskMatrix
-from ..data.paths import atomic_file
+from ..data.paths import PARTIAL, atomic_file, check_partial_folder
 from ..data.read import matrix_rows
 from ..data.worker_processes import end_with_parent
 from ..tokenization import InputError, align_genes
@@ -68,7 +68,8 @@ class ShardedPrediction:
             "gene_table": None if gene_table is None else str(gene_table),
             **options,
         }
-        self.output, self.folder = output, Path(output).with_name(f"{Path(output).name}.partial")
+        self.output, self.folder = output, Path(output).with_name(Path(output).name + PARTIAL)
+        check_partial_folder(self.folder, RECORD)
 
     def predict(self, query: BinnedQuery, loaded: LoadedModel, progress: bool) -> np.ndarray | DiskMatrix:
         """Probabilities [cells, labels]."""

@@ -71,6 +71,16 @@ def test_interrupted_run_goes_on(query, model_dir, tmp_path, monkeypatch):
     assert equal(output, tmp_path / "one.h5ad") and not (tmp_path / "out.h5ad.partial").exists()
 
 
+def test_a_folder_of_others_is_left_as_it_is(query, model_dir, tmp_path):
+    other = tmp_path / "out.h5ad.partial"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    for options in ({"processes": 1}, {"resume": True}):
+        with pytest.raises(InputError, match="out.h5ad.partial .* Move it"):
+            annotate_file(query, model_dir, tmp_path / "out.h5ad", progress=False, **options)
+    assert (other / "thesis.tex").read_text() == "years of work"
+
+
 def test_dead_process_is_told(query, model_dir, tmp_path, monkeypatch):
     class Dead:
         exitcode = -9
