@@ -176,7 +176,7 @@ def progress_bar(total: int, title: str, shown: bool = True) -> tqdm:
 
 def copy_with_parts(adata: AnnData, parts: dict[str, Any], own: bool) -> AnnData:
     """An AnnData in memory with `parts` added: the cells themselves if they are our own, else a copy."""
-    copied = adata.to_memory() if adata.isbacked else adata if own else adata.copy()
+    copied = adata if own else adata.copy()
     add_parts(copied, parts)
     return copied
 

@@ -2,11 +2,13 @@
 
 import json
 
+import anndata
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+import scbert
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
 from scbert.inference import annotate
 from scbert.tokenization import InputError
@@ -188,6 +190,13 @@ def test_a_test_file_of_its_own(tune, adata, tmp_path):
     summary, _ = tune(test=tmp_path / "test.h5ad")
     assert summary["data"]["test_classes_unknown"] == ["plasma cell"]
     assert summary["cells"]["test"] == summary["test"]["cells"] == 26
+
+
+def test_references_on_disk(reference):
+    folds = anndata.read_h5ad(reference, backed="r")
+    options = {"test": folds, "unlabelled": folds, "use_cpu": True, "disable_tqdm": True}
+    model = scbert.finetune(folds, "cell_type", **options)
+    assert model.metrics["cells"]["test"] == 120 and "baseline_test_accuracy" in model.metrics
 
 
 def test_low_gene_cells_are_left_out_of_training_only(tune, adata, tmp_path):
