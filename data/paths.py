@@ -72,8 +72,8 @@ def _cells_below(folder):
             yield from sorted(folder.glob(below + pattern))
 
 
-def check_output_path(path, overwrite=False, inputs=(), suffix=None):
-    """Refuse an output, file or folder, that exists, cannot be written, or is one of the `inputs`.
+def check_output_path(path, overwrite=False, inputs=(), suffix=None, outputs=()):
+    """Refuse an output, file or folder, that exists, cannot be written, or is one of the `inputs` or other `outputs`.
 
     No `overwrite` lets an input be written. The name has to end in `suffix`, or one of several, if that is given.
     """
@@ -86,6 +86,9 @@ def check_output_path(path, overwrite=False, inputs=(), suffix=None):
     for source in inputs:
         if source is not None and _same_file(path, Path(source)):
             raise InputError(f"The output {path} is the input itself. Choose another output (--output).")
+    for other in outputs:
+        if other is not None and _same_file(path, Path(other)):
+            raise InputError(f"Two outputs have one name, {path}. Give each its own.")
     # a dangling link exists too: os.replace would take its place without a word
     if os.path.lexists(path) and not overwrite:
         raise InputError(

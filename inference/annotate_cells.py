@@ -20,7 +20,7 @@ from ..data.read import read_cells
 from ..data.read_backed import BackedCells
 from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError
-from ..trained_model.model_folder import load_model, versions
+from ..trained_model.model_folder import check_outside, load_model, versions
 from ..trained_model.prediction import LoadedModel, check_batch_size, log_batch_size, predict_probabilities
 from .annotate_processes import ShardedPrediction, main
 from .assignment import (
@@ -202,10 +202,11 @@ def annotate_file(
     started = time.monotonic()
     _check_numbers(threshold, batch_size)
     check_output_path(output, overwrite, inputs=(query,), suffix=ANNOTATION_FORMATS)
-    for written, others in ((genes_report, (output, gene_table)), (report, (output,))):
+    for written, others in ((genes_report, (output,)), (report, (output, genes_report))):
         if written is not None:
-            check_output_path(written, overwrite, inputs=(query, *others))
+            check_output_path(written, overwrite, inputs=(query, gene_table), outputs=others)
     model, shards = model_or_shipped(model, tissue), None
+    check_outside(model, output, genes_report, report)
     if processes is not None or resume:
         options = {"layer": layer, "input": input, "device": device, "dtype": dtype, "batch_size": batch_size}
         shards = ShardedPrediction(query, model, output, processes, resume, gene_table, **options)
