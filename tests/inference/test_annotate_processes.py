@@ -61,6 +61,12 @@ def test_interrupted_run_goes_on(query, model_dir, tmp_path, monkeypatch):
     assert not output.exists() and len(list((tmp_path / "out.h5ad.partial").glob("*.npz"))) == 3
     with pytest.raises(InputError, match="input"):
         annotate_file(query, model_dir, output, input="counts", resume=True, progress=False)
+    weights = model_dir / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    os.utime(weights, ns=(written, written + 1))
+    with pytest.raises(InputError, match="another content of the model"):
+        annotate_file(query, model_dir, output, resume=True, progress=False)
+    os.utime(weights, ns=(written, written))
     again = []
     monkeypatch.setattr(
         annotate_processes, "predict_probabilities", lambda *a: (again.append(1), predict(*a))[1]
