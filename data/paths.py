@@ -29,6 +29,11 @@ MARK = ".scbert-partial"
 
 def check_cells_path(path):
     """The path, refused if nothing is there or it cannot hold cells, as far as its name and place tell."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(
+            f"Cells are an AnnData, or the path of a file; found a {type(path).__name__}. Make an AnnData of it, with "
+            "the genes as its var_names: anndata.AnnData(...)."
+        )
     path = Path(path)
     if not path.exists():
         raise InputError(f"There is no file {path}.")
