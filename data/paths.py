@@ -23,10 +23,17 @@ logger = logging.getLogger(__name__)
 ANNOTATION_FORMATS = (".h5ad", ".csv")
 OTHER_FORMATS = (".csv", ".tsv", ".txt", ".gz", ".mtx", ".loom", ".rds")
 PARTIAL = ".partial"
+# stands in every folder while it is built: such a one may be removed
+MARK = ".scbert-partial"
 
 
 def check_cells_path(path):
     """The path, refused if nothing is there or it cannot hold cells, as far as its name and place tell."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(
+            f"Cells are an AnnData, or the path of a file; found a {type(path).__name__}. Make an AnnData of it, with "
+            "the genes as its var_names: anndata.AnnData(...)."
+        )
     path = Path(path)
     if not path.exists():
         raise InputError(f"There is no file {path}.")
@@ -70,8 +77,8 @@ def _cells_below(folder):
             yield from sorted(folder.glob(below + pattern))
 
 
-def check_output_path(path, overwrite=False, inputs=(), suffix=None):
-    """Refuse an output, file or folder, that exists, cannot be written, or is one of the `inputs`.
+def check_output_path(path, overwrite=False, inputs=(), suffix=None, outputs=()):
+    """Refuse an output, file or folder, that exists, cannot be written, or is one of the `inputs` or other `outputs`.
 
     No `overwrite` lets an input be written. The name has to end in `suffix`, or one of several, if that is given.
     """
@@ -84,6 +91,9 @@ def check_output_path(path, overwrite=False, inputs=(), suffix=None):
     for source in inputs:
         if source is not None and _same_file(path, Path(source)):
             raise InputError(f"The output {path} is the input itself. Choose another output (--output).")
+    for other in outputs:
+        if other is not None and _same_file(path, Path(other)):
+            raise InputError(f"Two outputs have one name, {path}. Give each its own.")
     # a dangling link exists too: os.replace would take its place without a word
     if os.path.lexists(path) and not overwrite:
         raise InputError(
@@ -106,10 +116,11 @@ def _same_file(path, source):
 def check_output_folder(path, overwrite=False, marker="config.json"):
     """Like `check_output_path` for a folder; one that exists may be replaced only if it is empty or holds `marker`.
 
-    The path comes back absolute, with links in it as they are.
+    Its partial folder may be there if a run left it. The path comes back absolute, with links in it as they are.
     """
     path = Path(os.path.abspath(path))
     check_output_path(path, overwrite)
+    check_partial_folder(path.with_name(path.name + PARTIAL), MARK)
     if not os.path.lexists(path):
         return path
     if not path.is_dir() or path.is_symlink():
@@ -120,6 +131,17 @@ def check_output_folder(path, overwrite=False, marker="config.json"):
             f"overwriting was asked for. Choose another name, or remove it yourself."
         )
     return path
+
+
+def check_partial_folder(folder, record):
+    """Refuse what is in the place of a partial folder, unless it is a folder that is empty or holds our `record`."""
+    ours = folder.is_dir() and not folder.is_symlink()
+    ours = ours and ((folder / record).is_file() or not any(folder.iterdir()))
+    if os.path.lexists(folder) and not ours:
+        raise InputError(
+            f"{folder} is in the place where the output is built, and no interrupted run left it (there is no {record} "
+            f"in it), so it is neither used nor removed. Move it, or choose another output (--output)."
+        )
 
 
 @contextlib.contextmanager
@@ -198,6 +220,7 @@ def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
         shutil.rmtree(partial)
     try:
         partial.mkdir(exist_ok=True)
+        (partial / MARK).touch()
         yield partial
     except Exception as error:
         if not disk_is_full(error):
@@ -206,6 +229,7 @@ def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
         rest = f"What was finished is in {partial}: continue with resume=True, or --resume."
         raise OSError(errno.ENOSPC, f"{full} {rest}") from None
     _swap(partial, path)
+    (path / MARK).unlink()
 
 
 def _swap(partial, path):

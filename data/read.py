@@ -42,12 +42,14 @@ def read_cells(path, layer=None, backed=False, check=True, every_feature=False):
 
     `path` is an .h5ad, .h5 (10x), .h5mu or .zarr, or a folder with a 10x matrix.mtx, gzip-compressed or not; an AnnData
     is checked and comes back as it is. The `layer` whose values will be used, ``"raw"`` or X, is only checked here.
-    `backed` leaves the matrix of an .h5ad on disk: its values are then checked as they are read. Else `check` looks for
-    negative, NaN and infinite values, and for a matrix of zeros, now. `every_feature` keeps the features of a 10x file
-    other than gene expression, such as peaks.
+    `backed` leaves the matrix of an .h5ad, or of an AnnData on disk, where it is: its values are then checked as they
+    are read. Else `check` looks for negative, NaN and infinite values, and for a matrix of zeros, now. `every_feature`
+    keeps the features of a 10x file other than gene expression, such as peaks.
     """
     if isinstance(path, anndata.AnnData):
         adata, path = path, "The AnnData"
+        if adata.isbacked and not backed:
+            adata = adata.to_memory()
     else:
         path = check_cells_path(path)
         # repeated gene or cell names are dealt with, old formats are read all the same

@@ -47,21 +47,22 @@ def _elements(adata):
     return elements
 
 
-def atomic_copy_h5ad(source, path, obs=None, obsm=None, uns=None, overwrite=False):
+def atomic_copy_h5ad(source, path, obs=None, obsm=None, uns=None, stale=(), overwrite=False):
     """Copy an .h5ad file and add to the copy; X and all else stay as they are, and out of memory.
 
     Added or replaced are columns of `obs` (dict of str to array [cells]) and elements of `obsm` and `uns`; a
-    `DiskMatrix` is copied in blocks. Errors are those of `atomic_write_h5ad`.
+    `DiskMatrix` is copied in blocks. Columns of `obs` that are `stale` are taken away. Errors are those of
+    `atomic_write_h5ad`.
     """
     with atomic_path(path, overwrite, inputs=(source,)) as temporary:
         shutil.copyfile(source, temporary)
         with _h5_file(temporary, "r+") as file:
-            _add_elements(file, obs or {}, obsm or {}, uns or {})
+            _add_elements(file, obs or {}, obsm or {}, uns or {}, stale)
 
 
-def _add_elements(file, obs, obsm, uns):
-    if obs:
-        _add_columns(file, obs)
+def _add_elements(file, obs, obsm, uns, stale):
+    if obs or stale:
+        _add_columns(file, obs, stale)
     for group, elements in (("obsm", obsm), ("uns", uns)):
         if elements and group not in file:
             anndata.io.write_elem(file, group, {})
@@ -70,22 +71,25 @@ def _add_elements(file, obs, obsm, uns):
             write(file[group], name, value)
 
 
-def _add_columns(file, columns):
-    """Add to `obs` without reading it: the names of a million cells alone take 100 MB."""
+def _add_columns(file, columns, stale):
+    """Add to `obs`, and take from it, without reading it: the names of a million cells alone take 100 MB."""
     table = file["obs"]
     if table.attrs.get("encoding-version") != TABLE_VERSION:
-        whole = anndata.io.read_elem(table)
+        whole = anndata.io.read_elem(table).drop(columns=list(stale))
         for name, values in columns.items():
             whole[name] = values
         anndata.io.write_elem(file, "obs", whole)
         return
     n_cells = count_rows(table)
+    for name in stale:
+        del table[name]
     for name, values in columns.items():
         values = values if isinstance(values, pd.Categorical) else np.asarray(values)
         if len(values) != n_cells:
             raise ValueError(f"{name} has {len(values)} values for {n_cells} cells")
         anndata.io.write_elem(table, name, values)
-    table.attrs["column-order"] = list(dict.fromkeys([*table.attrs["column-order"], *columns]))
+    kept = [name for name in table.attrs["column-order"] if name not in stale]
+    table.attrs["column-order"] = list(dict.fromkeys([*kept, *columns]))
 
 
 def count_rows(table):

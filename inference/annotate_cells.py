@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,19 @@ from ..data.read import read_cells
 from ..data.read_backed import BackedCells
 from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError
-from ..trained_model.model_folder import load_model, versions
-from ..trained_model.prediction import LoadedModel, log_batch_size, predict_probabilities
+from ..trained_model.model_folder import check_outside, load_model, versions
+from ..trained_model.prediction import LoadedModel, check_batch_size, log_batch_size, predict_probabilities
 from .annotate_processes import ShardedPrediction, main
-from .assignment import assign, novel_share, prediction_sets, set_sizes, set_words, shift_notes, wider_answers
+from .assignment import (
+    COLUMNS,
+    assign,
+    novel_share,
+    prediction_sets,
+    set_sizes,
+    set_words,
+    shift_notes,
+    wider_answers,
+)
 from .expression_pca import expression_pca
 from .query import BinnedQuery, copy_with_parts, opened, overlap_numbers, progress_bar, write_parts
 from .report import cell_coordinates, write_annotation_report
@@ -119,7 +129,7 @@ def annotate(
     >>> [name for name in annotated.obs if name.startswith("scbert")][:2]
     ['scbert_cell_type', 'scbert_confidence']
     """
-    _check_threshold(threshold)
+    _check_numbers(threshold, batch_size)
     adata = read_cells(cells, layer=layer, check=False)
     if majority_vote is not None:
         check_vote(adata, majority_vote)
@@ -190,12 +200,13 @@ def annotate_file(
         When the output cannot be written.
     """
     started = time.monotonic()
-    _check_threshold(threshold)
+    _check_numbers(threshold, batch_size)
     check_output_path(output, overwrite, inputs=(query,), suffix=ANNOTATION_FORMATS)
-    for written, others in ((genes_report, (output, gene_table)), (report, (output,))):
+    for written, others in ((genes_report, (output,)), (report, (output, genes_report))):
         if written is not None:
-            check_output_path(written, overwrite, inputs=(query, *others))
+            check_output_path(written, overwrite, inputs=(query, gene_table), outputs=others)
     model, shards = model_or_shipped(model, tissue), None
+    check_outside(model, output, genes_report, report)
     if processes is not None or resume:
         options = {"layer": layer, "input": input, "device": device, "dtype": dtype, "batch_size": batch_size}
         shards = ShardedPrediction(query, model, output, processes, resume, gene_table, **options)
@@ -238,9 +249,10 @@ def _load_annotator(model: Any, device: str | None, dtype: str | None, coverage:
     return loaded
 
 
-def _check_threshold(threshold: float | None) -> None:
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise InputError(f"The threshold is {threshold}; it must lie between 0 and 1.")
+def _check_numbers(threshold: float | None, batch_size: int | None) -> None:
+    if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+        raise InputError(f"The threshold is {threshold!r}; it must be a number from 0 to 1.")
+    check_batch_size(batch_size)
 
 
 def _annotation(
@@ -251,8 +263,8 @@ def _annotation(
     threshold: float | None,
     coverage: float | None,
     vote_key: str | None,
-) -> tuple[dict[str, dict], dict[str, Any]]:
-    """Annotation of an AnnData as ``{"obs": ..., "obsm": ..., "uns": ...}``, and a summary."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Annotation of an AnnData as ``{"obs": ..., "obsm": ..., "uns": ..., "stale": [...]}``, and a summary."""
     threshold, names = loaded.threshold if threshold is None else threshold, loaded.labels
     labels, confidence = assign(probabilities, names, threshold)
     obs = {"scbert_cell_type": labels, "scbert_confidence": confidence}
@@ -270,7 +282,7 @@ def _annotation(
         sets, sizes = prediction_sets(probabilities, names, loaded.quantiles(coverage))
         obs["scbert_prediction_set"] = sets
         uns |= {"coverage": float(coverage), "prediction_set_sizes": sizes}
-    notes = _notes(adata, query, obs) + doubts(query.alignment, labels, names)
+    notes = _notes(query) + doubts(query.alignment, labels, names)
     if not loaded.tells_novelty_without(query.alignment.absent):
         notes.append(
             "Too many genes that tell new types are absent: no cell is unassigned for being of a new type."
@@ -283,7 +295,12 @@ def _annotation(
         )
     if vote_key is not None:
         notes += _add_vote(obs, uns, adata, query, probabilities, names, vote_key)
+    # groups that are voted in stay, whoever made them
+    earlier = [name for name in COLUMNS if name in set(adata.obs) and (name in obs or name != vote_key)]
+    if earlier:
+        notes.append(f"Columns of an earlier annotation were replaced or removed: {', '.join(earlier)}.")
     parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
+    parts["stale"] = [name for name in earlier if name not in obs]
     summary = _summary(labels, confidence, loaded, query, notes)
     if sizes is not None:
         summary["prediction_sets"] = set_sizes(coverage, sizes)
@@ -347,7 +364,7 @@ def _add_vote(
     return [told, *vote_notes(vote)]
 
 
-def _notes(adata: AnnData, query: BinnedQuery, obs: dict) -> list[str]:
+def _notes(query: BinnedQuery) -> list[str]:
     notes = []
     if query.n_empty:
         notes.append(
@@ -357,9 +374,6 @@ def _notes(adata: AnnData, query: BinnedQuery, obs: dict) -> list[str]:
         notes.append(
             f"{query.alignment.n_duplicates:,} gene(s) of the query have the name of another: their values were summed."
         )
-    replaced = [name for name in obs if name in adata.obs]
-    if replaced:
-        notes.append(f"Columns of an earlier annotation were replaced: {', '.join(replaced)}.")
     return notes
 
 

@@ -23,7 +23,7 @@ import torch
 from accelerate import PartialState
 
 from ..data.disk_matrix import DiskMatrix
-from ..data.paths import atomic_file
+from ..data.paths import PARTIAL, atomic_file, check_partial_folder
 from ..data.read import matrix_rows
 from ..data.worker_processes import end_with_parent
 from ..tokenization import InputError, align_genes
@@ -57,18 +57,18 @@ class ShardedPrediction:
         if self.processes < 1:
             raise InputError(f"The number of processes must be 1 or more; found {processes}.")
         model = find_model(model)
-        # size and time of the last change
-        stamps = [[Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in (query, model)]
         # what every process has to know; a restarted run must have the same
         self.facts = {
             "query": str(query),
             "model": str(model),
-            "stamps": stamps,
+            "content of the query": _stamps(query),
+            "content of the model": _stamps(model),
             "shard_cells": SHARD_CELLS,
             "gene_table": None if gene_table is None else str(gene_table),
             **options,
         }
-        self.output, self.folder = output, Path(output).with_name(f"{Path(output).name}.partial")
+        self.output, self.folder = output, Path(output).with_name(Path(output).name + PARTIAL)
+        check_partial_folder(self.folder, RECORD)
 
     def predict(self, query: BinnedQuery, loaded: LoadedModel, progress: bool) -> np.ndarray | DiskMatrix:
         """Probabilities [cells, labels]."""
@@ -163,6 +163,13 @@ class ShardedPrediction:
         """Take the shards away once the output stands."""
         if launched()[0] == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _stamps(path):
+    """Name, size and time of the last change of a file, or of all in a folder."""
+    path = Path(path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _check(workers, problems, folder):

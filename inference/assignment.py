@@ -17,6 +17,19 @@ from ..evaluation.calibration import in_set
 # a cell looks like no known type whose probabilities sum to less; share of such cells beyond which cells differ from
 # those learnt; of held-out ones it is 0.025 in the mean (`training.novelty_head.KNOWN_SHARE`)
 LOOKS_NOVEL, MOST_NOVEL = 0.9, 0.1
+# all columns of obs that an annotation may write
+COLUMNS = (
+    "scbert_cell_type",
+    "scbert_confidence",
+    "scbert_cell_type_ontology_term_id",
+    "scbert_cell_type_backoff",
+    "scbert_cell_type_backoff_ontology_term_id",
+    "scbert_prediction_set",
+    "scbert_majority_vote",
+    "scbert_majority_share",
+    "scbert_majority_confidence",
+    "scbert_leiden",
+)
 
 
 def assign(

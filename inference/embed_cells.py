@@ -11,8 +11,8 @@ from anndata import AnnData
 
 from ..data.paths import check_output_path
 from ..data.read import read_cells
-from ..trained_model.model_folder import load_model, versions
-from ..trained_model.prediction import LoadedModel, log_batch_size, predict_cells
+from ..trained_model.model_folder import check_outside, load_model, versions
+from ..trained_model.prediction import LoadedModel, check_batch_size, log_batch_size, predict_cells
 from .query import BinnedQuery, copy_with_parts, opened, overlap_numbers, progress_bar, write_parts
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ def embed(
     >>> scbert.embed(adata, input="log1p", force=True, progress=False).obsm["X_scbert"].shape
     (700, 68)
     """
+    check_batch_size(batch_size)
     adata = read_cells(cells, layer=layer, check=False)
     loaded = load_model(PRETRAINED if model is None else model, "embedding", device, dtype)
     binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table)
@@ -106,11 +107,14 @@ def embed_file(
         Summary: cells, size of the vectors, gene overlap, device, seconds.
     """
     started = time.monotonic()
+    check_batch_size(batch_size)
     check_output_path(output, overwrite, inputs=(query,), suffix=".h5ad")
     if genes_report is not None:
-        check_output_path(genes_report, overwrite, inputs=(query, output, gene_table))
+        check_output_path(genes_report, overwrite, inputs=(query, gene_table), outputs=(output,))
+    model = PRETRAINED if model is None else model
+    check_outside(model, output, genes_report)
     with opened(query, layer) as adata:
-        loaded = load_model(PRETRAINED if model is None else model, "embedding", device, dtype)
+        loaded = load_model(model, "embedding", device, dtype)
         log_batch_size(loaded, batch_size)
         binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table, genes_report)
         parts, summary = _embedding(binned, loaded, batch_size, progress, output)

@@ -1,7 +1,8 @@
 """
 Cells to be annotated or embedded: opened, compared with the model's genes, binned in chunks.
 
-What a command adds to them, ``{"obs": ..., "obsm": ..., "uns": ...}``, is kept where they are and written with them.
+What a command adds to them, ``{"obs": ..., "obsm": ..., "uns": ...}``, is kept where they are and written with them;
+columns of obs that are ``"stale"`` are taken away.
 """
 
 from __future__ import annotations
@@ -173,22 +174,23 @@ def progress_bar(total: int, title: str, shown: bool = True) -> tqdm:
     return tqdm(total=total, desc=title, unit=" cells", disable=None if shown else True, smoothing=0.05)
 
 
-def copy_with_parts(adata: AnnData, parts: dict[str, dict], own: bool) -> AnnData:
+def copy_with_parts(adata: AnnData, parts: dict[str, Any], own: bool) -> AnnData:
     """An AnnData in memory with `parts` added: the cells themselves if they are our own, else a copy."""
-    copied = adata.to_memory() if adata.isbacked else adata if own else adata.copy()
+    copied = adata if own else adata.copy()
     add_parts(copied, parts)
     return copied
 
 
-def add_parts(adata: AnnData, parts: dict[str, dict]) -> None:
-    """Put ``{"obs": ..., "obsm": ..., "uns": ...}`` into an AnnData."""
-    for slot, elements in parts.items():
-        target = getattr(adata, slot)
-        for name, value in elements.items():
-            target[name] = value
+def add_parts(adata: AnnData, parts: dict[str, Any]) -> None:
+    """Put ``{"obs": ..., "obsm": ..., "uns": ...}`` into an AnnData, and take its ``"stale"`` columns of obs away."""
+    for name in parts.get("stale", ()):
+        del adata.obs[name]
+    for slot in ("obs", "obsm", "uns"):
+        for name, value in parts.get(slot, {}).items():
+            getattr(adata, slot)[name] = value
 
 
-def write_parts(query, adata: AnnData, parts: dict[str, dict], output, overwrite: bool) -> None:
+def write_parts(query, adata: AnnData, parts: dict[str, Any], output, overwrite: bool) -> None:
     """Write the query with `parts` added, or a .csv of the columns of `obs` alone; complete or not at all."""
     if Path(output).suffix.lower() == ".csv":
         with atomic_path(output, overwrite, inputs=(query,)) as temporary:

@@ -26,7 +26,7 @@ MAX_GROUPS_DRAWN = 60
 def write_annotation_report(
     path: str | Path,
     adata: AnnData | BackedCells,
-    parts: dict[str, dict],
+    parts: dict[str, Any],
     summary: dict[str, Any],
     places: tuple,
     overwrite: bool = False,

@@ -96,6 +96,8 @@ def explain(
 
 def choose_cells(predicted: np.ndarray, usable: np.ndarray, n: int, seed: int) -> np.ndarray:
     """Sorted rows of up to n usable cells of every predicted type."""
+    if n < 1:
+        raise InputError(f"cells_per_type (--cells-per-type) must be 1 or more; found {n}.")
     rng, chosen = np.random.default_rng(seed), []
     for target in np.unique(predicted[usable]):
         rows = np.flatnonzero((predicted == target) & usable)

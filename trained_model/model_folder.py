@@ -74,6 +74,16 @@ def find_model(model: str | Path) -> Path:
         ) from error
 
 
+def check_outside(model: str | Path | LoadedModel, *outputs: str | Path | None) -> None:
+    """Refuse outputs in the folder of a model, loaded or not: no consent to overwrite is meant for its files."""
+    folder = Path(model.name) if isinstance(model, LoadedModel) else find_model(model)
+    for path in outputs:
+        if path is not None and folder.resolve() in Path(path).resolve().parents:
+            raise InputError(
+                f"The output {path} is in the folder of the model, {folder}. Choose another folder."
+            )
+
+
 def check_model_folder(folder: str | Path) -> dict[str, Any]:
     """The content of a model folder's config.json; one without a complete scBERT model, by its files, is refused."""
     folder = Path(folder)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import scipy.sparse as sp
@@ -109,6 +110,7 @@ def predict(
     hidden] (a classifier's cell vectors, or see `cell_embedding`), and ``"pooled"``, what a classifier's head pools.
     The size of a batch is chosen by the size of the model and the memory if left out.
     """
+    check_batch_size(batch_size)
     loaded.model.eval()
     lengths = _sequence_lengths(loaded.tokenizer, bins)
     if loaded.model.config.num_hidden_layers:
@@ -184,6 +186,15 @@ def pick_batch_size(loaded: LoadedModel, length: int) -> int:
     if loaded.device.type == "cuda":
         memory = torch.cuda.mem_get_info(loaded.device)[0] // 2
     return int(np.clip(memory // (token_bytes * int(length)), 1, MAX_BATCH))
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    """Refuse a number of cells per batch that is none."""
+    if batch_size is not None and not (isinstance(batch_size, Integral) and batch_size >= 1):
+        raise InputError(
+            f"The batch size must be a whole number of 1 or more; found {batch_size!r}. Leave it out to have it chosen "
+            "by the memory."
+        )
 
 
 def log_batch_size(loaded: LoadedModel, batch_size: int | None = None) -> None:

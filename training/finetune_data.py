@@ -124,9 +124,11 @@ def load_data(
         learnt = np.isin(assigned, ["train", "validation"]) if data.top_genes else targets >= 0
         tokenizer = _tokenizer_of(tokenizer, reference, learnt, data, others)
     report["genes"] = _gene_report(tokenizer, reference, data)
+    bins = tokenizer.bin_cells(reference, input=data.input, layer=data.layer)
+    expressed = np.diff(bins.indptr) > 0
+    report["empty"] = sum(_drop_cells(name, assigned, targets, expressed) for name in ("train", "validation"))
     _drop_low_gene_cells(assigned, targets, reference, tokenizer, data, report)
     splits, sources = {}, dict.fromkeys(SPLITS, reference)
-    bins = tokenizer.bin_cells(reference, input=data.input, layer=data.layer)
     matrix, source = select_matrix(reference, data.layer)
     names = gene_names_of(source.var, source.var_names, tokenizer.gene_panel)
     for note in cell_notes(names, np.diff(bins.indptr)):
@@ -193,7 +195,7 @@ def _terms_and_tree(
 
 
 def _check_training_cells(train: LabelledCells, classes: list[str]) -> None:
-    """Refuse training cells that lack a class, or express nothing at all."""
+    """Refuse training cells that lack a class, or express nothing at all; name classes whose cells do."""
     lost = sorted(set(range(len(classes))) - set(train.targets.tolist()))
     if lost:
         raise InputError(
@@ -202,6 +204,12 @@ def _check_training_cells(train: LabelledCells, classes: list[str]) -> None:
         )
     if not train.bins.nnz:
         raise InputError("No training cell expresses a gene of the panel: all its values are zero.")
+    empty = sorted(set(train.targets) - set(train.targets[np.diff(train.bins.indptr) > 0]))
+    if empty:
+        logger.warning(
+            "No training cell of %s expresses a gene of the panel, so nothing of it can be learnt.",
+            ", ".join(classes[i] for i in empty),
+        )
 
 
 def _targets(labels: np.ndarray, classes: list[str]) -> np.ndarray:
@@ -328,18 +336,24 @@ def _drop_low_gene_cells(
     data: FinetuneDataArguments,
     report: dict[str, Any],
 ) -> None:
-    """Take training cells with too few expressed genes out of `assigned`, but for classes that have no others."""
+    """Take training cells with too few expressed genes out of `assigned`."""
     report["min_genes"] = {"minimum": data.min_genes, "left_out": 0}
     if not data.min_genes:
         return
     matrix, source = select_matrix(reference, data.layer)
     names = gene_names_of(source.var, source.var_names, tokenizer.gene_panel)
     alignment = align_genes(names, tokenizer.gene_panel)
-    cells = np.flatnonzero(assigned == "train")
-    enough = alignment.apply(as_csr(matrix[cells])).getnnz(axis=1) >= data.min_genes
-    low = cells[~enough & np.isin(targets[cells], targets[cells[enough]])]
+    cells, enough = np.flatnonzero(assigned == "train"), np.zeros(len(assigned), dtype=bool)
+    enough[cells] = alignment.apply(as_csr(matrix[cells])).getnnz(axis=1) >= data.min_genes
+    report["min_genes"]["left_out"] = _drop_cells("train", assigned, targets, enough)
+
+
+def _drop_cells(split: str, assigned: np.ndarray, targets: np.ndarray, enough: np.ndarray) -> int:
+    """Take the cells of a split without `enough` out of `assigned`, but for classes that have no others; how many."""
+    low = (assigned == split) & ~enough
+    low &= np.isin(targets, targets[(assigned == split) & enough])
     assigned[low] = ""
-    report["min_genes"]["left_out"] = len(low)
+    return int(low.sum())
 
 
 def _test_cells(

@@ -274,6 +274,7 @@ def _say_learnt(summary: dict[str, Any]) -> str:
     seconds = sum(summary["seconds"].values()) + summary["baseline"].get("seconds", 0)
     left_out = {
         "without a label": report["unlabelled"],
+        "without a gene of the panel": report["empty"],
         "with too few genes": report["min_genes"]["left_out"],
     }
     more = ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n)

@@ -143,8 +143,17 @@ def test_folders_of_others_are_never_removed(tmp_path):
     with pytest.raises(InputError):
         build(link, overwrite=True)
     assert (home / "thesis.tex").read_text() == "years of work"
+    home.rename(tmp_path / "model.partial")
+    for resume in (False, True):
+        with pytest.raises(InputError, match="model.partial .* Move it"):
+            build(tmp_path / "model", resume=resume)
+    (tmp_path / "model.partial").rename(home)
     (home / "thesis.tex").unlink()
     build(home, overwrite=True)
+    home.rename(tmp_path / "model.partial")
+    (tmp_path / "model.partial" / "config.json").unlink()
+    build(tmp_path / "model")
+    assert entries(tmp_path / "model") == ["config.json"]
 
 
 def test_full_disk_in_a_folder(tmp_path):

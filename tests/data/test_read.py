@@ -166,7 +166,10 @@ def h5ad(tmp_path, adata):
     return path
 
 
-def test_missing_file_and_plain_folder(tmp_path):
+def test_missing_file_and_plain_folder(tmp_path, adata):
+    for matrix in (adata.to_df(), adata.X):
+        with pytest.raises(InputError, match=f"found a {type(matrix).__name__}. Make an AnnData"):
+            read_cells(matrix)
     with pytest.raises(InputError, match="There is no file"):
         read_cells(tmp_path / "none.h5ad")
     with pytest.raises(InputError, match=r"is a folder.*h5ad"):

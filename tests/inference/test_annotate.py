@@ -7,7 +7,7 @@ import scipy.sparse as sp
 import torch
 
 from scbert import ScBertForCellClassification, ScBertTokenizer
-from scbert.inference import annotate, annotate_file
+from scbert.inference import annotate, annotate_file, embed, embed_file
 from scbert.inference import query as query_module
 from scbert.tokenization import InputError
 from scbert.trained_model import prediction
@@ -90,8 +90,9 @@ def test_threshold(adata, model_dir):
     assert (strict["scbert_cell_type"] == "unassigned").mean() > 0.5
     nothing = annotate(adata, model_dir, threshold=0, progress=False).obs["scbert_cell_type"]
     assert "unassigned" not in set(nothing)
-    with pytest.raises(InputError, match="threshold"):
-        annotate(adata, model_dir, threshold=1.5)
+    for wrong in (1.5, "0.5"):
+        with pytest.raises(InputError, match="threshold"):
+            annotate(adata, model_dir, threshold=wrong)
 
 
 def test_gene_order_extra_genes_and_duplicates(adata, model_dir):
@@ -187,6 +188,16 @@ def test_the_batch_size_is_said(adata, model_dir, tmp_path, caplog):
     adata.write_h5ad(tmp_path / "query.h5ad")
     annotate_file(tmp_path / "query.h5ad", model_dir, tmp_path / "out.h5ad", batch_size=7, progress=False)
     assert "Batches of 7 cells of 301 tokens." in caplog.text
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5])
+def test_no_batch_is_refused(adata, query, tmp_path, size):
+    for job in (annotate, embed):
+        with pytest.raises(InputError, match="batch size"):
+            job(adata, tmp_path / "never looked at", batch_size=size)
+    for job in (annotate_file, embed_file):
+        with pytest.raises(InputError, match="batch size"):
+            job(query, tmp_path / "never looked at", tmp_path / "out.h5ad", batch_size=size)
 
 
 def test_batch_size_follows_the_size_of_the_model(make_model):

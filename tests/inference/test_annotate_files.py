@@ -13,6 +13,7 @@ import scipy.io
 import scipy.sparse as sp
 
 from scbert.inference import annotate, annotate_file
+from scbert.inference.assignment import COLUMNS
 from scbert.tokenization import InputError
 
 
@@ -87,9 +88,17 @@ def test_zarr_and_10x(adata, model_dir, tmp_path, expected):
 
 def test_annotating_again_replaces_the_columns(adata, query, model_dir, make_model, tmp_path, caplog):
     first, second = tmp_path / "first.h5ad", tmp_path / "second.h5ad"
-    annotate_file(query, make_model("other", seed=5), first, progress=False)
+    adata.obs["scbert_of_mine"] = "kept"
+    adata.write_h5ad(query)
+    options = {"label_ontology_ids": {"B cell": "CL:0000236"}, "label_parents": {"B cell": "lymphocyte"}}
+    other = make_model("other", seed=5, conformal_quantiles={"0.9": [0.9] * 3}, **options)
+    annotate_file(query, other, first, coverage=0.9, majority_vote="leiden", progress=False)
+    assert {*COLUMNS} <= {*anndata.read_h5ad(first).obs}
     annotate_file(first, model_dir, second, progress=False)
-    assert "earlier annotation were replaced" in caplog.text
+    assert f"earlier annotation were replaced or removed: {', '.join(COLUMNS)}." in caplog.text
+    again = annotate(anndata.read_h5ad(first), model_dir, majority_vote="scbert_leiden", progress=False)
+    assert {"scbert_leiden", "scbert_majority_vote", "scbert_of_mine"} <= {*again.obs}
+    assert "scbert_cell_type_backoff" not in again.obs
     direct = tmp_path / "direct.h5ad"
     annotate_file(query, model_dir, direct, progress=False)
     pd.testing.assert_frame_equal(anndata.read_h5ad(second).obs, anndata.read_h5ad(direct).obs)

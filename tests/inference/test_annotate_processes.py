@@ -61,6 +61,12 @@ def test_interrupted_run_goes_on(query, model_dir, tmp_path, monkeypatch):
     assert not output.exists() and len(list((tmp_path / "out.h5ad.partial").glob("*.npz"))) == 3
     with pytest.raises(InputError, match="input"):
         annotate_file(query, model_dir, output, input="counts", resume=True, progress=False)
+    weights = model_dir / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    os.utime(weights, ns=(written, written + 1))
+    with pytest.raises(InputError, match="another content of the model"):
+        annotate_file(query, model_dir, output, resume=True, progress=False)
+    os.utime(weights, ns=(written, written))
     again = []
     monkeypatch.setattr(
         annotate_processes, "predict_probabilities", lambda *a: (again.append(1), predict(*a))[1]
@@ -69,6 +75,16 @@ def test_interrupted_run_goes_on(query, model_dir, tmp_path, monkeypatch):
     assert len(again) == 2
     annotate_file(query, model_dir, tmp_path / "one.h5ad", progress=False)
     assert equal(output, tmp_path / "one.h5ad") and not (tmp_path / "out.h5ad.partial").exists()
+
+
+def test_a_folder_of_others_is_left_as_it_is(query, model_dir, tmp_path):
+    other = tmp_path / "out.h5ad.partial"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    for options in ({"processes": 1}, {"resume": True}):
+        with pytest.raises(InputError, match="out.h5ad.partial .* Move it"):
+            annotate_file(query, model_dir, tmp_path / "out.h5ad", progress=False, **options)
+    assert (other / "thesis.tex").read_text() == "years of work"
 
 
 def test_dead_process_is_told(query, model_dir, tmp_path, monkeypatch):

@@ -169,6 +169,21 @@ def test_output_is_the_input(refused, query, tmp_path):
     refused(query, "the input itself", "--overwrite", output=tmp_path / "link.h5ad")
 
 
+@pytest.mark.parametrize("verb", ["annotate", "embed"])
+def test_outputs_over_each_other_or_the_model(run, query, model_dir, tmp_path, verb):
+    before, output = _fingerprint(model_dir), tmp_path / "out.h5ad"
+    cases = [
+        (output, output, "Two outputs have one name"),
+        (output, model_dir / "config.json", "folder of the model"),
+        (model_dir / "out.h5ad", tmp_path / "genes.csv", "folder of the model"),
+    ]
+    for written, genes, words in cases:
+        options = ["--output", written, "--genes-report", genes, "--overwrite"]
+        code, _, err = run(verb, query, "--model", model_dir, *options)
+        assert code == 1 and words in err
+    assert _fingerprint(model_dir) == before and not output.exists()
+
+
 def test_output_folder_missing_or_a_file(refused, query, tmp_path):
     refused(query, "does not exist", output=tmp_path / "absent" / "out.h5ad")
     refused(query, "does not exist", output=query / "out.h5ad")

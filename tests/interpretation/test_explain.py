@@ -13,8 +13,9 @@ from scbert.commands.cli import main
 from scbert.interpretation.attribution import gradient_shap, integrated_gradients
 from scbert.interpretation.deletion import COLUMNS, deletion_test, remove_top, verdict
 from scbert.interpretation.explain_files import explain_file
-from scbert.interpretation.explain_types import attention_by_gene
+from scbert.interpretation.explain_types import attention_by_gene, explain
 from scbert.interpretation.received_attention import gene_attention
+from scbert.tokenization import InputError
 from scbert.trained_model.prediction import LoadedModel
 
 LABELS = ["B cell", "CD8+/CD45RA+ T"]
@@ -228,8 +229,10 @@ def test_modalities_reach_the_explanations(gene_panel, adata):
     np.testing.assert_allclose(result.explained, (whole - empty).numpy(), rtol=1e-5)
 
 
-def test_a_missing_column_is_named(model_folder, adata, tmp_path):
+def test_a_missing_column_and_no_cells_are_named(model_folder, adata, tmp_path):
     adata.write_h5ad(tmp_path / "query.h5ad")
     arguments = ["explain", str(tmp_path / "query.h5ad"), "--model", str(model_folder), "--label-key", "type"]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="cells_per_type .* found 0"):
+        explain(adata, model_folder, cells_per_type=0)

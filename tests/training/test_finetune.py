@@ -2,11 +2,13 @@
 
 import json
 
+import anndata
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+import scbert
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
 from scbert.inference import annotate
 from scbert.tokenization import InputError
@@ -199,6 +201,13 @@ def test_presence_and_absence_are_told_from_counts(tune, adata, caplog):
     assert "look like presence or absence" in caplog.text
 
 
+def test_references_on_disk(reference):
+    folds = anndata.read_h5ad(reference, backed="r")
+    options = {"test": folds, "unlabelled": folds, "use_cpu": True, "disable_tqdm": True}
+    model = scbert.finetune(folds, "cell_type", **options)
+    assert model.metrics["cells"]["test"] == 120 and "baseline_test_accuracy" in model.metrics
+
+
 def test_low_gene_cells_are_left_out_of_training_only(tune, adata, tmp_path):
     poor = adata.X.tolil()
     poor[:30, 50:] = 0
@@ -212,6 +221,27 @@ def test_low_gene_cells_are_left_out_of_training_only(tune, adata, tmp_path):
     # a class is never emptied: where no cell of it has genes enough, all are learnt from
     summary, _ = tune(reference=tmp_path / "poor.h5ad", min_genes=5000, overwrite=True)
     assert summary["data"]["min_genes"]["left_out"] == 0
+
+
+def test_cells_without_a_gene_are_not_learnt_from(tune, adata, tmp_path, caplog):
+    caplog.set_level("INFO")
+    empty = adata.X.tolil()
+    empty[:30] = 0
+    adata.X = empty.tocsr()
+    adata.write_h5ad(tmp_path / "empty.h5ad")
+    for options in ({}, {"test_fraction": 0, "recipe": "default"}):
+        summary, _ = tune(reference=tmp_path / "empty.h5ad", overwrite=True, **options)
+        cells, left_out = summary["cells"], summary["data"]["empty"]
+        assert sum(cells.values()) + left_out == 120 and left_out + cells["test"] >= 30
+        assert f"{left_out} without a gene of the panel" in caplog.text
+    assert left_out == 30 and summary["cross_validation"]["cells"] == 90
+    # a class is never emptied
+    empty[np.flatnonzero(adata.obs["cell_type"] == "B cell")] = 0
+    adata.X = empty.tocsr()
+    adata.write_h5ad(tmp_path / "empty.h5ad")
+    summary, _ = tune(reference=tmp_path / "empty.h5ad", overwrite=True)
+    assert "B cell" in summary["classes"]
+    assert "No training cell of B cell expresses a gene of the panel" in caplog.text
 
 
 def test_a_panel_file(tune, gene_panel, tmp_path):
