@@ -17,7 +17,7 @@ ORDER = {
     "annotate": "cells are assigned",
     "embed": "(234, 32)",
     "explain": "Deletion test",
-    "pipelines": "(16,)",
+    "pipelines": "(32,)",
     "evaluate": "logistic_l2",
     "pretrain": "hidden bins guessed right",
     "convert": "23 genes",
