@@ -117,3 +117,14 @@ def test_a_model_makes_its_own_pipeline(adata, annotator, embedder):
     assert annotator.model.as_pipeline(annotator.tokenizer)(adata[:3]) == annotator(adata[:3])
     encoder = embedder.model.as_pipeline(embedder.tokenizer)
     np.testing.assert_array_equal(np.stack(encoder(adata[:3])), np.stack(embedder(adata[:3])))
+
+
+def test_rows_of_small_integers_are_counts(adata, annotator):
+    """Expression bins are of that type, too, and are not mistaken for them."""
+    rows = adata.X[:3].astype(np.int16)
+    assert annotator([rows[i] for i in range(3)]) == annotator(adata[:3])
+
+
+def test_too_few_genes_are_refused_as_by_annotate(adata, annotator):
+    with pytest.raises(scbert.InputError, match="genes; at least"):
+        annotator(adata[:2, : adata.n_vars // 5].copy())
