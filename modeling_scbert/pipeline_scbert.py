@@ -198,7 +198,8 @@ class CellEmbeddingPipeline(CellPipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.model.config.cell_vector_size and not hasattr(self.model, "classifier"):
+        bare = self.model.config.cell_vector_size and not hasattr(self.model, "classifier")
+        if bare and self.model.name_or_path:
             # the task has the encoder loaded, and it is the classifier that makes the vectors
             encoder = self.model
             classes = importlib.import_module(type(encoder).__module__)
