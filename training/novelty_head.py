@@ -5,8 +5,8 @@ How far a cell lies from the nearest type, in the space of the cell vectors and 
 (Mahalanobis; Lee et al. 2018), is taken relative to how far it lies from the mean of all cells (Ren et al. 2021):
 cells of another study are farther from both. A cell is novel where that is more than for nearly all cells, each by what
 was learnt without it (a conformal outlier test, Bates et al. 2023). Three quarters of the second distance are a middle:
-all of it leaves what is far across the types' span, or beside a type that most cells are of, unseen; without it, a
-fourth of the cells of other chemistries are novel.
+all of it leaves what is far across the types' span, or beside a type that most cells are of, unseen; without it, many
+cells of other chemistries are novel.
 Leaving types out in turn and fitting the odds on them, with the energy of the logits beside the distance, was measured
 and found half as many: types that differ little from a known one, which nothing tells, taught it to doubt the distance.
 """
