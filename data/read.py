@@ -84,6 +84,8 @@ def _read_file(path, backed, every_feature):
             return read_10x_h5(path, every_feature)
         if isinstance(file.get("X"), h5py.Dataset):
             check_shape(file["X"])
+        # as anndata wrote it before 0.7: its tables are arrays, to which no column could be added on disk
+        backed = backed and isinstance(file.get("obs"), h5py.Group)
     return anndata.read_h5ad(path, backed="r" if backed else None)
 
 
