@@ -77,9 +77,9 @@ def _read_file(path, backed, every_feature):
         raise InputError(
             f"{path} is not valid HDF5 (corrupt, truncated or another format). An .h5ad file was needed."
         )
-    if path.suffix == ".h5mu":
-        return read_mudata(path)
     with h5py.File(path, "r") as file:
+        if "mod" in file:
+            return read_mudata(path)
         if _is_10x_h5(file):
             return read_10x_h5(path, every_feature)
         if isinstance(file.get("X"), h5py.Dataset):

@@ -88,6 +88,12 @@ def test_zarr_and_10x(adata, model_dir, tmp_path, expected):
         assert list(anndata.read_h5ad(tmp_path / f"out{number}.h5ad").obs_names) == list(adata.obs_names)
 
 
+def test_mudata(adata, model_dir, tmp_path, expected):
+    pytest.importorskip("mudata").MuData({"rna": adata}).write(tmp_path / "cells.H5MU")
+    annotate_file(tmp_path / "cells.H5MU", model_dir, tmp_path / "out.h5ad", progress=False)
+    np.testing.assert_array_equal(probabilities(tmp_path / "out.h5ad"), expected)
+
+
 def test_tables_as_arrays(model_dir, tmp_path):
     """As anndata wrote them before 0.7, and scanpy still ships one."""
     source = Path(scanpy.datasets.__file__).with_name("10x_pbmc68k_reduced.h5ad")
