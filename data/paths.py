@@ -42,6 +42,8 @@ def check_cells_path(path):
             raise InputError(_not_a_folder_of_cells(path))
     elif path.stat().st_size == 0:
         raise InputError(f"{path} is empty.")
+    elif path.name.lower().endswith((".h5ad.gz", ".h5.gz", ".h5mu.gz")):
+        raise InputError(f"{path} is compressed as a whole. Unpack it first: gunzip -k {path}")
     elif path.suffix.lower() in OTHER_FORMATS:
         raise InputError(
             f"{path}: {path.suffix} files are not read here. Convert it to .h5ad (for example with "

@@ -50,7 +50,8 @@ def test_outputs_have_the_suffix_of_their_format(tmp_path):
     [
         ("cells.csv", "Convert it to .h5ad"),
         ("cells.loom", ".loom files are not read"),
-        ("cells.h5ad.gz", ".gz files are not read"),
+        ("cells.csv.gz", ".gz files are not read"),
+        ("cells.h5ad.gz", "Unpack it first: gunzip"),
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path, name, words):
