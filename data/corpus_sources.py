@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from ..tokenization import InputError
-from .paths import is_10x_folder
+from .paths import is_10x_folder, visible
 
-CELL_FILES = ("*.h5ad", "*.h5", "*.h5mu", "*.zarr")
+CELL_FILES = (".h5ad", ".h5", ".h5mu", ".zarr")
 TABLES = (".csv", ".tsv")
 
 
@@ -58,11 +58,11 @@ def find_sources(paths, layer=None):
 
 
 def _files_in(folder):
-    found = {path for pattern in CELL_FILES for path in folder.glob(pattern)}
-    found |= {path for path in folder.iterdir() if path.is_dir() and is_10x_folder(path)}
+    inside = visible(folder)
+    found = [path for path in inside if path.suffix in CELL_FILES or path.is_dir() and is_10x_folder(path)]
     if not found:
-        raise InputError(f"{folder} contains no file of cells ({', '.join(CELL_FILES)}, or a 10x folder).")
-    return sorted(found)
+        raise InputError(f"{folder} contains no file of cells (*{', *'.join(CELL_FILES)}, or a 10x folder).")
+    return found
 
 
 def _read_manifest(path, layer):

@@ -59,7 +59,12 @@ def is_zarr(folder):
 
 def is_10x_folder(folder):
     """Whether a folder holds a matrix.mtx or matrix.mtx.gz."""
-    return any(path.name.removesuffix(".gz").endswith("matrix.mtx") for path in Path(folder).iterdir())
+    return any(path.name.removesuffix(".gz").endswith("matrix.mtx") for path in visible(folder))
+
+
+def visible(folder):
+    """What is in a folder, sorted, without hidden files: macOS puts a ._matrix.mtx beside a matrix.mtx."""
+    return sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
 
 
 def _not_a_folder_of_cells(folder):

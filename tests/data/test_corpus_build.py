@@ -39,6 +39,8 @@ def rows_of(corpus):
 
 
 def test_cells_come_back_as_they_stood(files, tmp_path):
+    # as macOS leaves them beside every file of an archive
+    (files / "._a.h5ad").write_bytes(b"\0\5\26\7")
     summary = build_corpus([files], tmp_path / "corpus", **SMALL)
     assert summary["cells"] == 120 and summary["shards"] == 3 + 2 + 1 and summary["files_skipped"] == 0
     manifest = read_manifest(tmp_path / "corpus")
