@@ -27,6 +27,7 @@ from .corpus_manifest import checksum
 from .paths import atomic_file
 from .quality_control import choose_cells, measure_cells
 from .read import CHUNK_SIZE, matrix_rows, opened_cells
+from .regions import genome_build
 
 LISTS = {"gene_ids": pa.list_(pa.int32()), "values": pa.list_(pa.float32())}
 NAMES = {"cell": pa.string(), "file": pa.string()}
@@ -82,7 +83,7 @@ def _scan(adata, source, input, rules):
     facts = {
         "genes": [name for name, is_taken in zip(names, taken) if is_taken],
         "modalities": modalities[taken].tolist(),
-        "genome_build": adata.uns.get("genome_build"),
+        "genome_build": genome_build(adata.uns.get("genome_build")),
         "obs": {str(name): _kind_of(adata.obs[name]) for name in adata.obs.columns},
         "kind": kind,
         "covers_all_genes": kind == "counts" or log1p_scale(sample) is not None,

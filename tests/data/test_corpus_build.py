@@ -66,6 +66,16 @@ def test_side_by_side_gives_the_same(files, tmp_path):
     assert one == two
 
 
+def test_builds_of_two_names_are_one(adata, tmp_path):
+    for name, build in (("a", "GRCh38"), ("b", "hg38")):
+        part = adata[:60].copy() if name == "a" else adata[60:].copy()
+        part.uns["genome_build"] = build
+        part.write_h5ad(tmp_path / f"{name}.h5ad")
+    sources = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    assert build_corpus(sources, tmp_path / "corpus", **SMALL)["cells"] == 120
+    assert read_manifest(tmp_path / "corpus")["genome_build"] == "hg38"
+
+
 def test_manifest_table(files, tmp_path):
     table = tmp_path / "files.csv"
     table.write_text("path,dataset,donor,species\ncells/a.h5ad,study,d9,human\ncells/b.h5ad,,,human\n")
