@@ -24,14 +24,6 @@ class Source:
     # what a manifest says of all its cells: dataset, donor, species and the like
     columns: dict[str, str] = field(default_factory=dict)
 
-    def stamp(self):
-        """Size and time of the last change, by which another file of the same name is told."""
-        if not self.path.exists():
-            return []
-        paths = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
-        facts = [path.stat() for path in paths]
-        return [sum(fact.st_size for fact in facts), max((fact.st_mtime_ns for fact in facts), default=0)]
-
 
 def find_sources(paths, layer=None):
     """The files named by `paths`, in order.
@@ -59,7 +51,7 @@ def find_sources(paths, layer=None):
 
 def _files_in(folder):
     inside = visible(folder)
-    found = [path for path in inside if path.suffix in CELL_FILES or path.is_dir() and is_10x_folder(path)]
+    found = [path for path in inside if path.suffix in CELL_FILES or (path.is_dir() and is_10x_folder(path))]
     if not found:
         raise InputError(f"{folder} contains no file of cells (*{', *'.join(CELL_FILES)}, or a 10x folder).")
     return found

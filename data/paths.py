@@ -84,6 +84,14 @@ def _cells_below(folder):
             yield from sorted(folder.glob(below + pattern))
 
 
+def stamp_of(path):
+    """Size and times of the last change of a file, or of all in a folder: another one of its name has others."""
+    if not path.exists():
+        return []
+    facts = [part.stat() for part in (path.rglob("*") if path.is_dir() else [path])]
+    return [sum(fact.st_size for fact in facts), sum(fact.st_mtime_ns for fact in facts)]
+
+
 def check_output_path(path, overwrite=False, inputs=(), suffix=None, outputs=()):
     """Refuse an output, file or folder, that exists, cannot be written, or is one of the `inputs` or other `outputs`.
 

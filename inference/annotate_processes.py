@@ -23,7 +23,7 @@ import torch
 from accelerate import PartialState
 
 from ..data.disk_matrix import DiskMatrix
-from ..data.paths import PARTIAL, atomic_file, check_partial_folder
+from ..data.paths import PARTIAL, atomic_file, check_partial_folder, stamp_of
 from ..data.read import matrix_rows
 from ..data.worker_processes import end_with_parent
 from ..tokenization import InputError, align_genes
@@ -61,8 +61,8 @@ class ShardedPrediction:
         self.facts = {
             "query": str(query),
             "model": str(model),
-            "content of the query": _stamps(query),
-            "content of the model": _stamps(model),
+            "content of the query": stamp_of(Path(query)),
+            "content of the model": stamp_of(Path(model)),
             "shard_cells": SHARD_CELLS,
             "gene_table": None if gene_table is None else str(gene_table),
             **options,
@@ -163,13 +163,6 @@ class ShardedPrediction:
         """Take the shards away once the output stands."""
         if launched()[0] == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _stamps(path):
-    """Name, size and time of the last change of a file, or of all in a folder."""
-    path = Path(path)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _check(workers, problems, folder):
