@@ -28,6 +28,8 @@ from ..data.write_h5ad import atomic_copy_h5ad, atomic_write_h5ad
 from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes, map_genes
 from ..tokenization.cells_scbert import raw_hint
 from ..tokenization.genes_scbert import looks_like_ensembl
+from ..trained_model.model_folder import versions
+from ..trained_model.prediction import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -157,9 +159,10 @@ def overlap_report(alignment: GeneAlignment) -> str:
     )
 
 
-def overlap_numbers(alignment: GeneAlignment) -> dict[str, Any]:
-    """The gene overlap as plain numbers, for `uns` and summaries."""
-    return {
+def run_facts(query: BinnedQuery, loaded: LoadedModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is told of every run: for `uns`, and for the summary."""
+    alignment = query.alignment
+    overlap = {
         "panel": alignment.panel_size,
         "matched": alignment.n_matched,
         "absent": alignment.n_absent,
@@ -167,6 +170,18 @@ def overlap_numbers(alignment: GeneAlignment) -> dict[str, Any]:
         "duplicates": alignment.n_duplicates,
         "share": float(alignment.overlap),
     }
+    both = {
+        "model": loaded.name,
+        "gene_overlap": overlap,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+    }
+    told = {
+        "cells": query.n_cells,
+        "genes_found": alignment.n_matched,
+        "genes_of_model": alignment.panel_size,
+        "device": str(loaded.device),
+    }
+    return {**both, "versions": versions()}, {**told, **both}
 
 
 def progress_bar(total: int, title: str, shown: bool = True) -> tqdm:
@@ -174,20 +189,14 @@ def progress_bar(total: int, title: str, shown: bool = True) -> tqdm:
     return tqdm(total=total, desc=title, unit=" cells", disable=None if shown else True, smoothing=0.05)
 
 
-def copy_with_parts(adata: AnnData, parts: dict[str, Any], own: bool) -> AnnData:
-    """An AnnData in memory with `parts` added: the cells themselves if they are our own, else a copy."""
-    copied = adata if own else adata.copy()
-    add_parts(copied, parts)
-    return copied
-
-
-def add_parts(adata: AnnData, parts: dict[str, Any]) -> None:
+def add_parts(adata: AnnData, parts: dict[str, Any]) -> AnnData:
     """Put ``{"obs": ..., "obsm": ..., "uns": ...}`` into an AnnData, and take its ``"stale"`` columns of obs away."""
     for name in parts.get("stale", ()):
         del adata.obs[name]
     for slot in ("obs", "obsm", "uns"):
         for name, value in parts.get(slot, {}).items():
             getattr(adata, slot)[name] = value
+    return adata
 
 
 def write_parts(query, adata: AnnData, parts: dict[str, Any], output, overwrite: bool) -> None:
@@ -201,5 +210,4 @@ def write_parts(query, adata: AnnData, parts: dict[str, Any], output, overwrite:
         adata.file.close()
         atomic_copy_h5ad(query, output, **parts, overwrite=overwrite)
         return
-    add_parts(adata, parts)
-    atomic_write_h5ad(adata, output, overwrite=overwrite, inputs=(query,))
+    atomic_write_h5ad(add_parts(adata, parts), output, overwrite=overwrite, inputs=(query,))
