@@ -63,7 +63,8 @@ def _scan(adata, source, input, rules):
     matrix, names = matrix_rows(adata, source.layer)
     sample = sample_rows(matrix)
     kind = detect_input_kind(sample) if input == "auto" else input
-    gene_hashes = np.array([_hash_of(name) for name in names], dtype=np.uint64)
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    gene_hashes = np.frombuffer(b"".join(digests), dtype="<u8")
     hashes = []
 
     def look(chunk):
@@ -91,10 +92,6 @@ def _scan(adata, source, input, rules):
         "rules": report,
     }
     return Scan(facts, keep, np.concatenate(hashes))
-
-
-def _hash_of(name):
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def hash_cells(chunk, gene_hashes):
@@ -144,14 +141,10 @@ def corpus_schema(scans, sources, columns=None):
     clash = sorted(set(kinds) & {*LISTS, *NAMES})
     if clash:
         raise InputError(f"A corpus has columns of its own called {', '.join(clash)}; rename those in obs.")
-    fields = {name: ARROW_TYPES[_common_kind(found)] for name, found in kinds.items()}
-    return pa.schema({**LISTS, **NAMES, **fields})
-
-
-def _common_kind(kinds):
-    if len(kinds) == 1:
-        return next(iter(kinds))
-    return "float" if kinds == {"int", "float"} else "string"
+    for name, found in kinds.items():
+        only = "float" if found == {"int", "float"} else "string"
+        kinds[name] = ARROW_TYPES[min(found) if len(found) == 1 else only]
+    return pa.schema({**LISTS, **NAMES, **kinds})
 
 
 def write_file(source, rows, facts, genes, schema, folder, number, shard_cells):
