@@ -46,7 +46,7 @@ def read_cells(path, layer=None, backed=False, check=True, every_feature=False):
     is checked and comes back as it is. The `layer` whose values will be used, ``"raw"`` or X, is only checked here.
     `backed` leaves the matrix of an .h5ad, or of an AnnData on disk, where it is: its values are then checked as they
     are read. Else `check` looks for negative, NaN and infinite values, and for a matrix of zeros, now. `every_feature`
-    keeps the features of a 10x file other than gene expression, such as peaks.
+    keeps the features of a 10x or MuData file other than gene expression, such as peaks.
     """
     if isinstance(path, anndata.AnnData):
         adata, path = path, "The AnnData"
@@ -81,7 +81,7 @@ def _read_file(path, backed, every_feature):
         )
     with h5py.File(path, "r") as file:
         if "mod" in file:
-            return read_mudata(path)
+            return read_mudata(path, every_feature=every_feature)
         if _is_10x_h5(file):
             return read_10x_h5(path, every_feature)
         if isinstance(file.get("X"), h5py.Dataset):

@@ -89,7 +89,10 @@ def test_zarr_and_10x(adata, model_dir, tmp_path, expected):
 
 
 def test_mudata(adata, model_dir, tmp_path, expected):
-    pytest.importorskip("mudata").MuData({"rna": adata}).write(tmp_path / "cells.H5MU")
+    # as often scaled, and named as genes
+    proteins = anndata.AnnData(np.full((120, 2), -1.0), adata.obs[[]], pd.DataFrame(index=["CD14", "CD19"]))
+    cells = pytest.importorskip("mudata").MuData({"rna": adata, "prot": proteins})
+    cells.write(tmp_path / "cells.H5MU")
     annotate_file(tmp_path / "cells.H5MU", model_dir, tmp_path / "out.h5ad", progress=False)
     np.testing.assert_array_equal(probabilities(tmp_path / "out.h5ad"), expected)
 
