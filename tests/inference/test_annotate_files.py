@@ -97,6 +97,17 @@ def test_mudata(adata, model_dir, tmp_path, expected):
     np.testing.assert_array_equal(probabilities(tmp_path / "out.h5ad"), expected)
 
 
+def test_proteins_are_not_added_to_the_genes_of_their_names(adata, model_dir, tmp_path, expected):
+    proteins = anndata.AnnData(np.full((120, 2), 300.0), adata.obs[[]], pd.DataFrame(index=["CD14", "CD19"]))
+    both = anndata.concat([adata, proteins], axis=1, merge="first")
+    both.var["feature_types"] = ["Gene Expression"] * 300 + ["Antibody Capture"] * 2
+    both.write_h5ad(tmp_path / "cells.h5ad")
+    for number, processes in enumerate((None, 1)):
+        output = tmp_path / f"out{number}.h5ad"
+        annotate_file(tmp_path / "cells.h5ad", model_dir, output, progress=False, processes=processes)
+        np.testing.assert_array_equal(probabilities(output), expected)
+
+
 def test_tables_as_arrays(model_dir, tmp_path):
     """As anndata wrote them before 0.7, and scanpy still ships one."""
     source = Path(scanpy.datasets.__file__).with_name("10x_pbmc68k_reduced.h5ad")
