@@ -277,7 +277,11 @@ def _annotation(
         sets, sizes = prediction_sets(probabilities, names, loaded.quantiles(coverage))
         obs["scbert_prediction_set"] = sets
         uns |= {"coverage": float(coverage), "prediction_set_sizes": sizes}
-    notes = _notes(query) + doubts(query.alignment, labels, names)
+    notes = [*query.alignment.notes(), *doubts(query.alignment, labels, names)]
+    if query.n_empty:
+        notes.append(
+            f"{query.n_empty:,} cell(s) express no gene of the model's panel: unassigned, with confidence 0."
+        )
     if not loaded.tells_novelty_without(query.alignment.absent):
         notes.append(
             "Too many genes that tell new types are absent: no cell is unassigned for being of a new type."
@@ -363,19 +367,6 @@ def _add_vote(
             " Leiden clusters made fewer cells right wherever it was measured: trust scbert_cell_type first."
         )
     return [told, *vote_notes(vote)]
-
-
-def _notes(query: BinnedQuery) -> list[str]:
-    notes = []
-    if query.n_empty:
-        notes.append(
-            f"{query.n_empty:,} cell(s) express no gene of the model's panel: unassigned, with confidence 0."
-        )
-    if query.alignment.n_duplicates:
-        notes.append(
-            f"{query.alignment.n_duplicates:,} gene(s) of the query have the name of another: their values were summed."
-        )
-    return notes
 
 
 if __name__ == "__main__":
