@@ -14,7 +14,7 @@ ClassBalance = StrEnum("ClassBalance", ["none", "weights", "oversample"])
 
 Query = Annotated[
     Path,
-    typer.Argument(metavar="QUERY", help="Cells to read: .h5ad, 10x .h5 or folder, .zarr."),
+    typer.Argument(metavar="QUERY", help="Cells to read: .h5ad, .h5mu, .zarr, 10x .h5 or folder."),
 ]
 Reference = Annotated[Path, typer.Argument(metavar="REF", help="Labelled cells: .h5ad, 10x .h5, .zarr.")]
 Model = Annotated[Path, typer.Option(metavar="DIR", help="Fine-tuned model folder.")]

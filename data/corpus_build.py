@@ -27,7 +27,7 @@ from ..tokenization.genes_scbert import write_gene_panel
 from .corpus_manifest import FORMAT, GENES, MANIFEST, checksum, verify_corpus
 from .corpus_shards import corpus_schema, scan_file, write_file
 from .corpus_sources import find_sources
-from .paths import PARTIAL, partial_folder
+from .paths import PARTIAL, partial_folder, stamp_of
 from .quality_control import QualityRules
 from .worker_processes import end_with_parent
 
@@ -84,7 +84,9 @@ def build_corpus(
     found = find_sources(sources, layer)
     rules = QualityRules(min_genes, min_cells, max_mito_fraction, doublet_key)
     settings = {
-        "sources": [[str(source.path), source.layer, source.columns, source.stamp()] for source in found],
+        "sources": [
+            [str(source.path), source.layer, source.columns, stamp_of(source.path)] for source in found
+        ],
         "input": input,
         "rules": asdict(rules),
         "keep_duplicates": keep_duplicates,

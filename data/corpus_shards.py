@@ -27,6 +27,7 @@ from .corpus_manifest import checksum
 from .paths import atomic_file
 from .quality_control import choose_cells, measure_cells
 from .read import CHUNK_SIZE, matrix_rows, opened_cells
+from .regions import genome_build
 
 LISTS = {"gene_ids": pa.list_(pa.int32()), "values": pa.list_(pa.float32())}
 NAMES = {"cell": pa.string(), "file": pa.string()}
@@ -62,7 +63,8 @@ def _scan(adata, source, input, rules):
     matrix, names = matrix_rows(adata, source.layer)
     sample = sample_rows(matrix)
     kind = detect_input_kind(sample) if input == "auto" else input
-    gene_hashes = np.array([_hash_of(name) for name in names], dtype=np.uint64)
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    gene_hashes = np.frombuffer(b"".join(digests), dtype="<u8")
     hashes = []
 
     def look(chunk):
@@ -82,7 +84,7 @@ def _scan(adata, source, input, rules):
     facts = {
         "genes": [name for name, is_taken in zip(names, taken) if is_taken],
         "modalities": modalities[taken].tolist(),
-        "genome_build": adata.uns.get("genome_build"),
+        "genome_build": genome_build(adata.uns.get("genome_build")),
         "obs": {str(name): _kind_of(adata.obs[name]) for name in adata.obs.columns},
         "kind": kind,
         "covers_all_genes": kind == "counts" or log1p_scale(sample) is not None,
@@ -90,10 +92,6 @@ def _scan(adata, source, input, rules):
         "rules": report,
     }
     return Scan(facts, keep, np.concatenate(hashes))
-
-
-def _hash_of(name):
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def hash_cells(chunk, gene_hashes):
@@ -143,14 +141,10 @@ def corpus_schema(scans, sources, columns=None):
     clash = sorted(set(kinds) & {*LISTS, *NAMES})
     if clash:
         raise InputError(f"A corpus has columns of its own called {', '.join(clash)}; rename those in obs.")
-    fields = {name: ARROW_TYPES[_common_kind(found)] for name, found in kinds.items()}
-    return pa.schema({**LISTS, **NAMES, **fields})
-
-
-def _common_kind(kinds):
-    if len(kinds) == 1:
-        return next(iter(kinds))
-    return "float" if kinds == {"int", "float"} else "string"
+    for name, found in kinds.items():
+        only = "float" if found == {"int", "float"} else "string"
+        kinds[name] = ARROW_TYPES[min(found) if len(found) == 1 else only]
+    return pa.schema({**LISTS, **NAMES, **kinds})
 
 
 def write_file(source, rows, facts, genes, schema, folder, number, shard_cells):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from ..tokenization import InputError
-from .paths import is_10x_folder
+from .paths import is_10x_folder, visible
 
-CELL_FILES = ("*.h5ad", "*.h5", "*.h5mu", "*.zarr")
+CELL_FILES = (".h5ad", ".h5", ".h5mu", ".zarr")
 TABLES = (".csv", ".tsv")
 
 
@@ -23,14 +23,6 @@ class Source:
     layer: str | None = None
     # what a manifest says of all its cells: dataset, donor, species and the like
     columns: dict[str, str] = field(default_factory=dict)
-
-    def stamp(self):
-        """Size and time of the last change, by which another file of the same name is told."""
-        if not self.path.exists():
-            return []
-        paths = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
-        facts = [path.stat() for path in paths]
-        return [sum(fact.st_size for fact in facts), max((fact.st_mtime_ns for fact in facts), default=0)]
 
 
 def find_sources(paths, layer=None):
@@ -58,11 +50,11 @@ def find_sources(paths, layer=None):
 
 
 def _files_in(folder):
-    found = {path for pattern in CELL_FILES for path in folder.glob(pattern)}
-    found |= {path for path in folder.iterdir() if path.is_dir() and is_10x_folder(path)}
+    inside = visible(folder)
+    found = [path for path in inside if path.suffix in CELL_FILES or (path.is_dir() and is_10x_folder(path))]
     if not found:
-        raise InputError(f"{folder} contains no file of cells ({', '.join(CELL_FILES)}, or a 10x folder).")
-    return sorted(found)
+        raise InputError(f"{folder} contains no file of cells (*{', *'.join(CELL_FILES)}, or a 10x folder).")
+    return found
 
 
 def _read_manifest(path, layer):

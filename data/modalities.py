@@ -21,9 +21,14 @@ GENES, PEAKS, PROTEINS = FEATURE_TYPES
 MODALITY_NAMES = {"rna": GENES, "gex": GENES, "atac": PEAKS, "peaks": PEAKS, "prot": PROTEINS}
 
 
-def read_mudata(path, genome=None):
-    """Read a MuData .h5mu file as one AnnData; see `combine_modalities`."""
-    return combine_modalities(modalities_of(require("mudata").read_h5mu(path)), genome)
+def read_mudata(path, genome=None, every_feature=True):
+    """Read a MuData .h5mu file as one AnnData: the genes as they stand, or all; see `combine_modalities`."""
+    modalities = modalities_of(require("mudata").read_h5mu(path))
+    if every_feature or GENES not in modalities:
+        return combine_modalities(modalities, genome)
+    if len(modalities) > 1:
+        logger.warning("Modalities that are left out: %s.", ", ".join(sorted(set(modalities) - {GENES})))
+    return modalities[GENES]
 
 
 def modalities_of(mdata):

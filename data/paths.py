@@ -42,6 +42,8 @@ def check_cells_path(path):
             raise InputError(_not_a_folder_of_cells(path))
     elif path.stat().st_size == 0:
         raise InputError(f"{path} is empty.")
+    elif path.name.lower().endswith((".h5ad.gz", ".h5.gz", ".h5mu.gz")):
+        raise InputError(f"{path} is compressed as a whole. Unpack it first: gunzip -k {path}")
     elif path.suffix.lower() in OTHER_FORMATS:
         raise InputError(
             f"{path}: {path.suffix} files are not read here. Convert it to .h5ad (for example with "
@@ -57,7 +59,12 @@ def is_zarr(folder):
 
 def is_10x_folder(folder):
     """Whether a folder holds a matrix.mtx or matrix.mtx.gz."""
-    return any(path.name.removesuffix(".gz").endswith("matrix.mtx") for path in Path(folder).iterdir())
+    return any(path.name.removesuffix(".gz").endswith("matrix.mtx") for path in visible(folder))
+
+
+def visible(folder):
+    """What is in a folder, sorted, without hidden files: macOS puts a ._matrix.mtx beside a matrix.mtx."""
+    return sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
 
 
 def _not_a_folder_of_cells(folder):
@@ -75,6 +82,14 @@ def _cells_below(folder):
             yield from (path.parent for path in sorted(folder.glob(below + pattern)))
         for pattern in ("*.h5ad", "*matrix.h5"):
             yield from sorted(folder.glob(below + pattern))
+
+
+def stamp_of(path):
+    """Size and times of the last change of a file, or of all in a folder: another one of its name has others."""
+    if not path.exists():
+        return []
+    facts = [part.stat() for part in (path.rglob("*") if path.is_dir() else [path])]
+    return [sum(fact.st_size for fact in facts), sum(fact.st_mtime_ns for fact in facts)]
 
 
 def check_output_path(path, overwrite=False, inputs=(), suffix=None, outputs=()):

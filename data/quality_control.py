@@ -100,9 +100,9 @@ def _is_doublet(obs, key):
     column = obs[key]
     if column.dtype.kind == "f":
         # a cell that was never scored is not taken for a doublet
-        return (column > MAX_DOUBLET_SCORE).to_numpy()
+        return column.to_numpy(np.float64, na_value=np.nan) > MAX_DOUBLET_SCORE
     words = column.astype(str).str.strip().str.lower()
-    if not set(words) <= {"true", "false", "doublet", "singlet", "1", "0", "nan", "none", ""}:
+    if not set(words) <= {"true", "false", "doublet", "singlet", "1", "0", "nan", "none", "<na>", ""}:
         raise InputError(
             f"The column {key!r} is neither a score nor a doublet call (true/false, doublet/singlet); it holds "
             f"for example {column.iloc[0]!r}."

@@ -33,6 +33,8 @@ from .read_10x import read_10x_folder, read_10x_h5
 CHUNK_SIZE = 4096
 # values of a CSC file looked at together while its rows are gathered
 COLUMN_BLOCK = 4_000_000
+# values of such rows kept for the slices to come
+KEPT_VALUES = 8_000_000
 # rows taken together where all are passed over
 ROW_BLOCK = 1 << 14
 
@@ -44,7 +46,7 @@ def read_cells(path, layer=None, backed=False, check=True, every_feature=False):
     is checked and comes back as it is. The `layer` whose values will be used, ``"raw"`` or X, is only checked here.
     `backed` leaves the matrix of an .h5ad, or of an AnnData on disk, where it is: its values are then checked as they
     are read. Else `check` looks for negative, NaN and infinite values, and for a matrix of zeros, now. `every_feature`
-    keeps the features of a 10x file other than gene expression, such as peaks.
+    keeps the features of a 10x or MuData file other than gene expression, such as peaks.
     """
     if isinstance(path, anndata.AnnData):
         adata, path = path, "The AnnData"
@@ -77,13 +79,15 @@ def _read_file(path, backed, every_feature):
         raise InputError(
             f"{path} is not valid HDF5 (corrupt, truncated or another format). An .h5ad file was needed."
         )
-    if path.suffix == ".h5mu":
-        return read_mudata(path)
     with h5py.File(path, "r") as file:
+        if "mod" in file:
+            return read_mudata(path, every_feature=every_feature)
         if _is_10x_h5(file):
             return read_10x_h5(path, every_feature)
         if isinstance(file.get("X"), h5py.Dataset):
             check_shape(file["X"])
+        # as anndata wrote it before 0.7: its tables are arrays, to which no column could be added on disk
+        backed = backed and isinstance(file.get("obs"), h5py.Group)
     return anndata.read_h5ad(path, backed="r" if backed else None)
 
 
@@ -190,27 +194,37 @@ def row_blocks(n_rows):
 class CscRows:
     """Rows of a CSC matrix on disk, gathered by passing over its columns in blocks.
 
-    Every slice reads the whole matrix (`anndata.abc.CSCDataset`) once, so take large slices; memory holds one block of
-    columns and the rows asked for.
+    To gather rows is to read the whole matrix (`anndata.abc.CSCDataset`): the rows that follow are gathered with those
+    asked for, some KEPT_VALUES in all, and wait in memory for the next slice, beside one block of columns.
     """
 
     def __init__(self, dataset):
         self._group, self.shape = dataset.group, dataset.shape
+        self._kept, self._first = sp.csr_matrix((0, self.shape[1])), 0
 
     def __getitem__(self, rows):
         start, stop, step = rows.indices(self.shape[0])
         if step != 1:
             raise IndexError("rows of a CSC matrix are taken in steps of 1")
+        if start < self._first or stop > self._first + self._kept.shape[0]:
+            n_values = max(1, int(self._group["indptr"][-1]))
+            # those of before give way first
+            self._kept = None
+            n_rows = max(stop - start, KEPT_VALUES * self.shape[0] // n_values)
+            self._kept, self._first = self._gather(start, min(start + n_rows, self.shape[0])), start
+        return self._kept[start - self._first : stop - self._first]
+
+    def _gather(self, start, stop):
         indptr = self._group["indptr"][:]
-        parts = []
+        blocks = []
         for first, last in _column_blocks(indptr):
             begin, end = indptr[first], indptr[last]
             row = self._group["indices"][begin:end]
             kept = np.flatnonzero((row >= start) & (row < stop))
-            columns = np.searchsorted(indptr, kept + begin, side="right") - 1
-            parts.append((self._group["data"][begin:end][kept], row[kept] - start, columns))
-        data, row, columns = (np.concatenate(values) for values in zip(*parts))
-        return sp.csr_matrix((data, (row, columns)), shape=(stop - start, self.shape[1]))
+            ends = np.searchsorted(kept, indptr[first : last + 1] - begin)
+            values = self._group["data"][begin:end][kept], row[kept] - start, ends
+            blocks.append(sp.csc_matrix(values, shape=(stop - start, last - first)))
+        return sp.hstack(blocks, format="csr")
 
 
 def _column_blocks(indptr):

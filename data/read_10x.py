@@ -2,7 +2,6 @@
 
 import csv
 import logging
-from pathlib import Path
 
 import anndata
 import h5py
@@ -12,6 +11,7 @@ import scipy.sparse as sp
 
 from ..tokenization import InputError
 from ..tokenization.genes_scbert import open_text
+from .paths import visible
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def _find(folder, names):
     """The one file in `folder` ending in one of `names`, gzip-compressed or not, whatever its prefix."""
     found = [
         path
-        for path in sorted(Path(folder).iterdir())
+        for path in visible(folder)
         if path.is_file() and path.name.removesuffix(".gz").endswith(tuple(names))
     ]
     if len(found) > 1:

@@ -55,6 +55,8 @@ class BackedCells:
     def __init__(self, path: str | Path):
         self.file = h5py.File(path, "r")
         try:
+            if "mod" in self.file:
+                raise TypeError("the matrices of a MuData are those of its modalities")
             self.obs = _Columns(self.file["obs"])
             self.var = anndata.io.read_elem(self.file["var"])
             self.n_obs, self.n_vars, self.var_names = self.obs.n_rows, len(self.var), self.var.index

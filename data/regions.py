@@ -63,7 +63,11 @@ def parse_regions(names, genome=None):
     table = table.astype({"start": np.int64, "end": np.int64})
     table["chrom"] = table["chrom"].map(_chromosome)
     _refuse(names, table["start"] >= table["end"], "end before they start")
-    lengths = table["chrom"].map(_chromosome_lengths(genome))
+    build, known = genome_build(genome), {}
+    if build in BUILDS:
+        # of the tables that come with bioframe
+        known = require("bioframe").assembly_info(build).chromsizes.to_dict()
+    lengths = table["chrom"].map(known)
     # callers let peaks run past the end by a few bases; a peak that starts there belongs to another build
     _refuse(
         names,
@@ -85,14 +89,6 @@ def _refuse(names, faulty, what):
     if faulty.any():
         first = ", ".join(names[faulty][:3])
         raise InputError(f"{int(faulty.sum())} of {len(faulty)} peaks (first: {first}) {what}.")
-
-
-def _chromosome_lengths(genome):
-    """Lengths by chromosome, from the tables that come with bioframe; empty if it has none."""
-    build = genome_build(genome)
-    if build not in BUILDS:
-        return {}
-    return require("bioframe").assembly_info(build).chromsizes.to_dict()
 
 
 def map_regions(peaks, regions):

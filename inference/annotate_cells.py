@@ -20,7 +20,7 @@ from ..data.read import read_cells
 from ..data.read_backed import BackedCells
 from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError
-from ..trained_model.model_folder import check_outside, load_model, versions
+from ..trained_model.model_folder import check_outside, load_model
 from ..trained_model.prediction import LoadedModel, check_batch_size, log_batch_size, predict_probabilities
 from .annotate_processes import ShardedPrediction, main
 from .assignment import (
@@ -34,7 +34,7 @@ from .assignment import (
     wider_answers,
 )
 from .expression_pca import expression_pca
-from .query import BinnedQuery, copy_with_parts, opened, overlap_numbers, progress_bar, write_parts
+from .query import BinnedQuery, add_parts, opened, progress_bar, run_facts, write_parts
 from .report import cell_coordinates, write_annotation_report
 from .shipped import doubts, model_or_shipped
 from .voting import check_vote, leiden_groups, majority_vote, vote_notes
@@ -137,7 +137,8 @@ def annotate(
     query = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table)
     probabilities = _predict_all(query, loaded, batch_size, progress)
     parts, _ = _annotation(adata, query, loaded, probabilities, threshold, coverage, majority_vote)
-    return copy_with_parts(adata, parts, own=adata is not cells)
+    # cells that were read here are ours to change
+    return add_parts(adata.copy() if adata is cells else adata, parts)
 
 
 def annotate_file(
@@ -269,20 +270,18 @@ def _annotation(
     labels, confidence = assign(probabilities, names, threshold)
     obs = {"scbert_cell_type": labels, "scbert_confidence": confidence}
     obs |= wider_answers(probabilities, names, threshold, labels, loaded.model.config)
-    uns = {
-        "labels": np.array(names, dtype=object),
-        "model": loaded.name,
-        "threshold": float(threshold),
-        "gene_overlap": overlap_numbers(query.alignment),
-        "versions": versions(),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-    }
+    uns, told = run_facts(query, loaded)
+    uns |= {"labels": np.array(names, dtype=object), "threshold": float(threshold)}
     sizes = None
     if coverage is not None:
         sets, sizes = prediction_sets(probabilities, names, loaded.quantiles(coverage))
         obs["scbert_prediction_set"] = sets
         uns |= {"coverage": float(coverage), "prediction_set_sizes": sizes}
-    notes = _notes(query) + doubts(query.alignment, labels, names)
+    notes = [*query.alignment.notes(), *doubts(query.alignment, labels, names)]
+    if query.n_empty:
+        notes.append(
+            f"{query.n_empty:,} cell(s) express no gene of the model's panel: unassigned, with confidence 0."
+        )
     if not loaded.tells_novelty_without(query.alignment.absent):
         notes.append(
             "Too many genes that tell new types are absent: no cell is unassigned for being of a new type."
@@ -301,12 +300,18 @@ def _annotation(
         notes.append(f"Columns of an earlier annotation were replaced or removed: {', '.join(earlier)}.")
     parts = {"obs": obs, "obsm": {"scbert_probabilities": probabilities}, "uns": {"scbert": uns}}
     parts["stale"] = [name for name in earlier if name not in obs]
-    summary = _summary(labels, confidence, loaded, query, notes)
+    counts = pd.Series(labels).value_counts(sort=False).sort_values(ascending=False, kind="stable")
+    summary = {
+        **told,
+        "unassigned": int(counts.get(UNASSIGNED, 0)),
+        "mean_confidence": float(confidence.mean()),
+        "cells_per_label": {str(label): int(count) for label, count in counts.items()},
+        "notes": notes,
+    }
     if sizes is not None:
         summary["prediction_sets"] = set_sizes(coverage, sizes)
         logger.info(set_words(summary["prediction_sets"]))
-    counts = ", ".join(f"{label} {count:,}" for label, count in summary["cells_per_label"].items())
-    logger.info(f"Cells per type: {counts}.")
+    logger.info(f"Cells per type: {', '.join(f'{label} {count:,}' for label, count in counts.items())}.")
     for note in notes:
         logger.warning(note)
     return parts, summary
@@ -362,37 +367,6 @@ def _add_vote(
             " Leiden clusters made fewer cells right wherever it was measured: trust scbert_cell_type first."
         )
     return [told, *vote_notes(vote)]
-
-
-def _notes(query: BinnedQuery) -> list[str]:
-    notes = []
-    if query.n_empty:
-        notes.append(
-            f"{query.n_empty:,} cell(s) express no gene of the model's panel: unassigned, with confidence 0."
-        )
-    if query.alignment.n_duplicates:
-        notes.append(
-            f"{query.alignment.n_duplicates:,} gene(s) of the query have the name of another: their values were summed."
-        )
-    return notes
-
-
-def _summary(labels, confidence, loaded: LoadedModel, query: BinnedQuery, notes: list[str]) -> dict[str, Any]:
-    counts = pd.Series(labels).value_counts(sort=False).sort_values(ascending=False, kind="stable")
-    alignment = query.alignment
-    return {
-        "cells": query.n_cells,
-        "unassigned": int(counts.get(UNASSIGNED, 0)),
-        "mean_confidence": float(confidence.mean()),
-        "genes_found": alignment.n_matched,
-        "genes_of_model": alignment.panel_size,
-        "cells_per_label": {str(label): int(count) for label, count in counts.items()},
-        "gene_overlap": overlap_numbers(alignment),
-        "model": loaded.name,
-        "device": str(loaded.device),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "notes": notes,
-    }
 
 
 if __name__ == "__main__":

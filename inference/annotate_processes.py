@@ -23,14 +23,13 @@ import torch
 from accelerate import PartialState
 
 from ..data.disk_matrix import DiskMatrix
-from ..data.paths import PARTIAL, atomic_file, check_partial_folder
-from ..data.read import matrix_rows
+from ..data.paths import PARTIAL, atomic_file, check_partial_folder, stamp_of
 from ..data.worker_processes import end_with_parent
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
 from ..trained_model.model_folder import find_model, load_model
 from ..trained_model.prediction import LoadedModel, predict_probabilities
-from .query import CHUNK_SIZE, BinnedQuery, name_genes, opened, progress_bar
+from .query import CHUNK_SIZE, BinnedQuery, name_genes, opened, progress_bar, rows_and_names
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +60,8 @@ class ShardedPrediction:
         self.facts = {
             "query": str(query),
             "model": str(model),
-            "content of the query": _stamps(query),
-            "content of the model": _stamps(model),
+            "content of the query": stamp_of(Path(query)),
+            "content of the model": stamp_of(Path(model)),
             "shard_cells": SHARD_CELLS,
             "gene_table": None if gene_table is None else str(gene_table),
             **options,
@@ -145,7 +144,7 @@ class ShardedPrediction:
             loaded = load_model(facts["model"], "annotation", _device(facts["device"], rank), facts["dtype"])
         with opened(facts["query"], facts["layer"]) as adata:
             panel = loaded.tokenizer.gene_panel
-            matrix, names = matrix_rows(adata, facts["layer"], panel)
+            matrix, names = rows_and_names(adata, facts["layer"], loaded.tokenizer)
             alignment = align_genes(name_genes(names, panel, facts["gene_table"]), panel)
             kind, scale = loaded.tokenizer.resolve_input(matrix, facts["input"])
             for path in self._shards(matrix.shape[0])[rank::world_size]:
@@ -163,13 +162,6 @@ class ShardedPrediction:
         """Take the shards away once the output stands."""
         if launched()[0] == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _stamps(path):
-    """Name, size and time of the last change of a file, or of all in a folder."""
-    path = Path(path)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _check(workers, problems, folder):

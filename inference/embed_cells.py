@@ -11,9 +11,9 @@ from anndata import AnnData
 
 from ..data.paths import check_output_path
 from ..data.read import read_cells
-from ..trained_model.model_folder import check_outside, load_model, versions
+from ..trained_model.model_folder import check_outside, load_model
 from ..trained_model.prediction import LoadedModel, check_batch_size, log_batch_size, predict_cells
-from .query import BinnedQuery, copy_with_parts, opened, overlap_numbers, progress_bar, write_parts
+from .query import BinnedQuery, add_parts, opened, progress_bar, run_facts, write_parts
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ def embed(
     loaded = load_model(PRETRAINED if model is None else model, "embedding", device, dtype)
     binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress, gene_table)
     parts, _ = _embedding(binned, loaded, batch_size, progress)
-    return copy_with_parts(adata, parts, own=adata is not cells)
+    # cells that were read here are ours to change
+    return add_parts(adata.copy() if adata is cells else adata, parts)
 
 
 def embed_file(
@@ -140,22 +141,7 @@ def _embedding(
         for start, bins in query.chunks():
             found = predict_cells(loaded, bins, ("embeddings",), batch_size, bar.update)
             vectors[start : start + bins.shape[0]] = found["embeddings"]
-    overlap = overlap_numbers(query.alignment)
-    about = {
-        "model": loaded.name,
-        "pooling": loaded.embedding_kind,
-        "gene_overlap": overlap,
-        "versions": versions(),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-    }
-    summary = {
-        "cells": query.n_cells,
-        "hidden_size": vectors.shape[1],
-        "genes_found": overlap["matched"],
-        "genes_of_model": overlap["panel"],
-        "gene_overlap": overlap,
-        "model": loaded.name,
-        "device": str(loaded.device),
-        "dtype": about["dtype"],
-    }
-    return {"obsm": {KEY: vectors}, "uns": {"scbert_embedding": about}}, summary
+    about, told = run_facts(query, loaded)
+    about["pooling"] = loaded.embedding_kind
+    parts = {"obsm": {KEY: vectors}, "uns": {"scbert_embedding": about}}
+    return parts, {**told, "hidden_size": vectors.shape[1]}

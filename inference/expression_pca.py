@@ -28,6 +28,8 @@ def expression_pca(
     """
     A cell's place by its own expression: ``obsm["X_pca"]``, or principal components of highly variable genes.
 
+    The former is not taken where cells lack it, as of files that were brought together.
+
     The usual way of scanpy: log1p of counts per 10,000, 2,000 variable genes, 50 components, or as many as cells and
     genes allow: float32 [cells, components]. `rows` are the sorted rows of the cells wanted; all of them if left out.
 
@@ -41,7 +43,9 @@ def expression_pca(
     """
     rows = np.arange(adata.n_obs) if rows is None else rows
     if "X_pca" in adata.obsm:
-        return np.asarray(adata.obsm["X_pca"][:], dtype=np.float32)[rows]
+        components = np.asarray(adata.obsm["X_pca"][:], dtype=np.float32)[rows]
+        if np.isfinite(components).all():
+            return components
     scanpy = require("scanpy")
     values, genes = log_rows(adata, rows, layer, input)
     cells = AnnData(values, var=pd.DataFrame(index=genes))

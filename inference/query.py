@@ -25,9 +25,11 @@ from ..data.read import matrix_rows
 from ..data.read_backed import BackedCells, open_cells
 from ..data.read_gene_table import load_gene_table, shipped_gene_table
 from ..data.write_h5ad import atomic_copy_h5ad, atomic_write_h5ad
-from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes, map_genes
-from ..tokenization.cells_scbert import raw_hint
+from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes, map_genes, select_matrix
+from ..tokenization.cells_scbert import FEATURE_TYPES, feature_modalities, raw_hint
 from ..tokenization.genes_scbert import looks_like_ensembl
+from ..trained_model.model_folder import versions
+from ..trained_model.prediction import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ class BinnedQuery:
         genes_report: str | Path | None = None,
     ):
         self._tokenizer, self.layer, self.input, self._backed = tokenizer, layer, input, adata.isbacked
-        self._matrix, names = matrix_rows(adata, layer, tokenizer.gene_panel)
+        self._matrix, names = rows_and_names(adata, layer, tokenizer)
         names = name_genes(names, tokenizer.gene_panel, gene_table, genes_report)
         self.n_cells = adata.n_obs
         self.alignment = align_genes(names, tokenizer.gene_panel)
@@ -115,6 +117,21 @@ class BinnedQuery:
         return np.zeros(shape, dtype=np.float32)
 
 
+def rows_and_names(
+    adata: AnnData | BackedCells, layer: str | None, tokenizer: ScBertTokenizer
+) -> tuple[Any, list[str]]:
+    """`matrix_rows`; for a model of genes alone, proteins and the like that are named as genes are called otherwise."""
+    matrix, names = matrix_rows(adata, layer, tokenizer.gene_panel)
+    kinds = feature_modalities(select_matrix(adata, layer)[1].var)
+    if kinds is None or tokenizer.feature_modalities is not None:
+        return matrix, names
+    genes = {name for name, kind in zip(names, kinds) if kind == 0}
+    return matrix, [
+        f"{name} ({FEATURE_TYPES[kind]})" if kind and name in genes else name
+        for name, kind in zip(names, kinds)
+    ]
+
+
 def name_genes(
     gene_names: Sequence[str],
     gene_panel: Sequence[str],
@@ -157,9 +174,10 @@ def overlap_report(alignment: GeneAlignment) -> str:
     )
 
 
-def overlap_numbers(alignment: GeneAlignment) -> dict[str, Any]:
-    """The gene overlap as plain numbers, for `uns` and summaries."""
-    return {
+def run_facts(query: BinnedQuery, loaded: LoadedModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is told of every run: for `uns`, and for the summary."""
+    alignment = query.alignment
+    overlap = {
         "panel": alignment.panel_size,
         "matched": alignment.n_matched,
         "absent": alignment.n_absent,
@@ -167,6 +185,18 @@ def overlap_numbers(alignment: GeneAlignment) -> dict[str, Any]:
         "duplicates": alignment.n_duplicates,
         "share": float(alignment.overlap),
     }
+    both = {
+        "model": loaded.name,
+        "gene_overlap": overlap,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+    }
+    told = {
+        "cells": query.n_cells,
+        "genes_found": alignment.n_matched,
+        "genes_of_model": alignment.panel_size,
+        "device": str(loaded.device),
+    }
+    return {**both, "versions": versions()}, {**told, **both}
 
 
 def progress_bar(total: int, title: str, shown: bool = True) -> tqdm:
@@ -174,20 +204,14 @@ def progress_bar(total: int, title: str, shown: bool = True) -> tqdm:
     return tqdm(total=total, desc=title, unit=" cells", disable=None if shown else True, smoothing=0.05)
 
 
-def copy_with_parts(adata: AnnData, parts: dict[str, Any], own: bool) -> AnnData:
-    """An AnnData in memory with `parts` added: the cells themselves if they are our own, else a copy."""
-    copied = adata if own else adata.copy()
-    add_parts(copied, parts)
-    return copied
-
-
-def add_parts(adata: AnnData, parts: dict[str, Any]) -> None:
+def add_parts(adata: AnnData, parts: dict[str, Any]) -> AnnData:
     """Put ``{"obs": ..., "obsm": ..., "uns": ...}`` into an AnnData, and take its ``"stale"`` columns of obs away."""
     for name in parts.get("stale", ()):
         del adata.obs[name]
     for slot in ("obs", "obsm", "uns"):
         for name, value in parts.get(slot, {}).items():
             getattr(adata, slot)[name] = value
+    return adata
 
 
 def write_parts(query, adata: AnnData, parts: dict[str, Any], output, overwrite: bool) -> None:
@@ -201,5 +225,4 @@ def write_parts(query, adata: AnnData, parts: dict[str, Any], output, overwrite:
         adata.file.close()
         atomic_copy_h5ad(query, output, **parts, overwrite=overwrite)
         return
-    add_parts(adata, parts)
-    atomic_write_h5ad(adata, output, overwrite=overwrite, inputs=(query,))
+    atomic_write_h5ad(add_parts(adata, parts), output, overwrite=overwrite, inputs=(query,))

@@ -148,7 +148,10 @@ def cell_coordinates(adata: AnnData | BackedCells, layer: str | None = None, inp
     """
     chosen = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:MAX_CELLS_DRAWN])
     if "X_umap" in adata.obsm:
-        return np.asarray(adata.obsm["X_umap"])[chosen, :2], chosen, "the query's own UMAP"
+        xy = np.asarray(adata.obsm["X_umap"])[chosen, :2]
+        # of files that were brought together, some cells may have no place
+        if np.isfinite(xy).all():
+            return xy, chosen, "the query's own UMAP"
     try:
         components = expression_pca(adata, layer, input, chosen)
     except ImportError:

@@ -72,8 +72,8 @@ def majority_vote(
     winners, rows, ties = np.zeros(len(group_names), dtype=own.dtype), [], {}
     for index, group in enumerate(map(str, group_names)):
         # no column stands for "unassigned": it wins only outright
-        ranked = [(-votes[index, i], *_rank(name, sums[index], column), i) for i, name in enumerate(order)]
-        ranked = [place[-1] for place in sorted(ranked) if votes[index, place[-1]]]
+        weights = [(-sums[index, column[name]], column[name]) if name in column else (1, 0) for name in order]
+        ranked = sorted(np.flatnonzero(votes[index]), key=lambda i: (-votes[index, i], *weights[i]))
         winner, n_cells = ranked[0], votes[index].sum()
         winners[index] = winner
         tied = [order[i] for i in ranked if votes[index, i] == votes[index, winner]]
@@ -92,10 +92,6 @@ def majority_vote(
     codes = np.where(groups < 0, own, np.append(winners, winners.dtype.type(0))[groups])
     labels = pd.Categorical.from_codes(codes, order).remove_unused_categories()
     return Vote(labels, shares, groups, ties, confidences, table)
-
-
-def _rank(name: str, sums: np.ndarray, column: dict[str, int]) -> tuple[float, int]:
-    return (-sums[column[name]], column[name]) if name in column else (1.0, 0)
 
 
 def _tally(groups, own, probabilities, n_groups, n_labels):

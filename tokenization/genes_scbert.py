@@ -37,12 +37,12 @@ LEVEL_FORMAT = "%.3g"
 
 
 def open_text(path):
-    """Open a text file for reading, gzip-compressed or not."""
+    """Open a text file for reading, gzip-compressed or not, past the mark that Excel puts before its UTF-8."""
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder; a text file was needed.")
     with open(path, "rb") as handle:
         compressed = handle.read(2) == b"\x1f\x8b"
-    return (gzip.open if compressed else open)(path, "rt", encoding="utf-8", newline="")
+    return (gzip.open if compressed else open)(path, "rt", encoding="utf-8-sig", newline="")
 
 
 def read_gene_panel(path):

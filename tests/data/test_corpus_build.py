@@ -39,6 +39,8 @@ def rows_of(corpus):
 
 
 def test_cells_come_back_as_they_stood(files, tmp_path):
+    # as macOS leaves them beside every file of an archive
+    (files / "._a.h5ad").write_bytes(b"\0\5\26\7")
     summary = build_corpus([files], tmp_path / "corpus", **SMALL)
     assert summary["cells"] == 120 and summary["shards"] == 3 + 2 + 1 and summary["files_skipped"] == 0
     manifest = read_manifest(tmp_path / "corpus")
@@ -62,6 +64,16 @@ def test_side_by_side_gives_the_same(files, tmp_path):
     build_corpus([files], tmp_path / "two", num_proc=2, **SMALL)
     one, two = (shards_of(read_manifest(tmp_path / name)) for name in ("one", "two"))
     assert one == two
+
+
+def test_builds_of_two_names_are_one(adata, tmp_path):
+    for name, build in (("a", "GRCh38"), ("b", "hg38")):
+        part = adata[:60].copy() if name == "a" else adata[60:].copy()
+        part.uns["genome_build"] = build
+        part.write_h5ad(tmp_path / f"{name}.h5ad")
+    sources = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    assert build_corpus(sources, tmp_path / "corpus", **SMALL)["cells"] == 120
+    assert read_manifest(tmp_path / "corpus")["genome_build"] == "hg38"
 
 
 def test_manifest_table(files, tmp_path):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from scbert.data.paths import atomic_path, check_cells_path, check_output_path, partial_folder
+from scbert.data.paths import atomic_path, check_cells_path, check_output_path, partial_folder, stamp_of
 from scbert.tokenization import InputError
 
 
@@ -50,7 +50,8 @@ def test_outputs_have_the_suffix_of_their_format(tmp_path):
     [
         ("cells.csv", "Convert it to .h5ad"),
         ("cells.loom", ".loom files are not read"),
-        ("cells.h5ad.gz", ".gz files are not read"),
+        ("cells.csv.gz", ".gz files are not read"),
+        ("cells.h5ad.gz", "Unpack it first: gunzip"),
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path, name, words):
@@ -65,6 +66,16 @@ def test_missing_and_empty_files(tmp_path):
     (tmp_path / "cells.h5ad").touch()
     with pytest.raises(InputError, match="is empty"):
         check_cells_path(tmp_path / "cells.h5ad")
+
+
+def test_a_change_deep_in_a_folder_is_noticed(tmp_path):
+    chunk = tmp_path / "cells.zarr" / "X" / "data" / "0"
+    chunk.parent.mkdir(parents=True)
+    chunk.write_bytes(b"1")
+    before = stamp_of(tmp_path / "cells.zarr")
+    os.utime(chunk, (1, 1))
+    assert stamp_of(tmp_path / "cells.zarr") != before
+    assert stamp_of(tmp_path / "none.h5ad") == []
 
 
 def test_folders_above_the_cells_name_what_is_below(tmp_path):

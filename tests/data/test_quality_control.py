@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
@@ -36,9 +37,16 @@ def test_rules_and_report(adata):
     assert chosen(adata, 0)[1]["kept"] == 120
 
 
-@pytest.mark.parametrize("values", [[True, False], ["doublet", "singlet"], [1, 0]])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [True, False], ["doublet", "singlet"], [1, 0],
+        pd.array([True, None], dtype="boolean"), pd.array([1, None], dtype="Int64"),
+        pd.array([0.9, None], dtype="Float64"),
+    ],
+)  # fmt: skip
 def test_doublet_calls(adata, values):
-    adata.obs["call"] = np.array(values * 60)
+    adata.obs["call"] = pd.Series(values).repeat(60).array
     assert chosen(adata, 0, doublet_key="call")[1]["doublets"] == 60
 
 

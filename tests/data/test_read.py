@@ -57,6 +57,18 @@ def test_chunks_of_every_matrix(tmp_path, adata, layout, layer, monkeypatch):
         assert same(sp.vstack(chunks), expected)
 
 
+def test_csc_rows_are_gathered_for_several_slices(tmp_path, adata, monkeypatch):
+    adata.X = adata.X.tocsc()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    monkeypatch.setattr(read, "KEPT_VALUES", adata.X.nnz // 2)
+    matrix, _ = matrix_rows(read_cells(tmp_path / "cells.h5ad", backed=True))
+    gathered = []
+    gather = matrix._gather
+    matrix._gather = lambda *rows: gathered.append(rows) or gather(*rows)
+    chunks = [matrix[start : start + 10] for start in range(0, 120, 10)]
+    assert same(sp.vstack(chunks), adata.X) and gathered == [(0, 60), (60, 120)]
+
+
 def test_csc_with_empty_columns_and_rows(tmp_path):
     dense = np.zeros((6, 7), dtype=np.float32)
     dense[1, 2], dense[4, 2], dense[4, 6] = 3, 1, 2
@@ -109,6 +121,8 @@ def write_10x(folder, adata, compress, prefix="", features="features.tsv", kinds
 )
 def test_10x_folder(tmp_path, adata, options):
     write_10x(tmp_path / "run", adata, **options)
+    # as macOS leaves them beside every file of an archive
+    (tmp_path / "run" / "._matrix.mtx").write_bytes(b"\0\5\26\7")
     cells = read_cells(tmp_path / "run")
     assert same(cells.X, adata.X) and list(cells.obs_names) == list(adata.obs_names)
     assert list(cells.var_names) == list(adata.var_names)

@@ -3,12 +3,14 @@
 import gzip
 import subprocess
 import sys
+from pathlib import Path
 
 import anndata
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy
 import scipy.io
 import scipy.sparse as sp
 
@@ -84,6 +86,36 @@ def test_zarr_and_10x(adata, model_dir, tmp_path, expected):
         annotate_file(source, model_dir, tmp_path / f"out{number}.h5ad", progress=False)
         np.testing.assert_array_equal(probabilities(tmp_path / f"out{number}.h5ad"), expected)
         assert list(anndata.read_h5ad(tmp_path / f"out{number}.h5ad").obs_names) == list(adata.obs_names)
+
+
+def test_mudata(adata, model_dir, tmp_path, expected):
+    # as often scaled, and named as genes
+    proteins = anndata.AnnData(np.full((120, 2), -1.0), adata.obs[[]], pd.DataFrame(index=["CD14", "CD19"]))
+    cells = pytest.importorskip("mudata").MuData({"rna": adata, "prot": proteins})
+    cells.write(tmp_path / "cells.H5MU")
+    annotate_file(tmp_path / "cells.H5MU", model_dir, tmp_path / "out.h5ad", progress=False)
+    np.testing.assert_array_equal(probabilities(tmp_path / "out.h5ad"), expected)
+
+
+def test_proteins_are_not_added_to_the_genes_of_their_names(adata, model_dir, tmp_path, expected):
+    proteins = anndata.AnnData(np.full((120, 2), 300.0), adata.obs[[]], pd.DataFrame(index=["CD14", "CD19"]))
+    both = anndata.concat([adata, proteins], axis=1, merge="first")
+    both.var["feature_types"] = ["Gene Expression"] * 300 + ["Antibody Capture"] * 2
+    both.write_h5ad(tmp_path / "cells.h5ad")
+    for number, processes in enumerate((None, 1)):
+        output = tmp_path / f"out{number}.h5ad"
+        annotate_file(tmp_path / "cells.h5ad", model_dir, output, progress=False, processes=processes)
+        np.testing.assert_array_equal(probabilities(output), expected)
+
+
+def test_tables_as_arrays(model_dir, tmp_path):
+    """As anndata wrote them before 0.7, and scanpy still ships one."""
+    source = Path(scanpy.datasets.__file__).with_name("10x_pbmc68k_reduced.h5ad")
+    options = {"layer": "raw", "input": "log1p", "force": True, "progress": False}
+    annotate_file(source, model_dir, tmp_path / "out.h5ad", **options)
+    after = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert "CD4+/CD25 T Reg" in set(after.obs["bulk_labels"])
+    assert after.obsm["scbert_probabilities"].shape == (700, 3)
 
 
 def test_annotating_again_replaces_the_columns(adata, query, model_dir, make_model, tmp_path, caplog):

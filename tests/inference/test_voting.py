@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from scbert.inference import annotate
+from scbert.inference.report import cell_coordinates
 from scbert.inference.voting import leiden_groups, majority_vote
 from scbert.tokenization import InputError
 
@@ -67,6 +68,10 @@ def test_vote_by_leiden_groups(adata, model_dir, caplog, tmp_path):
     grouped = annotated.obs.groupby("scbert_leiden", observed=True)
     assert grouped.ngroups > 1
     assert (grouped["scbert_majority_vote"].nunique() == 1).all()
+    # places that some cells lack say nothing, nor are they drawn
+    adata.obsm["X_umap"] = np.full((adata.n_obs, 2), np.nan)
+    assert np.isfinite(cell_coordinates(adata)[0]).all()
+    adata.obsm["X_pca"] = np.full((adata.n_obs, 5), np.nan)
     again = annotate(adata, model_dir, majority_vote="leiden", progress=False)
     assert again.obs["scbert_majority_vote"].equals(annotated.obs["scbert_majority_vote"])
     annotated.write_h5ad(tmp_path / "out.h5ad")

@@ -83,12 +83,13 @@ def test_a_hint_comes_before_the_look_of_the_names():
         alignment.check()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".csv"])
-def test_panels_are_read_from_text(tmp_path, suffix):
+def test_panels_are_read_from_text(tmp_path, suffix, encoding):
     path = tmp_path / f"panel{suffix}"
     text = "CD3E\n\nMS4A1\r\n" if suffix != ".csv" else 'gene,score\n"CD3E",1\nMS4A1,2\n'
     opener = gzip.open if suffix.endswith("gz") else open
-    with opener(path, "wt", encoding="utf-8", newline="") as handle:
+    with opener(path, "wt", encoding=encoding, newline="") as handle:
         handle.write(text)
     assert read_gene_panel(path) == ["CD3E", "MS4A1"]
 
