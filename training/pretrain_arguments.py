@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers.hf_argparser import HfArg
 
 from ..tokenization import InputError
+from .schedules import cosine_restart_rate
 from .settings import (
     RECIPES,
     RunDataArguments,
@@ -114,6 +115,8 @@ class PretrainTrainingArguments(RunTrainingArguments):
         unknown = set(self.cosine_restarts) - RESTARTS
         if unknown:
             raise InputError(f"cosine_restarts has no setting {', '.join(sorted(unknown))}.")
+        # cycles that cannot be are refused before any cell is read
+        cosine_restart_rate(0, **self.cosine_restarts)
         super().__post_init__()
 
 
