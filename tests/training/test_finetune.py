@@ -119,11 +119,15 @@ def test_oversampling_runs(tune):
     assert summary["test_macro_f1"] > 0.8
 
 
-def test_the_best_epoch_is_kept(tune):
-    summary, _ = tune(num_train_epochs=6, early_stopping_patience=2, learning_rate=0.03)
-    history = [row["macro_f1"] for row in summary["training"]["history"]]
-    assert summary["validation"]["macro_f1"] == pytest.approx(max(history))
-    assert summary["training"]["best_epoch"] == 1 + int(np.argmax(history))
+@pytest.mark.parametrize("metric, name", [("macro_f1", "macro_f1"), ("loss", "validation_loss")])
+def test_the_best_epoch_is_kept(tune, metric, name):
+    higher = metric != "loss"
+    options = {"metric_for_best_model": metric, "greater_is_better": higher}
+    summary, _ = tune(num_train_epochs=6, early_stopping_patience=2, **options)
+    history = summary["training"]["history"]
+    place = int(np.argmax([row[name] if higher else -row[name] for row in history]))
+    assert summary["validation"]["macro_f1"] == pytest.approx(history[place]["macro_f1"])
+    assert summary["training"]["best_epoch"] == 1 + place
     assert len(history) <= summary["training"]["best_epoch"] + 2
 
 
