@@ -23,8 +23,17 @@ RECIPES = Path(__file__).parent / "recipes"
 SECTIONS = ("data", "model", "tokenizer", "training")
 # names of the command line -> names of transformers.TrainingArguments
 SHORT_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
-# settings that say how to run, not what is computed: they may differ when a run is resumed
-NOT_COMPARED = {"resume", "overwrite", "cache_frozen", "dataloader_num_workers", "disable_tqdm", "use_cpu"}
+# settings that say how to run, not what is computed: they may differ when a run is resumed; of a corpus, which has a new
+# path every time it comes from memory, the cells are compared
+NOT_COMPARED = {
+    "resume",
+    "overwrite",
+    "cache_frozen",
+    "dataloader_num_workers",
+    "disable_tqdm",
+    "use_cpu",
+    "corpus",
+}
 
 
 @dataclass
