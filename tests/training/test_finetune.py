@@ -190,13 +190,17 @@ def test_given_splits_are_kept_to(tune, adata, tmp_path):
         tune(reference=tmp_path / "folds.h5ad", test_key="fold", overwrite=True)
 
 
-def test_a_test_file_of_its_own(tune, adata, tmp_path):
+def test_a_test_file_of_its_own(tune, adata, tmp_path, caplog):
     test = adata[:40].copy()
     test.obs["cell_type"] = test.obs["cell_type"].astype(str).replace("B cell", "plasma cell")
     test.write_h5ad(tmp_path / "test.h5ad")
     summary, _ = tune(test=tmp_path / "test.h5ad")
     assert summary["data"]["test_classes_unknown"] == ["plasma cell"]
     assert summary["cells"]["test"] == summary["test"]["cells"] == 26
+    assert "26 of the 26 test cells are also among those that are learnt from" in caplog.text
+    caplog.clear()
+    tune("apart", reference=adata[40:].copy(), test=tmp_path / "test.h5ad")
+    assert "are also among" not in caplog.text
 
 
 def test_presence_and_absence_are_told_from_counts(tune, adata, caplog):
