@@ -139,6 +139,8 @@ def load_gene_vectors(path, genes=None) -> GeneVectors:
     length are an `InputError`.
     """
     path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path} of gene vectors.")
     names, matrix = _read_npy(path, genes) if path.suffix == ".npy" else _read_text(path)
     if not np.isfinite(matrix).all():
         bad = names[int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])]

@@ -23,16 +23,18 @@ RECIPES = Path(__file__).parent / "recipes"
 SECTIONS = ("data", "model", "tokenizer", "training")
 # names of the command line -> names of transformers.TrainingArguments
 SHORT_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
-# settings that say how to run, not what is computed: they may differ when a run is resumed; of a corpus, which has a new
-# path every time it comes from memory, the cells are compared
-NOT_COMPARED = {
-    "resume",
-    "overwrite",
-    "cache_frozen",
-    "dataloader_num_workers",
-    "disable_tqdm",
-    "use_cpu",
-    "corpus",
+# settings that say how to run, not what is computed: they may differ when a run is resumed. Of a corpus the cells are
+# compared: it has a new path every time it comes from memory
+NOT_COMPARED = {"resume", "overwrite", "cache_frozen", "dataloader_num_workers", "disable_tqdm", "use_cpu"}
+NOT_COMPARED |= {"corpus"}
+# the least that numbers may be which transformers does not look at before it counts with them
+LEAST = {
+    "num_train_epochs": 0,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "early_stopping_patience": 0,
+    "seed": 0,
 }
 
 
@@ -93,6 +95,9 @@ class RunTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = 0
 
     def __post_init__(self):
+        for name, least in LEAST.items():
+            if getattr(self, name, least) < least:
+                raise InputError(f"{name} must be {least} or more; found {getattr(self, name)}.")
         if not self.per_device_eval_batch_size:
             self.per_device_eval_batch_size = 2 * self.per_device_train_batch_size
         # left open, transformers takes its own verbosity for an answer; bars only show in a terminal anyway
@@ -272,5 +277,10 @@ def comparable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_json(value: dict[str, Any] | str) -> dict[str, Any]:
-    """A dict from a dict or its JSON text."""
-    return json.loads(value) if isinstance(value, str) else dict(value)
+    """A dict from a dict or its JSON text; an `InputError` if it is none."""
+    try:
+        return dict(json.loads(value) if isinstance(value, str) else value)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"A setting must be a JSON object, such as {{}}, and is {value!r} ({error})."
+        ) from error
