@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
@@ -19,13 +20,13 @@ from ..data.splits import stratified_split
 from ..tokenization import (
     InputError,
     ScBertTokenizer,
-    align_genes,
     gene_names_of,
     read_gene_panel,
     select_matrix,
 )
 from ..tokenization.cells_scbert import feature_modalities
 from ..tokenization.expression_scbert import as_csr, is_integer_valued
+from ..tokenization.genes_scbert import GeneAlignment
 from .finetune_arguments import FinetuneDataArguments
 from .initial_model import new_tokenizer
 from .principal_axes import most_variable
@@ -116,7 +117,8 @@ def load_data(
     if given is not None:
         report["test_classes_unknown"] = _unknown_classes(labels[given == "test"], classes)
     term_ids, parents = _terms_and_tree(data, reference, labels, classes)
-    targets = _targets(labels, classes)
+    # -1 where a cell has no class, or one that is not learnt
+    targets = pd.Index(classes, dtype=object).get_indexer(labels)
     assigned = _assign_splits(targets, given, data, seed, validate)
     others = [read_cells(cells, layer=data.layer) for cells in unlabelled]
     if isinstance(tokenizer, dict):
@@ -149,7 +151,10 @@ def load_data(
         sources["test"] = read_cells(data.test if test is None else test, layer=data.layer)
         splits["test"] = _test_cells(sources["test"], data, tokenizer, classes, report)
         _say_learnt_test_cells(splits)
-    bins_of_others = [_unlabelled_bins(cells, data, tokenizer) for cells in others]
+    names = data.unlabelled or []
+    bins_of_others = [
+        _unlabelled_bins(cells, name, data, tokenizer) for cells, name in zip(others, names, strict=True)
+    ]
     report["cells"] = {name: len(splits[name]) for name in SPLITS}
     kinds = {
         name: tokenizer.resolve_input(select_matrix(source, data.layer)[0], data.input)[0]
@@ -164,11 +169,23 @@ def load_data(
     return FinetuneData(tokenizer, classes, splits, sources, kinds, report, term_ids, parents, stacked)
 
 
+def _aligned(
+    cells: AnnData, name: str, data: FinetuneDataArguments, tokenizer: ScBertTokenizer
+) -> GeneAlignment:
+    """How the genes of cells go into the panel; an `InputError` that names them if too few do."""
+    alignment = tokenizer.align(cells, layer=data.layer)
+    try:
+        alignment.check(force=None)
+    except InputError as problem:
+        raise InputError(f"The genes of {name} do not suit the panel. {problem}") from None
+    return alignment
+
+
 def _unlabelled_bins(
-    cells: AnnData, data: FinetuneDataArguments, tokenizer: ScBertTokenizer
+    cells: AnnData, name: str, data: FinetuneDataArguments, tokenizer: ScBertTokenizer
 ) -> sp.csr_matrix:
     """Bins of the cells that express something; whatever labels they have are not looked at."""
-    tokenizer.align(cells, layer=data.layer).check()
+    _aligned(cells, name, data, tokenizer)
     bins = tokenizer.bin_cells(cells, input=data.input, layer=data.layer)
     return bins[np.diff(bins.indptr) > 0]
 
@@ -211,12 +228,6 @@ def _check_training_cells(train: LabelledCells, classes: list[str]) -> None:
             "No training cell of %s expresses a gene of the panel, so nothing of it can be learnt.",
             ", ".join(classes[i] for i in empty),
         )
-
-
-def _targets(labels: np.ndarray, classes: list[str]) -> np.ndarray:
-    """Class of every cell, -1 where it has none (or one that is not learnt)."""
-    index = {name: i for i, name in enumerate(classes)}
-    return np.array([index.get(label, -1) for label in labels], dtype=np.int64)
 
 
 def _unknown_classes(labels: np.ndarray, classes: list[str]) -> list[str]:
@@ -296,8 +307,7 @@ def most_variable_genes(cells: AnnData, n_genes: int, layer: str | None, input: 
 def _gene_report(
     tokenizer: ScBertTokenizer, reference: AnnData, data: FinetuneDataArguments
 ) -> dict[str, Any]:
-    alignment = tokenizer.align(reference, layer=data.layer)
-    alignment.check()
+    alignment = _aligned(reference, data.reference, data, tokenizer)
     return {
         "panel": alignment.panel_size,
         "matched": alignment.n_matched,
@@ -341,9 +351,7 @@ def _drop_low_gene_cells(
     report["min_genes"] = {"minimum": data.min_genes, "left_out": 0}
     if not data.min_genes:
         return
-    matrix, source = select_matrix(reference, data.layer)
-    names = gene_names_of(source.var, source.var_names, tokenizer.gene_panel)
-    alignment = align_genes(names, tokenizer.gene_panel)
+    matrix, alignment = select_matrix(reference, data.layer)[0], tokenizer.align(reference, layer=data.layer)
     cells, enough = np.flatnonzero(assigned == "train"), np.zeros(len(assigned), dtype=bool)
     enough[cells] = alignment.apply(as_csr(matrix[cells])).getnnz(axis=1) >= data.min_genes
     report["min_genes"]["left_out"] = _drop_cells("train", assigned, targets, enough)
@@ -365,10 +373,9 @@ def _test_cells(
     report: dict[str, Any],
 ) -> LabelledCells:
     """Cells to test on whose class is among those learnt."""
-    alignment = tokenizer.align(test, layer=data.layer)
-    alignment.check()
+    alignment = _aligned(test, data.test, data, tokenizer)
     labels = find_labels(test.obs, data.label_key, data.test)
-    targets = _targets(labels, classes)
+    targets = pd.Index(classes, dtype=object).get_indexer(labels)
     cells = np.flatnonzero(targets >= 0)
     if not len(cells):
         raise InputError(
