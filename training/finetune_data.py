@@ -151,22 +151,13 @@ def load_data(
         sources["test"] = read_cells(data.test if test is None else test, layer=data.layer)
         splits["test"] = _test_cells(sources["test"], data, tokenizer, classes, report)
         _say_learnt_test_cells(splits)
-    names = data.unlabelled or []
-    bins_of_others = [
-        _unlabelled_bins(cells, name, data, tokenizer) for cells, name in zip(others, names, strict=True)
-    ]
     report["cells"] = {name: len(splits[name]) for name in SPLITS}
     kinds = {
         name: tokenizer.resolve_input(select_matrix(source, data.layer)[0], data.input)[0]
         for name, source in sources.items()
     }
-    stacked = sp.vstack(bins_of_others, format="csr") if others else None
-    if stacked is not None and not stacked.shape[0]:
-        raise InputError(
-            "None of the cells without labels expresses a gene of the reference. Give cells of the same tissue, or "
-            "leave --unlabelled out."
-        )
-    return FinetuneData(tokenizer, classes, splits, sources, kinds, report, term_ids, parents, stacked)
+    unlabelled = _unlabelled_bins(others, data, tokenizer)
+    return FinetuneData(tokenizer, classes, splits, sources, kinds, report, term_ids, parents, unlabelled)
 
 
 def _aligned(
@@ -182,11 +173,21 @@ def _aligned(
 
 
 def _unlabelled_bins(
-    cells: AnnData, name: str, data: FinetuneDataArguments, tokenizer: ScBertTokenizer
-) -> sp.csr_matrix:
+    others: list[AnnData], data: FinetuneDataArguments, tokenizer: ScBertTokenizer
+) -> sp.csr_matrix | None:
     """Bins of the cells that express something; whatever labels they have are not looked at."""
-    _aligned(cells, name, data, tokenizer)
-    bins = tokenizer.bin_cells(cells, input=data.input, layer=data.layer)
+    if not others:
+        return None
+    parts = []
+    for cells, name in zip(others, data.unlabelled, strict=True):
+        _aligned(cells, name, data, tokenizer)
+        parts.append(tokenizer.bin_cells(cells, input=data.input, layer=data.layer))
+    bins = sp.vstack(parts, format="csr")
+    if not bins.nnz:
+        raise InputError(
+            "None of the cells without labels expresses a gene of the reference. Give cells of the same tissue, or "
+            "leave --unlabelled out."
+        )
     return bins[np.diff(bins.indptr) > 0]
 
 
@@ -326,9 +327,7 @@ def _assign_splits(
     if given is None:
         chosen = np.flatnonzero(targets >= 0)
         test = 0.0 if data.test else data.test_fraction
-        assigned[chosen] = "train"
-        if test or validation:
-            assigned[chosen] = stratified_split(targets[chosen], test, validation, seed=seed)
+        assigned[chosen] = stratified_split(targets[chosen], test, validation, seed=seed)
         return assigned
     assigned[targets >= 0] = given[targets >= 0]
     if not validate:
