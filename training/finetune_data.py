@@ -156,12 +156,12 @@ def load_data(
         name: tokenizer.resolve_input(select_matrix(source, data.layer)[0], data.input)[0]
         for name, source in sources.items()
     }
-    unlabelled = _unlabelled_bins(others, data, tokenizer)
-    return FinetuneData(tokenizer, classes, splits, sources, kinds, report, term_ids, parents, unlabelled)
+    stacked = _unlabelled_bins(others, unlabelled, data, tokenizer)
+    return FinetuneData(tokenizer, classes, splits, sources, kinds, report, term_ids, parents, stacked)
 
 
 def _aligned(
-    cells: AnnData, name: str, data: FinetuneDataArguments, tokenizer: ScBertTokenizer
+    cells: AnnData, name: str | Path, data: FinetuneDataArguments, tokenizer: ScBertTokenizer
 ) -> GeneAlignment:
     """How the genes of cells go into the panel; an `InputError` that names them if too few do."""
     alignment = tokenizer.align(cells, layer=data.layer)
@@ -173,14 +173,17 @@ def _aligned(
 
 
 def _unlabelled_bins(
-    others: list[AnnData], data: FinetuneDataArguments, tokenizer: ScBertTokenizer
+    others: list[AnnData],
+    given: Sequence[AnnData | str | Path],
+    data: FinetuneDataArguments,
+    tokenizer: ScBertTokenizer,
 ) -> sp.csr_matrix | None:
-    """Bins of the cells that express something; whatever labels they have are not looked at."""
+    """Bins of the cells `given` that express something; whatever labels they have are not looked at."""
     if not others:
         return None
     parts = []
-    for cells, name in zip(others, data.unlabelled, strict=True):
-        _aligned(cells, name, data, tokenizer)
+    for cells, name in zip(others, given, strict=True):
+        _aligned(cells, "the AnnData without labels" if isinstance(name, AnnData) else name, data, tokenizer)
         parts.append(tokenizer.bin_cells(cells, input=data.input, layer=data.layer))
     bins = sp.vstack(parts, format="csr")
     if not bins.nnz:
@@ -392,8 +395,6 @@ def _say_learnt_test_cells(splits: dict[str, LabelledCells]) -> None:
     n_known = int((np.isin(test, np.concatenate(learnt)) & (test > 0)).sum())
     if n_known:
         logger.warning(
-            "%s of the %s test cells are also among those that are learnt from, gene for gene: scores on them are too "
-            "good. Leave them out of one of the two files.",
-            f"{n_known:,}",
-            f"{len(test):,}",
+            f"{n_known:,} of the {len(test):,} test cells are also among those that are learnt from, gene for gene: "
+            "scores on them are too good. Leave them out of one of the two files."
         )

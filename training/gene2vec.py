@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ..data.paths import atomic_path
@@ -145,11 +146,10 @@ def load_gene_vectors(path, genes=None) -> GeneVectors:
     if not np.isfinite(matrix).all():
         bad = names[int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])]
         raise InputError(f"The vector of {bad} in {path} holds a number that is not finite; mend the file.")
-    first = {gene: row for row, gene in reversed(list(enumerate(names)))}
+    first = np.sort(np.unique(names, return_index=True)[1])
     if len(first) < len(names):
         logger.warning("%d repeated symbols in %s keep their first vector.", len(names) - len(first), path)
-        rows = np.sort(list(first.values()))
-        names, matrix = [names[row] for row in rows], matrix[rows]
+        names, matrix = [names[row] for row in first], matrix[first]
     return GeneVectors(names, matrix)
 
 
@@ -225,8 +225,7 @@ def assign_gene_vectors(model, panel, vectors: GeneVectors, seed: int = 0) -> Ge
             f"(size={needed}, or `scbert gene2vec --size {needed}`), or a model of theirs: a recipe with "
             f'{{"model": {{"hidden_size": {found}}}}}.'
         )
-    row_of = {gene: row for row, gene in enumerate(vectors.genes)}
-    rows = np.array([row_of.get(gene, -1) for gene in genes])
+    rows = pd.Index(vectors.genes, dtype=object).get_indexer(genes)
     assigned, missing = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
     if not len(assigned):
         raise InputError(
