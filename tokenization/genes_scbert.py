@@ -191,15 +191,12 @@ class GeneAlignment:
             return
         ours, theirs = ", ".join(self.panel[:5]), ", ".join(self.names[:5])
         needed = max(1, int(np.ceil(minimum * self.panel_size)))
+        can_force = self.n_matched and force is not None
+        regardless = " To go on regardless: force=True, or --force." if can_force else ""
         raise InputError(
             f"The input has {self.n_matched} of the model's {self.panel_size} genes; at least {needed} are "
             f"needed. First names of the input: {theirs}; of the model: {ours}. "
-            f"{self.hint or _name_hint(self.names[:5], self.panel[:5])}"
-            + (
-                " To go on regardless: force=True, or --force."
-                if self.n_matched and force is not None
-                else ""
-            )
+            f"{self.hint or _name_hint(self.names[:5], self.panel[:5])}{regardless}"
         )
 
 

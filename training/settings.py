@@ -27,15 +27,9 @@ SHORT_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_bat
 # compared: it has a new path every time it comes from memory
 NOT_COMPARED = {"resume", "overwrite", "cache_frozen", "dataloader_num_workers", "disable_tqdm", "use_cpu"}
 NOT_COMPARED |= {"corpus"}
-# the least that numbers may be which transformers does not look at before it counts with them
-LEAST = {
-    "num_train_epochs": 0,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 0,
-    "early_stopping_patience": 0,
-    "seed": 0,
-}
+# numbers that transformers counts with before it looks at them
+AT_LEAST_1 = ("per_device_train_batch_size", "gradient_accumulation_steps")
+AT_LEAST_0 = ("num_train_epochs", "dataloader_num_workers", "early_stopping_patience", "seed")
 
 
 @dataclass
@@ -95,7 +89,8 @@ class RunTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = 0
 
     def __post_init__(self):
-        for name, least in LEAST.items():
+        for name in (*AT_LEAST_1, *AT_LEAST_0):
+            least = int(name in AT_LEAST_1)
             if getattr(self, name, least) < least:
                 raise InputError(f"{name} must be {least} or more; found {getattr(self, name)}.")
         if not self.per_device_eval_batch_size:
@@ -281,6 +276,4 @@ def read_json(value: dict[str, Any] | str) -> dict[str, Any]:
     try:
         return dict(json.loads(value) if isinstance(value, str) else value)
     except (ValueError, TypeError) as error:
-        raise InputError(
-            f"A setting must be a JSON object, such as {{}}, and is {value!r} ({error})."
-        ) from error
+        raise InputError(f"A setting must be a JSON object, such as {{}}; found {value!r}.") from error
