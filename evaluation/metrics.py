@@ -8,6 +8,9 @@ import numpy as np
 
 from ..extras import require
 
+# of either side of a picture: hundreds of types at full size would take gigabytes to draw
+MOST_PIXELS = 4000
+
 
 def classification_metrics(y_true: Sequence, y_pred: Sequence) -> dict[str, Any]:
     """
@@ -73,7 +76,7 @@ def plot_confusion(confusion: dict[str, Any], path: str | Path, title: str = "")
     axes.set_ylabel("true (cells)")
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, label="share of the true type", shrink=0.8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=min(150, MOST_PIXELS / max(size)))
     return figure
 
 

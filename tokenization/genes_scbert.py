@@ -185,17 +185,18 @@ class GeneAlignment:
     def check(self, minimum=MINIMUM_OVERLAP, force=False):
         """Refuse a low overlap of the file's genes with the panel: a share of it below `minimum`.
 
-        With `force` any overlap but none is accepted.
+        With `force` any overlap but none is accepted; None for a caller who has no way to force it.
         """
         if self.n_matched and (force or self.overlap >= minimum):
             return
         ours, theirs = ", ".join(self.panel[:5]), ", ".join(self.names[:5])
         needed = max(1, int(np.ceil(minimum * self.panel_size)))
+        can_force = self.n_matched and force is not None
+        regardless = " To go on regardless: force=True, or --force." if can_force else ""
         raise InputError(
             f"The input has {self.n_matched} of the model's {self.panel_size} genes; at least {needed} are "
             f"needed. First names of the input: {theirs}; of the model: {ours}. "
-            f"{self.hint or _name_hint(self.names[:5], self.panel[:5])}"
-            + (" To go on regardless: force=True, or --force." if self.n_matched else "")
+            f"{self.hint or _name_hint(self.names[:5], self.panel[:5])}{regardless}"
         )
 
 

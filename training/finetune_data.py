@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
@@ -19,13 +20,13 @@ from ..data.splits import stratified_split
 from ..tokenization import (
     InputError,
     ScBertTokenizer,
-    align_genes,
     gene_names_of,
     read_gene_panel,
     select_matrix,
 )
 from ..tokenization.cells_scbert import feature_modalities
 from ..tokenization.expression_scbert import as_csr, is_integer_valued
+from ..tokenization.genes_scbert import GeneAlignment
 from .finetune_arguments import FinetuneDataArguments
 from .initial_model import new_tokenizer
 from .principal_axes import most_variable
@@ -116,7 +117,8 @@ def load_data(
     if given is not None:
         report["test_classes_unknown"] = _unknown_classes(labels[given == "test"], classes)
     term_ids, parents = _terms_and_tree(data, reference, labels, classes)
-    targets = _targets(labels, classes)
+    # -1 where a cell has no class, or one that is not learnt
+    targets = pd.Index(classes, dtype=object).get_indexer(labels)
     assigned = _assign_splits(targets, given, data, seed, validate)
     others = [read_cells(cells, layer=data.layer) for cells in unlabelled]
     if isinstance(tokenizer, dict):
@@ -148,27 +150,47 @@ def load_data(
     if data.test:
         sources["test"] = read_cells(data.test if test is None else test, layer=data.layer)
         splits["test"] = _test_cells(sources["test"], data, tokenizer, classes, report)
-    bins_of_others = [_unlabelled_bins(cells, data, tokenizer) for cells in others]
+        _say_learnt_test_cells(splits)
     report["cells"] = {name: len(splits[name]) for name in SPLITS}
     kinds = {
         name: tokenizer.resolve_input(select_matrix(source, data.layer)[0], data.input)[0]
         for name, source in sources.items()
     }
-    stacked = sp.vstack(bins_of_others, format="csr") if others else None
-    if stacked is not None and not stacked.shape[0]:
+    stacked = _unlabelled_bins(others, unlabelled, data, tokenizer)
+    return FinetuneData(tokenizer, classes, splits, sources, kinds, report, term_ids, parents, stacked)
+
+
+def _aligned(
+    cells: AnnData, name: str | Path, data: FinetuneDataArguments, tokenizer: ScBertTokenizer
+) -> GeneAlignment:
+    """How the genes of cells go into the panel; an `InputError` that names them if too few do."""
+    alignment = tokenizer.align(cells, layer=data.layer)
+    try:
+        alignment.check(force=None)
+    except InputError as problem:
+        raise InputError(f"The genes of {name} do not suit the panel. {problem}") from None
+    return alignment
+
+
+def _unlabelled_bins(
+    others: list[AnnData],
+    given: Sequence[AnnData | str | Path],
+    data: FinetuneDataArguments,
+    tokenizer: ScBertTokenizer,
+) -> sp.csr_matrix | None:
+    """Bins of the cells `given` that express something; whatever labels they have are not looked at."""
+    if not others:
+        return None
+    parts = []
+    for cells, name in zip(others, given, strict=True):
+        _aligned(cells, "the AnnData without labels" if isinstance(name, AnnData) else name, data, tokenizer)
+        parts.append(tokenizer.bin_cells(cells, input=data.input, layer=data.layer))
+    bins = sp.vstack(parts, format="csr")
+    if not bins.nnz:
         raise InputError(
             "None of the cells without labels expresses a gene of the reference. Give cells of the same tissue, or "
             "leave --unlabelled out."
         )
-    return FinetuneData(tokenizer, classes, splits, sources, kinds, report, term_ids, parents, stacked)
-
-
-def _unlabelled_bins(
-    cells: AnnData, data: FinetuneDataArguments, tokenizer: ScBertTokenizer
-) -> sp.csr_matrix:
-    """Bins of the cells that express something; whatever labels they have are not looked at."""
-    tokenizer.align(cells, layer=data.layer).check()
-    bins = tokenizer.bin_cells(cells, input=data.input, layer=data.layer)
     return bins[np.diff(bins.indptr) > 0]
 
 
@@ -210,12 +232,6 @@ def _check_training_cells(train: LabelledCells, classes: list[str]) -> None:
             "No training cell of %s expresses a gene of the panel, so nothing of it can be learnt.",
             ", ".join(classes[i] for i in empty),
         )
-
-
-def _targets(labels: np.ndarray, classes: list[str]) -> np.ndarray:
-    """Class of every cell, -1 where it has none (or one that is not learnt)."""
-    index = {name: i for i, name in enumerate(classes)}
-    return np.array([index.get(label, -1) for label in labels], dtype=np.int64)
 
 
 def _unknown_classes(labels: np.ndarray, classes: list[str]) -> list[str]:
@@ -295,8 +311,7 @@ def most_variable_genes(cells: AnnData, n_genes: int, layer: str | None, input: 
 def _gene_report(
     tokenizer: ScBertTokenizer, reference: AnnData, data: FinetuneDataArguments
 ) -> dict[str, Any]:
-    alignment = tokenizer.align(reference, layer=data.layer)
-    alignment.check()
+    alignment = _aligned(reference, data.reference, data, tokenizer)
     return {
         "panel": alignment.panel_size,
         "matched": alignment.n_matched,
@@ -315,9 +330,7 @@ def _assign_splits(
     if given is None:
         chosen = np.flatnonzero(targets >= 0)
         test = 0.0 if data.test else data.test_fraction
-        assigned[chosen] = "train"
-        if test or validation:
-            assigned[chosen] = stratified_split(targets[chosen], test, validation, seed=seed)
+        assigned[chosen] = stratified_split(targets[chosen], test, validation, seed=seed)
         return assigned
     assigned[targets >= 0] = given[targets >= 0]
     if not validate:
@@ -340,9 +353,7 @@ def _drop_low_gene_cells(
     report["min_genes"] = {"minimum": data.min_genes, "left_out": 0}
     if not data.min_genes:
         return
-    matrix, source = select_matrix(reference, data.layer)
-    names = gene_names_of(source.var, source.var_names, tokenizer.gene_panel)
-    alignment = align_genes(names, tokenizer.gene_panel)
+    matrix, alignment = select_matrix(reference, data.layer)[0], tokenizer.align(reference, layer=data.layer)
     cells, enough = np.flatnonzero(assigned == "train"), np.zeros(len(assigned), dtype=bool)
     enough[cells] = alignment.apply(as_csr(matrix[cells])).getnnz(axis=1) >= data.min_genes
     report["min_genes"]["left_out"] = _drop_cells("train", assigned, targets, enough)
@@ -364,10 +375,9 @@ def _test_cells(
     report: dict[str, Any],
 ) -> LabelledCells:
     """Cells to test on whose class is among those learnt."""
-    alignment = tokenizer.align(test, layer=data.layer)
-    alignment.check()
+    alignment = _aligned(test, data.test, data, tokenizer)
     labels = find_labels(test.obs, data.label_key, data.test)
-    targets = _targets(labels, classes)
+    targets = pd.Index(classes, dtype=object).get_indexer(labels)
     cells = np.flatnonzero(targets >= 0)
     if not len(cells):
         raise InputError(
@@ -376,3 +386,15 @@ def _test_cells(
     report["test_classes_unknown"] = _unknown_classes(labels, classes)
     bins = tokenizer.bin_cells(test, input=data.input, layer=data.layer)[cells]
     return LabelledCells(bins, targets[cells], cells, alignment.absent)
+
+
+def _say_learnt_test_cells(splits: dict[str, LabelledCells]) -> None:
+    """Warn of test cells with the very bins of cells that are learnt from: they test nothing."""
+    weights = np.random.default_rng(0).random(splits["test"].bins.shape[1])
+    test, *learnt = (splits[name].bins.sorted_indices() @ weights for name in ("test", "train", "validation"))
+    n_known = int((np.isin(test, np.concatenate(learnt)) & (test > 0)).sum())
+    if n_known:
+        logger.warning(
+            f"{n_known:,} of the {len(test):,} test cells are also among those that are learnt from, gene for gene: "
+            "scores on them are too good. Leave them out of one of the two files."
+        )

@@ -18,7 +18,7 @@ from .finetune_data import FinetuneData, LabelledCells
 from .run_summary import DEFAULT_THRESHOLD, TunedModel
 from .trainer import CellTrainer
 
-# the prior of a temperature, for validation cells too few or too easy to tell: of its logarithm, in cells
+# the prior of a temperature, in cells: a handful of validation cells that are all right would ask for certainty
 TEMPERATURE_PRIOR = 3.0
 MIN_CELLS_FOR_THRESHOLD = 50
 ASSIGNED_PRECISION = 0.95
@@ -124,7 +124,7 @@ def calibrated(
     [cells, classes] before the temperature; for the others see `TunedModel`.
     """
     logits = logits_of(validation)
-    temperature = temperature_of(logits, validation.targets)
+    temperature = fit_temperature(logits, validation.targets, prior=TEMPERATURE_PRIOR)
     probabilities = softmax(logits, temperature)
     model.config.unassigned_threshold = threshold_of(probabilities, validation.targets)
     model.config.conformal_quantiles = conformal_quantiles(probabilities, validation.targets)
@@ -136,21 +136,6 @@ def calibrated(
         }
 
     return TunedModel(model, state, lambda cells: softmax(logits_of(cells), temperature), divided)
-
-
-def temperature_of(logits: np.ndarray, targets: np.ndarray) -> float:
-    """
-    What to divide logits [cells, classes] by for honest confidences; near 1 where the cells are too few to tell.
-
-    The prior is worth `TEMPERATURE_PRIOR` cells: without it, a handful of cells that are all right would ask for
-    certainty.
-
-    Examples
-    --------
-    >>> temperature_of(np.array([[4.0, 0.0]] * 80), np.array([0] * 60 + [1] * 20)) > 3
-    True
-    """
-    return fit_temperature(logits, targets, prior=TEMPERATURE_PRIOR)
 
 
 def threshold_of(probabilities: np.ndarray, targets: np.ndarray) -> float | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ..data.paths import atomic_path
@@ -29,21 +30,6 @@ class GeneVectors:
 
     genes: list[str]
     matrix: np.ndarray
-
-
-@dataclass
-class GeneVectorReport:
-    """What `assign_gene_vectors` did: how many genes got a vector, were initialised, were left over."""
-
-    assigned: int
-    initialised: int
-    unused: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.assigned:,} genes took their vector, {self.initialised:,} had none and were "
-            f"initialised at random, {self.unused:,} vectors belong to no gene of the panel."
-        )
 
 
 class _ShuffledPairs:
@@ -91,7 +77,12 @@ def train_gene2vec(
 
     uses = np.bincount(pairs.pairs.ravel(), minlength=len(pairs.genes))
     if not np.any(uses >= MIN_PAIRS):
-        raise InputError(_too_few_pairs(pairs))
+        ladder = ", ".join(f"{count:,} at {level}" for level, count in sorted(pairs.pairs_above.items()))
+        raise InputError(
+            f"{len(pairs.pairs):,} gene pairs are correlated enough and no gene stands in {MIN_PAIRS} of them, so "
+            "there is nothing to train on. Single cells correlate less than bulk samples: lower --cutoff or keep the "
+            f"strongest pairs with --top-pairs. Pairs there are: {ladder or 'none'}."
+        )
     logging.getLogger("gensim").setLevel(logging.WARNING)
     skip_gram = {"sg": 1, "hs": 0, "window": 1, "min_count": MIN_PAIRS, "negative": NEGATIVE_SAMPLES}
     model = Word2Vec(vector_size=size, seed=seed, workers=workers, **skip_gram)
@@ -99,15 +90,6 @@ def train_gene2vec(
     model.build_vocab(sentences)
     model.train(sentences, total_examples=model.corpus_count, epochs=iterations)
     return GeneVectors(list(model.wv.index_to_key), np.asarray(model.wv.vectors, dtype=np.float32))
-
-
-def _too_few_pairs(pairs: GenePairs) -> str:
-    ladder = ", ".join(f"{count:,} at {level}" for level, count in sorted(pairs.pairs_above.items()))
-    return (
-        f"{len(pairs.pairs):,} gene pairs are correlated enough and no gene stands in {MIN_PAIRS} of them, "
-        "so there is nothing to train on. Single cells correlate less than bulk samples: lower --cutoff or "
-        f"keep the strongest pairs with --top-pairs. Pairs there are: {ladder or 'none'}."
-    )
 
 
 def save_gene_vectors(vectors: GeneVectors, path) -> None:
@@ -125,7 +107,7 @@ def save_gene_vectors(vectors: GeneVectors, path) -> None:
             with open(partial, "wb") as file:
                 np.save(file, vectors.matrix)
             return
-        with _open_text(partial, path.suffix == ".gz", "wt") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(partial, "wt") as file:
             file.write(f"{len(vectors.genes)} {vectors.matrix.shape[1]}\n")
             for gene, row in zip(vectors.genes, vectors.matrix):
                 file.write(gene + " " + " ".join(f"{value:.7g}" for value in row) + "\n")
@@ -139,24 +121,21 @@ def load_gene_vectors(path, genes=None) -> GeneVectors:
     length are an `InputError`.
     """
     path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path} of gene vectors.")
     names, matrix = _read_npy(path, genes) if path.suffix == ".npy" else _read_text(path)
     if not np.isfinite(matrix).all():
         bad = names[int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])]
         raise InputError(f"The vector of {bad} in {path} holds a number that is not finite; mend the file.")
-    first = {gene: row for row, gene in reversed(list(enumerate(names)))}
+    first = np.sort(np.unique(names, return_index=True)[1])
     if len(first) < len(names):
         logger.warning("%d repeated symbols in %s keep their first vector.", len(names) - len(first), path)
-        rows = np.sort(list(first.values()))
-        names, matrix = [names[row] for row in rows], matrix[rows]
+        names, matrix = [names[row] for row in first], matrix[first]
     return GeneVectors(names, matrix)
 
 
 def _gene_list_of(path: Path) -> Path:
     return path.with_suffix(".genes.txt")
-
-
-def _open_text(path, compressed: bool, mode: str):
-    return gzip.open(path, mode) if compressed else open(path, mode)
 
 
 def _read_npy(path: Path, genes) -> tuple[list[str], np.ndarray]:
@@ -179,7 +158,7 @@ def _read_npy(path: Path, genes) -> tuple[list[str], np.ndarray]:
 def _read_text(path: Path) -> tuple[list[str], np.ndarray]:
     names, rows, size = [], [], None
     try:
-        with _open_text(path, path.suffix == ".gz", "rt") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
             for number, line in enumerate(file, start=1):
                 fields = line.split()
                 if not fields or (number == 1 and len(fields) == 2 and all(f.isdigit() for f in fields)):
@@ -202,7 +181,7 @@ def _read_text(path: Path) -> tuple[list[str], np.ndarray]:
     return names, np.stack(rows)
 
 
-def assign_gene_vectors(model, panel, vectors: GeneVectors, seed: int = 0) -> GeneVectorReport:
+def assign_gene_vectors(model, panel, vectors: GeneVectors, seed: int = 0) -> dict[str, int]:
     """Put gene vectors into a model's gene table by symbol.
 
     The table [genes + 1, hidden_size] is written in place. The panel is a list of symbols or a tokenizer. Genes without
@@ -223,8 +202,7 @@ def assign_gene_vectors(model, panel, vectors: GeneVectors, seed: int = 0) -> Ge
             f"(size={needed}, or `scbert gene2vec --size {needed}`), or a model of theirs: a recipe with "
             f'{{"model": {{"hidden_size": {found}}}}}.'
         )
-    row_of = {gene: row for row, gene in enumerate(vectors.genes)}
-    rows = np.array([row_of.get(gene, -1) for gene in genes])
+    rows = pd.Index(vectors.genes, dtype=object).get_indexer(genes)
     assigned, missing = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
     if not len(assigned):
         raise InputError(
@@ -238,4 +216,8 @@ def assign_gene_vectors(model, panel, vectors: GeneVectors, seed: int = 0) -> Ge
     with torch.no_grad():
         table.copy_(torch.from_numpy(values))
     unused = len(vectors.genes) - len(np.unique(rows[assigned]))
-    return GeneVectorReport(len(assigned), len(missing), unused)
+    logger.warning(
+        f"Gene vectors: {len(assigned):,} genes took their vector, {len(missing):,} had none and were initialised at "
+        f"random, {unused:,} vectors belong to no gene of the panel."
+    )
+    return {"assigned": len(assigned), "initialised": len(missing), "unused": unused}

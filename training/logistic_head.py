@@ -16,6 +16,7 @@ logits that scores are taken from.
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 from joblib import Parallel, delayed
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
@@ -82,32 +84,15 @@ class PretrainedAxes:
     axes: Axes
     signal: float | None
 
-    @property
-    def alike(self) -> bool:
-        """Whether the cells are of a kind that the axes know."""
-        return self.signal is not None and self.signal >= ALIKE
-
 
 def solve_head(
-    features: sp.csr_matrix,
-    targets: np.ndarray,
-    n_classes: int,
-    folds: np.ndarray,
-    axes: Axes | None = None,
-    powers: Sequence[float] = POWERS,
-    on_fit: Callable[[], Any] | None = None,
-    pretrained: PretrainedAxes | None = None,
-    effects: np.ndarray | None = None,
+    features: sp.csr_matrix, targets: np.ndarray, n_classes: int, folds: np.ndarray, **options: Any
 ) -> SolvedHead:
     """
     Solve for the weights of a linear head, and cross-fit the logits of the cells it is solved on.
 
     Features are one number per gene, 0 where it is not expressed, [cells, genes]; targets the classes from 0, of which
-    one cell each is enough; folds as of `cross_folds`. Axes are given if `axes_of_cells` of the features are known
-    already. For each of the powers one regression is in the average, ``(0.0,)`` is ridge regression alone; one more
-    goes along pretrained axes. The regressions are kept from leaning on the directions `effects`, in units of the
-    features, [n, genes] (see `principal_axes.Damping`), along which axes that are given are damped already. `on_fit` is
-    called after each of the `n_fits`, for a progress bar.
+    one cell each is enough; folds as of `cross_folds`; options, those of `fit_members`.
 
     Examples
     --------
@@ -118,8 +103,7 @@ def solve_head(
     >>> head.weights.shape, bool((head.logits.argmax(axis=1) == targets).mean() > 0.8)
     ((3, 20), True)
     """
-    members = fit_members(features, targets, n_classes, folds, axes, powers, on_fit, pretrained, effects)
-    return average(members, targets, folds)
+    return average(fit_members(features, targets, n_classes, folds, **options), targets, folds)
 
 
 def fit_members(
@@ -133,7 +117,14 @@ def fit_members(
     pretrained: PretrainedAxes | None = None,
     effects: np.ndarray | None = None,
 ) -> list["Member"]:
-    """The regressions that `solve_head` averages; parameters are its own."""
+    """
+    The regressions that `solve_head` averages.
+
+    Axes are given if `axes_of_cells` of the features are known already. For each of the powers one regression is in the
+    average, ``(0.0,)`` is ridge regression alone; one more goes along pretrained axes. The regressions are kept from
+    leaning on the directions `effects`, in units of the features, [n, genes] (see `principal_axes.Damping`), along
+    which axes that are given are damped already. `on_fit` is called after each of the `n_fits`, for a progress bar.
+    """
     axes = axes_of_cells(features, effects=effects) if axes is None else axes
     members = [
         cross_fit(features, targets, n_classes, folds, power, axes, on_fit, effects) for power in powers
@@ -141,7 +132,8 @@ def fit_members(
     if pretrained is None:
         return members
     prior = Prior(LOG_TEMPERATURE_FOREIGN)
-    if pretrained.alike:
+    # where the cells are of a kind that the axes know
+    if pretrained.signal is not None and pretrained.signal >= ALIKE:
         prior = Prior(LOG_TEMPERATURE_ALIKE, 2 - SHARE_BESIDE_ALIKE)
         for member in members:
             if member.name == name_of(0):
@@ -241,7 +233,9 @@ def cross_fit(
 
     labelled = folds >= 0
     held = [folds == fold for fold in np.unique(folds[labelled])] + [~labelled]
-    with ONE_AT_A_TIME, threadpool_limits(1):
+    with ONE_AT_A_TIME, threadpool_limits(1), warnings.catch_warnings():
+        # the weakest penalties may stop short of the end; held-out cells judge what they found
+        warnings.simplefilter("ignore", ConvergenceWarning)
         fitted = Parallel(n_jobs=os.cpu_count(), prefer="threads")(
             delayed(fit)(labelled & ~mask) for mask in held
         )

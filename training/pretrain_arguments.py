@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers.hf_argparser import HfArg
 
 from ..tokenization import InputError
+from .schedules import cosine_restart_rate
 from .settings import (
     RECIPES,
     RunDataArguments,
@@ -16,10 +17,6 @@ from .settings import (
     RunTrainingArguments,
     read_json,
 )
-
-# scBERT's rule for the full panel; a small panel (or a panel of few expressed genes) would lose its cells
-MIN_GENES = 200
-PANEL_WITH_MIN_GENES = 5000
 
 RESTARTS = {"first_cycle", "cycle_growth", "warmup", "min_rate", "decay"}
 
@@ -43,12 +40,6 @@ class PretrainDataArguments(RunDataArguments):
     min_genes: int | None = HfArg(
         default=None, help="Expressed genes a training cell needs (200, or 0 for small panels)."
     )
-
-    def least_genes(self, panel_size: int) -> int:
-        """Expressed genes that a training cell needs: what was asked for, or scBERT's rule for large panels."""
-        if self.min_genes is not None:
-            return self.min_genes
-        return MIN_GENES if panel_size >= PANEL_WITH_MIN_GENES else 0
 
     def __post_init__(self):
         self.require("corpus")
@@ -114,6 +105,8 @@ class PretrainTrainingArguments(RunTrainingArguments):
         unknown = set(self.cosine_restarts) - RESTARTS
         if unknown:
             raise InputError(f"cosine_restarts has no setting {', '.join(sorted(unknown))}.")
+        # cycles that cannot be are refused before any cell is read
+        cosine_restart_rate(0, **self.cosine_restarts)
         super().__post_init__()
 
 

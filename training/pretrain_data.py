@@ -33,6 +33,9 @@ from .run_gene2vec import corpus_files
 
 logger = logging.getLogger(__name__)
 
+# scBERT's rule for the full panel; a small panel (or a panel of few expressed genes) would lose its cells
+MIN_GENES = 200
+PANEL_WITH_MIN_GENES = 5000
 # folder of a corpus in which what was counted is kept
 CACHE = "cache"
 CELLS_AT_ONCE = 2048
@@ -90,7 +93,9 @@ def load_data(
     cells, tokenizer, report, files = (_open_corpus if is_corpus(data.corpus) else _open_files)(
         data, tokenizer
     )
-    minimum = data.least_genes(len(tokenizer.gene_panel))
+    minimum = data.min_genes
+    if minimum is None:
+        minimum = MIN_GENES if len(tokenizer.gene_panel) >= PANEL_WITH_MIN_GENES else 0
     # the first process writes the cache for the others
     with PartialState().local_main_process_first():
         lengths, counts, measured = _measured(cells, tokenizer, data.corpus, files)
@@ -128,9 +133,8 @@ def _open_corpus(data: PretrainDataArguments, tokenizer: ScBertTokenizer | dict[
         overlap.check(MINIMUM_OVERLAP, force=data.force)
     except InputError as problem:
         raise InputError(f"The corpus {data.corpus} does not suit the model's panel. {problem}") from None
-    report = {"corpus": str(data.corpus), "genes_found": overlap.n_matched, "files": {}}
-    for source in manifest["sources"]:
-        report["files"][Path(source["path"]).name] = {"cells": source["kept"]}
+    kept = {Path(source["path"]).name: {"cells": source["kept"]} for source in manifest["sources"]}
+    report = {"corpus": str(data.corpus), "genes_found": overlap.n_matched, "files": kept}
     parts = [shards_of_source(source) for source in manifest["sources"]]
     files = np.repeat(np.arange(len(parts)), [sum(shard["cells"] for shard in part) for part in parts])
     return BinnedCells(open_corpus(data.corpus, tokenizer), tokenizer), tokenizer, report, files

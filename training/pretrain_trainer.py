@@ -101,11 +101,12 @@ class MaskedExpressionTrainer(CellTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """The cosine restarts where they are asked for, with an epoch as their unit; else transformers' own."""
         if self.lr_scheduler is None and self.args.cosine_restarts:
-            per_epoch = len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps
+            # an epoch's last step may have fewer batches
+            per_epoch = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
             self.lr_scheduler = cosine_restarts(
                 optimizer or self.optimizer,
                 self.args.learning_rate,
-                steps_per_unit=max(1, per_epoch),
+                steps_per_unit=per_epoch,
                 **self.args.cosine_restarts,
             )
         return super().create_scheduler(num_training_steps, optimizer)

@@ -43,8 +43,11 @@ def run_folder(
         if arguments.resume:
             _check_record(folder, settings, fingerprint)
             checkpoint = last_checkpoint(Path(training.output_dir))
-            if is_main:
-                _log_resumption(folder, checkpoint)
+            if is_main and checkpoint is None:
+                logger.warning("There is no finished checkpoint in %s: the run starts at step 0.", folder)
+            elif is_main:
+                step = checkpoint.name.rpartition("-")[2]
+                logger.warning("Resuming after step %s, from %s.", step, checkpoint)
         if is_main:
             write_json(folder / RECORD, {"settings": comparable(settings), "cells": fingerprint})
         PartialState().wait_for_everyone()
@@ -72,13 +75,6 @@ def _check_record(folder: Path, settings: dict[str, Any], fingerprint: int) -> N
             f"{folder} was begun with other cells or labels than {source} holds now. Leave resume (--resume) out to "
             "start anew."
         )
-
-
-def _log_resumption(folder: Path, checkpoint: Path | None) -> None:
-    if checkpoint is None:
-        logger.warning("There is no finished checkpoint in %s: the run starts at step 0.", folder)
-        return
-    logger.warning("Resuming after step %s, from %s.", checkpoint.name.rpartition("-")[2], checkpoint)
 
 
 def finish(

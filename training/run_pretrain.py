@@ -5,7 +5,6 @@ Pretrain a model by masked expression modelling: ``scbert pretrain``, or
     accelerate launch -m scbert.training.run_pretrain recipe.json ...
 """
 
-import dataclasses
 import logging
 import sys
 import time
@@ -102,9 +101,7 @@ def build_model(
         vectors = load_gene_vectors(arguments.gene_vectors)
         if arguments.gene_vectors_std:
             vectors.matrix *= arguments.gene_vectors_std / vectors.matrix.std()
-        report = assign_gene_vectors(model, data.tokenizer, vectors, seed=training.seed)
-        logger.warning("Gene vectors: %s", report)
-        data.report["gene_vectors"] = dataclasses.asdict(report)
+        data.report["gene_vectors"] = assign_gene_vectors(model, data.tokenizer, vectors, seed=training.seed)
     if arguments.n_cell_axes:
         # read by those who need it only
         from .cell_axes import cell_axes

@@ -198,7 +198,7 @@ def summarise(
     """
     config, state = tuned.model.config, tuned.state
     history = _history(state.log_history)
-    best = max((row for row in history if "macro_f1" in row), key=lambda row: row["macro_f1"], default={})
+    kept = state.best_global_step if training.load_best_model_at_end else state.global_step
     estimate = next((name for name in ESTIMATES if name in scores), None)
     head: dict[str, Any] = {"estimate": estimate, "estimate_of": ESTIMATES.get(estimate)}
     for name in scores:
@@ -224,7 +224,7 @@ def summarise(
         "solved_head": None if tuned.held_out is None else tuned.held_out.report,
         "training": {
             "epochs": state.epoch,
-            "best_epoch": best.get("epoch"),
+            "best_epoch": next((row["epoch"] for row in state.log_history if row["step"] == kept), None),
             "steps": state.global_step,
             "processes": training.world_size,
             "device": str(training.device),
@@ -350,12 +350,13 @@ def draw_figures(folder: Path, summary: dict[str, Any]) -> None:
         scores, words = summary[estimate], estimate.replace("_", "-")
         title = f"{words}: accuracy {scores['accuracy']:.3f}, macro-F1 {scores['macro_f1']:.3f}"
         plot_confusion(scores["confusion"], folder / "confusion.png", title)
-    if summary["training"]["history"]:
-        plot_learning_curve(summary["training"]["history"], folder / "learning_curve.png")
+    training = summary["training"]
+    if training["history"]:
+        plot_learning_curve(training["history"], training["best_epoch"], folder / "learning_curve.png")
 
 
-def plot_learning_curve(history: list[dict[str, float]], path: Path) -> None:
-    """Loss of training and validation on the left, validation scores on the right, by epoch, of what the rows have."""
+def plot_learning_curve(history: list[dict[str, float]], kept: float | None, path: Path) -> None:
+    """Loss of training and validation, and validation scores, by epoch; a line at the one whose weights are kept."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -375,10 +376,8 @@ def plot_learning_curve(history: list[dict[str, float]], path: Path) -> None:
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-    best = max((row for row in history if "macro_f1" in row), key=lambda row: row["macro_f1"], default=None)
-    if best:
-        for axes in (losses, scores):
-            axes.axvline(best["epoch"], color="#999999", linestyle=":", linewidth=1)
+        if kept is not None:
+            axes.axvline(kept, color="#999999", linestyle=":", linewidth=1)
     losses.set_title("cross-entropy", fontsize=10)
     scores.set_title("validation (dotted: epoch kept)", fontsize=10)
     figure.savefig(path, dpi=130)

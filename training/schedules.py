@@ -5,6 +5,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..tokenization import InputError
+
 
 def cosine_restart_rate(
     time: int,
@@ -21,12 +23,19 @@ def cosine_restart_rate(
     A cycle climbs linearly from `min_rate` over `warmup` units of time and falls along a cosine to `min_rate`
     again. The cosine part of every next cycle is `cycle_growth` times as long, and its peak is lower by `decay`. The
     length of the first cycle has the warm-up in it; `max_rate` is its highest. The original scBERT's unit is an epoch.
+    An `InputError` if a cycle has nothing but its warm-up, or cycles become shorter.
 
     Examples
     --------
     >>> [round(cosine_restart_rate(epoch) * 1e4, 2) for epoch in (0, 5, 14, 15, 20)]
     [0.01, 1.0, 0.03, 0.01, 0.9]
     """
+    if not 0 <= warmup <= first_cycle - 1 or cycle_growth < 1:
+        raise InputError(
+            f"The cosine restarts have a first_cycle of {first_cycle}, a warmup of {warmup} and a cycle_growth of "
+            f"{cycle_growth}: a cycle must be longer than its warm-up by 1 or more, and cycles must not become shorter "
+            "(cycle_growth 1 or more). Set all three in cosine_restarts."
+        )
     cycle, length = 0, first_cycle
     while time >= length:
         time -= length

@@ -23,8 +23,13 @@ RECIPES = Path(__file__).parent / "recipes"
 SECTIONS = ("data", "model", "tokenizer", "training")
 # names of the command line -> names of transformers.TrainingArguments
 SHORT_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
-# settings that say how to run, not what is computed: they may differ when a run is resumed
+# settings that say how to run, not what is computed: they may differ when a run is resumed. Of a corpus the cells are
+# compared: it has a new path every time it comes from memory
 NOT_COMPARED = {"resume", "overwrite", "cache_frozen", "dataloader_num_workers", "disable_tqdm", "use_cpu"}
+NOT_COMPARED |= {"corpus"}
+# numbers that transformers counts with before it looks at them
+AT_LEAST_1 = ("per_device_train_batch_size", "gradient_accumulation_steps")
+AT_LEAST_0 = ("num_train_epochs", "dataloader_num_workers", "early_stopping_patience", "seed")
 
 
 @dataclass
@@ -84,6 +89,10 @@ class RunTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = 0
 
     def __post_init__(self):
+        for name in (*AT_LEAST_1, *AT_LEAST_0):
+            least = int(name in AT_LEAST_1)
+            if getattr(self, name, least) < least:
+                raise InputError(f"{name} must be {least} or more; found {getattr(self, name)}.")
         if not self.per_device_eval_batch_size:
             self.per_device_eval_batch_size = 2 * self.per_device_train_batch_size
         # left open, transformers takes its own verbosity for an answer; bars only show in a terminal anyway
@@ -263,5 +272,8 @@ def comparable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_json(value: dict[str, Any] | str) -> dict[str, Any]:
-    """A dict from a dict or its JSON text."""
-    return json.loads(value) if isinstance(value, str) else dict(value)
+    """A dict from a dict or its JSON text; an `InputError` if it is none."""
+    try:
+        return dict(json.loads(value) if isinstance(value, str) else value)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"A setting must be a JSON object, such as {{}}; found {value!r}.") from error

@@ -230,9 +230,10 @@ def neighbour_means(
         parts = (coordinates[:n_first], n_neighbours), (coordinates[n_first:], NEIGHBOURS)
         graph = sp.block_diag([_neighbour_graph(*part) for part in parts])
     graph = sp.diags(1 / np.asarray(graph.sum(axis=1)).ravel()) @ graph
-    smooth = graph.tocsr() @ cells[:, kept].toarray()
-    narrow = sp.csr_matrix(smooth.astype(np.float32))
-    return sp.csr_matrix((narrow.data, kept[narrow.indices], narrow.indptr), shape=cells.shape)
+    smooth = graph.tocsr() @ cells[:, kept]
+    return sp.csr_matrix(
+        (smooth.data.astype(np.float32), kept[smooth.indices], smooth.indptr), shape=cells.shape
+    )
 
 
 def _neighbour_graph(coordinates, n_neighbours) -> sp.csr_matrix:

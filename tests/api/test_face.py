@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import scbert
+from scbert.training import callbacks
 
 FACE = ["annotate", "embed", "explain", "finetune", "load_model", "pretrain", "InputError"]
 CLASSES = ["Config", "ForCellClassification", "ForMaskedExpression", "Model", "Tokenizer"]
@@ -76,6 +77,19 @@ def test_pretrained_from_cells_then_fine_tuned(adata, recipe):
         pretrained.annotate(adata)
     tuned = scbert.finetune(adata, "cell_type", base=pretrained, epochs=1, min_genes=0, recipe="scbert")
     assert tuned.labels == ["B cell", "T cell", "monocyte"]
+
+
+def test_pretraining_on_cells_in_memory_goes_on_where_it_was_stopped(adata, recipe, tmp_path, monkeypatch):
+    def stop(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    options = {"output": tmp_path / "model", "recipe": recipe, "min_genes": 0}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(callbacks.CompleteCheckpoints, "on_save", stop)
+        scbert.pretrain(adata, **options)
+    with pytest.raises(scbert.InputError, match="begun with other cells"):
+        scbert.pretrain(adata[:100].copy(), resume=True, **options)
+    assert scbert.pretrain(adata, resume=True, **options).folder == tmp_path / "model"
 
 
 def test_genes_of_every_type(adata):

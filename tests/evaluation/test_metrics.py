@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from scbert.evaluation import cell_annotation_metric
 from scbert.evaluation.cell_annotation_metric.annotation_scores import annotation_scores
@@ -80,3 +81,9 @@ def test_confusion_picture_leaves_out_rows_without_cells(tmp_path):
     assert [text.get_text() for text in axes.get_yticklabels()] == ["B  (3)", "NK  (1)", "T  (2)"]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["B", "NK", "T", "unassigned"]
     assert (tmp_path / "c.png").stat().st_size > 5000
+
+
+def test_confusion_picture_of_many_types_is_no_larger(tmp_path, monkeypatch):
+    monkeypatch.setattr("scbert.evaluation.metrics.MOST_PIXELS", 300)
+    plot_confusion(classification_metrics(TRUE, PREDICTED)["confusion"], tmp_path / "c.png")
+    assert max(imread(tmp_path / "c.png").shape) == 300

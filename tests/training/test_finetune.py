@@ -119,11 +119,15 @@ def test_oversampling_runs(tune):
     assert summary["test_macro_f1"] > 0.8
 
 
-def test_the_best_epoch_is_kept(tune):
-    summary, _ = tune(num_train_epochs=6, early_stopping_patience=2, learning_rate=0.03)
-    history = [row["macro_f1"] for row in summary["training"]["history"]]
-    assert summary["validation"]["macro_f1"] == pytest.approx(max(history))
-    assert summary["training"]["best_epoch"] == 1 + int(np.argmax(history))
+@pytest.mark.parametrize("metric, name", [("macro_f1", "macro_f1"), ("loss", "validation_loss")])
+def test_the_best_epoch_is_kept(tune, metric, name):
+    higher = metric != "loss"
+    options = {"metric_for_best_model": metric, "greater_is_better": higher}
+    summary, _ = tune(num_train_epochs=6, early_stopping_patience=2, **options)
+    history = summary["training"]["history"]
+    place = int(np.argmax([row[name] if higher else -row[name] for row in history]))
+    assert summary["validation"]["macro_f1"] == pytest.approx(history[place]["macro_f1"])
+    assert summary["training"]["best_epoch"] == 1 + place
     assert len(history) <= summary["training"]["best_epoch"] + 2
 
 
@@ -186,13 +190,17 @@ def test_given_splits_are_kept_to(tune, adata, tmp_path):
         tune(reference=tmp_path / "folds.h5ad", test_key="fold", overwrite=True)
 
 
-def test_a_test_file_of_its_own(tune, adata, tmp_path):
+def test_a_test_file_of_its_own(tune, adata, tmp_path, caplog):
     test = adata[:40].copy()
     test.obs["cell_type"] = test.obs["cell_type"].astype(str).replace("B cell", "plasma cell")
     test.write_h5ad(tmp_path / "test.h5ad")
     summary, _ = tune(test=tmp_path / "test.h5ad")
     assert summary["data"]["test_classes_unknown"] == ["plasma cell"]
     assert summary["cells"]["test"] == summary["test"]["cells"] == 26
+    assert "26 of the 26 test cells are also among those that are learnt from" in caplog.text
+    caplog.clear()
+    tune("apart", reference=adata[40:].copy(), test=tmp_path / "test.h5ad")
+    assert "are also among" not in caplog.text
 
 
 def test_presence_and_absence_are_told_from_counts(tune, adata, caplog):

@@ -134,6 +134,15 @@ def test_fits_at_the_same_time_do_not_limit_threads_within_each_other(cells, mon
     assert seen == [1, 1]
 
 
+def test_fits_that_stop_short_of_the_end_are_none_of_the_users_business(cells, monkeypatch, recwarn):
+    features, targets = cells
+    monkeypatch.setattr(
+        logistic_head, "LogisticRegression", lambda **o: LogisticRegression(**o | {"max_iter": 1})
+    )
+    cross_fit(features, targets, 3, cross_folds(targets), 0.0, axes_of_cells(features))
+    assert not [warning for warning in recwarn if "converge" in str(warning.message)]
+
+
 def test_scales_prefer_genes_that_tell_classes_apart(cells):
     features, targets = cells
     scales = gene_scales(features, targets, 1.0)

@@ -191,6 +191,8 @@ def test_schedules(corpus, tmp_path):
         epochs=6,
         logging_steps=1,
         cosine_restarts=restarts,
+        # six batches an epoch: its second step has two of them
+        gradient_accumulation_steps=4,
         eval_strategy="no",
         **QUICK,
     )
@@ -227,7 +229,13 @@ def test_logs_of_tensorboard_stay(corpus, tmp_path):
         ({"mlm_probability": 2.0}, "probabilities"),
         ({"unknown_setting": 1}, "unknown_setting"),
         ({"cosine_restarts": {"speed": 1}}, "speed"),
+        ({"cosine_restarts": {"first_cycle": 3}}, "longer than its warm-up"),
         ({"model": {"depth": 1}}, "depth"),
+        ({"model": "{"}, "must be a JSON object"),
+        ({"batch_size": 0}, "per_device_train_batch_size must be 1 or more"),
+        ({"epochs": -1}, "num_train_epochs must be 0 or more"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"gene_vectors": "absent.txt"}, "no file absent.txt"),
         ({"min_genes": 1000}, "min-genes"),
     ],
 )

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 
+from scbert.evaluation.calibration import fit_temperature
 from scbert.inference import annotate
-from scbert.training.finetune_trainer import temperature_of, threshold_of
+from scbert.training.finetune_trainer import TEMPERATURE_PRIOR, threshold_of
 from scbert.training.run_finetune import finetune
 
 
@@ -58,5 +59,6 @@ def test_the_temperature_is_in_the_weights(adata, tiny_recipe, tmp_path):
 
 def test_few_or_easy_cells_do_not_ask_for_certainty():
     # all right: the likelihood alone would send the temperature to its bound
-    assert 0.3 < temperature_of(np.array([[4.0, 0.0]] * 20), np.zeros(20, dtype=int)) < 1
-    assert 1 < temperature_of(np.array([[4.0, 0.0]] * 20), np.ones(20, dtype=int)) < 20
+    logits, prior = np.array([[4.0, 0.0]] * 20), TEMPERATURE_PRIOR
+    assert 0.3 < fit_temperature(logits, np.zeros(20, dtype=int), prior=prior) < 1
+    assert 1 < fit_temperature(logits, np.ones(20, dtype=int), prior=prior) < 20

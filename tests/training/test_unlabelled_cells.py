@@ -222,6 +222,16 @@ def test_genes_that_only_other_cells_express_are_in_the_panel(files):
     assert "GENE0" in model.tokenizer.gene_panel
 
 
+def test_cells_with_few_genes_of_the_reference_are_refused_by_name(files, tmp_path):
+    anndata.read_h5ad(files / "more.h5ad")[:, :20].write_h5ad(tmp_path / "few.h5ad")
+    with pytest.raises(scbert.InputError, match="few.h5ad do not suit the panel") as error:
+        scbert.finetune(
+            files / "reference.h5ad", "cell_type", unlabelled=[files / "query.h5ad", tmp_path / "few.h5ad"]
+        )
+    # fine-tuning has no such setting
+    assert "force" not in str(error.value)
+
+
 def test_recipes_in_steps_have_no_use_for_them(files):
     with pytest.raises(scbert.InputError, match="solve for the head"):
         scbert.finetune(
