@@ -11,7 +11,6 @@ EXTRAS = {
     "leidenalg": "scanpy",
     "gensim": "gene2vec",
     "captum": "explain",
-    "gseapy": "explain",
     "celltypist": "evaluate",
     "evaluate": "evaluate",
     "torchmetrics": "evaluate",
