@@ -13,7 +13,6 @@ EXTRAS = {
     "captum": "explain",
     "celltypist": "evaluate",
     "evaluate": "evaluate",
-    "torchmetrics": "evaluate",
     "bioframe": "multiomics",
     "mudata": "multiomics",
     "cellxgene_ontology_guide": "ontology",
