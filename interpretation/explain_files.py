@@ -16,6 +16,7 @@ from rich.console import Console
 from ..data.paths import check_output_folder, partial_folder
 from ..data.read import read_cells
 from ..data.write_h5ad import atomic_write_h5ad
+from ..evaluation.metrics import shortened
 from ..evaluation.tables import TextTable
 from ..inference.query import BinnedQuery
 from ..inference.shipped import model_or_shipped
@@ -214,7 +215,7 @@ def write_pictures(
             loaded.tokenizer.gene_panel,
             folder / f"summary_{target}_{file}.png",
             n_genes=min(20, n_top),
-            title=f"{label}: integrated gradients of {len(cells)} cells",
+            title=f"{shortened(label, 50)}: integrated gradients of {len(cells)} cells",
         )
 
 
