@@ -22,12 +22,16 @@ def read_gmt(path: str | Path) -> dict[str, list[str]]:
     """
     sets: dict[str, dict[str, None]] = {}
     opened = gzip.open if str(path).endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            name, *rest = line.rstrip("\r\n").split("\t")
-            genes = [gene.partition(",")[0].strip() for gene in rest[1:]]
-            if name.strip() and any(genes):
-                sets.setdefault(name.strip(), {}).update(dict.fromkeys(gene for gene in genes if gene))
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is no text, plain or compressed: {error}.") from error
+    for line in lines:
+        name, *rest = line.split("\t")
+        genes = [gene.partition(",")[0].strip() for gene in rest[1:]]
+        if name.strip() and any(genes):
+            sets.setdefault(name.strip(), {}).update(dict.fromkeys(gene for gene in genes if gene))
     if not sets:
         raise InputError(
             f"{path} holds no gene set. A .gmt file has one set a line: name, description and genes, "

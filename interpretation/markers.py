@@ -1,5 +1,6 @@
 """Do the genes that a model looks at agree with what is known: marker tables and differential expression."""
 
+import gzip
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ TABLE_COLUMNS = [
     ("cell_name", "Symbol"),  # CellMarker 2.0 download
     ("cell_type", "gene"),
 ]
+# what they call the species
+HUMAN = frozenset({"Hs", "Human"})
 
 
 def top_genes_table(scores: pd.DataFrame, n_top: int = 20) -> pd.DataFrame:
@@ -71,11 +74,14 @@ def read_marker_table(path: str | Path) -> dict[str, list[str]]:
     Known markers by cell type, from PanglaoDB, CellMarker, or any table with columns ``cell_type`` and ``gene``.
 
     The table is a .csv or .tsv/.txt, plain or .gz, its genes one a row or joined by commas; where it has a ``species``,
-    as PanglaoDB's, rows that do not name "Hs" are left out. Markers are sorted, each once; types of one name in several
+    rows that name neither "Hs" (PanglaoDB) nor "Human" (CellMarker 2.0) are left out. Markers are sorted, each once; types of one name in several
     tissues are joined.
     """
     stem = str(path).removesuffix(".gz").lower()
-    table = pd.read_csv(path, sep="," if stem.endswith(".csv") else "\t", dtype=str)
+    try:
+        table = pd.read_csv(path, sep="," if stem.endswith(".csv") else "\t", dtype=str)
+    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is no table of text: {error}.") from error
     for type_column, gene_column in TABLE_COLUMNS:
         if {type_column, gene_column} <= set(table.columns):
             break
@@ -85,10 +91,12 @@ def read_marker_table(path: str | Path) -> dict[str, list[str]]:
             f"{path} is no marker table: its columns are {', '.join(table.columns[:6])}; needed are {known}."
         )
     if "species" in table:
-        table = table[table["species"].fillna("").str.split().map(lambda names: "Hs" in names)]
+        table = table[table["species"].fillna("").str.split().map(HUMAN.intersection).astype(bool)]
     table = table[[type_column, gene_column]].dropna()
     genes = table[gene_column].str.split(",").explode().str.strip()
     genes = genes[genes != ""]
+    if genes.empty:
+        raise InputError(f"{path} holds no marker of a human cell type.")
     cell_types = table[type_column].str.strip().loc[genes.index].to_numpy()
     return {cell_type: sorted(set(found)) for cell_type, found in genes.groupby(cell_types)}
 

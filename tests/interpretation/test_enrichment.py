@@ -65,6 +65,9 @@ def test_gmt_plain_zipped_weighted_and_repeated(tmp_path):
     empty.write_text("only a name\n")
     with pytest.raises(InputError, match="holds no gene set"):
         read_gmt(empty)
+    empty.write_bytes(b"\x89HDF")
+    with pytest.raises(InputError, match="is no text"):
+        read_gmt(empty)
 
 
 def test_by_type_joins_the_tables(tmp_path):

@@ -55,4 +55,6 @@ def test_names_of_one_type_and_its_legend_stay_within_the_picture(tmp_path):
     scores = pd.DataFrame({name: [3.0, 1.0, 2.0]}, index=["A", "B", "C"])
     figure = plots.plot_top_genes(top_genes_table(scores), scores, tmp_path / "t.png")
     box = figure.get_tightbbox()
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.get_figwidth() and box.y1 <= figure.get_figheight()
+    assert (
+        box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.get_figwidth() and box.y1 <= figure.get_figheight()
+    )

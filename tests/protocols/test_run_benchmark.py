@@ -251,6 +251,15 @@ def test_the_command(cells_file, tmp_path, capsys):
     arguments = ["evaluate", "nonsense", str(cells_file), "--label-key", "cell_type", "--output"]
     assert main([*arguments, str(tmp_path / "o")]) == 1
     assert "There is no protocol 'nonsense'" in capsys.readouterr().err
+    (tmp_path / "variants.json").write_text('{"deeper": 3}')
+    arguments[1] = "cross-validation"
+    for option, given in (
+        ("--settings", "{1"),
+        ("--settings", "[1]"),
+        ("--variants", tmp_path / "variants.json"),
+    ):
+        assert main([*arguments, str(tmp_path / "o"), option, str(given)]) == 1
+        assert "A JSON object was needed" in capsys.readouterr().err
 
 
 @pytest.mark.slow
