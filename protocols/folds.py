@@ -81,7 +81,8 @@ def leave_one_out(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fold
     folds = [fold for fold in folds if {TRAIN, TEST} <= set(fold.split)]
     if not folds:
         raise InputError(
-            f"No group of {options.group_key!r} can be left out: none has a type of which the others have three cells."
+            f"No group of {options.group_key!r} can be left out: none has a type of which the others have three "
+            "cells."
         )
     return folds
 
@@ -114,8 +115,8 @@ def few_shot(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fold]:
             split[rank < shots], split[rank >= max(options.shots)] = TRAIN, TEST
             if TEST not in split:
                 raise InputError(
-                    f"No cell is left to test on: no type has more than {max(options.shots)} cells. Ask for fewer cells of "
-                    "a type (shots=, or --shots)."
+                    f"No cell is left to test on: no type has more than {max(options.shots)} cells. Ask for fewer "
+                    "cells of a type (shots=, or --shots)."
                 )
             folds.append(Fold(f"draw {k + 1}", split, f"{shots} per type"))
     return folds
@@ -179,8 +180,8 @@ def marker_deletion(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fo
     given = [gene for gene in options.markers if gene in cells.var_names]
     if options.markers and not given:
         raise InputError(
-            f"The cells have none of the {len(options.markers)} marker genes, such as {options.markers[0]}; their genes "
-            f"are called {', '.join(cells.var_names[:3])}, ..."
+            f"The cells have none of the {len(options.markers)} marker genes, such as {options.markers[0]}; their "
+            f"genes are called {', '.join(cells.var_names[:3])}, ..."
         )
     for fold in cross_validation(cells, options):
         markers = given or _markers(cells, fold.split != TEST)
@@ -258,8 +259,8 @@ def groups_of(cells: anndata.AnnData, group_key: str | None) -> np.ndarray:
     column = cells.obs[group_key]
     if column.isna().any():
         raise InputError(
-            f"{column.isna().sum()} of {len(column)} cells have no group in {group_key!r}: they may be of the group that "
-            "is left out. Fill the column, or leave these cells out."
+            f"{column.isna().sum()} of {len(column)} cells have no group in {group_key!r}: they may be of the group that is "
+            "left out. Fill the column, or leave these cells out."
         )
     groups = column.astype(str).to_numpy()
     if len(np.unique(groups)) < 2:
