@@ -259,8 +259,8 @@ def groups_of(cells: anndata.AnnData, group_key: str | None) -> np.ndarray:
     column = cells.obs[group_key]
     if column.isna().any():
         raise InputError(
-            f"{column.isna().sum()} of {len(column)} cells have no group in {group_key!r}: they may be of the group that is "
-            "left out. Fill the column, or leave these cells out."
+            f"{column.isna().sum()} of {len(column)} cells have no group in {group_key!r}: they may be of the one that "
+            "is left out. Fill the column, or leave these cells out."
         )
     groups = column.astype(str).to_numpy()
     if len(np.unique(groups)) < 2:
