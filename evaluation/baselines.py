@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from ..data.labels import choose_classes, find_labels
 from ..data.read import log_normalize
 from ..extras import require
 from ..tokenization import InputError, align_genes
 from .calibration import softmax
 
-UNLABELLED = {"unassigned", "nan", "None", "<NA>", ""}
 C_GRID = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # of the inner cross-validation; fewer where the rarest type has fewer cells (at least 2)
 INNER_FOLDS = 3
@@ -41,22 +41,16 @@ class Baseline:
 
     def fit(self, adata: Any, label_key: str, input: str = "auto") -> "Baseline":
         """Learn from labelled cells; unlabelled ones (missing, "unassigned") are left out. Returns itself."""
-        if label_key not in adata.obs:
-            have = ", ".join(map(str, adata.obs.columns)) or "none"
-            raise InputError(f"There is no column {label_key!r} in obs; it has: {have}.")
-        labels = adata.obs[label_key].astype(object).astype(str).to_numpy()
-        labelled = ~np.isin(labels, list(UNLABELLED))
-        self.classes_ = np.unique(labels[labelled])
-        if len(self.classes_) < 2:
-            found = ", ".join(self.classes_) or "none"
-            raise InputError(f"Column {label_key!r} holds {found} as types; at least two are needed.")
+        labels = find_labels(adata.obs, label_key, "the cells")
+        self.classes_ = np.array(choose_classes(labels.tolist(), label_key)[0])
+        labelled = np.flatnonzero([label is not None for label in labels])
         matrix, names = log_normalize(adata, input=input)
         matrix = matrix[labelled]
         seen = np.bincount(matrix.indices, minlength=matrix.shape[1]) > 0
         self.genes = [gene for gene, is_seen in zip(names, seen, strict=True) if is_seen]
         self.notes = []
         with require("threadpoolctl").threadpool_limits(self.threads):
-            self._fit(matrix[:, seen], labels[labelled])
+            self._fit(matrix[:, seen], labels[labelled].astype(str))
         return self
 
     def predict_proba(self, adata: Any, input: str = "auto") -> np.ndarray:

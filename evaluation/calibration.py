@@ -55,14 +55,20 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, n_
     """
     Mean gap between confidence and accuracy over equal-width bins of the largest probability, weighted by cells.
 
-    Of probabilities [cells, classes] and true classes [cells]; Naeini et al. 2015, by torchmetrics (l1 norm).
+    Of probabilities [cells, classes] and true classes [cells]; Naeini et al. 2015.
     """
-    torch, classification = require("torch"), require("torchmetrics.functional.classification")
-    probabilities, labels = _checked(probabilities, labels)
-    error = classification.multiclass_calibration_error(
-        torch.from_numpy(probabilities), torch.from_numpy(labels), probabilities.shape[1], n_bins, norm="l1"
-    )
-    return float(error)
+    cells, confidence, right = _by_confidence(*_checked(probabilities, labels), n_bins)
+    return float(np.abs(right - confidence).sum() / cells.sum())
+
+
+def _by_confidence(
+    probabilities: np.ndarray, labels: np.ndarray, n_bins: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cells, summed confidence and right answers of equal bins of the confidence, each closed on its right, [bins]."""
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    index = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
+    cells = np.bincount(index, minlength=n_bins)
+    return cells, *(np.bincount(index, weights, minlength=n_bins) for weights in (confidence, right))
 
 
 @dataclass(frozen=True)
@@ -114,14 +120,10 @@ def plot_reliability(probabilities: np.ndarray, labels: np.ndarray, path: str | 
     Of probabilities [cells, classes] and true classes [cells]; saved as `path`, and returned as matplotlib's Figure.
     """
     values, truth = _checked(probabilities, labels)
-    confidence, right = values.max(axis=1), values.argmax(axis=1) == truth
     n_bins, edges = 10, np.linspace(0, 1, 11)
-    # right-closed bins, as in the calibration error.
-    index = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, n_bins - 1)
-    cells = np.bincount(index, minlength=n_bins)
+    cells, confidence, right = _by_confidence(values, truth, n_bins)
     seen = cells > 0
-    accuracy = np.bincount(index, weights=right, minlength=n_bins)[seen] / cells[seen]
-    mean = np.bincount(index, weights=confidence, minlength=n_bins)[seen] / cells[seen]
+    accuracy, mean = right[seen] / cells[seen], confidence[seen] / cells[seen]
     error = expected_calibration_error(values, truth)
     figure = require("matplotlib.figure").Figure(figsize=(4.6, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)

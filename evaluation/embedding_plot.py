@@ -15,6 +15,8 @@ COLOURS = (
     "#aa4499", "#999933", "#882255", "#ee8866", "#77aadd", "#bbcc33",
 )  # fmt: skip
 MARKERS = ("o", "^", "s", "D", "v")
+# as many as the picture is high
+ROWS_OF_LEGEND = 18
 BACKGROUND, UNASSIGNED_COLOUR = "#e4e4e4", "#777777"
 
 
@@ -38,7 +40,9 @@ def plot_embedding(
     }
     if any("unassigned" in labels for labels in shown):
         styles["unassigned"] = (UNASSIGNED_COLOUR, "x")
-    figure = require("matplotlib.figure").Figure(figsize=(3.6 * len(panels) + 2.8, 3.9), layout="constrained")
+    columns = -(-len(styles) // ROWS_OF_LEGEND)
+    size = (3.6 * len(panels) + 2.8 * columns, 3.9)
+    figure = require("matplotlib.figure").Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     size = float(np.clip(6000 / max(len(coordinates), 1), 2, 26))
     for panel, heading, labels in zip(axes, panels, shown, strict=True):
@@ -61,6 +65,7 @@ def plot_embedding(
         loc="outside right center",
         frameon=False,
         fontsize=8.5,
+        ncols=columns,
         handletextpad=0.2,
     )
     if title:

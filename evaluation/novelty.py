@@ -19,11 +19,15 @@ def max_probability_score(probabilities: np.ndarray) -> np.ndarray:
 
 
 def entropy_score(probabilities: np.ndarray) -> np.ndarray:
-    """Entropy of each cell's probabilities divided by that of a uniform guess, [cells], 0 to 1."""
+    """
+    Entropy of each cell's probabilities divided by that of a uniform guess, [cells].
+
+    What they lack of 1 is the probability of no type, one more outcome: with it the entropy may exceed 1.
+    """
     values = np.asarray(probabilities, dtype=np.float64)
-    logs = np.log(values, out=np.zeros_like(values), where=values > 0)
-    # + 0.0 turns the -0.0 of a certain cell into 0.0.
-    return -(values * logs).sum(axis=1) / np.log(max(values.shape[1], 2)) + 0.0
+    no_type = np.clip(1 - values.sum(axis=1), 0, None)
+    entropy = require("scipy.stats").entropy(np.column_stack([values, no_type]), axis=1)
+    return entropy / np.log(max(values.shape[1], 2))
 
 
 def energy_score(logits: np.ndarray) -> np.ndarray:

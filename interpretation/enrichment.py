@@ -4,9 +4,10 @@ import gzip
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy.stats import false_discovery_control, hypergeom
 
-from ..extras import require
 from ..tokenization import InputError
 
 COLUMNS = ["term", "n_overlap", "n_set", "odds_ratio", "p_value", "adjusted_p_value", "genes"]
@@ -21,12 +22,16 @@ def read_gmt(path: str | Path) -> dict[str, list[str]]:
     """
     sets: dict[str, dict[str, None]] = {}
     opened = gzip.open if str(path).endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            name, *rest = line.rstrip("\r\n").split("\t")
-            genes = [gene.partition(",")[0].strip() for gene in rest[1:]]
-            if name.strip() and any(genes):
-                sets.setdefault(name.strip(), {}).update(dict.fromkeys(gene for gene in genes if gene))
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is no text, plain or compressed: {error}.") from error
+    for line in lines:
+        name, *rest = line.split("\t")
+        genes = [gene.partition(",")[0].strip() for gene in rest[1:]]
+        if name.strip() and any(genes):
+            sets.setdefault(name.strip(), {}).update(dict.fromkeys(gene for gene in genes if gene))
     if not sets:
         raise InputError(
             f"{path} holds no gene set. A .gmt file has one set a line: name, description and genes, "
@@ -43,15 +48,15 @@ def enrich_genes(
     max_size: int = 1000,
 ) -> pd.DataFrame:
     """
-    Gene sets that hold more of the given genes than chance would, by the hypergeometric test (gseapy's `enrich`).
+    Gene sets that hold more of the given genes than chance would, by the hypergeometric test.
 
     The `background` is all genes that could have been in the list: the model's panel, or its expressed part. Genes and
     sets are cut down to it; a whole genome as background would find the tissue instead of the question. Sets with fewer
     genes within it than `min_size`, or more than `max_size`, are left out.
 
     The table has a row per set with at least one of the genes, smallest p-value first: ``term, n_overlap, n_set``
-    (genes of the set in the background), ``odds_ratio, p_value, adjusted_p_value`` (Benjamini-Hochberg over the sets
-    that have at least one hit) and ``genes`` (joined by ";").
+    (genes of the set in the background), ``odds_ratio, p_value, adjusted_p_value`` (Benjamini-Hochberg over all sets
+    that were tested, those without a hit as well) and ``genes`` (joined by ";").
 
     Examples
     --------
@@ -60,34 +65,22 @@ def enrich_genes(
     >>> table[["term", "n_overlap"]].values.tolist()
     [['T cells', 2]]
     """
-    universe = dict.fromkeys(map(str, background))
-    asked = [gene for gene in dict.fromkeys(map(str, genes)) if gene in universe]
-    within = {
-        name: [gene for gene in dict.fromkeys(members) if gene in universe]
-        for name, members in gene_sets.items()
-    }
-    kept = {name: members for name, members in within.items() if min_size <= len(members) <= max_size}
-    # gseapy logs an error and returns a list when nothing overlaps: answered before it is asked.
-    hit = set(asked) & {gene for members in kept.values() for gene in members}
-    if not hit:
-        return pd.DataFrame(columns=COLUMNS)
-    result = require("gseapy").enrich(
-        asked, gene_sets=kept, background=list(universe), outdir=None, no_plot=True, verbose=False
-    )
-    table = result.results
-    overlap = table["Overlap"].str.split("/", expand=True).astype(int)
-    tidy = pd.DataFrame(
-        {
-            "term": table["Term"],
-            "n_overlap": overlap[0],
-            "n_set": overlap[1],
-            "odds_ratio": table["Odds Ratio"].astype(float),
-            "p_value": table["P-value"].astype(float),
-            "adjusted_p_value": table["Adjusted P-value"].astype(float),
-            "genes": table["Genes"].map(lambda joined: ";".join(sorted(joined.split(";")))),
-        }
-    )
-    return tidy.sort_values(["p_value", "term"], kind="stable", ignore_index=True)
+    universe = set(map(str, background))
+    asked = set(map(str, genes)) & universe
+    within = {term: universe & set(members) for term, members in gene_sets.items()}
+    tested = {term: members for term, members in within.items() if min_size <= len(members) <= max_size}
+    table = pd.DataFrame({"term": list(tested), "n_set": [len(members) for members in tested.values()]})
+    shared = [sorted(asked & members) for members in tested.values()]
+    table["n_overlap"] = both = np.array([len(found) for found in shared], dtype=int)
+    only_set, only_asked = table["n_set"] - both, len(asked) - both
+    neither = len(universe) - only_set - len(asked)
+    # halves: no cell of the table of counts is 0 (Haldane and Anscombe)
+    table["odds_ratio"] = (both + 0.5) * (neither + 0.5) / ((only_set + 0.5) * (only_asked + 0.5))
+    table["p_value"] = hypergeom.sf(both - 1, len(universe), table["n_set"], len(asked))
+    table["adjusted_p_value"] = false_discovery_control(table["p_value"]) if len(table) else []
+    table["genes"] = [";".join(found) for found in shared]
+    table = table.loc[both > 0, COLUMNS]
+    return table.sort_values(["p_value", "term"], kind="stable", ignore_index=True)
 
 
 def enrich_by_type(

@@ -16,14 +16,16 @@ from rich.console import Console
 from ..data.paths import check_output_folder, partial_folder
 from ..data.read import read_cells
 from ..data.write_h5ad import atomic_write_h5ad
+from ..evaluation.metrics import shortened
 from ..evaluation.tables import TextTable
 from ..inference.query import BinnedQuery
 from ..inference.shipped import model_or_shipped
 from ..tokenization import InputError, gene_names_of, select_matrix
 from ..trained_model.model_folder import load_model
 from ..trained_model.prediction import LoadedModel, predict_cells
+from ..training.settings import read_json
 from .deletion import deletion_test, verdict
-from .enrichment import enrich_by_type
+from .enrichment import enrich_by_type, read_gmt
 from .explain_types import GRADIENTS, choose_cells, explanations, mean_by_type
 from .markers import differential_expression_agreement, marker_overlap, read_marker_table, top_genes_table
 from .plots import plot_summary, plot_top_genes
@@ -94,7 +96,8 @@ def explain_file(
     started = time.perf_counter()
     check_output_folder(output, overwrite, marker=RESULTS)
     known = None if markers is None else read_marker_table(markers)
-    names = None if marker_names is None else json.loads(Path(marker_names).read_text(encoding="utf-8"))
+    names = None if marker_names is None else read_json(Path(marker_names).read_text(encoding="utf-8"))
+    sets = None if gene_sets is None else read_gmt(gene_sets)
     loaded = load_model(model_or_shipped(model), device="cpu", dtype="float32")
     adata = read_cells(query, layer=layer)
     if label_key is not None and label_key not in adata.obs:
@@ -110,7 +113,7 @@ def explain_file(
     types = np.array(loaded.labels, dtype=object)[predicted]
     with partial_folder(output, overwrite, marker=RESULTS) as folder:
         try:
-            tables = write_tables(folder, per_type, n_top, known, names, gene_sets)
+            tables = write_tables(folder, per_type, n_top, known, names, sets)
             write_agreement(folder, per_type, adata, types, label_key, layer, input)
             write_pictures(folder, found[GRADIENTS], per_type, part, targets, loaded, n_top)
             deleted.to_csv(folder / "deletion_test.csv", index=False)
@@ -121,10 +124,12 @@ def explain_file(
                 "types": list(next(iter(per_type.values())).columns),
                 "verdict": verdict(deleted),
                 "completeness": completeness,
-                "deletion_test": deleted.to_dict(orient="records"),
+                # a ratio to a fall of nothing is no number, and JSON has none for it
+                "deletion_test": deleted.astype(object).where(deleted.notna(), None).to_dict("records"),
                 "seconds": time.perf_counter() - started,
             }
-            (folder / RESULTS).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+            written = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+            (folder / RESULTS).write_text(written + "\n", encoding="utf-8")
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -145,7 +150,7 @@ def write_tables(
     n_top: int,
     markers: dict[str, list[str]] | None,
     marker_names: dict[str, Any] | None,
-    gene_sets: str | Path | None,
+    gene_sets: dict[str, list[str]] | None,
 ) -> dict[str, pd.DataFrame]:
     """Top genes, scores of all genes, overlap with markers and enrichment, as CSV."""
     tables: dict[str, list[pd.DataFrame]] = {"top_genes": [], "marker_overlap": [], "enrichment": []}
@@ -214,7 +219,7 @@ def write_pictures(
             loaded.tokenizer.gene_panel,
             folder / f"summary_{target}_{file}.png",
             n_genes=min(20, n_top),
-            title=f"{label}: integrated gradients of {len(cells)} cells",
+            title=f"{shortened(label, 50)}: integrated gradients of {len(cells)} cells",
         )
 
 

@@ -1,5 +1,6 @@
 """Do the genes that a model looks at agree with what is known: marker tables and differential expression."""
 
+import gzip
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import pandas as pd
 from anndata import AnnData
 from scipy.stats import hypergeom, spearmanr
 
+from ..data.labels import find_labels
 from ..data.read import log_normalize
-from ..evaluation.baselines import UNLABELLED
 from ..extras import require
 from ..tokenization import InputError
 
@@ -21,6 +22,8 @@ TABLE_COLUMNS = [
     ("cell_name", "Symbol"),  # CellMarker 2.0 download
     ("cell_type", "gene"),
 ]
+# what they call the species
+HUMAN = frozenset({"Hs", "Human"})
 
 
 def top_genes_table(scores: pd.DataFrame, n_top: int = 20) -> pd.DataFrame:
@@ -71,11 +74,14 @@ def read_marker_table(path: str | Path) -> dict[str, list[str]]:
     Known markers by cell type, from PanglaoDB, CellMarker, or any table with columns ``cell_type`` and ``gene``.
 
     The table is a .csv or .tsv/.txt, plain or .gz, its genes one a row or joined by commas; where it has a ``species``,
-    as PanglaoDB's, rows that do not name "Hs" are left out. Markers are sorted, each once; types of one name in several
-    tissues are joined.
+    rows that name neither "Hs" (PanglaoDB) nor "Human" (CellMarker 2.0) are left out. Markers are sorted, each once;
+    types of one name in several tissues are joined.
     """
     stem = str(path).removesuffix(".gz").lower()
-    table = pd.read_csv(path, sep="," if stem.endswith(".csv") else "\t", dtype=str)
+    try:
+        table = pd.read_csv(path, sep="," if stem.endswith(".csv") else "\t", dtype=str)
+    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is no table of text: {error}.") from error
     for type_column, gene_column in TABLE_COLUMNS:
         if {type_column, gene_column} <= set(table.columns):
             break
@@ -85,10 +91,12 @@ def read_marker_table(path: str | Path) -> dict[str, list[str]]:
             f"{path} is no marker table: its columns are {', '.join(table.columns[:6])}; needed are {known}."
         )
     if "species" in table:
-        table = table[table["species"].fillna("").str.split().map(lambda names: "Hs" in names)]
+        table = table[table["species"].fillna("").str.split().map(HUMAN.intersection).astype(bool)]
     table = table[[type_column, gene_column]].dropna()
     genes = table[gene_column].str.split(",").explode().str.strip()
     genes = genes[genes != ""]
+    if genes.empty:
+        raise InputError(f"{path} holds no marker of a human cell type.")
     cell_types = table[type_column].str.strip().loc[genes.index].to_numpy()
     return {cell_type: sorted(set(found)) for cell_type, found in genes.groupby(cell_types)}
 
@@ -173,29 +181,29 @@ def differential_expression_agreement(
     when one side is constant) and ``genes`` (shared).
     """
     scanpy = require("scanpy", "explain")
-    labels = adata.obs[label_key].astype(object).astype(str)
-    sizes = labels[~labels.isin(UNLABELLED)].value_counts()
-    types = [name for name in scores.columns if sizes.get(str(name), 0) >= 2]
+    labels = find_labels(adata.obs, label_key, "the cells")
+    sizes = pd.Series(labels).value_counts()
+    types = [name for name in scores.columns if sizes.get(name, 0) >= 2]
     matrix, genes = log_normalize(adata, layer, input, list(scores.index))
     shared = [gene for gene in genes if gene in scores.index]
     if len(sizes) < 2 or not types or not shared:
         raise InputError(
-            f"Nothing can be compared: {len(types)} cell types of the scores have at least two cells in "
-            f"{label_key!r}, which holds {len(sizes)} types, and {len(shared)} genes are in both."
+            f"Nothing can be compared: {len(types)} of the explained types "
+            f"({', '.join(map(str, scores.columns[:3]))}, ...) have at least two cells in {label_key!r}, whose "
+            f"types are {', '.join(sizes.index[:3])}, ...; "
+            f"{len(shared)} genes are in both."
         )
-    kept = labels.isin(sizes.index).to_numpy()
+    kept = pd.notna(labels)
     columns = np.flatnonzero(np.isin(genes, shared))
     cells = AnnData(
         matrix[kept][:, columns],
-        obs=pd.DataFrame(
-            {"type": pd.Categorical(labels[kept].to_numpy())}, index=adata.obs_names[kept].astype(str)
-        ),
+        obs=pd.DataFrame({"type": pd.Categorical(labels[kept])}, index=adata.obs_names[kept].astype(str)),
         var=pd.DataFrame(index=pd.Index(shared)),
     )
-    scanpy.tl.rank_genes_groups(cells, "type", groups=[str(name) for name in types], method="t-test")
+    scanpy.tl.rank_genes_groups(cells, "type", groups=types, method="t-test")
     rows = []
     for name in types:
-        table = scanpy.get.rank_genes_groups_df(cells, group=str(name)).set_index("names")["scores"]
+        table = scanpy.get.rank_genes_groups_df(cells, group=name).set_index("names")["scores"]
         # a gene that no cell expresses has no statistic, and is no marker.
         rows.append(_agreement(scores, name, table.reindex(cells.var_names).fillna(0.0), n_top))
     return pd.DataFrame(rows)

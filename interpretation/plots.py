@@ -8,6 +8,8 @@ import pandas as pd
 import scipy.sparse as sp
 from matplotlib.figure import Figure
 
+from ..evaluation.metrics import shortened
+
 # more points than this only thicken the swarm
 MAX_CELLS = 2000
 
@@ -115,14 +117,13 @@ def plot_top_genes(table: pd.DataFrame, scores: pd.DataFrame, path: str | Path, 
     values = scores.loc[genes].to_numpy(dtype=np.float64)
     spread = values.std(axis=1, keepdims=True)
     values = (values - values.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
-    limit = max(float(np.abs(values).max(initial=0.0)), 1e-9)
-    size = (2.6 + 0.36 * scores.shape[1], 1.8 + 0.2 * len(genes))
+    limit = float(np.abs(values).max(initial=0.0)) or 1.0
+    size = (max(2.6 + 0.36 * scores.shape[1], 4.2), max(1.8 + 0.2 * len(genes), 3.4))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_xticks(
-        range(scores.shape[1]), [str(name) for name in scores.columns], rotation=45, ha="right", fontsize=8
-    )
+    types = [shortened(str(name), 28) for name in scores.columns]
+    axes.set_xticks(range(len(types)), types, rotation=45, ha="right", fontsize=8)
     axes.xaxis.set_tick_params(rotation_mode="anchor")
     axes.set_yticks(range(len(genes)), genes, fontsize=7)
     figure.colorbar(image, ax=axes, label="z-score over types", shrink=0.7)

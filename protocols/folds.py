@@ -78,18 +78,29 @@ def leave_one_out(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fold
         if options.validate_on_group:
             _validate_on_a_group(split, groups, labels)
         folds.append(Fold(f"{options.group_key} {name}", split))
-    return [fold for fold in folds if {TRAIN, TEST} <= set(fold.split)]
+    folds = [fold for fold in folds if {TRAIN, TEST} <= set(fold.split)]
+    if not folds:
+        raise InputError(
+            f"No group of {options.group_key!r} can be left out: none has a type of which the others have three "
+            "cells."
+        )
+    return folds
 
 
 def reference_size(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fold]:
-    """10 to 90% of the cells as the reference, the same last tenth as the test; nested, over several draws."""
+    """
+    10 to 90% of the cells as the reference, the same test for all of them; nested, over several draws.
+
+    The test is the last tenth of the types that the smallest reference has enough cells of.
+    """
     labels, folds = cells.obs[LABEL].to_numpy(), []
     for k in range(options.n_folds):
         place = _places(labels, options.seed + k)
         test = place >= 0.9
         for share in SHARES:
-            train = place < share
-            split = _split(labels, test, options.seed + k, among=train | test)
+            split = _split(labels, test, options.seed + k, among=(place < share) | test)
+            # a type that only larger references have would be tested there only
+            test &= split == TEST
             folds.append(Fold(f"draw {k + 1}", split, f"{share:.0%}"))
     return folds
 
@@ -102,6 +113,11 @@ def few_shot(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fold]:
         for shots in options.shots:
             split = np.full(len(labels), "", dtype=object)
             split[rank < shots], split[rank >= max(options.shots)] = TRAIN, TEST
+            if TEST not in split:
+                raise InputError(
+                    f"No cell is left to test on: no type has more than {max(options.shots)} cells. Ask for fewer "
+                    "cells of a type (shots=, or --shots)."
+                )
             folds.append(Fold(f"draw {k + 1}", split, f"{shots} per type"))
     return folds
 
@@ -161,9 +177,14 @@ def marker_deletion(cells: anndata.AnnData, options: ProtocolOptions) -> list[Fo
     exceeds that of all other types the most.
     """
     folds = []
+    given = [gene for gene in options.markers if gene in cells.var_names]
+    if options.markers and not given:
+        raise InputError(
+            f"The cells have none of the {len(options.markers)} marker genes, such as {options.markers[0]}; their "
+            f"genes are called {', '.join(cells.var_names[:3])}, ..."
+        )
     for fold in cross_validation(cells, options):
-        found = set(cells.var_names)
-        markers = [gene for gene in options.markers if gene in found] or _markers(cells, fold.split != TEST)
+        markers = given or _markers(cells, fold.split != TEST)
         order = np.random.default_rng(options.seed).permutation(len(markers))
         for share in DELETED:
             deleted = tuple(markers[i] for i in order[: round(share * len(markers))])
@@ -235,7 +256,13 @@ def groups_of(cells: anndata.AnnData, group_key: str | None) -> np.ndarray:
             f"The column of the groups, such as donor or dataset, must be named (group_key=, or --group-key); obs has: "
             f"{have}."
         )
-    groups = cells.obs[group_key].astype(object).astype(str).to_numpy()
+    column = cells.obs[group_key]
+    if column.isna().any():
+        raise InputError(
+            f"{column.isna().sum()} of {len(column)} cells have no group in {group_key!r}: they may be of the one that "
+            "is left out. Fill the column, or leave these cells out."
+        )
+    groups = column.astype(str).to_numpy()
     if len(np.unique(groups)) < 2:
         raise InputError(f"The column {group_key!r} has one group only; two are needed.")
     return groups

@@ -19,6 +19,7 @@ from ..evaluation.baselines import BASELINES, available_baselines
 from ..evaluation.tables import TextTable
 from ..tokenization import InputError, read_gene_panel
 from ..trained_model.model_folder import versions
+from ..training.settings import read_json
 from .cells import LABEL, load_benchmark_cells
 from .comparison import score_tables, summarise_folds, warnings_of, warnings_of_modalities
 from .folds import PROTOCOLS, SHOTS, TEST, Fold, ProtocolOptions, read_folds, write_folds
@@ -137,7 +138,7 @@ def run_benchmark(
         check_output_path(report, overwrite)
     paths = [cells] if isinstance(cells, str | Path) else list(cells)
     adata = load_benchmark_cells(paths, label_key, label_map, layer, max_cells, seed, input)
-    given = dict(json.loads(settings) if isinstance(settings, str) else settings or {})
+    given = read_json(settings or {})
     given |= {} if epochs is None else {"epochs": epochs}
     named = tuple(read_gene_panel(markers)) if markers else ()
     options = ProtocolOptions(group_key, folds, seed, validate_on_group, named, _shots(shots))
@@ -185,12 +186,9 @@ def _cleared(folder: Path) -> Iterator[None]:
 
 def _variants(protocol: str, given: str | Path | dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     if isinstance(given, str | Path):
-        try:
-            given = json.loads(Path(given).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"The variants are no JSON object of name and settings: {error}.") from error
+        given = read_json(Path(given).read_text(encoding="utf-8"))
     if given is not None:
-        return given
+        return {name: read_json(settings) for name, settings in given.items()}
     return DEFAULT_VARIANTS if protocol == "hyperparameters" else {}
 
 

@@ -1,7 +1,6 @@
 """Scores of one method on one fold."""
 
 import math
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ def fold_scores(method: Method, outputs: Outputs, fold: Fold, true: np.ndarray) 
     """
     known = np.isin(true, outputs.classes)
     scores = classification_metrics(true[known], outputs.predicted[known])
+    targets = np.array([outputs.classes.index(label) for label in true[known]])
     row = {
         "fold": fold.name,
         "setting": fold.setting,
@@ -40,14 +40,12 @@ def fold_scores(method: Method, outputs: Outputs, fold: Fold, true: np.ndarray) 
         **{name: scores[name] for name in ("accuracy", "macro_f1", "balanced_accuracy")},
         "per_class": scores["per_class"],
         "confusion": scores["confusion"],
+        "ece": expected_calibration_error(outputs.probabilities[known], targets),
         "seconds": outputs.seconds,
         "notes": outputs.notes,
     }
-    if find_spec("torchmetrics") is not None and len(outputs.classes) > 1:
-        targets = np.array([outputs.classes.index(label) for label in true[known]])
-        row["ece"] = expected_calibration_error(outputs.probabilities[known], targets)
-        if outputs.logits is not None:
-            row["threshold"] = outputs.threshold
+    if outputs.logits is not None:
+        row["threshold"] = outputs.threshold
     if fold.novel is not None:
         row |= novelty_scores(outputs, true)
     return row

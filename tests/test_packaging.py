@@ -84,7 +84,7 @@ def test_the_changelog_and_the_citation_name_this_version():
 
 
 def test_the_core_stays_light():
-    heavy = {"scanpy", "gensim", "captum", "gseapy", "celltypist", "mudata", "gradio", "evaluate", "triton"}
+    heavy = {"scanpy", "gensim", "captum", "celltypist", "mudata", "gradio", "evaluate", "triton"}
     assert not {item.name for item in requirements(setup()["options"]["install_requires"])} & heavy
 
 

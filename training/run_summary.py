@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,7 @@ def _scores(
     names, best = np.array(data.classes, dtype=object), probabilities.argmax(axis=1)
     confidence, right = probabilities.max(axis=1), best == targets
     assigned = confidence >= (DEFAULT_THRESHOLD if threshold is None else threshold)
-    result: dict[str, Any] = {
+    return {
         "cells": len(targets),
         **classification_metrics(names[targets], names[best]),
         "assigned": {
@@ -126,10 +125,8 @@ def _scores(
             "accuracy": float(right[assigned].mean()) if assigned.any() else None,
         },
         "mean_confidence": float(confidence.mean()),
+        "ece": expected_calibration_error(probabilities, targets),
     }
-    if find_spec("torchmetrics") is not None:
-        result["ece"] = expected_calibration_error(probabilities, targets)
-    return result
 
 
 def baseline_cells(targets: np.ndarray, seed: int) -> np.ndarray:

@@ -272,8 +272,10 @@ def comparable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_json(value: dict[str, Any] | str) -> dict[str, Any]:
-    """A dict from a dict or its JSON text; an `InputError` if it is none."""
+    """A dict from a dict or its JSON text; an `InputError` where it is none."""
     try:
         return dict(json.loads(value) if isinstance(value, str) else value)
     except (ValueError, TypeError) as error:
-        raise InputError(f"A setting must be a JSON object, such as {{}}; found {value!r}.") from error
+        raise InputError(
+            f'A JSON object was needed, such as {{"name": 1}}; found {value!r} ({error}).'
+        ) from error

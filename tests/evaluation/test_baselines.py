@@ -86,7 +86,7 @@ def test_a_type_of_one_cell_does_not_stop_the_search(reference):
 def test_unlabelled_cells_are_left_out(reference):
     partly = reference.copy()
     labels = partly.obs["cell_type"].astype(object)
-    labels.iloc[:3] = ["unassigned", None, np.nan]
+    labels.iloc[:4] = ["Unassigned", None, np.nan, " B "]
     partly.obs["cell_type"] = labels
     assert BASELINES["majority"]().fit(partly, "cell_type").classes_.tolist() == ["B", "NK", "T"]
 
@@ -101,10 +101,10 @@ def test_a_fit_that_does_not_converge_is_said(monkeypatch, reference):
 
 
 def test_inputs_that_cannot_be_used_are_refused(reference):
-    with pytest.raises(InputError, match="no column 'type' in obs; it has: cell_type"):
+    with pytest.raises(InputError, match="no column 'type' in obs of the cells; it has: cell_type"):
         BASELINES["majority"]().fit(reference, "type")
     one = reference[reference.obs["cell_type"] == "B"].copy()
-    with pytest.raises(InputError, match="at least two"):
+    with pytest.raises(InputError, match="At least two"):
         BASELINES["majority"]().fit(one, "cell_type")
     strange = reference.copy()
     strange.var_names = [f"ENSG{i:011d}" for i in range(len(GENES))]

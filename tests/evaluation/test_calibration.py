@@ -48,6 +48,15 @@ def test_calibration_errors_by_hand():
     )
 
 
+def test_certain_cells_share_the_last_bin():
+    sure = np.array([[1.0, 0.0]] * 4 + [[0.95, 0.05]] * 4)
+    labels = np.array([0, 0, 0, 1, 0, 0, 0, 0])
+    # 7 of 8 are right, at a mean confidence of 0.975
+    assert expected_calibration_error(sure, labels) == pytest.approx(0.1)
+    # a rounding above 1 changes nothing
+    assert expected_calibration_error(sure + 1e-9, labels) == pytest.approx(0.1, abs=1e-6)
+
+
 def test_softmax_of_large_logits():
     assert softmax(np.array([[1e4, 0.0]])).tolist() == [[1.0, 0.0]]
 

@@ -23,5 +23,13 @@ def test_panels_share_colours_and_the_legend_names_every_label(tmp_path):
     assert left <= right
 
 
+def test_the_legend_of_many_types_stays_within_the_picture():
+    labels = [f"a type of a long name {i}" for i in range(40)]
+    figure = plot_embedding(np.random.default_rng(0).normal(size=(40, 2)), {"type": labels})
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width and 0 <= box.y0 < box.y1 <= figure.bbox.height
+
+
 def _style(dots):
     return tuple(dots.get_facecolor()[0]), tuple(map(tuple, dots.get_paths()[0].vertices.round(3)))

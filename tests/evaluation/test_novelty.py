@@ -48,6 +48,11 @@ def test_scores_of_outputs_by_hand():
     assert energy_score(np.log(np.array([[1.0, 3.0]]))) == pytest.approx([-np.log(4)])
 
 
+def test_entropy_grows_with_the_probability_of_no_type():
+    scores = entropy_score(np.array([[0.5, 0.5], [0.4, 0.4], [0.3, 0.3]]))
+    assert scores[0] == pytest.approx(1) and (np.diff(scores) > 0).all()
+
+
 def test_energy_tells_no_class_from_two_classes():
     neither, both = np.array([[-3.0, -3.0]]), np.array([[6.0, 6.0]])
     assert energy_score(neither)[0] > energy_score(both)[0]

@@ -34,6 +34,20 @@ def test_p_values_by_hand():
     assert table.loc["first", "adjusted_p_value"] == pytest.approx(2 * hypergeom.sf(2, 20, 5, 4))
 
 
+def test_sets_without_a_hit_were_tested_too():
+    """Left out of the adjustment they would make one gene of a small set a finding."""
+    sets = {f"set {i}": [f"A{i}", *BACKGROUND[5:10]] for i in range(20)}
+    universe = [*BACKGROUND, *(f"A{i}" for i in range(20))]
+    table = enrich_genes(["A0"], sets, universe)
+    assert table["term"].tolist() == ["set 0"]
+    assert table.loc[0, "p_value"] == pytest.approx(6 / 40) and table.loc[0, "adjusted_p_value"] == 1
+
+
+def test_names_of_genes_may_be_numbers():
+    table = enrich_genes(["101"], {"ids": ["101", "102"], "names": ["LYZ", "101"]}, ["101", "102", "LYZ"], 1)
+    assert table["genes"].tolist() == ["101", "101"]
+
+
 def test_no_overlap_is_an_empty_table(capfd):
     for genes in (["X1"], []):
         table = enrich_genes(genes, SETS, BACKGROUND)
@@ -50,6 +64,9 @@ def test_gmt_plain_zipped_weighted_and_repeated(tmp_path):
     empty = tmp_path / "empty.gmt"
     empty.write_text("only a name\n")
     with pytest.raises(InputError, match="holds no gene set"):
+        read_gmt(empty)
+    empty.write_bytes(b"\x89HDF")
+    with pytest.raises(InputError, match="is no text"):
         read_gmt(empty)
 
 

@@ -236,3 +236,29 @@ def test_a_missing_column_and_no_cells_are_named(model_folder, adata, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="cells_per_type .* found 0"):
         explain(adata, model_folder, cells_per_type=0)
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "told"),
+    [("--marker-names", "[1]", "JSON object"), ("--gene-sets", "x", "no gene set")],
+)
+def test_files_that_cannot_be_used_are_told_before_the_work(
+    option, content, told, model_folder, adata, tmp_path, capsys, monkeypatch
+):
+    adata.write_h5ad(tmp_path / "query.h5ad")
+    (tmp_path / "file").write_text(content)
+    monkeypatch.setattr("scbert.interpretation.explain_files.explanations", None)
+    arguments = ["explain", str(tmp_path / "query.h5ad"), "--model", str(model_folder), option]
+    assert main([*arguments, str(tmp_path / "file"), "--output", str(tmp_path / "out")]) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_a_ratio_that_is_no_number_is_null_in_the_file(model_folder, adata, tmp_path, monkeypatch):
+    def without_ratio(*arguments, **options):
+        return deletion_test(*arguments, **options).assign(ratio=np.nan)
+
+    monkeypatch.setattr("scbert.interpretation.explain_files.deletion_test", without_ratio)
+    adata.write_h5ad(tmp_path / "query.h5ad")
+    explain_file(tmp_path / "query.h5ad", model_folder, tmp_path / "out", cells_per_type=1, n_steps=2)
+    written = json.loads((tmp_path / "out" / "explanation.json").read_text(), parse_constant=pytest.fail)
+    assert [row["ratio"] for row in written["deletion_test"]] == [None] * 3

@@ -50,6 +50,15 @@ def test_marker_tables_of_every_known_format(tmp_path):
     cellmarker = tmp_path / "cellmarker.csv"
     cellmarker.write_text('Tissue,CT,Gene\nBlood,T cell,"CD3E, CD3D"\nLung,T cell,CD2\n')
     assert read_marker_table(cellmarker) == {"T cell": ["CD2", "CD3D", "CD3E"]}
+    second = tmp_path / "cellmarker2.csv"
+    second.write_text("species,cell_name,Symbol\nHuman,T cell,CD3D\nMouse,T cell,Cd3e\n")
+    assert read_marker_table(second) == {"T cell": ["CD3D"]}
+    second.write_text("species,cell_name,Symbol\nMouse,T cell,Cd3e\n")
+    with pytest.raises(InputError, match="no marker of a human"):
+        read_marker_table(second)
+    second.write_bytes(b"\x89HDF")
+    with pytest.raises(InputError, match="no table of text"):
+        read_marker_table(second)
     other = tmp_path / "other.tsv"
     other.write_text("name\tsymbol\nT\tCD3D\n")
     with pytest.raises(InputError, match="is no marker table"):

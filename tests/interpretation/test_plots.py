@@ -48,3 +48,13 @@ def test_top_genes_picture_draws_a_shared_gene_once(tmp_path):
     figure = plots.plot_top_genes(top_genes_table(scores), scores, tmp_path / "t.png", n_top=2)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["A", "C"]
     assert (tmp_path / "t.png").stat().st_size > 5000
+
+
+def test_names_of_one_type_and_its_legend_stay_within_the_picture(tmp_path):
+    name = "CD8-positive, alpha-beta memory T cell, CD45RO-positive"
+    scores = pd.DataFrame({name: [3.0, 1.0, 2.0]}, index=["A", "B", "C"])
+    figure = plots.plot_top_genes(top_genes_table(scores), scores, tmp_path / "t.png")
+    box = figure.get_tightbbox()
+    assert (
+        box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.get_figwidth() and box.y1 <= figure.get_figheight()
+    )

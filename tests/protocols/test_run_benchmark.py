@@ -12,6 +12,7 @@ from scbert.protocols import PROTOCOLS, run_benchmark
 from scbert.protocols.cells import LABEL, load_benchmark_cells
 from scbert.protocols.folds import ProtocolOptions, read_folds, write_folds
 from scbert.protocols.methods import baseline, scbert
+from scbert.protocols.run import without_genes
 from scbert.tokenization import InputError
 
 TINY = {
@@ -98,6 +99,25 @@ def test_leave_one_out_keeps_groups_apart(labelled):
         PROTOCOLS["leave-one-out"](labelled, ProtocolOptions("organ"))
 
 
+def test_groups_that_cannot_be_left_out_are_told(labelled):
+    labelled.obs["group"] = np.where(labelled.obs[LABEL] == "B cell", "one", "two")
+    labelled.obs.loc[labelled.obs[LABEL] == "T cell", "group"] = "three"
+    kept = labelled[labelled.obs[LABEL].isin(["B cell", "T cell"])]
+    with pytest.raises(InputError, match="No group of 'group' can be left out"):
+        PROTOCOLS["leave-one-out"](kept, ProtocolOptions("group"))
+    labelled.obs["donor"] = labelled.obs["donor"].where(labelled.obs["donor"] != "donor_1")
+    with pytest.raises(InputError, match="cells have no group in 'donor'"):
+        PROTOCOLS["leave-one-out"](labelled, ProtocolOptions("donor"))
+
+
+def test_every_size_of_reference_has_the_same_test(labelled):
+    # of 16 cells a tenth is too few to learn from, and the last tenth is not empty
+    assert (labelled.obs[LABEL] == "fourth").sum() == 16
+    folds = PROTOCOLS["reference-size"](labelled, ProtocolOptions(n_folds=1))
+    assert len(folds) == 5
+    assert all(((fold.split == "test") == (folds[0].split == "test")).all() for fold in folds)
+
+
 def test_shots_and_sizes_are_what_they_say(labelled):
     labels = labelled.obs[LABEL].to_numpy()
     few = {fold.setting: fold for fold in PROTOCOLS["few-shot"](labelled, ProtocolOptions(n_folds=1))}
@@ -106,6 +126,8 @@ def test_shots_and_sizes_are_what_they_say(labelled):
         assert set(np.unique(learnt, return_counts=True)[1]) == {shots}
     tests = [fold.split == "test" for fold in few.values()]
     assert all((test == tests[0]).all() for test in tests)
+    with pytest.raises(InputError, match="no type has more than 90 cells"):
+        PROTOCOLS["few-shot"](labelled, ProtocolOptions(n_folds=1, shots=(90,)))
     (imbalanced,) = PROTOCOLS["class-imbalance"](labelled, ProtocolOptions(n_folds=1))
     sizes = [int(n) for n in imbalanced.setting.split("/")]
     assert sizes[0] == sizes[2] > sizes[1] == sizes[3] == 3
@@ -116,6 +138,8 @@ def test_markers_are_deleted(labelled):
         labelled, ProtocolOptions(n_folds=2, markers=("CD3D", "MS4A1", "NONE"))
     )
     assert [len(fold.deleted) for fold in folds[:4]] == [0, 0, 1, 2]
+    with pytest.raises(InputError, match="none of the 1 marker genes, such as ENSG01"):
+        PROTOCOLS["marker-deletion"](labelled, ProtocolOptions(n_folds=2, markers=("ENSG01",)))
     own = PROTOCOLS["marker-deletion"](labelled, ProtocolOptions(n_folds=2))
     assert "MS4A1" in own[3].deleted and "ACTB" not in own[3].deleted
 
@@ -143,6 +167,27 @@ def test_several_files_share_genes_and_types(adata, tmp_path):
     assert set(cells.obs[LABEL]) == {"B", "T"} and set(cells.obs["dataset"]) == {"one", "two"}
     with pytest.raises(InputError, match="label keys"):
         load_benchmark_cells(paths, "a,b,c")
+
+
+def test_a_file_names_its_dataset_by_itself(adata, tmp_path):
+    for name in ("blood.v2.h5ad", "blood.v3.h5ad", "again/blood.v3.h5ad"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        adata.write_h5ad(tmp_path / name)
+    paths = [tmp_path / "blood.v2.h5ad", tmp_path / "blood.v3.h5ad"]
+    assert set(load_benchmark_cells(paths, "cell_type").obs["dataset"]) == {"blood.v2", "blood.v3"}
+    with pytest.raises(InputError, match=r"Several files are called 'blood\.v3'"):
+        load_benchmark_cells([*paths, tmp_path / "again" / "blood.v3.h5ad"], "cell_type")
+
+
+def test_log_values_are_told_from_all_genes(adata, tmp_path):
+    """Without the markers, or the genes of one file only, their sums are those of log1p values no more."""
+    sums = np.asarray(adata.X.sum(axis=1)).ravel()
+    adata.X.data = np.log1p(adata.X.data * np.repeat(1e4 / sums, np.diff(adata.X.indptr))).astype(np.float32)
+    adata.write_h5ad(tmp_path / "log.h5ad")
+    cells = load_benchmark_cells([tmp_path / "log.h5ad"], "cell_type")
+    markers = PROTOCOLS["marker-deletion"](cells, ProtocolOptions(n_folds=2))[-1]
+    outputs = baseline("majority", 1).run(without_genes(cells, markers.deleted), markers, 0)
+    assert len(outputs.probabilities)
 
 
 def test_a_benchmark_leaves_its_files(cells_file, recipe, tmp_path):
@@ -206,6 +251,15 @@ def test_the_command(cells_file, tmp_path, capsys):
     arguments = ["evaluate", "nonsense", str(cells_file), "--label-key", "cell_type", "--output"]
     assert main([*arguments, str(tmp_path / "o")]) == 1
     assert "There is no protocol 'nonsense'" in capsys.readouterr().err
+    (tmp_path / "variants.json").write_text('{"deeper": 3}')
+    arguments[1] = "cross-validation"
+    for option, given in (
+        ("--settings", "{1"),
+        ("--settings", "[1]"),
+        ("--variants", tmp_path / "variants.json"),
+    ):
+        assert main([*arguments, str(tmp_path / "o"), option, str(given)]) == 1
+        assert "A JSON object was needed" in capsys.readouterr().err
 
 
 @pytest.mark.slow
