@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from .errors_scbert import InputError
-from .expression_scbert import INPUT_KINDS, as_csr, detect_input_kind, keep_values, log1p_scale
+from .expression_scbert import INPUT_KINDS, as_csr, check_logs, detect_input_kind, keep_values, log1p_scale
 from .genes_scbert import align_genes, gene_names_of
 
 # cells looked at to tell counts from log1p
@@ -166,6 +166,8 @@ def resolve_input(matrix, input="auto", target_sum=1e4, hint=""):
     if input == "counts":
         return "counts", None
     sample = sample_rows(matrix)
+    if input == "log1p":
+        check_logs(sample)
     try:
         kind = detect_input_kind(sample, target_sum) if input == "auto" else input
     except InputError as error:

@@ -78,6 +78,16 @@ def check_values(matrix):
         )
 
 
+def check_logs(csr):
+    """Refuse values said to be natural log1p that are too large for it."""
+    check_values(csr)
+    if csr.nnz and csr.data.max() > MAX_LOG_VALUE:
+        raise InputError(
+            f"The values are said to be natural log1p, but the largest is {csr.data.max():.4g}; logarithms of counts "
+            f"stay far below {MAX_LOG_VALUE:g}. If they are counts, say input='counts' (--input counts)."
+        )
+
+
 def is_integer_valued(csr):
     """Whether every stored value is a whole number."""
     return not np.issubdtype(csr.dtype, np.inexact) or bool((csr.data == np.rint(csr.data)).all())
