@@ -106,6 +106,8 @@ class CellPipeline(Pipeline):
         -------
         A list with one result per cell; for a vector the result itself; for a generator an iterator.
         """
+        # a model that was trained last would go on dropping out
+        self.model.eval()
         if isinstance(cells, (GeneratorType, list)) or getattr(cells, "ndim", 2) == 1:
             return super().__call__(cells, **options)
         binning = self._preprocess_params | self._sanitize_parameters(**options)[0]
