@@ -42,6 +42,7 @@ class ScBertPreTrainedModel(ResizeEmbeddingsMixin, PreTrainedModel):
     config: ScBertConfig
     base_model_prefix = "scbert"
     supports_gradient_checkpointing = True
+    _input_embed_layer = "expression_embeddings"
     _no_split_modules = ["ScBertLayer", "ScBertReversibleLayer"]
     _can_record_outputs = {
         "hidden_states": ScBertLayer,
@@ -117,12 +118,6 @@ class ScBertModel(ScBertPreTrainedModel):
         # random features and the directions of a hash; what is taken off a large sum
         self._keep_in_fp32_modules_strict = {*buffers, *(("cell.offset", "cell.scale") if self.cell else ())}
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.expression_embeddings
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.embeddings.expression_embeddings = value
 
     @torch.no_grad()
     def redraw_features(self, seed: int):
