@@ -32,20 +32,8 @@ def mean_of_expressed(
     One vector per cell: the mean of the last hidden states over its expressed genes and the trailing token.
 
     Unexpressed genes are left out: there are many times more of them, and they would drown the cell in what all
-    cells share. The trailing token gives a cell without any expressed gene a vector too.
-
-    Parameters
-    ----------
-    hidden
-        ``[batch, length, hidden]``.
-    input_ids
-        Expression bins ``[batch, length]``; the trailing token is the last one that is no padding.
-    attention_mask
-        ``[batch, length]``; all ones by default.
-
-    Returns
-    -------
-    Float32 tensor ``[batch, hidden]``.
+    cells share. The trailing token, the last one that is no padding, gives a cell without any expressed gene a vector
+    too. From ``[batch, length, hidden]`` and bins ``[batch, length]`` to float32 ``[batch, hidden]``.
 
     Examples
     --------
