@@ -18,6 +18,8 @@ METRICS = "metrics.json"
 # of a model that ships: what it knows, and how well
 ANNOTATOR = "annotator.json"
 SECRET_WORDS = {"token", "password", "secret"}
+# settings that are files or folders of whoever trained
+FILES = set("reference test unlabelled corpus output genes gene_vectors ontology label_tree".split())
 # further parts of the card, markdown as it stands, in the order of their names
 PARTS = "card_*.md"
 
@@ -104,16 +106,17 @@ def public_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     {'settings': {'reference': 'pbmc.h5ad'}}
     """
 
-    def clean(value: Any) -> Any:
+    def clean(value: Any, of: str = "") -> Any:
         if isinstance(value, Mapping):
             return {
-                name: clean(item)
+                name: clean(item, name)
                 for name, item in value.items()
                 if not SECRET_WORDS & set(str(name).lower().split("_"))
             }
         if isinstance(value, list):
-            return [clean(item) for item in value]
-        if isinstance(value, str) and Path(value).is_absolute():
+            return [clean(item, of) for item in value]
+        # a base or axes of cells may be a name on the Hub, whose owner is no folder
+        if isinstance(value, str) and (of in FILES or Path(value).is_absolute()):
             return Path(value).name
         return value
 

@@ -80,7 +80,8 @@ def _chunked_supports(layer, hidden_states):
 
 
 def _chunked_pays(layer, hidden_states):
-    width = layer.attention.q_proj.weight.shape[0]
+    config = layer.attention.config
+    width = config.num_attention_heads * config.head_dim
     query_bytes = hidden_states[..., 0].numel() * width * hidden_states.itemsize
     if query_bytes < KEPT_BYTES and is_trained(layer, hidden_states):
         return "what a backward needs is small enough to be kept"

@@ -128,19 +128,10 @@ def whole_cell_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
     The likelihood of a multinomial, for each unit of expression: how many counts a cell has in all, the library size
     that scVI (Lopez et al. 2018) puts into its likelihood, has no part in it. The entropy of the cell's own shares is
-    not taken off: it is what a perfect prediction would score.
+    not taken off: it is what a perfect prediction would score. 0 if no cell has any expression.
 
-    Parameters
-    ----------
-    logits
-        ``[batch, genes]``.
-    targets
-        Expression ``[batch, genes]`` in units that add up (counts, or counts per 10,000; no logarithms); negative
-        where a gene was not measured. Such genes take no part, nor do cells without any expression.
-
-    Returns
-    -------
-    Float tensor, scalar; 0 if no cell has any expression.
+    Targets are expression, ``[batch, genes]`` as the logits, in units that add up (counts, or counts per 10,000; no
+    logarithms), and negative where a gene was not measured. Such genes take no part, nor do cells without expression.
 
     Examples
     --------

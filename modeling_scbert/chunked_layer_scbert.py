@@ -141,7 +141,7 @@ class LayerSteps:
 
     def residual(self, chunk: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The chunk after the first residual branch."""
-        return chunk + self.attention.o_proj(attended.to(self.attention.o_proj.weight.dtype))
+        return chunk + self.attention.o_proj(attended.to(chunk.dtype))
 
 
 class _ChunkedLayer(torch.autograd.Function):

@@ -180,6 +180,11 @@ class ScBertConfig(PreTrainedConfig):
             raise ValueError('cell_loss_weight needs pooling="cell": the cell is predicted from that vector.')
         if self.pooling == "cell" and not self.ordinal_expression:
             raise ValueError('pooling="cell" reads bins off their arc: set ordinal_expression=True as well.')
+        if self.pooling == "cell" and self.mask_token_id not in (None, self.vocab_size - 1):
+            raise ValueError(
+                f'pooling="cell" would take bin {self.mask_token_id} for the mask: set mask_token_id to '
+                f"vocab_size - 1, which is {self.vocab_size - 1}, or to None."
+            )
         if self.unassigned_threshold is not None and not 0 <= self.unassigned_threshold <= 1:
             raise ValueError(
                 f"unassigned_threshold is {self.unassigned_threshold}; it must lie between 0 and 1."

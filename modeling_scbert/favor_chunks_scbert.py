@@ -199,9 +199,7 @@ def attend(
     """
     Query pass over one chunk, contiguous ``[cells * heads, length, d]``, with the table of `KeyContext.finish`.
 
-    Returns
-    -------
-    ``[numerator, normaliser]`` ``[cells * heads, length, dv + 1]``, in a buffer that the next chunk reuses; the
+    Gives ``[numerator, normaliser]`` ``[cells * heads, length, dv + 1]``, in a buffer that the next chunk reuses; the
     stabiliser ``[cells * heads, length, 1]`` to base 2; what the features are multiplied by, of the same shape. The
     features stay in ``features.current``, for `query_backward`.
     """
@@ -237,14 +235,8 @@ def query_backward(
     """
     Backward of `attend` over one chunk: its gradient, in a buffer that the next chunk reuses.
 
-    Parameters
-    ----------
-    exponentials, scale
-        The chunk's features, ``[cells * heads, length, m]``, and what they are multiplied by, ``[..., length, 1]``.
-    joined
-        Gradient of ``[numerator, normaliser]``, see `joined_gradient`; overwritten.
-    table, table_grad
-        Context and its gradient so far, ``[cells * heads, m, dv + 1]``, which this chunk's is added to.
+    Features ``[cells * heads, length, m]`` and their scale are those of `attend`; ``joined`` is the gradient of its
+    output, see `joined_gradient`, and overwritten. The chunk's gradient of the table is added to ``table_grad``.
     """
     table_grad.add_(joined.sum(1, keepdim=True), alpha=epsilon)
     joined.mul_(scale)

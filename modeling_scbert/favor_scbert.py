@@ -19,18 +19,10 @@ MAX_ATTENTION_MATRIX_LENGTH = 4096
 
 def draw_projection(num_features: int, head_dim: int, generator: torch.Generator) -> torch.Tensor:
     """
-    Draw the random projection of one layer: orthogonal blocks whose rows have the norms of Gaussian rows.
+    Draw the random projection of one layer, float32 ``[num_features, head_dim]``.
 
-    Parameters
-    ----------
-    num_features, head_dim
-        The shape, m and d. Blocks are d x d; the last one is truncated.
-    generator
-        CPU generator; equal seeds give equal features on every device and rank.
-
-    Returns
-    -------
-    Float32 tensor ``[num_features, head_dim]``.
+    Orthogonal blocks of ``head_dim`` rows, the last one truncated, whose rows have the norms of Gaussian rows. The
+    generator is of the CPU: equal seeds give equal features on every device and rank.
 
     Examples
     --------
@@ -66,21 +58,8 @@ def favor_feature_maps(
     """
     Random features of queries and keys, written straight from the formulas above.
 
-    Parameters
-    ----------
-    query, key
-        ``[batch, heads, length, d]``, lengths may differ.
-    projection_matrix
-        ``[m, d]``.
-    attention_mask
-        ``[batch, key length]``, true where a key may be attended to.
-    epsilon
-        Added to every feature.
-
-    Returns
-    -------
-    ``phi_q [batch, heads, query length, m]`` and ``phi_k [batch, heads, key length, m]``, at least float32;
-    ``phi_k`` is exactly zero at masked keys.
+    ``phi_q [batch, heads, query length, m]`` and ``phi_k [batch, heads, key length, m]``, at least float32; the latter
+    is exactly zero at masked keys. Arguments are as in `favor_attention` of favor_engine_scbert.py.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     projection_matrix = projection_matrix.to(dtype)
@@ -157,14 +136,10 @@ def favor_attention_received(
     epsilon: float = 1e-4,
 ) -> torch.Tensor:
     """
-    Attention each key receives, summed over queries: the column sums of the attention matrix, in O(length m).
+    Attention each key receives over the queries ``[batch, heads, length]``: column sums of the matrix, in O(length m).
 
     Column j is ``sum_i phi_q(i) / D_i . phi_k(j)`` with ``D_i = phi_q(i) . sum phi_k``. Masked positions neither
     give nor receive.
-
-    Returns
-    -------
-    ``[batch, heads, length]``.
     """
     phi_q, phi_k = favor_feature_maps(query, key, projection_matrix, attention_mask, epsilon)
     weights = phi_q / (phi_q @ phi_k.sum(dim=2).unsqueeze(-1))

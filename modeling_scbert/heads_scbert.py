@@ -108,7 +108,10 @@ class ScBertNovelty(nn.Module):
         self.register_buffer("odds", torch.empty(2))
 
     def start_weights(self) -> None:
-        """Nothing is novel."""
+        """Nothing is novel; nor is it where types were loaded that are not those of the checkpoint."""
+        if not getattr(self.centers, "_is_hf_initialized", False):
+            # what was fitted to other types is not kept
+            self.odds._is_hf_initialized = False
         for name in ("projection", "offset", "centers"):
             init.zeros_(getattr(self, name))
         init.copy_(self.odds, torch.tensor([self.NEVER, 1.0]))

@@ -51,20 +51,10 @@ class HashPlan(NamedTuple):
 
 
 def draw_rotations(num_heads, head_dim, num_hashes, num_buckets, generator=None, device=None):
-    """Draw the random directions of the hash.
+    """Draw the random directions of the hash, [num_heads, head_dim, num_hashes, num_buckets // 2 + 1].
 
-    Parameters
-    ----------
-    num_heads, head_dim, num_hashes : int
-    num_buckets : int
-        Even. A position's bucket is the largest of ``num_buckets // 2`` projections and their negatives.
-    generator : torch.Generator, optional
-    device : torch.device, optional
-
-    Returns
-    -------
-    torch.Tensor
-        [num_heads, head_dim, num_hashes, num_buckets // 2 + 1]; the last direction orders positions in a bucket.
+    A position's bucket is the largest of ``num_buckets // 2`` projections and their negatives, so the number is even;
+    the last direction orders positions in a bucket.
 
     Examples
     --------
@@ -221,30 +211,14 @@ def _per_rows(function, tensors, rotations, attention_mask, chunk_length, *args)
 
 
 def lsh_attention(query_key, value, rotations, attention_mask=None, chunk_length=64, dropout=0.0):
-    """Bidirectional multi-round LSH attention in O(length) memory.
+    """Bidirectional multi-round LSH attention in O(length) memory, [batch, heads, length, d].
 
-    Parameters
-    ----------
-    query_key, value : torch.Tensor
-        [batch, heads, length, d]; any length. Keys are the queries at unit length.
-    rotations : torch.Tensor
-        From :func:`draw_rotations`; [heads, d, rounds, buckets // 2 + 1].
-    attention_mask : torch.Tensor, optional
-        [batch, length], 1 = attend. Masked positions are neither hashed among the others nor attended; their own
-        outputs are finite and mean nothing.
-    chunk_length : int
-        A position sees the positions of its bucket within its chunk and the two beside it. Cells of at most one
-        chunk are attended exactly.
-    dropout : float
-        Dropout on the attention weights, drawn from torch's generator.
+    Queries and values are of that shape, of any length; keys are the queries at unit length. ``rotations`` are those of
+    :func:`draw_rotations`. Positions where the mask [batch, length] is 0 are neither hashed among the others nor
+    attended; their own outputs are finite and mean nothing. A position sees those of its bucket within its chunk and
+    the two beside it; cells of at most one chunk are attended exactly. Dropout is on the attention weights, drawn
+    from torch's generator.
 
-    Returns
-    -------
-    torch.Tensor
-        [batch, heads, length, d]
-
-    Notes
-    -----
     Rows (cell x head) do not mix, so a cell's output does not depend on the others of its batch, nor on padding; but a
     position within rounding of a bucket's border may change bucket between two batch sizes. Scores are float32.
 

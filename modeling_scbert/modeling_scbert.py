@@ -42,6 +42,7 @@ class ScBertPreTrainedModel(ResizeEmbeddingsMixin, PreTrainedModel):
     config: ScBertConfig
     base_model_prefix = "scbert"
     supports_gradient_checkpointing = True
+    _input_embed_layer = "expression_embeddings"
     _no_split_modules = ["ScBertLayer", "ScBertReversibleLayer"]
     _can_record_outputs = {
         "hidden_states": ScBertLayer,
@@ -118,12 +119,6 @@ class ScBertModel(ScBertPreTrainedModel):
         self._keep_in_fp32_modules_strict = {*buffers, *(("cell.offset", "cell.scale") if self.cell else ())}
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.expression_embeddings
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.embeddings.expression_embeddings = value
-
     @torch.no_grad()
     def redraw_features(self, seed: int):
         """
@@ -141,13 +136,12 @@ class ScBertModel(ScBertPreTrainedModel):
                 matrix.copy_(draw_projection(*matrix.shape, generator))
 
     def _encode(
-        self, hidden_states, attention_mask, output_attentions, kwargs, first_layer=0, positions=None
+        self, hidden_states, attention_mask, output_attentions, record, first_layer=0, positions=None
     ):
-        record = output_attentions or kwargs.get("output_hidden_states", self.config.output_hidden_states)
         last_only = not (record or self.config.reversible or first_layer == len(self.layers))
         if positions is not None and not last_only:
             # what is recorded is recorded of every token
-            encoded = self._encode(hidden_states, attention_mask, output_attentions, kwargs, first_layer)
+            encoded = self._encode(hidden_states, attention_mask, output_attentions, record, first_layer)
             return rows_at(positions, encoded)
         if not self.config.reversible:
             for layer in self.layers[first_layer:]:
@@ -201,15 +195,15 @@ class ScBertModel(ScBertPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        records = output_attentions or kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        record = output_attentions or kwargs.get("output_hidden_states", self.config.output_hidden_states)
         first_layer = 0
-        if self.prefix is None or records or input_ids is None:
+        if self.prefix is None or record or input_ids is None:
             hidden_states = self.embeddings(input_ids, gene_ids, modality_ids, inputs_embeds)
         else:
             hidden_states, first_layer = self.prefix(input_ids, attention_mask, gene_ids, modality_ids)
         hidden_states = self._encode(
-            hidden_states, attention_mask, bool(output_attentions), kwargs, first_layer, positions
+            hidden_states, attention_mask, output_attentions, record, first_layer, positions
         )
         hidden_states = self.final_norm(hidden_states)
         if self.cell is None:

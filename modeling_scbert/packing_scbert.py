@@ -20,28 +20,12 @@ def is_packed(attention_mask: torch.Tensor | None) -> bool:
 
 def in_batches(function, hidden_states: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """
-    Apply a function of padded batches to the cells of a packed row.
+    Apply a function of padded batches to the cells of a packed row ``[1, tokens, ...]``; its output is one, too.
 
-    Cells of like length share a batch, so that there are few of them however many cells there are.
-
-    Parameters
-    ----------
-    function
-        Called with ``[cells, longest, ...]`` and a mask ``[cells, longest]``, true at tokens, or None where all are;
-        gives a tensor of that length, whatever stands at padding.
-    hidden_states
-        ``[1, tokens, ...]``.
-    bounds
-        ``[cells + 1]``, rising from 0 to ``tokens``.
-
-    Returns
-    -------
-    ``[1, tokens, ...]``.
-
-    Raises
-    ------
-    ValueError
-        If there are several rows, or the bounds do not fit the row.
+    The function is called with ``[cells, longest, ...]`` and a mask ``[cells, longest]``, true at tokens, or None where
+    all are; it gives a tensor of that length, whatever stands at padding. Cells of like length share a batch, so that
+    there are few of them however many cells there are. Several rows, or bounds ``[cells + 1]`` that do not rise from 0
+    to ``tokens``, are a ValueError.
 
     Examples
     --------

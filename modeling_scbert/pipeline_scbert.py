@@ -32,20 +32,8 @@ def mean_of_expressed(
     One vector per cell: the mean of the last hidden states over its expressed genes and the trailing token.
 
     Unexpressed genes are left out: there are many times more of them, and they would drown the cell in what all
-    cells share. The trailing token gives a cell without any expressed gene a vector too.
-
-    Parameters
-    ----------
-    hidden
-        ``[batch, length, hidden]``.
-    input_ids
-        Expression bins ``[batch, length]``; the trailing token is the last one that is no padding.
-    attention_mask
-        ``[batch, length]``; all ones by default.
-
-    Returns
-    -------
-    Float32 tensor ``[batch, hidden]``.
+    cells share. The trailing token, the last one that is no padding, gives a cell without any expressed gene a vector
+    too. From ``[batch, length, hidden]`` and bins ``[batch, length]`` to float32 ``[batch, hidden]``.
 
     Examples
     --------
@@ -106,6 +94,8 @@ class CellPipeline(Pipeline):
         -------
         A list with one result per cell; for a vector the result itself; for a generator an iterator.
         """
+        # a model that was trained last would go on dropping out
+        self.model.eval()
         if isinstance(cells, (GeneratorType, list)) or getattr(cells, "ndim", 2) == 1:
             return super().__call__(cells, **options)
         binning = self._preprocess_params | self._sanitize_parameters(**options)[0]

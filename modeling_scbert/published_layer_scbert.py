@@ -3,6 +3,7 @@
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import GELUActivation
+from transformers.utils import output_capturing
 
 # of a published `ScBertLayer`, in the order in which fused code takes them
 WEIGHTS = (
@@ -43,5 +44,8 @@ def what_was_added(layer: nn.Module) -> str | None:
 
 def _is_changed(module: nn.Module) -> bool:
     """Whether a hook expects to be called, or another forward has been put in its place."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in hooks) or "forward" in vars(module)
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
+    # those by which transformers records attentions stay for good, and do nothing where none are asked for
+    added = any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
+    return added or "forward" in vars(module)

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from .errors_scbert import InputError
-from .expression_scbert import INPUT_KINDS, as_csr, detect_input_kind, keep_values, log1p_scale
+from .expression_scbert import INPUT_KINDS, as_csr, check_logs, detect_input_kind, keep_values, log1p_scale
 from .genes_scbert import align_genes, gene_names_of
 
 # cells looked at to tell counts from log1p
@@ -32,7 +32,7 @@ def matrix_and_names(cells, gene_panel, gene_names=None, layer=None):
             f"The tokenizer takes cells, not the path {os.fspath(cells)!r}. Read the file first, for example "
             f"with anndata.read_h5ad, and pass the AnnData."
         )
-    if isinstance(cells, Mapping):
+    if isinstance(cells, Mapping) and not sp.issparse(cells):
         cells, gene_names = cells["X"], cells.get("gene_names") if gene_names is None else gene_names
     if hasattr(cells, "var_names"):
         matrix, source = select_matrix(cells, layer)
@@ -65,14 +65,17 @@ def _frame_and_names(frame, gene_panel):
         raise InputError(
             "The genes are the rows of this DataFrame; they must be its columns. Pass its transpose (.T)."
         )
-    # the accessor is there only where every column is sparse
-    matrix = frame.sparse.to_coo() if hasattr(frame, "sparse") else frame.to_numpy()
-    if matrix.dtype.kind not in "buif":
-        text = [name for name, kind in zip(names, frame.dtypes) if getattr(kind, "kind", "O") not in "buif"]
+    text = [name for name, kind in zip(names, frame.dtypes) if getattr(kind, "kind", "O") not in "buif"]
+    if text:
         raise InputError(
             f"Columns of the DataFrame do not hold numbers (first: {', '.join(text[:3])}). Leave out all that are not "
             f"genes, such as labels."
         )
+    # the accessor is there only where every column is sparse
+    matrix = frame.sparse.to_coo() if hasattr(frame, "sparse") else frame.to_numpy()
+    if matrix.dtype.kind not in "buif":
+        # numbers of pandas' own kinds, or of kinds that numpy has no common one for
+        matrix = frame.to_numpy(dtype=np.float64, na_value=np.nan)
     return matrix, names
 
 
@@ -166,6 +169,8 @@ def resolve_input(matrix, input="auto", target_sum=1e4, hint=""):
     if input == "counts":
         return "counts", None
     sample = sample_rows(matrix)
+    if input == "log1p":
+        check_logs(sample)
     try:
         kind = detect_input_kind(sample, target_sum) if input == "auto" else input
     except InputError as error:

@@ -78,33 +78,27 @@ def check_values(matrix):
         )
 
 
+def check_logs(csr):
+    """Refuse values said to be natural log1p that are too large for it."""
+    check_values(csr)
+    if csr.nnz and csr.data.max() > MAX_LOG_VALUE:
+        raise InputError(
+            f"The values are said to be natural log1p, but the largest is {csr.data.max():.4g}; logarithms of counts "
+            f"stay far below {MAX_LOG_VALUE:g}. If they are counts, say input='counts' (--input counts)."
+        )
+
+
 def is_integer_valued(csr):
     """Whether every stored value is a whole number."""
     return not np.issubdtype(csr.dtype, np.inexact) or bool((csr.data == np.rint(csr.data)).all())
 
 
 def detect_input_kind(csr, target_sum=1e4):
-    """Tell raw counts from natural log1p values.
+    """Tell raw counts, ``"counts"``, from natural log1p values, ``"log1p"``; an InputError says what neither may be.
 
     Whole numbers are counts. Fractions whose ``expm1`` row sums are near constant are natural log1p of
-    size-normalised counts. Nothing else is guessed.
-
-    Parameters
-    ----------
-    csr : scipy.sparse.csr_matrix [cells, genes]
-        All genes of the file, before any alignment: a row sum over a part of the genes is not constant.
-    target_sum : float
-        The sum that a few cells must show where constancy cannot be judged.
-
-    Returns
-    -------
-    str
-        ``"counts"`` or ``"log1p"``.
-
-    Raises
-    ------
-    InputError
-        If the values are neither; the message says how to name what they are.
+    size-normalised counts. Nothing else is guessed. The matrix holds all genes of the file, before any alignment: a
+    row sum over a part of them is not constant. A few cells, where constancy cannot be judged, must show `target_sum`.
 
     Examples
     --------
@@ -166,25 +160,10 @@ def _unclear_message(csr):
 
 
 def normalize_expression(counts, target_sum=1e4, log_base=2.0, modalities=None, dtype=np.float32):
-    """Size factor and logarithm: ``log(1 + count * target_sum / row_sum)`` to base `log_base`.
+    """Size factor and logarithm: ``log(1 + count * target_sum / row_sum)`` to base `log_base`, CSR [cells, genes].
 
-    Parameters
-    ----------
-    counts : scipy.sparse.csr_matrix [cells, genes]
-        Non-negative counts, already aligned to the gene panel (the size factor is taken after it).
-    target_sum : float
-        Sum every non-empty row is brought to.
-    log_base : float
-        Base of the logarithm.
-    modalities : numpy.ndarray [genes], optional
-        Modality of every feature; the size factor is then taken within each modality of a cell.
-    dtype
-        float32, or float64 where bins have to be exact at their edges.
-
-    Returns
-    -------
-    scipy.sparse.csr_matrix [cells, genes]
-        Normalised values, same sparsity.
+    Counts are non-negative and aligned to the gene panel already: the size factor is taken after it; with `modalities`
+    [genes], within each modality of a cell. float64 is for bins that have to be exact at their edges.
 
     Examples
     --------
@@ -232,19 +211,8 @@ def bin_floor(csr, n_bins, bin_width=1.0):
     from whole counts only those exactly on an edge are that near (two different ones differ by at least
     1 / (row sum)), so bins from counts are exact.
 
-    Parameters
-    ----------
-    csr : scipy.sparse.csr_matrix [cells, genes]
-        Normalised values, float32 or float64.
-    n_bins : int
-        Highest bin.
-    bin_width : float
-        Width of a bin on the log scale; 1 is scBERT's.
-
-    Returns
-    -------
-    scipy.sparse.csr_matrix [cells, genes]
-        Bins 1..n_bins as int8 (int16 above 126 bins); bin 0 is not stored.
+    From normalised values, CSR [cells, genes] of float32 or float64, to bins 1..n_bins of int8 (int16 above 126
+    bins); bin 0 is not stored. Widths are on the log scale; 1 is scBERT's.
 
     Examples
     --------

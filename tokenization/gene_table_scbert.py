@@ -67,17 +67,11 @@ class GeneTable:
         return cls(records)
 
     def resolve(self, name):
-        """Genes a name may mean, and by which kind of name.
+        """Ids of the genes a name may mean, and by which kind of name.
 
-        An approved symbol means its own gene, whatever else it has been called. Previous symbols and
-        aliases count together, so a name with two meanings among them is ambiguous.
-
-        Returns
-        -------
-        ids : tuple of str
-            None, one, or several (ambiguous).
-        via : str
-            ``"symbol"``, ``"ensembl"``, ``"previous"``, ``"alias"`` or ``""``.
+        Of ids there may be none, one, or several (ambiguous); a kind is ``"symbol"``, ``"ensembl"``, ``"previous"``,
+        ``"alias"`` or ``""``. An approved symbol means its own gene, whatever else it has been called. Previous symbols
+        and aliases count together, so a name with two meanings among them is ambiguous.
         """
         if name in self._approved:
             return (self._approved[name],), "symbol"

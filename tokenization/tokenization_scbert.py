@@ -1,6 +1,7 @@
 """ScBertTokenizer: cells in, expression ids out."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
@@ -179,6 +180,8 @@ class ScBertTokenizer(PreTrainedTokenizer):
         paths = [os.path.join(save_directory, prefix + name) for name in self.vocab_files_names.values()]
         write_gene_panel(paths[0], self.gene_panel, self.feature_modalities)
         if self.gene_levels is None:
+            # a tokenizer with levels may have been saved here before
+            Path(paths[1]).unlink(missing_ok=True)
             return (paths[0],)
         np.savetxt(paths[1], self.gene_levels, fmt=LEVEL_FORMAT)
         return tuple(paths)

@@ -119,6 +119,15 @@ def test_a_model_makes_its_own_pipeline(adata, annotator, embedder):
     np.testing.assert_array_equal(np.stack(encoder(adata[:3])), np.stack(embedder(adata[:3])))
 
 
+def test_a_model_that_was_trained_last_does_not_drop_out(adata, annotator, embedder):
+    for pipe in (annotator, embedder):
+        wanted = pipe(adata)
+        pipe.model.train()
+        found = pipe(adata)
+        assert not pipe.model.training
+        np.testing.assert_array_equal(found[0], wanted[0])
+
+
 def test_rows_of_small_integers_are_counts(adata, annotator):
     """Expression bins are of that type, too, and are not mistaken for them."""
     rows = adata.X[:3].astype(np.int16)

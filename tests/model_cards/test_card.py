@@ -60,6 +60,9 @@ def test_nothing_private_is_told(text):
         {"settings": {"hub_token": "hf_x", "deep": [{"path": "/a/b.h5ad", "epochs": 3}]}}
     )
     assert cleaned == {"settings": {"deep": [{"path": "b.h5ad", "epochs": 3}]}}
+    near = {"reference": "ward_7/cells.h5ad", "unlabelled": ["../ann/more.h5ad"], "base": "owner/model"}
+    known = {"reference": "cells.h5ad", "unlabelled": ["more.h5ad"], "base": "owner/model"}
+    assert public_metrics({"settings": near}) == {"settings": known}
 
 
 def test_without_metrics_it_says_so(model_folder):

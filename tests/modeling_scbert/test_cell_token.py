@@ -194,6 +194,7 @@ def test_saved_loaded_and_exported(batch, tmp_path):
         ({"ordinal_expression": False}, "ordinal_expression"),
         ({"cell_loss_weight": -1.0}, "negative"),
         ({"cell_loss_weight": 1.0, "pooling": "mean"}, "needs pooling"),
+        ({"mask_token_id": 3}, "bin 3 for the mask"),
     ],
 )
 def test_what_cannot_be_is_refused(options, problem):

@@ -185,3 +185,30 @@ def test_other_attention_types_are_plain():
         model = ScBertForMaskedExpression(small_config(attention_type=kind, reversible=False))
         with torch.no_grad(), favor_backend("chunked"):
             assert blocks_of(model) == ["plain"] * 2
+
+
+class WholeNumbers(torch.nn.Module):
+    """A linear map of whole numbers and a scale, as quantised models have: its weight's dtype is no dtype of states."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale, self.bias = linear.weight.abs().max().item() / 127, linear.bias
+        self.register_buffer("weight", (linear.weight / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x) * self.scale, self.bias)
+
+
+def test_quantised_weights(layer):
+    layer.attention.o_proj = WholeNumbers(layer.attention.o_proj)
+    hidden, mask = batch(2, 30, masked=True)
+    with torch.no_grad():
+        found = run_chunked(layer, hidden, mask)
+    torch.testing.assert_close(found, run_plain(layer, hidden, mask), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dynamic_quantisation():
+    model, ids = ScBertForMaskedExpression(small_config()).eval(), torch.randint(0, 6, (2, 20))
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    torch.testing.assert_close(quantised(ids).logits, model(ids).logits, rtol=0.1, atol=0.1)

@@ -220,6 +220,15 @@ def test_hooks_of_all_modules_and_of_the_activation_are_called():
     assert compiled_supports(layer, x) is None
 
 
+def test_hooks_by_which_transformers_records_do_not_count():
+    config = ScBertConfig(hidden_size=HIDDEN, num_hidden_layers=1, max_position_embeddings=9)
+    model = ScBertForMaskedExpression(config).eval()
+    bins, x = torch.zeros(1, 9, dtype=torch.long), torch.randn(1, 9, HIDDEN)
+    reason = compiled_supports(model.scbert.layers[0], x)
+    assert model(bins, output_attentions=True).attentions
+    assert compiled_supports(model.scbert.layers[0], x) == reason
+
+
 def test_norms_that_differ_and_no_epsilon_are_left_to_the_plain_block():
     x, layer = torch.randn(1, 9, HIDDEN), make_layer()
     layer.ffn_norm.eps = 0.5

@@ -313,6 +313,16 @@ def test_the_gene_table_stays_frozen_after_a_reload(tmp_path):
     assert table[:-1].std() > 0
 
 
+def test_other_types_are_not_judged_by_what_was_fitted_to_those_of_the_checkpoint(tmp_path):
+    model = tiny_model(ScBertForCellClassification, cell_vector_size=4)
+    # every cell is farther than known ones are
+    model.classifier.novelty.odds.copy_(torch.tensor([-5.0, 1.0]))
+    assert (model(cells()).probabilities.sum(1) < 0.9).all()
+    model.save_pretrained(tmp_path)
+    other = ScBertForCellClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    torch.testing.assert_close(other(cells()).probabilities.sum(1), torch.ones(3))
+
+
 def test_softmax_and_favor_agree_as_features_grow():
     exact = tiny_model(ScBertModel, "softmax", initializer_range=0.1)
     errors = []

@@ -80,9 +80,11 @@ def test_levels_travel_with_the_tokenizer(tokenizer, tmp_path):
     bins = [t.bin_cells(counts, gene_names=GENES[:3]).toarray() for t in (tokenizer, again)]
     np.testing.assert_array_equal(*bins)
     again.gene_levels = None
-    again.save_pretrained(tmp_path / "none")
-    assert not (tmp_path / "none" / "gene_levels.txt").exists()
-    assert ScBertTokenizer.from_pretrained(tmp_path / "none").gene_levels is None
+    # where levels were saved before, too
+    for folder in (tmp_path / "none", tmp_path):
+        again.save_pretrained(folder)
+        assert not (folder / "gene_levels.txt").exists()
+        assert ScBertTokenizer.from_pretrained(folder).gene_levels is None
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,12 @@ def test_fractions_after_the_sample_are_not_taken_for_counts(tokenizer):
     assert tokenizer.bin_cells(counts, input="counts").shape == (3_000, 300)
 
 
+def test_counts_said_to_be_logs_are_refused(adata, tokenizer):
+    adata.X[0, 0] = 800
+    with pytest.raises(InputError, match="largest is 800.*--input counts"):
+        tokenizer(adata, input="log1p")
+
+
 def test_no_cells_and_wrong_widths_are_refused(adata, tokenizer):
     with pytest.raises(InputError, match="No cells"):
         tokenizer(adata[:0])

@@ -29,6 +29,8 @@ def test_dictionary_and_single_cell(adata, tokenizer):
     names = list(adata.var_names)
     np.testing.assert_array_equal(tokenizer({"X": adata.X[:1], "gene_names": names})["input_ids"], expected)
     np.testing.assert_array_equal(tokenizer(adata.X[0].toarray()[0])["input_ids"], expected)
+    # a matrix in the form of a dictionary is still a matrix
+    np.testing.assert_array_equal(tokenizer(adata.X[:1].todok())["input_ids"], expected)
 
 
 def test_return_tensors(adata, tokenizer):
@@ -43,6 +45,13 @@ def test_data_frames_have_genes_as_columns(adata, tokenizer):
     sparse = pd.DataFrame.sparse.from_spmatrix(adata.X, columns=adata.var_names)
     np.testing.assert_array_equal(tokenizer(sparse)["input_ids"], expected)
     np.testing.assert_array_equal(tokenizer(frame.iloc[3])["input_ids"], expected[3:4])
+    # numbers of pandas' own, booleans among numbers, and what is missing
+    counts = pd.DataFrame([[1, 0, 3], [0, 1, 0]], columns=tokenizer.gene_panel[:3])
+    wanted = tokenizer(counts)["input_ids"]
+    for kinds in ("Int64", {counts.columns[1]: bool}, {counts.columns[0]: "Float32"}):
+        np.testing.assert_array_equal(tokenizer(counts.astype(kinds))["input_ids"], wanted)
+    with pytest.raises(InputError, match="NaN"):
+        tokenizer(counts.astype("Int64").mask(counts == 3))
     with pytest.raises(InputError, match=r"rows of this DataFrame.*\.T"):
         tokenizer(frame.T)
     with pytest.raises(InputError, match=r"do not hold numbers \(first: cell_type\)"):
