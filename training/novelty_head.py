@@ -29,6 +29,8 @@ KNOWN_SHARE = 0.975
 SHARPNESS = 20.0
 # share of the held-out cells that may be lost, though their label is right, to novelty and threshold; and thresholds
 MOST_LOST, THRESHOLDS = 0.03, np.linspace(0.3, 0.98, 69)
+# share of the variance along an axis that cells it is not of must have
+LEAST_VARIANCE = 0.35
 # held-out distances that differ by less, relative to their size, are all the same
 LEAST_SPREAD = 1e-6
 
@@ -75,22 +77,43 @@ def held_out_distances(
     targets: np.ndarray,
     folds: np.ndarray,
     size: int,
-) -> np.ndarray:
+) -> tuple[np.ndarray, int]:
     """
-    `relative_distance` of every cell, [cells], by axes, scatter and centers that it had no part in.
+    `relative_distance` of every cell, [cells], by axes, scatter and centers that it had no part in; and how many axes.
 
     Of cells that axes are not of, coordinates are smaller. Where there are so many that nobody took their `products`
-    the difference is gone, and the `axes` of all serve (see `principal_axes.axes_and_products`). The size is that of
-    the cell vectors.
+    the difference is gone, and the `axes` of all serve (see `principal_axes.axes_and_products`). At most `size` of them
+    are taken, the largest, as many as `count_real_axes` finds.
     """
-    distances = np.empty(len(targets))
+    spaces = []
     for fold in np.unique(folds):
-        held = folds == fold
-        own = axes if products is None else axes_by_products(products, features, ~held, rank=size)
-        coordinates, index = own.coordinates[:, :size], np.unique(targets[~held], return_inverse=True)[1]
-        vectors, whitener = whitened(coordinates[~held], index)
-        distances[held] = relative_distance(coordinates[held] @ whitener, all_centers(vectors, index))
-    return distances
+        learnt = folds != fold
+        own = axes if products is None else axes_by_products(products, features, learnt, rank=size)
+        spaces.append((learnt, own.coordinates[:, :size]))
+    n_axes = count_real_axes(spaces)
+    distances = np.empty(len(targets))
+    for learnt, coordinates in spaces:
+        index = np.unique(targets[learnt], return_inverse=True)[1]
+        vectors, whitener = whitened(coordinates[learnt, :n_axes], index)
+        held_out = coordinates[~learnt, :n_axes] @ whitener
+        distances[~learnt] = relative_distance(held_out, all_centers(vectors, index))
+    return distances, n_axes
+
+
+def count_real_axes(spaces: list[tuple[np.ndarray, np.ndarray]]) -> int:
+    """
+    Number of axes along which cells that these are not of differ, too; at least two, if there are.
+
+    Each space is cells learnt from, bool [cells], and coordinates of all [cells, axes]. Of few cells most axes are
+    noise that they happen to differ in: other cells hardly do, and by the scatter of these others the very cells learnt
+    from would all be far from their type.
+    """
+    n_axes = min(coordinates.shape[1] for _, coordinates in spaces)
+    shares = [
+        coordinates[~learnt, :n_axes].var(axis=0) / coordinates[learnt, :n_axes].var(axis=0)
+        for learnt, coordinates in spaces
+    ]
+    return min(n_axes, max(2, int((np.mean(shares, axis=0) >= LEAST_VARIANCE).sum())))
 
 
 def telling_cells(targets: np.ndarray) -> np.ndarray:

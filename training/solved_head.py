@@ -89,13 +89,16 @@ def solve_classifier(
     report["signal"] = None if pretrained is None else pretrained.signal
     held_out = HeldOut(softmax(head.logits, axis=1), folds, report)
     _fill(loaded.model.classifier.out_proj, weight=head.weights, bias=head.bias)
-    if size:
-        _fill_cell_vectors(loaded, axes, targets)
     config.unassigned_threshold = None
+    if not size:
+        return held_out
     told = telling_cells(targets)
-    if size and told.any():
-        distances = held_out_distances(axes, products, features, targets, folds, size)
-        _tell_novelty(loaded, held_out, distances, targets, told)
+    if not told.any():
+        _fill_cell_vectors(loaded, axes, targets, size)
+        return held_out
+    distances, n_axes = held_out_distances(axes, products, features, targets, folds, size)
+    _fill_cell_vectors(loaded, axes, targets, n_axes)
+    _tell_novelty(loaded, held_out, distances, targets, told)
     return held_out
 
 
@@ -139,10 +142,10 @@ def pooled_features(loaded: LoadedModel, bins: sp.csr_matrix) -> sp.csr_matrix:
     return sp.vstack(parts, format="csr")[np.argsort(np.concatenate(rows))]
 
 
-def _fill_cell_vectors(loaded: LoadedModel, axes: Axes, targets: np.ndarray) -> None:
-    """Put the projection onto cell vectors and the centers of the types into the head."""
+def _fill_cell_vectors(loaded: LoadedModel, axes: Axes, targets: np.ndarray, n_axes: int) -> None:
+    """Put the projection onto cell vectors, of so many axes, and the centers of the types into the head."""
     size = loaded.model.config.cell_vector_size
-    vectors, whitener = whitened(axes.coordinates[:, :size], targets)
+    vectors, whitener = whitened(axes.coordinates[:, :n_axes], targets)
     coefficients = np.zeros((size, axes.coordinates.shape[1]))
     coefficients[: len(whitener), : len(whitener)] = whitener.T
     projection, offset = axes.gene_weights(coefficients, np.zeros(size))

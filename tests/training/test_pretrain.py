@@ -231,7 +231,7 @@ def test_logs_of_tensorboard_stay(corpus, tmp_path):
         ({"cosine_restarts": {"speed": 1}}, "speed"),
         ({"cosine_restarts": {"first_cycle": 3}}, "longer than its warm-up"),
         ({"model": {"depth": 1}}, "depth"),
-        ({"model": "{"}, "must be a JSON object"),
+        ({"model": "{"}, "A JSON object was needed"),
         ({"batch_size": 0}, "per_device_train_batch_size must be 1 or more"),
         ({"epochs": -1}, "num_train_epochs must be 0 or more"),
         ({"seed": -1}, "seed must be 0 or more"),
