@@ -21,7 +21,7 @@ from ..tokenization import InputError, align_genes
 from ..trained_model.model_folder import load_model
 from ..trained_model.prediction import LoadedModel
 from .annotate_cells import annotate_file
-from .assignment import assign
+from .assignment import assign, wider_answers
 from .expression_pca import log_rows
 from .query import opened
 from .report import cell_coordinates, types_table, write_annotation_report
@@ -114,8 +114,10 @@ def reassigned(annotated: AnnotatedUpload, threshold: float) -> AnnotatedUpload:
     with opened(annotated.path) as cells:
         about = {**anndata.io.read_elem(cells.file["uns/scbert"]), "threshold": float(threshold)}
         cell_names = cells.obs_names
-    obs, uns = {"scbert_cell_type": labels}, {"scbert": about}
-    atomic_copy_h5ad(annotated.path, path, obs=obs, uns=uns, overwrite=True)
+    config = loaded_model(annotated.model).model.config
+    wider = wider_answers(annotated.probabilities, annotated.names, threshold, labels, config)
+    obs = {"scbert_cell_type": labels, **wider}
+    atomic_copy_h5ad(annotated.path, path, obs=obs, uns={"scbert": about}, overwrite=True)
     labels = labels.astype(str)
     summary = {**annotated.summary, "unassigned": int((labels == UNASSIGNED).sum())}
     changed = replace(annotated, labels=labels, threshold=threshold, summary=summary, path=path)

@@ -26,7 +26,7 @@ from ..trained_model.prediction import LoadedModel, predict_cells
 from ..training.settings import read_json
 from .deletion import deletion_test, verdict
 from .enrichment import enrich_by_type, read_gmt
-from .explain_types import GRADIENTS, choose_cells, explanations, mean_by_type
+from .explain_types import GRADIENTS, check_sizes, choose_cells, explanations, mean_by_type
 from .markers import differential_expression_agreement, marker_overlap, read_marker_table, top_genes_table
 from .plots import plot_summary, plot_top_genes
 
@@ -94,6 +94,7 @@ def explain_file(
     'Deletion test: trust integrated_gradients (its 20 genes cost 4.12 of margin, random ones 0.31).'
     """
     started = time.perf_counter()
+    check_sizes(cells_per_type, n_top, n_steps)
     check_output_folder(output, overwrite, marker=RESULTS)
     known = None if markers is None else read_marker_table(markers)
     names = None if marker_names is None else read_json(Path(marker_names).read_text(encoding="utf-8"))

@@ -82,6 +82,7 @@ def explain(
     >>> "CD79A" in set(genes[genes["cell_type"] == "B cell"]["gene"])
     True
     """
+    check_sizes(cells_per_type, n_top, n_steps)
     loaded = load_model(model_or_shipped(model), "annotation")
     adata = read_cells(cells, layer=layer)
     bins = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress=False).all_bins()
@@ -94,10 +95,19 @@ def explain(
     return top_genes_table(mean_by_type(found.values, predicted[rows], loaded), n_top)
 
 
+def check_sizes(cells_per_type: int, n_top: int, n_steps: int) -> None:
+    """An `InputError` for numbers of cells, genes and steps that explain nothing."""
+    for value, least, name in (
+        (cells_per_type, 1, "cells_per_type (--cells-per-type)"),
+        (n_top, 1, "n_top (--top)"),
+        (n_steps, 2, "n_steps (--steps)"),
+    ):
+        if value < least:
+            raise InputError(f"{name} must be {least} or more; found {value}.")
+
+
 def choose_cells(predicted: np.ndarray, usable: np.ndarray, n: int, seed: int) -> np.ndarray:
     """Sorted rows of up to n usable cells of every predicted type."""
-    if n < 1:
-        raise InputError(f"cells_per_type (--cells-per-type) must be 1 or more; found {n}.")
     rng, chosen = np.random.default_rng(seed), []
     for target in np.unique(predicted[usable]):
         rows = np.flatnonzero((predicted == target) & usable)

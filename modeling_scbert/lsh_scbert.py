@@ -31,8 +31,8 @@ from .favor_scbert import refuse_large_matrix
 # far above the excluded ones
 SELF_BIAS = -1e5
 EXCLUDED_BIAS = -1e9
-# scores held at once, in elements: a few buffers of 64 MiB on a CPU, of 1 GiB on an accelerator
-SCORE_BUDGET = {"cpu": 2**24, "cuda": 2**28}
+# scores held at once, in elements: a few buffers that a CPU's cache holds in part, of 1 GiB on an accelerator
+SCORE_BUDGET = {"cpu": 2**21, "cuda": 2**28}
 
 
 class HashPlan(NamedTuple):
@@ -165,8 +165,11 @@ def _attend(query_key, value, rotations, mask, chunk_length, dropout):
     """LSH attention of some rows (cell x head); all [n, length, d], length a multiple of the chunk."""
     plan = plan_hashing(query_key, rotations, mask, chunk_length)
     scores = _window_scores(query_key, plan, chunk_length)
-    total = scores.logsumexp(-1, keepdim=True)
-    probs = F.dropout(torch.exp(scores - total), p=dropout)
+    probs = scores.softmax(-1)
+    # the logsumexp of the scores, without another pass over all of them
+    largest, place = scores.max(-1, keepdim=True)
+    total = largest - probs.gather(-1, place).log()
+    probs = F.dropout(probs, p=dropout)
     values = _Rearrange.apply(value.unsqueeze(1), plan.order, plan.undo).view(*scores.shape[:4], -1)
     found = (probs.to(value.dtype) @ _with_neighbours(values)).flatten(2, 3)
     found = _Rearrange.apply(found, plan.undo, plan.order)

@@ -19,6 +19,7 @@ import pytest
 from scbert import ScBertConfig, ScBertForCellClassification, ScBertTokenizer
 from scbert.commands import app
 from scbert.commands.cli import main
+from scbert.inference.annotate_cells import annotate
 from scbert.inference.shipped import SHIPPED
 from scbert.inference.upload import (
     Limits,
@@ -83,6 +84,19 @@ def test_another_threshold_moves_what_is_unassigned(annotated):
     assert (written.X != anndata.read_h5ad(annotated.upload).X).nnz == 0
     assert list(pd.read_csv(changed.csv)["scbert_cell_type"]) == list(changed.labels)
     assert changed.summary["unassigned"] == below.sum()
+
+
+def test_another_threshold_moves_wider_types_and_terms(adata, make_model, tmp_path):
+    adata.write_h5ad(tmp_path / "query.h5ad")
+    options = {"label_ontology_ids": {"B cell": "CL:0000236"}, "label_parents": {"B cell": "lymphocyte"}}
+    model = make_model(**options)
+    first = annotate_upload(tmp_path / "query.h5ad", model, tmp_path)
+    threshold = float(np.median(first.confidence))
+    written = anndata.read_h5ad(reassigned(first, threshold).path)
+    wanted = annotate(adata, model, threshold, progress=False)
+    for name in ("", "_ontology_term_id", "_backoff", "_backoff_ontology_term_id"):
+        column = f"scbert_cell_type{name}"
+        assert list(written.obs[column]) == list(wanted.obs[column])
 
 
 def test_cells_are_drawn_with_their_types_and_a_gene(annotated):

@@ -234,8 +234,9 @@ def test_a_missing_column_and_no_cells_are_named(model_folder, adata, tmp_path):
     arguments = ["explain", str(tmp_path / "query.h5ad"), "--model", str(model_folder), "--label-key", "type"]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="cells_per_type .* found 0"):
-        explain(adata, model_folder, cells_per_type=0)
+    for name in ("cells_per_type", "n_top", "n_steps"):
+        with pytest.raises(InputError, match=f"{name} .* found 0"):
+            explain(adata, model_folder, **{name: 0})
 
 
 @pytest.mark.parametrize(
