@@ -29,8 +29,8 @@ KNOWN_SHARE = 0.975
 SHARPNESS = 20.0
 # share of the held-out cells that may be lost, though their label is right, to novelty and threshold; and thresholds
 MOST_LOST, THRESHOLDS = 0.03, np.linspace(0.3, 0.98, 69)
-# share of the variance along an axis that cells it is not of must have
-LEAST_VARIANCE = 0.35
+# share of the very cells learnt from that may look novel
+MOST_OWN = 0.075
 # held-out distances that differ by less, relative to their size, are all the same
 LEAST_SPREAD = 1e-6
 
@@ -77,43 +77,49 @@ def held_out_distances(
     targets: np.ndarray,
     folds: np.ndarray,
     size: int,
-) -> tuple[np.ndarray, int]:
+) -> np.ndarray:
     """
-    `relative_distance` of every cell, [cells], by axes, scatter and centers that it had no part in; and how many axes.
+    `relative_distance` of every cell, [cells], by axes, scatter and centers that it had no part in.
 
     Of cells that axes are not of, coordinates are smaller. Where there are so many that nobody took their `products`
-    the difference is gone, and the `axes` of all serve (see `principal_axes.axes_and_products`). At most `size` of them
-    are taken, the largest, as many as `count_real_axes` finds.
+    the difference is gone, and the `axes` of all serve (see `principal_axes.axes_and_products`). The size is that of
+    the cell vectors.
     """
-    spaces = []
-    for fold in np.unique(folds):
-        learnt = folds != fold
-        own = axes if products is None else axes_by_products(products, features, learnt, rank=size)
-        spaces.append((learnt, own.coordinates[:, :size]))
-    n_axes = count_real_axes(spaces)
     distances = np.empty(len(targets))
-    for learnt, coordinates in spaces:
-        index = np.unique(targets[learnt], return_inverse=True)[1]
-        vectors, whitener = whitened(coordinates[learnt, :n_axes], index)
-        held_out = coordinates[~learnt, :n_axes] @ whitener
-        distances[~learnt] = relative_distance(held_out, all_centers(vectors, index))
-    return distances, n_axes
+    for fold in np.unique(folds):
+        held = folds == fold
+        own = axes if products is None else axes_by_products(products, features, ~held, rank=size)
+        coordinates, index = own.coordinates[:, :size], np.unique(targets[~held], return_inverse=True)[1]
+        vectors, whitener = whitened(coordinates[~held], index)
+        distances[held] = relative_distance(coordinates[held] @ whitener, all_centers(vectors, index))
+    return distances
 
 
-def count_real_axes(spaces: list[tuple[np.ndarray, np.ndarray]]) -> int:
+def novelty_of_cells(
+    axes: Axes,
+    products: np.ndarray | None,
+    features: sp.csr_matrix,
+    targets: np.ndarray,
+    folds: np.ndarray,
+    size: int,
+    told: np.ndarray,
+) -> tuple[int, np.ndarray, np.ndarray]:
     """
-    Number of axes along which cells that these are not of differ, too; at least two, if there are.
+    How many axes tell what is novel, the `held_out_distances` of all cells along them, and the odds by those `told`.
 
-    Each space is cells learnt from, bool [cells], and coordinates of all [cells, axes]. Of few cells most axes are
-    noise that they happen to differ in: other cells hardly do, and by the scatter of these others the very cells learnt
-    from would all be far from their type.
+    Of few cells most axes are noise that they happen to differ in. Other cells hardly differ along these, and by the
+    scatter of others the very cells learnt from would be far from their type: the axes are halved, to two at the least,
+    until nearly all of these are known. A query often holds its reference.
     """
-    n_axes = min(coordinates.shape[1] for _, coordinates in spaces)
-    shares = [
-        coordinates[~learnt, :n_axes].var(axis=0) / coordinates[learnt, :n_axes].var(axis=0)
-        for learnt, coordinates in spaces
-    ]
-    return min(n_axes, max(2, int((np.mean(shares, axis=0) >= LEAST_VARIANCE).sum())))
+    n_axes = size
+    while True:
+        distances = held_out_distances(axes, products, features, targets, folds, n_axes)
+        odds = fit_novelty(distances[told])
+        vectors, _ = whitened(axes.coordinates[:, :n_axes], targets)
+        own = known_shares(relative_distance(vectors, all_centers(vectors, targets)), odds)
+        if n_axes <= 2 or (own < 0.5).mean() <= MOST_OWN:
+            return n_axes, distances, odds
+        n_axes //= 2
 
 
 def telling_cells(targets: np.ndarray) -> np.ndarray:

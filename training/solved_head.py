@@ -16,9 +16,8 @@ from .logistic_head import PretrainedAxes, cross_folds, n_fits, solve_head
 from .novelty_head import (
     all_centers,
     choose_threshold,
-    fit_novelty,
-    held_out_distances,
     known_shares,
+    novelty_of_cells,
     telling_cells,
     whitened,
 )
@@ -96,15 +95,14 @@ def solve_classifier(
     if not told.any():
         _fill_cell_vectors(loaded, axes, targets, size)
         return held_out
-    distances, n_axes = held_out_distances(axes, products, features, targets, folds, size)
+    n_axes, distances, odds = novelty_of_cells(axes, products, features, targets, folds, size, told)
     _fill_cell_vectors(loaded, axes, targets, n_axes)
-    _tell_novelty(loaded, held_out, distances, targets, told)
+    _tell_novelty(loaded, held_out, distances, odds, targets, told)
     return held_out
 
 
-def _tell_novelty(loaded, held_out, distances, targets, told) -> None:
+def _tell_novelty(loaded, held_out, distances, odds, targets, told) -> None:
     """Put what tells novelty, and the threshold, into the model; novelty counts for the held-out cells, too."""
-    odds = fit_novelty(distances[told])
     largest, right = held_out.probabilities.max(axis=1), held_out.probabilities.argmax(axis=1) == targets
     confidence = largest * known_shares(distances, odds)
     threshold = choose_threshold(confidence[told], right[told])
