@@ -118,7 +118,7 @@ def test_the_very_cells_learnt_from_are_known():
     features, targets = cells_of_types(n_cells=200)
     (axes, products), told = axes_and_products(features), telling_cells(targets)
     folds = cross_folds(targets)
-    assert novelty_of_cells(axes, products, features, targets, folds, 32, told)[0] == 32
+    assert novelty_of_cells(axes, products, features, targets, folds, 8, told)[0] == 8
 
 
 def test_distances_that_are_all_alike_say_nothing():
