@@ -7,7 +7,7 @@ How the default recipe does on many studies, beside plain classifiers on the sam
 
 CELLS is the folder of the labelled .h5ad files. It takes hours, and goes on where it stopped. The studies are in two
 halves, named before anything was measured on them: all settings of the recipe were chosen on the first (CHOOSE). The
-second (REPORT) was read six times, after changes that the first had chosen (docs/results.md says which). Protocols:
+second (REPORT) was read more than once, after changes that the first had chosen (docs/results.md says which). Protocols:
 5-fold cross-validation (of at most 4,000 cells); leaving out a batch, donor or condition at a time; few-shot with 1,
 2, 5 and 10 cells a type (5 draws); from one cohort to another, and to studies of other chemistries whose cells marker
 genes name (blood_cells.py); and types left out in turn. Every method is given the counts of the same training cells
