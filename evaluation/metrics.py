@@ -74,9 +74,10 @@ def plot_confusion(confusion: dict[str, Any], path: str | Path, title: str = "")
     axes.set_yticks(range(len(rows)), [f"{labels[i]}  ({totals[i, 0]})" for i in rows], fontsize=8)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true (cells)")
-    axes.set_title(title, fontsize=10)
+    # over the whole picture: over the matrix alone the colour bar would cover its end
+    figure.suptitle(title, fontsize=10)
     figure.colorbar(image, ax=axes, label="share of the true type", shrink=0.8)
-    figure.savefig(path, dpi=min(150, MOST_PIXELS / max(size)))
+    figure.savefig(path, dpi=min(150, MOST_PIXELS / max(size)), bbox_inches="tight")
     return figure
 
 
