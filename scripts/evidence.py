@@ -10,8 +10,8 @@ halves, named before anything was measured on them: all settings of the recipe w
 second (REPORT) was read more than once, after changes that the first had chosen (docs/results.md says which).
 Protocols: 5-fold cross-validation (of at most 4,000 cells); leaving out a batch, donor or condition at a time;
 few-shot with 1, 2, 5 and 10 cells a type (5 draws); from one cohort to another, and to studies of other chemistries
-whose cells marker genes name (blood_cells.py); and types left out in turn. Every method is given the counts of the same training cells
-and asked for the types of the same test cells whose type it was shown.
+whose cells marker genes name (blood_cells.py); and types left out in turn. Every method is given the counts of the
+same training cells and asked for the types of the same test cells whose type it was shown.
 
 The default recipe knows two things from elsewhere, and both must come from other cells here. Axes of cells, with few
 cells a type: no cell of the first half stands in scbert-mini's corpus; cells of the second do, so that half needs
