@@ -17,11 +17,14 @@ logits that scores are taken from.
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from joblib import Parallel, delayed
 from sklearn.exceptions import ConvergenceWarning
@@ -52,6 +55,9 @@ SCALED_RANK = 256
 # the intercept is penalised as the weight of a feature of this size (in root mean squared norms, times the root of the
 # cells a class): of few cells, free intercepts learn which cells happen to be small
 INTERCEPT_SIZE = 0.1
+# axes, and fits that only choose, are of no more cells than these, of each type first of so many: of an atlas nearly
+# all the time would go there
+MOST_CELLS, CELLS_A_TYPE = 10_000, 50
 # the limit on threads is the process's: one who sets it while another has would never see it undone
 ONE_AT_A_TIME = threading.Lock()
 
@@ -182,9 +188,55 @@ def cross_folds(targets: np.ndarray, n_folds: int = 5, seed: int = 0) -> np.ndar
     return folds
 
 
+def some_cells(
+    targets: np.ndarray,
+    among: np.ndarray,
+    most: int = MOST_CELLS,
+    a_type: int = CELLS_A_TYPE,
+    seed: int = 0,
+) -> np.ndarray:
+    """
+    At most so many cells at random, bool [cells], of those `among`, bool [cells]: first so many of each type.
+
+    Examples
+    --------
+    >>> targets = np.repeat([0, 1], [9000, 7])
+    >>> np.bincount(targets[some_cells(targets, targets >= 0, 4000, 20)]).tolist()
+    [3993, 7]
+    """
+    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(among))
+    place_in_type = pd.Series(targets[drawn]).groupby(targets[drawn]).cumcount().to_numpy()
+    drawn = drawn[np.argsort(place_in_type >= a_type, kind="stable")]
+    return np.isin(np.arange(len(targets)), drawn[:most])
+
+
 def n_fits(folds: np.ndarray, pretrained: PretrainedAxes | None = None) -> int:
     """How many fits `solve_head` makes with these folds."""
     return (len(POWERS) + (pretrained is not None)) * (len(np.unique(folds)) + 1)
+
+
+class Path:
+    """Coefficients and biases with one penalty after another, each found when it is asked for."""
+
+    def __init__(self, solutions: Iterator[tuple[np.ndarray, np.ndarray]]):
+        self._found, self._others = [], solutions
+
+    def __getitem__(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        self._found.extend(islice(self._others, max(0, place + 1 - len(self._found))))
+        return self._found[place]
+
+    def walk(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """All of them."""
+        self._found.extend(self._others)
+        return self._found
+
+
+@contextmanager
+def may_stop_short() -> Iterator[None]:
+    """Of the weakest penalties fits may; held-out cells judge what they found."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
 
 
 @dataclass
@@ -198,13 +250,14 @@ class Member:
 
     logits: np.ndarray
     axes: Axes
-    path: list[tuple[np.ndarray, np.ndarray]]
+    path: Path
     name: str
     prior: Prior
 
     def head(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Weights [classes, genes] and bias [classes] with one of the penalties."""
-        return self.axes.gene_weights(*self.path[place])
+        with may_stop_short():
+            return self.axes.gene_weights(*self.path[place])
 
 
 def cross_fit(
@@ -220,29 +273,33 @@ def cross_fit(
     """
     A regression for every penalty, on all folds but one in turn and on all.
 
-    Cells of fold -1 have no label: nothing is learnt from them, and their logits are those of the fit on all others.
+    Of all folds but one, `MOST_CELLS` are learnt from at most; where there are more, the regression on all is
+    fitted when its head is asked for. Cells of fold -1 have no label: nothing is learnt from them, and their logits are
+    those of the fit on all others.
     """
 
     def fit(learnt):
         # axes of plain ridge regression know no labels: one set serves all folds
         space = axes if power == 0 else scaled_axes(features, targets, learnt, power, effects)
-        path = ridge_path(space.coordinates[learnt], targets[learnt], n_classes)
-        if on_fit is not None:
-            on_fit()
+        path = Path(ridge_path(space.coordinates[learnt], targets[learnt], n_classes))
+        if learnt.sum() <= MOST_CELLS:
+            path.walk()
+            if on_fit is not None:
+                on_fit()
         return space, path
 
     labelled = folds >= 0
-    held = [folds == fold for fold in np.unique(folds[labelled])] + [~labelled]
-    with ONE_AT_A_TIME, threadpool_limits(1), warnings.catch_warnings():
-        # the weakest penalties may stop short of the end; held-out cells judge what they found
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    held = [folds == fold for fold in np.unique(folds[labelled])]
+    learnt = [some_cells(targets, labelled & ~mask) for mask in held]
+    with ONE_AT_A_TIME, threadpool_limits(1), may_stop_short():
         fitted = Parallel(n_jobs=os.cpu_count(), prefer="threads")(
-            delayed(fit)(labelled & ~mask) for mask in held
+            delayed(fit)(cells) for cells in [*learnt, labelled]
         )
     logits = np.full((len(PENALTIES), len(folds), n_classes), LOWEST_LOGIT)
-    for mask, (space, path) in zip(held, fitted):
-        for place, (coefficients, bias) in enumerate(path):
-            logits[place, mask] = space.coordinates[mask] @ coefficients.T + bias
+    for mask, (space, path) in zip([*held, ~labelled], fitted):
+        if mask.any():
+            for place, (coefficients, bias) in enumerate(path.walk()):
+                logits[place, mask] = space.coordinates[mask] @ coefficients.T + bias
     return Member(logits, *fitted[-1], name_of(power), Prior(expected_temperature(power)))
 
 
@@ -253,14 +310,14 @@ def scaled_axes(
     power: float,
     effects: np.ndarray | None = None,
 ) -> Axes:
-    """Axes of the cells `learnt` from, bool [cells], on genes scaled by what these cells say of them."""
+    """Axes of (some of) the cells `learnt` from, bool [cells], on genes scaled by what these cells say of them."""
     n_genes = SCALED_GENES if learnt.sum() <= MANY_CELLS else SCALED_GENES // 2
     scales = gene_scales(features[learnt], targets[learnt], power, n_genes)
     kept = np.flatnonzero(scales)
     narrow = features[:, kept].multiply(scales[kept]).tocsr()
     rank = SCALED_RANK if learnt.sum() > SCALED_RANK else None
     damped = None if effects is None else effects[:, kept] * scales[kept]
-    return axes_of_cells(narrow, learnt, rank, damped).widened(kept, scales)
+    return axes_of_cells(narrow, some_cells(targets, learnt), rank, damped).widened(kept, scales)
 
 
 def gene_scales(
@@ -297,7 +354,7 @@ def gene_scales(
 
 def ridge_path(
     coordinates: np.ndarray, targets: np.ndarray, n_classes: int, penalties: Sequence[float] = PENALTIES
-) -> list[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
     Multinomial logistic regression with one penalty after another, each begun where the last one ended.
 
@@ -309,13 +366,14 @@ def ridge_path(
     if len(seen) == 1:
         sure = np.full(n_classes, LOWEST_LOGIT)
         sure[seen] = 0
-        return [(np.zeros((n_classes, coordinates.shape[1])), sure)] * len(penalties)
+        yield from [(np.zeros((n_classes, coordinates.shape[1])), sure)] * len(penalties)
+        return
     unit = float((coordinates.astype(np.float64) ** 2).sum(axis=1).mean()) / 100 or 1.0
     size = INTERCEPT_SIZE * (100 * unit * len(targets) / len(seen)) ** 0.5
     features = np.column_stack([coordinates, np.full(len(targets), size, dtype=coordinates.dtype)])
     weights = np.bincount(targets)[targets] ** -RARENESS
     weights *= len(targets) / weights.sum()
-    model, path = LogisticRegression(fit_intercept=False, max_iter=300, tol=1e-3, warm_start=True), []
+    model = LogisticRegression(fit_intercept=False, max_iter=300, tol=1e-3, warm_start=True)
     for penalty in penalties:
         model.set_params(C=1 / (penalty * unit)).fit(features, targets, sample_weight=weights)
         rows, bias = model.coef_[:, :-1].astype(np.float64), model.coef_[:, -1].astype(np.float64) * size
@@ -324,5 +382,4 @@ def ridge_path(
             rows, bias = np.concatenate([-rows, rows]) / 2, np.concatenate([-bias, bias]) / 2
         coefficients, all_bias = np.zeros((n_classes, rows.shape[1])), np.full(n_classes, LOWEST_LOGIT)
         coefficients[seen], all_bias[seen] = rows, bias
-        path.append((coefficients, all_bias))
-    return path
+        yield coefficients, all_bias

@@ -173,14 +173,14 @@ def axes_of_cells(
 
 
 def axes_and_products(
-    features: sp.csr_matrix, effects: np.ndarray | None = None
+    features: sp.csr_matrix, effects: np.ndarray | None = None, learnt: np.ndarray | None = None
 ) -> tuple[Axes, np.ndarray | None]:
     """`axes_of_cells`, and the inner products of all cells [cells, cells] if there are few enough to take them."""
     if features.shape[0] > MAX_CELLS_BY_CELLS:
-        return axes_of_cells(features, effects=effects), None
+        return axes_of_cells(features, learnt, effects=effects), None
+    learnt = np.ones(features.shape[0], dtype=bool) if learnt is None else learnt
     products, damping = _damped_products(features, effects)
-    every = np.ones(features.shape[0], dtype=bool)
-    return axes_by_products(products, features, every, damping=damping), products
+    return axes_by_products(products, features, learnt, damping=damping), products
 
 
 def _damped_products(features, effects) -> tuple[np.ndarray, Damping | None]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy.stats import t as student_t
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
@@ -19,7 +18,7 @@ from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..tokenization import align_genes
 from ..trained_model.model_folder import versions
 from .finetune_data import FinetuneData, LabelledCells
-from .logistic_head import cross_folds, solve_head
+from .logistic_head import cross_folds, solve_head, some_cells
 from .solved_head import HeldOut
 
 logger = logging.getLogger(__name__)
@@ -129,34 +128,18 @@ def _scores(
     }
 
 
-def baseline_cells(targets: np.ndarray, seed: int) -> np.ndarray:
-    """
-    Cells that the baseline learns from, bool [cells]: a random part of very many, which leaves no class out.
-
-    Examples
-    --------
-    >>> targets = np.repeat([0, 1], [9000, 7])
-    >>> np.bincount(targets[baseline_cells(targets, 0)]).tolist()
-    [3993, 7]
-    """
-    drawn = np.random.default_rng(seed).permutation(len(targets))
-    place_in_class = pd.Series(targets[drawn]).groupby(targets[drawn]).cumcount().to_numpy()
-    drawn = drawn[np.argsort(place_in_class >= BASELINE_CELLS_A_TYPE, kind="stable")]
-    return np.isin(np.arange(len(targets)), drawn[:MAX_BASELINE_CELLS])
-
-
 def score_baseline(data: FinetuneData, tuned: TunedModel, layer: str | None, seed: int) -> dict[str, Any]:
     """
     Logistic regression on log1p CP10k of the same cells, its strength chosen by the same cross-fitting.
 
-    Of very many cells it learns from `baseline_cells` and is judged by all, in cross-validation by fits that knew
+    Of very many cells it learns from some (`some_cells`) and is judged by all, in cross-validation by fits that knew
     nothing of them. Gives ``name``, ``seconds``, ``notes``, and scores for the estimate that counts.
     """
     start, notes = time.perf_counter(), []
     asked = next((name for name in ("test", "validation") if len(data.splits[name])), None)
     learnt = [data.splits[name] for name in ("train", "validation") if name != asked]
     cells, targets = (np.concatenate([getattr(part, of) for part in learnt]) for of in ("cells", "targets"))
-    taught = baseline_cells(targets, seed)
+    taught = some_cells(targets, targets >= 0, MAX_BASELINE_CELLS, BASELINE_CELLS_A_TYPE, seed)
     if not taught.all():
         notes.append(f"the baseline learnt from {taught.sum():,} of the {len(cells):,} cells")
     values, genes = log_normalize(data.sources["train"], layer, data.input_kinds["train"])

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..tokenization import InputError
 from ..tokenization.expression_scbert import floor_values
 from ..trained_model.prediction import LoadedModel, predict
-from .logistic_head import PretrainedAxes, cross_folds, n_fits, solve_head
+from .logistic_head import PretrainedAxes, cross_folds, n_fits, solve_head, some_cells
 from .novelty_head import (
     all_centers,
     choose_threshold,
@@ -76,7 +76,7 @@ def solve_classifier(
 
         total += teacher.n_fits(folds)
     with tqdm(total=total, desc="Solving", unit="fit", disable=None if show_progress else True) as bar:
-        axes, products = axes_and_products(features, effects)
+        axes, products = axes_and_products(features, effects, some_cells(targets, targets >= 0))
         given = {"axes": axes, "pretrained": pretrained, "effects": effects}
         given |= {"n_classes": config.num_labels, "folds": folds, "on_fit": bar.update}
         if others is None:
@@ -84,6 +84,8 @@ def solve_classifier(
         else:
             head, found = teacher.learn_from_all(features, targets, others, **given)
             learnt = {"unlabelled": found}
+        # of many cells the last fits are those of the penalties that were chosen
+        bar.update(total - bar.n)
     report = {"shares": head.shares, "penalties": head.penalties, "temperature": head.temperature} | learnt
     report["signal"] = None if pretrained is None else pretrained.signal
     held_out = HeldOut(softmax(head.logits, axis=1), folds, report)

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from scbert.training.logistic_head import (
     gene_scales,
     ridge_path,
     scaled_axes,
+    some_cells,
 )
 from scbert.training.principal_axes import axes_of_cells, column_means, inner_products
 
@@ -112,6 +114,29 @@ def test_held_out_logits_have_seen_nothing_of_their_cell(cells):
         )
         np.testing.assert_array_equal(first[:, same_fold], second[:, same_fold])
         assert np.abs(first - second).max() > 1e-3
+
+
+def test_of_an_atlas_some_cells_choose_and_all_are_learnt_from(cells, monkeypatch):
+    """The head is that of a fit on all cells, whose path ends at the penalty that is asked for."""
+    features, targets = cells
+    folds, axes = cross_folds(targets), axes_of_cells(features)
+    everyone = cross_fit(features, targets, 3, folds, 0.0, axes)
+    monkeypatch.setattr(logistic_head, "some_cells", partial(some_cells, most=40, a_type=5))
+    monkeypatch.setattr(logistic_head, "MOST_CELLS", 40)
+    taught = []
+
+    def path(coordinates, *others):
+        for found in ridge_path(coordinates, *others):
+            taught.append(len(coordinates))
+            yield found
+
+    monkeypatch.setattr(logistic_head, "ridge_path", path)
+    some = cross_fit(features, targets, 3, folds, 0.0, axes)
+    assert taught == [40] * 5 * len(PENALTIES)
+    assert (some.logits[2].argmax(axis=1) == targets).mean() > 0.8
+    for found, wanted in zip(some.head(2), everyone.head(2)):
+        np.testing.assert_array_equal(found, wanted)
+    assert taught[5 * len(PENALTIES) :] == [90] * 3
 
 
 def test_fits_at_the_same_time_do_not_limit_threads_within_each_other(cells, monkeypatch):
