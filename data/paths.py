@@ -219,11 +219,11 @@ def _umask():
 
 
 @contextlib.contextmanager
-def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
+def partial_folder(path, overwrite=False, resume=False, marker="config.json", resumable=True):
     """Build a folder as ``DIR.partial``; rename it to ``DIR`` when the block ends well.
 
-    When the block fails, the partial folder stays, so that its checkpoints can be resumed: with `resume`; otherwise it
-    is removed first. The other arguments are those of `check_output_folder`.
+    When the block fails, the partial folder stays if it is `resumable`, so that its checkpoints can be: with `resume`;
+    otherwise it is removed first. The other arguments are those of `check_output_folder`.
     """
     path = check_output_folder(path, overwrite, marker)
     partial = path.with_name(path.name + PARTIAL)
@@ -237,12 +237,14 @@ def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
         partial.mkdir(exist_ok=True)
         (partial / MARK).touch()
         yield partial
-    except Exception as error:
+    except BaseException as error:
+        if not resumable:
+            shutil.rmtree(partial, ignore_errors=True)
         if not disk_is_full(error):
             raise
         full = failed_write(OSError(errno.ENOSPC, ""), path).strerror
-        rest = f"What was finished is in {partial}: continue with resume=True, or --resume."
-        raise OSError(errno.ENOSPC, f"{full} {rest}") from None
+        rest = f" What was finished is in {partial}: continue with resume=True, or --resume."
+        raise OSError(errno.ENOSPC, full + (rest if resumable else "")) from None
     _swap(partial, path)
     (path / MARK).unlink()
 

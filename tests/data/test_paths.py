@@ -167,6 +167,17 @@ def test_folders_of_others_are_never_removed(tmp_path):
     assert entries(tmp_path / "model") == ["config.json"]
 
 
+def test_a_folder_that_cannot_be_resumed_leaves_nothing(tmp_path):
+    for error in (KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")):
+        with (
+            pytest.raises(type(error)) as caught,
+            partial_folder(tmp_path / "model", resumable=False) as folder,
+        ):
+            (folder / "config.json").write_text("1")
+            raise error
+        assert entries(tmp_path) == [] and "resume" not in str(caught.value)
+
+
 def test_full_disk_in_a_folder(tmp_path):
     with pytest.raises(OSError, match="disk is full"), partial_folder(tmp_path / "model"):
         raise OSError(errno.ENOSPC, "No space left on device")
