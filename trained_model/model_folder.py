@@ -212,16 +212,14 @@ def load_model(
     `dtype` is ``"float32"`` or ``"bfloat16"``, by default (``"auto"``) the latter on GPUs that have it.
     """
     if isinstance(model, LoadedModel):
+        if task == "annotation" and not isinstance(model.model, ScBertForCellClassification):
+            raise _without_types(model.name, [type(model.model).__name__])
         return model
     folder = find_model(model)
     config = check_model_folder(folder)
     architectures = config.get("architectures") or []
     if task == "annotation" and architectures != [ScBertForCellClassification.__name__]:
-        raise InputError(
-            f"The model in {folder} ({', '.join(architectures) or 'no architecture named'}) has no cell types yet: it "
-            f"cannot annotate. Teach it some first: finetune(reference, label_key, output, base={str(folder)!r}), or "
-            f"`scbert finetune REF.h5ad --label-key KEY --base {folder} --output DIR`."
-        )
+        raise _without_types(folder, architectures)
     device, tokenizer = pick_device(device), load_tokenizer(folder)
     classifier = task == "annotation" or config.get("cell_vector_size")
     model_class = ScBertForCellClassification if classifier else ScBertModel
@@ -230,6 +228,14 @@ def load_model(
     dtype = _pick_dtype(device, dtype)
     logger.info("Model %s on %s in %s.", folder, device, str(dtype).removeprefix("torch."))
     return LoadedModel(network.to(device).eval(), tokenizer, str(folder), dtype)
+
+
+def _without_types(folder: str | Path, architectures: list[str]) -> InputError:
+    return InputError(
+        f"The model in {folder} ({', '.join(architectures) or 'no architecture named'}) has no cell types yet: it "
+        f"cannot annotate. Teach it some first: finetune(reference, label_key, output, base={str(folder)!r}), or "
+        f"`scbert finetune REF.h5ad --label-key KEY --base {folder} --output DIR`."
+    )
 
 
 def _check_match(folder: Path, network: PreTrainedModel, tokenizer: ScBertTokenizer) -> None:
