@@ -148,5 +148,5 @@ def threshold_of(probabilities: np.ndarray, targets: np.ndarray) -> float | None
     """
     if len(targets) < MIN_CELLS_FOR_THRESHOLD:
         return None
-    chosen = choose_threshold(probabilities, targets, ASSIGNED_PRECISION, default=DEFAULT_THRESHOLD)
-    return max(DEFAULT_THRESHOLD, chosen.threshold) if chosen.reached else None
+    chosen = choose_threshold(probabilities, targets, ASSIGNED_PRECISION)
+    return None if chosen is None else max(DEFAULT_THRESHOLD, chosen)
