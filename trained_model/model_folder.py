@@ -207,7 +207,8 @@ def load_model(
     A model, ready for annotating or embedding cells; one that is not fit for it, or not complete, is refused.
 
     `model` is a folder written by `finetune`, `pretrain` or `convert`, or the ``user/name`` of one on the Hub; a
-    `LoadedModel` passes through. The `task` ``"annotation"`` needs a fine-tuned model, ``"embedding"`` takes any.
+    `LoadedModel` passes through. The `task` ``"annotation"`` needs a fine-tuned model, ``"embedding"`` takes any, and
+    so does ``"any"``, which keeps the head that tells types.
     The `device` is ``"cpu"``, ``"cuda"``, ``"cuda:1"``..., by default (``"auto"``) the first GPU, or else the CPU;
     `dtype` is ``"float32"`` or ``"bfloat16"``, by default (``"auto"``) the latter on GPUs that have it.
     """
@@ -218,10 +219,11 @@ def load_model(
     folder = find_model(model)
     config = check_model_folder(folder)
     architectures = config.get("architectures") or []
-    if task == "annotation" and architectures != [ScBertForCellClassification.__name__]:
+    tells_types = architectures == [ScBertForCellClassification.__name__]
+    if task == "annotation" and not tells_types:
         raise _without_types(folder, architectures)
     device, tokenizer = pick_device(device), load_tokenizer(folder)
-    classifier = task == "annotation" or config.get("cell_vector_size")
+    classifier = config.get("cell_vector_size") if task == "embedding" else tells_types
     model_class = ScBertForCellClassification if classifier else ScBertModel
     network = load_weights(model_class, folder)
     _check_match(folder, network, tokenizer)
