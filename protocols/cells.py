@@ -33,25 +33,14 @@ def load_benchmark_cells(
     """
     Read labelled cells; of several files the genes that all of them have.
 
-    Parameters
-    ----------
-    label_key
-        Column of obs with the types; or one for each file, separated by commas.
-    label_map
-        CSV with the columns ``from`` and ``to``: other names for types. Types that it lacks are left out.
-    layer
-        Layer that holds the values.
-    max_cells
-        A random part of the labelled cells, the same share of every type, where there are more.
-    input
-        What the values are: ``"counts"``, ``"log1p"`` or ``"auto"``, which is found out of the whole files.
+    The `label_key` is the column of obs with the types, or one for each file, separated by commas. A `label_map`, a CSV
+    with the columns ``from`` and ``to``, has other names for types; types that it lacks are left out. Of more than
+    `max_cells` labelled cells a random part is taken, the same share of every type. The `layer` holds the values, which
+    are `input`: ``"counts"``, ``"log1p"`` or ``"auto"``, which is found out of the whole files.
 
-    Returns
-    -------
-    anndata.AnnData
-        Values as they stand in the files (CSR float32), ``obs["label"]`` (str) and, with several files,
-        ``obs["dataset"]`` (their names) beside the columns of the files. ``var["feature_types"]`` where the
-        features are of several modalities; ``uns["input"]``, what the values are.
+    The values are as they stand in the files (CSR float32), with ``obs["label"]`` (str) and, of several files,
+    ``obs["dataset"]`` (their names) beside their columns; ``var["feature_types"]`` where the features are of several
+    modalities; ``uns["input"]``, what the values are.
     """
     keys = [key.strip() for key in label_key.split(",")]
     if len(keys) not in (1, len(paths)):
