@@ -113,7 +113,7 @@ def fit_members(
     folds: np.ndarray,
     axes: Axes | None = None,
     powers: Sequence[float] = POWERS,
-    on_fit: Callable[[], Any] | None = None,
+    on_fit: Callable[[], Any] = lambda: None,
     pretrained: PretrainedAxes | None = None,
     effects: np.ndarray | None = None,
 ) -> list["Member"]:
@@ -214,7 +214,7 @@ def cross_fit(
     folds: np.ndarray,
     power: float,
     axes: Axes,
-    on_fit: Callable[[], Any] | None = None,
+    on_fit: Callable[[], Any] = lambda: None,
     effects: np.ndarray | None = None,
 ) -> Member:
     """
@@ -227,8 +227,7 @@ def cross_fit(
         # axes of plain ridge regression know no labels: one set serves all folds
         space = axes if power == 0 else scaled_axes(features, targets, learnt, power, effects)
         path = ridge_path(space.coordinates[learnt], targets[learnt], n_classes)
-        if on_fit is not None:
-            on_fit()
+        on_fit()
         return space, path
 
     labelled = folds >= 0
