@@ -8,6 +8,7 @@ renamed. Only the standard library is imported here, so that a command refuses a
 import contextlib
 import errno
 import glob
+import json
 import logging
 import os
 import shutil
@@ -247,6 +248,21 @@ def partial_folder(path, overwrite=False, resume=False, marker="config.json", re
         raise OSError(errno.ENOSPC, full + (rest if resumable else "")) from None
     _swap(partial, path)
     (path / MARK).unlink()
+
+
+def keep_record(path, facts):
+    """Record in a partial folder what it is begun with, as JSON; refuse to go on where that was something else."""
+    if not path.exists():
+        with atomic_file(path) as handle:
+            handle.write(json.dumps(facts).encode())
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(name for name in facts if before.get(name) != facts[name])
+    if changed:
+        raise InputError(
+            f"{path.parent} was begun with other settings or files ({', '.join(changed)}). Use the same ones to "
+            f"continue, or start again without resuming (resume=False, or no --resume)."
+        )
 
 
 def _swap(partial, path):
