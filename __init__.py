@@ -4,6 +4,9 @@ The public names are imported when they are first used; ``import scbert`` by its
 makes transformers' Auto classes and pipelines know the model.
 """
 
+# type checkers see the names as imports, others by `_HOME`
+# ruff: noqa: F401
+
 from typing import TYPE_CHECKING
 
 from .trained_model import registration
@@ -49,21 +52,7 @@ _FOLDERS = {
     "training",
 }
 
-__all__ = [
-    "InputError",
-    "ScBertConfig",
-    "ScBertForCellClassification",
-    "ScBertForMaskedExpression",
-    "ScBertModel",
-    "ScBertTokenizer",
-    "__version__",
-    "annotate",
-    "embed",
-    "explain",
-    "finetune",
-    "load_model",
-    "pretrain",
-]
+__all__ = [*_HOME, "__version__"]
 
 # pytest also imports the repository root under its folder's name: that copy must not register its own classes
 if __name__ == "scbert":

@@ -23,8 +23,6 @@ from ..trained_model import model_folder
 from ..trained_model.prediction import LoadedModel
 
 METRICS = "metrics.json"
-# the encoder with any other head gives embeddings
-ANNOTATOR = [ScBertForCellClassification.__name__]
 
 
 @dataclass(repr=False, eq=False)
@@ -96,7 +94,7 @@ class CellModel(LoadedModel):
         InputError
             When the folder exists and is not to be replaced.
         """
-        with partial_folder(folder, overwrite) as partial:
+        with partial_folder(folder, overwrite, resumable=False) as partial:
             shutil.copytree(self.folder, partial, dirs_exist_ok=True)
         return Path(folder)
 
@@ -154,8 +152,7 @@ def load_model(
     if isinstance(model, CellModel):
         return model
     folder = model_folder.find_model(model_or_shipped(model))
-    known = model_folder.check_model_folder(folder).get("architectures") == ANNOTATOR
-    loaded = model_folder.load_model(folder, "annotation" if known else "embedding", device, dtype)
+    loaded = model_folder.load_model(folder, "any", device, dtype)
     metrics = folder / METRICS
     figures = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {}
     return CellModel(

@@ -27,7 +27,7 @@ from ..tokenization.genes_scbert import write_gene_panel
 from .corpus_manifest import FORMAT, GENES, MANIFEST, checksum, verify_corpus
 from .corpus_shards import corpus_schema, scan_file, write_file
 from .corpus_sources import find_sources
-from .paths import PARTIAL, partial_folder, stamp_of
+from .paths import PARTIAL, keep_record, partial_folder, stamp_of
 from .quality_control import QualityRules
 from .worker_processes import end_with_parent
 
@@ -94,7 +94,8 @@ def build_corpus(
         "shard_cells": shard_cells,
     }
     with partial_folder(output, overwrite, resume, marker=MANIFEST) as folder:
-        _check_settings(folder, settings)
+        keep_record(folder / SETTINGS, settings)
+        (folder / SCANS).mkdir(exist_ok=True)
         reports = _scan_all(found, folder, input, rules, num_proc, strict)
         usable = [report for report in reports if report["scan"] is not None]
         if not usable:
@@ -104,21 +105,6 @@ def build_corpus(
         _write_all(usable, folder, genes, columns or None, shard_cells, num_proc)
         summary = _finish(folder, reports, settings, genes)
     return {"corpus": str(output), **summary, "seconds": time.monotonic() - started}
-
-
-def _check_settings(folder, settings):
-    """Refuse to continue an interrupted build with other settings."""
-    path = folder / SETTINGS
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = sorted(name for name in settings if before.get(name) != settings[name])
-        if changed:
-            raise InputError(
-                f"{folder} was begun with other settings ({', '.join(changed)}). Use the same ones to continue, or "
-                f"start again without resuming (resume=False, or no --resume)."
-            )
-    path.write_text(json.dumps(settings))
-    (folder / SCANS).mkdir(exist_ok=True)
 
 
 def _results(function, jobs, title, num_proc, strict):

@@ -8,6 +8,7 @@ renamed. Only the standard library is imported here, so that a command refuses a
 import contextlib
 import errno
 import glob
+import json
 import logging
 import os
 import shutil
@@ -219,11 +220,11 @@ def _umask():
 
 
 @contextlib.contextmanager
-def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
+def partial_folder(path, overwrite=False, resume=False, marker="config.json", resumable=True):
     """Build a folder as ``DIR.partial``; rename it to ``DIR`` when the block ends well.
 
-    When the block fails, the partial folder stays, so that its checkpoints can be resumed: with `resume`; otherwise it
-    is removed first. The other arguments are those of `check_output_folder`.
+    When the block fails, the partial folder stays if it is `resumable`, so that its checkpoints can be: with `resume`;
+    otherwise it is removed first. The other arguments are those of `check_output_folder`.
     """
     path = check_output_folder(path, overwrite, marker)
     partial = path.with_name(path.name + PARTIAL)
@@ -237,14 +238,31 @@ def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
         partial.mkdir(exist_ok=True)
         (partial / MARK).touch()
         yield partial
-    except Exception as error:
+    except BaseException as error:
+        if not resumable:
+            shutil.rmtree(partial, ignore_errors=True)
         if not disk_is_full(error):
             raise
         full = failed_write(OSError(errno.ENOSPC, ""), path).strerror
-        rest = f"What was finished is in {partial}: continue with resume=True, or --resume."
-        raise OSError(errno.ENOSPC, f"{full} {rest}") from None
+        rest = f" What was finished is in {partial}: continue with resume=True, or --resume."
+        raise OSError(errno.ENOSPC, full + (rest if resumable else "")) from None
     _swap(partial, path)
     (path / MARK).unlink()
+
+
+def keep_record(path, facts):
+    """Record in a partial folder what it is begun with, as JSON; refuse to go on where that was something else."""
+    if not path.exists():
+        with atomic_file(path) as handle:
+            handle.write(json.dumps(facts).encode())
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(name for name in facts if before.get(name) != facts[name])
+    if changed:
+        raise InputError(
+            f"{path.parent} was begun with other settings or files ({', '.join(changed)}). Use the same ones to "
+            f"continue, or start again without resuming (resume=False, or no --resume)."
+        )
 
 
 def _swap(partial, path):

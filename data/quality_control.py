@@ -39,7 +39,7 @@ class CellQuality:
     cells_per_gene: np.ndarray
 
 
-def measure_cells(adata, layer=None, on_chunk=None):
+def measure_cells(adata, layer=None, on_chunk=lambda chunk: None):
     """The `CellQuality` of an AnnData, in memory or backed, in chunks of cells.
 
     `on_chunk` is called with every chunk (CSR) in turn, so that a large file need not be read twice.
@@ -49,8 +49,7 @@ def measure_cells(adata, layer=None, on_chunk=None):
     n_genes, total, mito_total, per_gene = [], [], [], np.zeros(matrix.shape[1], dtype=np.int64)
     for start in range(0, matrix.shape[0], CHUNK_SIZE):
         chunk = as_csr(matrix[start : start + CHUNK_SIZE])
-        if on_chunk is not None:
-            on_chunk(chunk)
+        on_chunk(chunk)
         n_genes.append(np.diff(chunk.indptr))
         total.append(np.asarray(chunk.sum(1, dtype=np.float64)).ravel())
         mito_total.append(np.asarray(chunk[:, mito].sum(1, dtype=np.float64)).ravel())

@@ -119,10 +119,14 @@ def _clear_errors(path):
         ) from error
 
 
-@contextlib.contextmanager
 def opened_cells(path, **options):
     """The cells of a file whose matrices stay on disk where its format allows it; see `read_cells`."""
-    adata = read_cells(path, backed=True, **options)
+    return closing(read_cells(path, backed=True, **options))
+
+
+@contextlib.contextmanager
+def closing(adata):
+    """These cells for a block, at whose end their file is closed, if they have one open."""
     try:
         yield adata
     finally:

@@ -1,6 +1,5 @@
 """Confidence that means something: temperature, calibration errors, the threshold of "unassigned", prediction sets."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,35 +70,21 @@ def _by_confidence(
     return cells, *(np.bincount(index, weights, minlength=n_bins) for weights in (confidence, right))
 
 
-@dataclass(frozen=True)
-class UnassignedThreshold:
-    """The confidence below which cells become "unassigned", and whether it reaches the wanted precision."""
-
-    threshold: float
-    reached: bool
-
-
 def choose_threshold(
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    precision: float = 0.95,
-    min_cells: int = 20,
-    default: float = 0.5,
-) -> UnassignedThreshold:
+    probabilities: np.ndarray, labels: np.ndarray, precision: float = 0.95, min_cells: int = 20
+) -> float | None:
     """
     The lowest confidence threshold whose assigned validation cells reach a wanted share of right answers.
 
     Of calibrated probabilities [cells, classes] and true classes [cells]; -1 is a cell of none of them, wrong wherever
-    it is assigned. At least `min_cells` must stay assigned: a precision measured on a handful says nothing. Where there
-    are fewer, or none reach the precision, the threshold is `default`.
+    it is assigned. At least `min_cells` must stay assigned: a precision measured on a handful says nothing. None where
+    there are fewer, or none reach the precision.
 
     It lies halfway between the last confidence kept and the next one left out; where every cell is kept, just below the
     lowest confidence seen, so that nothing is claimed about lower ones.
     """
-    probabilities = np.asarray(probabilities, dtype=np.float64)
-    labels = np.asarray(labels)
-    confidence = probabilities.max(axis=1) if len(probabilities) else np.zeros(0)
-    right = probabilities.argmax(axis=1) == labels if len(probabilities) else np.zeros(0, dtype=bool)
+    confidence = probabilities.max(axis=1).astype(np.float64)
+    right = probabilities.argmax(axis=1) == labels
     order = np.argsort(-confidence, kind="stable")
     ranked, hits = confidence[order], np.cumsum(right[order])
     kept = np.arange(1, len(ranked) + 1)
@@ -107,10 +92,10 @@ def choose_threshold(
     is_cut = np.append(ranked[1:] < ranked[:-1], True)[: len(ranked)]
     good = np.flatnonzero(is_cut & (kept >= min_cells) & (hits >= precision * kept))
     if not len(good):
-        return UnassignedThreshold(default, reached=False)
+        return None
     last = good[-1]
     below = (ranked[last] + ranked[last + 1]) / 2 if last + 1 < len(ranked) else ranked[last] - 1e-6
-    return UnassignedThreshold(float(below), reached=True)
+    return float(below)
 
 
 def plot_reliability(probabilities: np.ndarray, labels: np.ndarray, path: str | Path) -> Any:

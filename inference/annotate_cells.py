@@ -18,7 +18,6 @@ from ..data.labels import UNASSIGNED
 from ..data.paths import ANNOTATION_FORMATS, check_output_path
 from ..data.read import read_cells
 from ..data.read_backed import BackedCells
-from ..modeling_scbert import ScBertForCellClassification
 from ..tokenization import InputError
 from ..trained_model.model_folder import check_outside, load_model
 from ..trained_model.prediction import LoadedModel, check_batch_size, log_batch_size, predict_probabilities
@@ -239,12 +238,6 @@ def annotate_file(
 
 def _load_annotator(model: Any, device: str | None, dtype: str | None, coverage: float | None) -> LoadedModel:
     loaded = load_model(model, "annotation", device, dtype)
-    # a loaded model passes through as it is
-    if not isinstance(loaded.model, ScBertForCellClassification):
-        raise InputError(
-            f"The model {loaded.name} has no cell types yet: it cannot annotate. Teach it some first, with "
-            f"scbert.finetune(reference, label_key, base={loaded.name!r}), or `scbert finetune`."
-        )
     if coverage is not None:
         loaded.quantiles(coverage)
     return loaded

@@ -23,7 +23,7 @@ import torch
 from accelerate import PartialState
 
 from ..data.disk_matrix import DiskMatrix
-from ..data.paths import PARTIAL, atomic_file, check_partial_folder, stamp_of
+from ..data.paths import PARTIAL, atomic_file, check_partial_folder, keep_record, stamp_of
 from ..data.worker_processes import end_with_parent
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
@@ -94,22 +94,13 @@ class ShardedPrediction:
         return probabilities
 
     def _prepare(self):
-        record = self.folder / RECORD
         if self.folder.exists() and not self.resume:
             logger.warning(
                 "Removing %s, left by an interrupted run (--resume would continue it).", self.folder
             )
             shutil.rmtree(self.folder)
         self.folder.mkdir(exist_ok=True)
-        if record.exists():
-            before = json.loads(record.read_text())
-            changed = sorted(name for name, value in self.facts.items() if before.get(name) != value)
-            if changed:
-                raise InputError(
-                    f"{self.folder} was begun with another {', '.join(changed)}. Go on with the same command, or "
-                    f"leave --resume out to start anew."
-                )
-        record.write_text(json.dumps(self.facts))
+        keep_record(self.folder / RECORD, self.facts)
 
     def _work(self, shards, n_cells, progress):
         """Start the processes and wait for them; one that fails ends all."""

@@ -7,9 +7,9 @@ columns of obs that are ``"stale"`` are taken away.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..data.disk_matrix import DiskMatrix
 from ..data.paths import atomic_path
-from ..data.read import matrix_rows
+from ..data.read import CHUNK_SIZE, closing, matrix_rows
 from ..data.read_backed import BackedCells, open_cells
 from ..data.read_gene_table import load_gene_table, shipped_gene_table
 from ..data.write_h5ad import atomic_copy_h5ad, atomic_write_h5ad
@@ -35,18 +35,11 @@ logger = logging.getLogger(__name__)
 
 # bins kept between the checking pass and the model's; above it the file is read twice instead
 KEPT_BYTES = 32 << 20
-CHUNK_SIZE = 4096
 
 
-@contextlib.contextmanager
-def opened(query: str | Path, layer: str | None = None) -> Iterator[AnnData | BackedCells]:
+def opened(query: str | Path, layer: str | None = None) -> AbstractContextManager[AnnData | BackedCells]:
     """The cells of a file: matrices of an .h5ad stay on disk, other formats are read into memory."""
-    adata = open_cells(query, layer=layer)
-    try:
-        yield adata
-    finally:
-        if adata.isbacked:
-            adata.file.close()
+    return closing(open_cells(query, layer=layer))
 
 
 class BinnedQuery:

@@ -9,6 +9,7 @@ import pandas as pd
 from scipy.stats import false_discovery_control, hypergeom
 
 from ..tokenization import InputError
+from ..tokenization.genes_scbert import open_text
 
 COLUMNS = ["term", "n_overlap", "n_set", "odds_ratio", "p_value", "adjusted_p_value", "genes"]
 
@@ -21,9 +22,8 @@ def read_gmt(path: str | Path) -> dict[str, list[str]]:
     Of sets of one name the genes are joined.
     """
     sets: dict[str, dict[str, None]] = {}
-    opened = gzip.open if str(path).endswith(".gz") else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with open_text(path) as file:
             lines = file.read().splitlines()
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise InputError(f"{path} is no text, plain or compressed: {error}.") from error
@@ -85,17 +85,14 @@ def enrich_genes(
 
 def enrich_by_type(
     top_genes: Mapping[str, Iterable[str]],
-    gene_sets: str | Path | Mapping[str, Iterable[str]],
+    gene_sets: Mapping[str, Iterable[str]],
     background: Iterable[str],
 ) -> pd.DataFrame:
     """
-    `enrich_genes` for the top genes of every cell type, in one table with a first column ``cell_type``; by the sets of
-    a .gmt(.gz) file, or name -> genes.
+    `enrich_genes` for the top genes of every cell type, in one table with a first column ``cell_type``.
 
     Adjusted p-values are within a type.
     """
-    if isinstance(gene_sets, str | Path):
-        gene_sets = read_gmt(gene_sets)
     universe = list(background)
     tables = []
     for cell_type, genes in top_genes.items():

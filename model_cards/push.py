@@ -109,7 +109,7 @@ def push(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise InputError(f"{repo_id!r} is no name for the Hub: {error}") from error
-    load_model(folder, "embedding", device="cpu", dtype="float32")
+    load_model(folder, "any", device="cpu", dtype="float32")
     if not all((folder / name).is_file() for name in CODE):
         # such as the models that ship: without its code a model would work for nobody who lacks this package
         with tempfile.TemporaryDirectory() as parent:

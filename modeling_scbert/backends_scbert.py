@@ -103,12 +103,7 @@ def is_unwanted(name: str) -> bool:
 
 def select(table: dict[str, Backend], *given: Any) -> str:
     """
-    Name of the first backend of a table that serves what is given.
-
-    Raises
-    ------
-    BackendError
-        If none of those that were asked for does, with the reasons.
+    Name of the first backend of a table that serves what is given; a `BackendError` with the reasons if none does.
 
     Examples
     --------

@@ -48,27 +48,12 @@ class CheckpointError(ValueError):
 
 
 def convert_checkpoint(path, num_genes: int | None = None, labels=None) -> ScBertPreTrainedModel:
-    """Read an original checkpoint and build the model it holds.
+    """Read an original checkpoint, a `.pth` file, pretrained or fine-tuned, and build the model it holds.
 
-    Parameters
-    ----------
-    path : str or os.PathLike
-        The `.pth` file, pretrained or fine-tuned.
-    num_genes : int, optional
-        Genes of the panel; compared with the gene table, and needed where there is no table.
-    labels : sequence of str, optional
-        Class names of a fine-tuned checkpoint, in its order; ``LABEL_0``... if left out.
-
-    Returns
-    -------
-    ScBertForMaskedExpression or ScBertForCellClassification
-        In evaluation mode, float32.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is damaged or holds pickled objects, names or shapes are not the original's, or
-        the number of genes or labels does not fit.
+    `num_genes` of the panel is compared with the gene table, and needed where there is no table; `labels` are class
+    names of a fine-tuned checkpoint, in its order, ``LABEL_0``... if left out. The model is in evaluation mode, in
+    float32. A `CheckpointError` if the file is damaged or holds pickled objects, names or shapes are not the
+    original's, or the number of genes or labels does not fit.
 
     Examples
     --------

@@ -19,6 +19,7 @@ from .backends_scbert import favor_backend, log_once
 from .blocks_scbert import run_plain
 from .chunked_layer_scbert import is_trained
 from .cuda_steps_scbert import CudaSteps, Settings
+from .favor_chunks_scbert import cell_groups
 from .favor_triton_scbert import FATAL_ERRORS, LAUNCH_ERRORS, on_device, triton_supports
 from .published_layer_scbert import WEIGHTS, what_was_added
 
@@ -123,7 +124,7 @@ class _CudaLayer(torch.autograd.Function):
         output, kept = torch.empty_like(rows), []
         with torch.autocast(rows.device.type, enabled=False), on_device(rows.device):
             steps = CudaSteps(settings, projection, weights)
-            for group in _groups(hidden_states):
+            for group in cell_groups(*hidden_states.shape[:2], GROUP_TOKENS):
                 kept += steps.forward(*_of_cells(group, hidden_states, keep, queries), output[group])
         ctx.settings = settings
         # without a gradient nothing is kept
@@ -140,7 +141,7 @@ class _CudaLayer(torch.autograd.Function):
         grads = {name: torch.zeros_like(weight) for name, weight, needed in wanted if needed}
         hidden_grad = torch.empty_like(hidden_states)
         query_grad = None if queries is None else torch.empty_like(queries)
-        groups = _groups(hidden_states)
+        groups = cell_groups(*hidden_states.shape[:2], GROUP_TOKENS)
         each = len(kept) // len(groups)
         with torch.autocast(grad.device.type, enabled=False), on_device(grad.device):
             steps = CudaSteps(ctx.settings, projection, weights)
@@ -149,13 +150,6 @@ class _CudaLayer(torch.autograd.Function):
                 tables = kept[index * each : (index + 1) * each]
                 steps.backward(*given, tables, grads, *_of_cells(group, hidden_grad, query_grad))
         return None, hidden_grad, None, query_grad, None, *(grads.get(name) for name in WEIGHTS)
-
-
-def _groups(hidden_states: torch.Tensor) -> list[slice]:
-    """Cells that are computed at once."""
-    cells, length, _ = hidden_states.shape
-    size = max(1, GROUP_TOKENS // length)
-    return [slice(start, start + size) for start in range(0, cells, size)]
 
 
 def _of_cells(group: slice, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -124,10 +124,7 @@ class ScBertModel(ScBertPreTrainedModel):
         """
         Draw the random features of every FAVOR+ layer anew.
 
-        Parameters
-        ----------
-        seed
-            Decides the draw by itself, so that every rank that passes the same seed gets the same features.
+        The seed decides the draw by itself, so that every rank that passes the same one gets the same features.
         """
         generator = torch.Generator("cpu").manual_seed(seed)
         for layer in self.layers:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import anndata
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 
+from ..data.cell_ontology import read_table
 from ..data.labels import choose_classes, find_labels
 from ..data.read import read_cells
 from ..tokenization import InputError, align_genes, detect_input_kind, gene_names_of, select_matrix
@@ -33,31 +33,20 @@ def load_benchmark_cells(
     """
     Read labelled cells; of several files the genes that all of them have.
 
-    Parameters
-    ----------
-    label_key
-        Column of obs with the types; or one for each file, separated by commas.
-    label_map
-        CSV with the columns ``from`` and ``to``: other names for types. Types that it lacks are left out.
-    layer
-        Layer that holds the values.
-    max_cells
-        A random part of the labelled cells, the same share of every type, where there are more.
-    input
-        What the values are: ``"counts"``, ``"log1p"`` or ``"auto"``, which is found out of the whole files.
+    The `label_key` is the column of obs with the types, or one for each file, separated by commas. A `label_map`, a CSV
+    with the columns ``from`` and ``to``, has other names for types; types that it lacks are left out. Of more than
+    `max_cells` labelled cells a random part is taken, the same share of every type. The `layer` holds the values, which
+    are `input`: ``"counts"``, ``"log1p"`` or ``"auto"``, which is found out of the whole files.
 
-    Returns
-    -------
-    anndata.AnnData
-        Values as they stand in the files (CSR float32), ``obs["label"]`` (str) and, with several files,
-        ``obs["dataset"]`` (their names) beside the columns of the files. ``var["feature_types"]`` where the
-        features are of several modalities; ``uns["input"]``, what the values are.
+    The values are as they stand in the files (CSR float32), with ``obs["label"]`` (str) and, of several files,
+    ``obs["dataset"]`` (their names) beside their columns; ``var["feature_types"]`` where the features are of several
+    modalities; ``uns["input"]``, what the values are.
     """
     keys = [key.strip() for key in label_key.split(",")]
     if len(keys) not in (1, len(paths)):
         raise InputError(f"{len(keys)} label keys for {len(paths)} files: give one, or one for each file.")
     keys = keys * len(paths) if len(keys) == 1 else keys
-    names = None if label_map is None else _read_label_map(label_map)
+    names = None if label_map is None else dict(read_table(label_map, ("from", "to"))[["from", "to"]].values)
     datasets = _dataset_names(paths) if len(paths) > 1 else [None]
     parts = [_read_one(*of, names, layer, input) for of in zip(paths, keys, datasets)]
     cells = parts[0] if len(parts) == 1 else _join(parts)
@@ -74,13 +63,6 @@ def load_benchmark_cells(
 def input_of(cells: anndata.AnnData) -> str:
     """What the values of benchmark cells are, as `load_benchmark_cells` was told or found."""
     return str(cells.uns.get(INPUT, "auto"))
-
-
-def _read_label_map(path: str | Path) -> dict[str, str]:
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if not {"from", "to"} <= set(table.columns):
-        raise InputError(f"{path} needs the columns from and to; it has: {', '.join(table.columns)}.")
-    return dict(zip(table["from"], table["to"]))
 
 
 def _dataset_names(paths: Sequence[str | Path]) -> list[str]:

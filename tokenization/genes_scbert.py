@@ -94,28 +94,17 @@ def check_gene_panel(panel, source="the gene panel"):
 class GeneAlignment:
     """Where the columns of a file go in the panel; made by `align_genes`.
 
-    Attributes
-    ----------
-    target : numpy.ndarray [genes of the file]
-        Panel index of every column, -1 where it is not in the panel.
-    names : sequence of str [genes of the file]
-    panel : sequence of str
-    hint : str
-        A sentence for `check` that knows better than the names what mends a low overlap, such as `raw_hint`.
-    panel_size : int
-    n_matched : int
-        Genes of the panel found.
-    n_duplicates : int
-        Columns added to another column of the same gene.
-    n_absent : int
-        Genes of the panel not found; their expression is 0, unless the tokenizer has levels for them.
-    n_unused : int
-        Columns of the file not in the panel.
+    Counted are the genes of the panel that were found, `n_matched`, and not found, `n_absent`, whose expression is 0
+    unless the tokenizer has levels for them; the columns added to another column of the same gene, `n_duplicates`, and
+    those not in the panel, `n_unused`.
     """
 
+    # panel index of every column, -1 where it is not in the panel
     target: np.ndarray
+    # of the columns
     names: list
     panel: list
+    # for `check`, of who knows better than the names what mends a low overlap, such as `raw_hint`
     hint: str = ""
 
     def __post_init__(self):

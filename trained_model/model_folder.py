@@ -207,29 +207,37 @@ def load_model(
     A model, ready for annotating or embedding cells; one that is not fit for it, or not complete, is refused.
 
     `model` is a folder written by `finetune`, `pretrain` or `convert`, or the ``user/name`` of one on the Hub; a
-    `LoadedModel` passes through. The `task` ``"annotation"`` needs a fine-tuned model, ``"embedding"`` takes any.
+    `LoadedModel` passes through. The `task` ``"annotation"`` needs a fine-tuned model, ``"embedding"`` takes any, and
+    so does ``"any"``, which keeps the head that tells types.
     The `device` is ``"cpu"``, ``"cuda"``, ``"cuda:1"``..., by default (``"auto"``) the first GPU, or else the CPU;
     `dtype` is ``"float32"`` or ``"bfloat16"``, by default (``"auto"``) the latter on GPUs that have it.
     """
     if isinstance(model, LoadedModel):
+        if task == "annotation" and not isinstance(model.model, ScBertForCellClassification):
+            raise _without_types(model.name, [type(model.model).__name__])
         return model
     folder = find_model(model)
     config = check_model_folder(folder)
     architectures = config.get("architectures") or []
-    if task == "annotation" and architectures != [ScBertForCellClassification.__name__]:
-        raise InputError(
-            f"The model in {folder} ({', '.join(architectures) or 'no architecture named'}) has no cell types yet: it "
-            f"cannot annotate. Teach it some first: finetune(reference, label_key, output, base={str(folder)!r}), or "
-            f"`scbert finetune REF.h5ad --label-key KEY --base {folder} --output DIR`."
-        )
+    tells_types = architectures == [ScBertForCellClassification.__name__]
+    if task == "annotation" and not tells_types:
+        raise _without_types(folder, architectures)
     device, tokenizer = pick_device(device), load_tokenizer(folder)
-    classifier = task == "annotation" or config.get("cell_vector_size")
+    classifier = config.get("cell_vector_size") if task == "embedding" else tells_types
     model_class = ScBertForCellClassification if classifier else ScBertModel
     network = load_weights(model_class, folder)
     _check_match(folder, network, tokenizer)
     dtype = _pick_dtype(device, dtype)
     logger.info("Model %s on %s in %s.", folder, device, str(dtype).removeprefix("torch."))
     return LoadedModel(network.to(device).eval(), tokenizer, str(folder), dtype)
+
+
+def _without_types(folder: str | Path, architectures: list[str]) -> InputError:
+    return InputError(
+        f"The model in {folder} ({', '.join(architectures) or 'no architecture named'}) has no cell types yet: it "
+        f"cannot annotate. Teach it some first: finetune(reference, label_key, output, base={str(folder)!r}), or "
+        f"`scbert finetune REF.h5ad --label-key KEY --base {folder} --output DIR`."
+    )
 
 
 def _check_match(folder: Path, network: PreTrainedModel, tokenizer: ScBertTokenizer) -> None:

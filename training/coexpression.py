@@ -39,7 +39,7 @@ def coexpressed_pairs(
     cutoff: float | None = 0.9,
     top_pairs: int | None = None,
     min_cells: int = 20,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], Any] = lambda n_genes: None,
 ) -> GenePairs:
     """Find the gene pairs whose expression correlates across the cells of one dataset.
 
@@ -71,8 +71,7 @@ def coexpressed_pairs(
         block = _correlation_block(expression, mean[kept], deviation[kept], start, stop)
         for row in range(0, stop - start, ROWS_AT_ONCE):
             selection.add(block[row : row + ROWS_AT_ONCE], start + row, start)
-        if progress is not None:
-            progress(stop - start)
+        progress(stop - start)
     selection.keep_strongest()
     counts = dict(zip(CUTOFFS.tolist(), selection.counts.tolist()))
     return GenePairs(list(names[kept]), *selection.parts[0], counts)

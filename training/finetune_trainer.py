@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState
 
 from ..evaluation.calibration import choose_threshold, conformal_quantiles, fit_temperature, softmax
+from ..evaluation.metrics import classification_metrics
 from ..tokenization import InputError
 from .callbacks import RedrawFeaturesCallback
 from .cell_batches import CellDataset, DataCollatorForCells
@@ -101,14 +101,9 @@ def weighted_loss(weights: torch.Tensor | None) -> Callable[..., torch.Tensor]:
 
 
 def validation_scores(prediction: Any) -> dict[str, float]:
-    """
-    Scores after every epoch, as `Trainer(compute_metrics=...)` wants them.
-
-    Macro-F1 runs over the classes that have a cell in the split, as in `evaluation.classification_metrics`.
-    """
-    true, predicted = prediction.label_ids, prediction.predictions.argmax(axis=-1)
-    macro_f1 = f1_score(true, predicted, labels=np.unique(true), average="macro", zero_division=0)
-    return {"accuracy": float(accuracy_score(true, predicted)), "macro_f1": float(macro_f1)}
+    """Scores after every epoch, as `Trainer(compute_metrics=...)` wants them; see `classification_metrics`."""
+    scores = classification_metrics(prediction.label_ids, prediction.predictions.argmax(axis=-1))
+    return {name: scores[name] for name in ("accuracy", "macro_f1")}
 
 
 def calibrated(
@@ -153,5 +148,5 @@ def threshold_of(probabilities: np.ndarray, targets: np.ndarray) -> float | None
     """
     if len(targets) < MIN_CELLS_FOR_THRESHOLD:
         return None
-    chosen = choose_threshold(probabilities, targets, ASSIGNED_PRECISION, default=DEFAULT_THRESHOLD)
-    return max(DEFAULT_THRESHOLD, chosen.threshold) if chosen.reached else None
+    chosen = choose_threshold(probabilities, targets, ASSIGNED_PRECISION)
+    return None if chosen is None else max(DEFAULT_THRESHOLD, chosen)

@@ -35,7 +35,7 @@ class GeneVectors:
 class _ShuffledPairs:
     """Two-word sentences in a new order every time they are read."""
 
-    def __init__(self, pairs: GenePairs, seed: int, progress=None):
+    def __init__(self, pairs: GenePairs, seed: int, progress=lambda n_pairs: None):
         self.genes = pairs.genes
         self.pairs = pairs.pairs
         self.seed = seed
@@ -49,8 +49,7 @@ class _ShuffledPairs:
             chunk = self.pairs[order[start : start + 10_000]].tolist()
             for first, second in chunk:
                 yield [self.genes[first], self.genes[second]]
-            if self.progress is not None:
-                self.progress(len(chunk))
+            self.progress(len(chunk))
 
 
 def train_gene2vec(
@@ -59,7 +58,7 @@ def train_gene2vec(
     iterations: int = 10,
     seed: int = 0,
     workers: int = 1,
-    progress=None,
+    progress=lambda n_pairs: None,
 ) -> GeneVectors:
     """Train skip-gram word2vec (window 1) on co-expressed pairs as two-word sentences.
 

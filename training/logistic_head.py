@@ -119,7 +119,7 @@ def fit_members(
     folds: np.ndarray,
     axes: Axes | None = None,
     powers: Sequence[float] = POWERS,
-    on_fit: Callable[[], Any] | None = None,
+    on_fit: Callable[[], Any] = lambda: None,
     pretrained: PretrainedAxes | None = None,
     effects: np.ndarray | None = None,
 ) -> list["Member"]:
@@ -267,7 +267,7 @@ def cross_fit(
     folds: np.ndarray,
     power: float,
     axes: Axes,
-    on_fit: Callable[[], Any] | None = None,
+    on_fit: Callable[[], Any] = lambda: None,
     effects: np.ndarray | None = None,
 ) -> Member:
     """
@@ -284,8 +284,7 @@ def cross_fit(
         path = Path(ridge_path(space.coordinates[learnt], targets[learnt], n_classes))
         if learnt.sum() <= MOST_CELLS:
             path.walk()
-            if on_fit is not None:
-                on_fit()
+            on_fit()
         return space, path
 
     labelled = folds >= 0

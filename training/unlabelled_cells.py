@@ -79,7 +79,7 @@ def learn_from_all(
     n_classes: int,
     folds: np.ndarray,
     axes: Axes | None = None,
-    on_fit: Callable[[], Any] | None = None,
+    on_fit: Callable[[], Any] = lambda: None,
     pretrained: PretrainedAxes | None = None,
     effects: np.ndarray | None = None,
 ) -> tuple[SolvedHead, dict[str, Any]]:
@@ -148,7 +148,7 @@ def fit_teachers(
     unlabelled: sp.csr_matrix,
     n_classes: int,
     folds: np.ndarray,
-    on_fit: Callable[[], Any] | None = None,
+    on_fit: Callable[[], Any] = lambda: None,
 ) -> tuple[list[Member], float]:
     """
     The regressions that need the other cells, and how well these can be told from the labelled ones (`two_sample_auc`).

@@ -73,8 +73,9 @@ def test_a_path_is_as_good_as_cells(adata, tmp_path):
 def test_pretrained_from_cells_then_fine_tuned(adata, recipe):
     pretrained = scbert.pretrain(adata, recipe=recipe, min_genes=0)
     assert "masked_accuracy" in pretrained.metrics and "no cell types" in repr(pretrained)
-    with pytest.raises(scbert.InputError, match="has no cell types yet"):
-        pretrained.annotate(adata)
+    for asked in (pretrained.annotate, pretrained.explain):
+        with pytest.raises(scbert.InputError, match="has no cell types yet"):
+            asked(adata)
     tuned = scbert.finetune(adata, "cell_type", base=pretrained, epochs=1, min_genes=0, recipe="scbert")
     assert tuned.labels == ["B cell", "T cell", "monocyte"]
 

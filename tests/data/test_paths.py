@@ -1,11 +1,19 @@
 """Paths of cells and outputs: what is refused, and what is left where writing fails."""
 
 import errno
+import json
 import os
 
 import pytest
 
-from scbert.data.paths import atomic_path, check_cells_path, check_output_path, partial_folder, stamp_of
+from scbert.data.paths import (
+    atomic_path,
+    check_cells_path,
+    check_output_path,
+    keep_record,
+    partial_folder,
+    stamp_of,
+)
 from scbert.tokenization import InputError
 
 
@@ -165,6 +173,34 @@ def test_folders_of_others_are_never_removed(tmp_path):
     (tmp_path / "model.partial" / "config.json").unlink()
     build(tmp_path / "model")
     assert entries(tmp_path / "model") == ["config.json"]
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_record_is_whole_and_holds(tmp_path, monkeypatch):
+    record = tmp_path / "run.json"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", interrupted)
+        keep_record(record, {"seed": 1})
+    assert entries(tmp_path) == []
+    for _ in range(2):
+        keep_record(record, {"seed": 1})
+    with pytest.raises(InputError, match=r"other settings or files \(seed\)"):
+        keep_record(record, {"seed": 2})
+    assert json.loads(record.read_text()) == {"seed": 1}
+
+
+def test_a_folder_that_cannot_be_resumed_leaves_nothing(tmp_path):
+    for error in (KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")):
+        with (
+            pytest.raises(type(error)) as caught,
+            partial_folder(tmp_path / "model", resumable=False) as folder,
+        ):
+            (folder / "config.json").write_text("1")
+            raise error
+        assert entries(tmp_path) == [] and "resume" not in str(caught.value)
 
 
 def test_full_disk_in_a_folder(tmp_path):

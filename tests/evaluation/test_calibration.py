@@ -66,30 +66,26 @@ def test_threshold_is_the_lowest_that_reaches_the_precision():
     labels = np.array([0, 0, 1, 0, 0, 1])  # precision from the top: 1, 1, 2/3, 3/4, 4/5, 4/6
     probabilities = np.stack([confidence, 1 - confidence], axis=1)
     chosen = choose_threshold(probabilities, labels, precision=0.8, min_cells=1)
-    assert chosen.threshold == pytest.approx(0.65) and chosen.reached
+    assert chosen == pytest.approx(0.65)
     strict = choose_threshold(probabilities, labels, precision=0.95, min_cells=1)
-    assert strict.threshold == pytest.approx(0.875)
+    assert strict == pytest.approx(0.875)
 
 
 def test_threshold_keeps_cells_of_equal_confidence_together():
     probabilities = np.array([[0.9, 0.1], [0.7, 0.3], [0.7, 0.3]])
     chosen = choose_threshold(probabilities, np.array([0, 0, 1]), precision=1.0, min_cells=1)
-    assert chosen.threshold == pytest.approx(0.8)
+    assert chosen == pytest.approx(0.8)
 
 
 def test_threshold_counts_cells_of_no_class_as_wrong():
     probabilities = np.array([[0.9, 0.1], [0.7, 0.3]])
-    assert choose_threshold(probabilities, np.array([0, -1]), 1.0, min_cells=1).threshold == pytest.approx(
-        0.8
-    )
+    assert choose_threshold(probabilities, np.array([0, -1]), 1.0, min_cells=1) == pytest.approx(0.8)
 
 
 def test_threshold_when_everything_is_right_or_nothing_is():
-    right = choose_threshold(FOUR, FOUR.argmax(axis=1), min_cells=1)
-    assert right.reached and right.threshold < 0.6
-    wrong = choose_threshold(FOUR, 1 - FOUR.argmax(axis=1), min_cells=1)
-    assert (wrong.threshold, wrong.reached) == (0.5, False)
-    assert choose_threshold(np.zeros((0, 2)), np.zeros(0, dtype=int)).threshold == 0.5
+    assert choose_threshold(FOUR, FOUR.argmax(axis=1), min_cells=1) < 0.6
+    assert choose_threshold(FOUR, 1 - FOUR.argmax(axis=1), min_cells=1) is None
+    assert choose_threshold(np.zeros((0, 2)), np.zeros(0, dtype=int)) is None
 
 
 def test_wrong_labels_are_refused():

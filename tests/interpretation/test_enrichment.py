@@ -73,6 +73,7 @@ def test_gmt_plain_zipped_weighted_and_repeated(tmp_path):
 def test_by_type_joins_the_tables(tmp_path):
     path = tmp_path / "sets.gmt"
     path.write_text("\n".join("\t".join([name, "", *genes]) for name, genes in SETS.items()))
-    table = enrich_by_type({"T": ["G0", "G1"], "B": ["G6"], "none": ["X1"]}, path, iter(BACKGROUND))
+    sets = read_gmt(path)
+    table = enrich_by_type({"T": ["G0", "G1"], "B": ["G6"], "none": ["X1"]}, sets, iter(BACKGROUND))
     assert table[["cell_type", "term"]].values.tolist() == [["T", "first"], ["B", "second"]]
-    assert not len(enrich_by_type({"none": []}, path, BACKGROUND))
+    assert not len(enrich_by_type({"none": []}, sets, BACKGROUND))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from scbert.model_cards import push as push_module
@@ -128,6 +129,14 @@ def test_bad_names_and_incomplete_folders_are_refused(model_folder):
     (model_folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="weights"):
         push(model_folder, "somebody/pbmc", api=FakeHub())
+
+
+def test_a_head_that_lacks_weights_is_refused(model_folder):
+    weights = load_file(model_folder / "model.safetensors")
+    del weights["classifier.out_proj.weight"]
+    save_file(weights, model_folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"lack 1 .*classifier\.out_proj\.weight"):
+        push(model_folder, "me/tiny", api=FakeHub())
 
 
 def test_code_that_a_folder_lacks_is_sent_along(model_folder):

@@ -167,6 +167,8 @@ def test_several_files_share_genes_and_types(adata, tmp_path):
     assert set(cells.obs[LABEL]) == {"B", "T"} and set(cells.obs["dataset"]) == {"one", "two"}
     with pytest.raises(InputError, match="label keys"):
         load_benchmark_cells(paths, "a,b,c")
+    with pytest.raises(InputError, match=r"elsewhere\.csv cannot be read"):
+        load_benchmark_cells(paths[:1], "cell_type", tmp_path / "elsewhere.csv")
 
 
 def test_a_file_names_its_dataset_by_itself(adata, tmp_path):

@@ -109,9 +109,7 @@ def test_held_out_logits_have_seen_nothing_of_their_cell(cells):
     changed[7] = (targets[7] + 1) % 3
     axes, same_fold = axes_of_cells(features), folds == folds[7]
     for power in POWERS:
-        first, second = (
-            cross_fit(features, t, 3, folds, power, axes, None).logits for t in (targets, changed)
-        )
+        first, second = (cross_fit(features, t, 3, folds, power, axes).logits for t in (targets, changed))
         np.testing.assert_array_equal(first[:, same_fold], second[:, same_fold])
         assert np.abs(first - second).max() > 1e-3
 
