@@ -7,6 +7,8 @@ whose row stays the last one, so a tokenizer with the longer panel (old genes fi
 import torch
 from torch import nn
 
+from .embeddings_scbert import across_arc
+
 
 class ResizeEmbeddingsMixin:
     """`resize_gene_embeddings` and `resize_modality_embeddings` of every scBERT class."""
@@ -46,6 +48,8 @@ class ResizeEmbeddingsMixin:
         shape = (added, table.weight.shape[1])
         if new_vectors is None:
             new_vectors = torch.empty(shape).normal_(std=self.config.initializer_range)
+            if self.config.ordinal_expression:
+                new_vectors = across_arc(new_vectors, self.config)
         elif tuple(new_vectors.shape) != shape:
             raise ValueError(f"new_vectors has the shape {tuple(new_vectors.shape)}; {shape} is needed.")
         table.weight = _like(table.weight, _insert(table.weight, new_vectors, dim=0))
@@ -95,17 +99,14 @@ class ResizeEmbeddingsMixin:
         rows[:old] = embeddings.modality_embeddings.weight if old > 1 else 0
         embeddings.modality_embeddings = nn.Embedding.from_pretrained(rows, freeze=False)
         if hasattr(self, "decoder"):
-            self.modality_decoder = self._grown_modality_decoder(old, num_modalities)
+            grown = nn.Linear(self.config.hidden_size, num_modalities).to(self.decoder.weight)
+            grown.weight.normal_(std=self.config.initializer_range)
+            grown.bias.zero_()
+            if old > 1:
+                grown.weight[:old] = self.modality_decoder.weight
+                grown.bias[:old] = self.modality_decoder.bias
+            self.modality_decoder = grown
         self.config.num_modalities = num_modalities
-
-    def _grown_modality_decoder(self, old, new):
-        grown = nn.Linear(self.config.hidden_size, new).to(self.decoder.weight)
-        grown.weight.normal_(std=self.config.initializer_range)
-        grown.bias.zero_()
-        if old > 1:
-            grown.weight[:old] = self.modality_decoder.weight
-            grown.bias[:old] = self.modality_decoder.bias
-        return grown
 
 
 def _insert(weight, new, dim):

@@ -42,10 +42,12 @@ def test_a_new_model_of_another_dtype_starts_on_the_same_arc(dtype):
     assert others.dtype == dtype and torch.equal(others, bins.to(dtype))
 
 
-def test_a_new_head_reads_the_bins():
+@pytest.mark.parametrize("grown", [0, 9])
+def test_a_new_head_reads_the_bins(grown):
     model = build(ordinal_expression=True)
     start_head(model)
-    genes = torch.arange(N_BINS + 2)
+    model.resize_gene_embeddings(N_BINS + 1 + grown)
+    genes = torch.arange(N_BINS + 2 + grown)
     levels = torch.arange(N_BINS + 1)
     # every gene at every bin: [bins, genes]
     read = model.classifier.pool(model.scbert(levels[:, None].expand(-1, len(genes))).last_hidden_state)
