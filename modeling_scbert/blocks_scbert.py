@@ -43,7 +43,9 @@ def choose_block(layer: nn.Module, hidden_states: torch.Tensor, output_attention
         return "plain"
     if hidden_states.device.type == "cpu":
         note_work(layer, hidden_states)
-        _consider_onednn()
+        package = from_package("cpu_matmul_scbert")
+        if package is not None:
+            package.consider_onednn(seconds_ahead())
     if output_attentions or not hasattr(layer.attention, "projection_matrix"):
         return "plain"
     return select(BLOCKS, layer, hidden_states)
@@ -111,12 +113,6 @@ def _cuda_supports(layer, hidden_states):
     if package is None:
         return "the packages scbert and triton, which it needs, are not both installed"
     return other_attention_asked("triton") or package.cuda_supports(layer, hidden_states)
-
-
-def _consider_onednn():
-    package = from_package("cpu_matmul_scbert")
-    if package is not None:
-        package.consider_onednn(seconds_ahead())
 
 
 BLOCKS = {
