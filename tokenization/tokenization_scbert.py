@@ -138,7 +138,9 @@ class ScBertTokenizer(PreTrainedTokenizer):
         kwargs.setdefault("model_max_length", max_length or len(self.gene_panel) + 1)
         names = ["input_ids"] if keep_zeros else ["input_ids", "attention_mask", "gene_ids"]
         names += [] if feature_modalities is None else ["modality_ids"]
-        kwargs.setdefault("model_input_names", names)
+        # not those of a saved tokenizer, whose options may have been others
+        kwargs["model_input_names"] = names
+        kwargs.pop("added_tokens_decoder", None)
         super().__init__(**options, **kwargs)
 
     @property
