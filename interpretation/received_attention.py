@@ -82,8 +82,7 @@ def _favor_received(attention, hidden_states, attention_mask):
 
 
 def _softmax_received(attention, hidden_states, attention_mask):
-    shape = (*hidden_states.shape[:-1], -1, attention.config.head_dim)
-    query, key = (p(hidden_states).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+    query, key, _ = attention.project(hidden_states)
     if attention_mask is None:
         attention_mask = torch.ones(hidden_states.shape[:2], device=hidden_states.device)
     keep = attention_mask.bool()

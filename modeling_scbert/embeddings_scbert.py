@@ -55,23 +55,20 @@ class ScBertExpressionEmbeddings(nn.Embedding):
         self.config = config
 
     def start_weights(self) -> None:
-        """With ``ordinal_expression``, bins in their order on an arc; else as every embedding starts."""
-        if self.config.ordinal_expression:
-            init.copy_(self.weight, self.ordered())
-
-    def ordered(self) -> torch.Tensor:
         """
-        Rows ``[vocab_size, hidden]`` on a quarter of a circle; a random one for the mask.
+        With ``ordinal_expression``, bins in their order on a quarter of a circle; else as every embedding starts.
 
         All bins are of one length, so that a layer norm divides every token by the same number: what is left along
-        the first axis of the plane is proportional to the bin.
+        the first axis of the plane is proportional to the bin. The mask's row is a random one.
         """
         config = self.config
+        if not config.ordinal_expression:
+            return
         plane = expression_plane(config)
         share = torch.arange(config.vocab_size - 1).to(plane) / max(1, config.vocab_size - 2)
         on_arc = torch.stack([share, (1 - share**2).sqrt()], dim=1) @ plane
         mask = _normal(config.seed + 1, 1, config.hidden_size) * config.initializer_range
-        return torch.cat([on_arc * arc_radius(config), mask])
+        init.copy_(self.weight, torch.cat([on_arc * arc_radius(config), mask]))
 
 
 def expression_plane(config) -> torch.Tensor:
