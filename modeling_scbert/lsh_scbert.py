@@ -62,7 +62,7 @@ def draw_rotations(num_heads, head_dim, num_hashes, num_buckets, generator=None,
     torch.Size([2, 16, 4, 5])
     """
     shape = (num_heads, head_dim, num_hashes, num_buckets // 2 + 1)
-    return torch.randn(shape, generator=generator, device=device)
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
 
 def unit_keys(query_key):
