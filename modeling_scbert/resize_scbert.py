@@ -56,11 +56,11 @@ class ResizeEmbeddingsMixin:
         classifier = getattr(self, "classifier", None)
         if classifier is not None and self.config.pooling == "conv":
             first = classifier.dense[0] if len(classifier.dense) else classifier.out_proj
-            columns = torch.empty(first.out_features, added).normal_(std=self.config.initializer_range)
-            first.weight = _like(first.weight, _insert(first.weight, columns, dim=1))
+            # of new genes nothing is known: they have no vote, and no part in what was fitted to the others
+            unheard = torch.zeros(first.out_features, added)
+            first.weight = _like(first.weight, _insert(first.weight, unheard, dim=1))
             first.in_features += added
             if classifier.novelty is not None:
-                # what a vector was fitted to knows nothing of new genes
                 unknown = torch.zeros(self.config.cell_vector_size, added)
                 classifier.novelty.projection = _insert(classifier.novelty.projection, unknown, dim=1)
         decoder = getattr(self, "cell_decoder", None)
