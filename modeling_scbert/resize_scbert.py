@@ -23,7 +23,7 @@ class ResizeEmbeddingsMixin:
         num_genes
             Size of the new panel, trailing token not counted; its first genes are the model's own.
         new_vectors
-            Rows for the new genes ``[new genes, hidden]``; drawn like any new weight if left out.
+            Rows for the new genes ``[new genes, hidden]``; if left out random, or with ``pooling="cell"`` zeros.
 
         Raises
         ------
@@ -47,7 +47,9 @@ class ResizeEmbeddingsMixin:
         table = self.base_model.embeddings.gene_embeddings
         shape = (added, table.weight.shape[1])
         if new_vectors is None:
-            new_vectors = torch.empty(shape).normal_(std=self.config.initializer_range)
+            # on no axis of cells: random vectors would drown a cell's
+            std = 0.0 if self.config.pooling == "cell" else self.config.initializer_range
+            new_vectors = torch.empty(shape).normal_(std=std)
             if self.config.ordinal_expression:
                 new_vectors = across_arc(new_vectors, self.config)
         elif tuple(new_vectors.shape) != shape:
@@ -63,11 +65,10 @@ class ResizeEmbeddingsMixin:
             if classifier.novelty is not None:
                 unknown = torch.zeros(self.config.cell_vector_size, added)
                 classifier.novelty.projection = _insert(classifier.novelty.projection, unknown, dim=1)
-        decoder = getattr(self, "cell_decoder", None)
-        if decoder is not None:
+        if hasattr(self, "cell_decoder"):
             # as common as genes are in the mean
-            values = torch.cat([decoder.bias, decoder.bias.mean().expand(added)])
-            decoder.bias = _like(decoder.bias, values)
+            bias = self.cell_decoder.bias
+            self.cell_decoder.bias = _like(bias, torch.cat([bias, bias.mean().expand(added)]))
         self.config.max_position_embeddings = num_genes + 1
 
     @torch.no_grad()
