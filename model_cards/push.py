@@ -32,6 +32,7 @@ from ..trained_model.model_folder import (
     quiet_transformers,
     save_model,
 )
+from ..training.initial_model import EFFECTS
 from .card import GENERATED, METRICS, build_card, public_metrics
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ PATTERNS = (
     "model.safetensors.index.json",
     "gene_panel.txt",
     "gene_levels.txt",
+    EFFECTS,
     "tokenizer_config.json",
-    "special_tokens_map.json",
     "added_tokens.json",
     "*_scbert.py",
     "confusion.png",

@@ -16,11 +16,11 @@ from .backends_scbert import Backend, from_package, select
 from .chunked_layer_scbert import chunked_supports, is_trained, run_chunked
 from .favor_engine_scbert import other_attention_asked
 from .packing_scbert import in_batches, is_packed
-from .workload_scbert import note_work, seconds_ahead, seconds_of_a_cell
+from .workload_scbert import FLOPS, flops_per_token, note_work, seconds_ahead
 
 # queries of a batch up to this size are left to plain autograd: with little to compute, calls cost more than memory
 KEPT_BYTES = 16 << 20
-# a cell's block below this gains too little from being compiled
+# a cell's block, forward by one thread, below this gains too little from being compiled
 MIN_CELL_SECONDS = 0.01
 
 
@@ -43,7 +43,9 @@ def choose_block(layer: nn.Module, hidden_states: torch.Tensor, output_attention
         return "plain"
     if hidden_states.device.type == "cpu":
         note_work(layer, hidden_states)
-        _consider_onednn()
+        package = from_package("cpu_matmul_scbert")
+        if package is not None:
+            package.consider_onednn(seconds_ahead())
     if output_attentions or not hasattr(layer.attention, "projection_matrix"):
         return "plain"
     return select(BLOCKS, layer, hidden_states)
@@ -98,7 +100,7 @@ def _compiled_supports(layer, hidden_states):
 def _compiled_pays(layer, hidden_states):
     if hidden_states.device.type != "cpu" or hidden_states.dtype != torch.float32:
         return "it is for float32 on CPUs"
-    if seconds_of_a_cell(layer, hidden_states) < MIN_CELL_SECONDS:
+    if hidden_states.shape[1] * flops_per_token(layer.attention.config) / FLOPS < MIN_CELL_SECONDS:
         return "cells are small"
     package = from_package("compiled_layer_scbert")
     if package is not None and seconds_ahead() < package.seconds_to_pay():
@@ -111,12 +113,6 @@ def _cuda_supports(layer, hidden_states):
     if package is None:
         return "the packages scbert and triton, which it needs, are not both installed"
     return other_attention_asked("triton") or package.cuda_supports(layer, hidden_states)
-
-
-def _consider_onednn():
-    package = from_package("cpu_matmul_scbert")
-    if package is not None:
-        package.consider_onednn(seconds_ahead())
 
 
 BLOCKS = {

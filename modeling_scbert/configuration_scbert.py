@@ -171,9 +171,10 @@ class ScBertConfig(PreTrainedConfig):
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.num_hidden_layers < 0 or self.feature_redraw_interval < 0:
-            raise ValueError("num_hidden_layers and feature_redraw_interval cannot be negative.")
-        for name in ("kernel_epsilon", "cell_vector_size", "cell_loss_weight"):
+        not_negative = (
+            "num_hidden_layers feature_redraw_interval kernel_epsilon cell_vector_size cell_loss_weight"
+        )
+        for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative.")
         if self.cell_loss_weight and self.pooling != "cell":

@@ -28,10 +28,7 @@ class ScBertGeneEmbeddings(nn.Module):
         """Random rows, zeros for the trailing token; across the arc of ordinal expression, and of one length."""
         init.normal_(self.weight, std=self.config.initializer_range)
         if self.config.ordinal_expression:
-            arc = expression_plane(self.config).to(self.weight)
-            rows = self.weight - self.weight.mean(dim=1, keepdim=True)
-            rows = rows - rows @ arc.T @ arc
-            init.copy_(self.weight, arc_radius(self.config) * nn.functional.normalize(rows))
+            init.copy_(self.weight, across_arc(self.weight, self.config))
         # a slice of the table loses its "already loaded" mark, so ask the table
         if not getattr(self.weight, "_is_hf_initialized", False):
             init.zeros_(self.weight[-1])
@@ -58,23 +55,20 @@ class ScBertExpressionEmbeddings(nn.Embedding):
         self.config = config
 
     def start_weights(self) -> None:
-        """With ``ordinal_expression``, bins in their order on an arc; else as every embedding starts."""
-        if self.config.ordinal_expression:
-            init.copy_(self.weight, self.ordered())
-
-    def ordered(self) -> torch.Tensor:
         """
-        Rows ``[vocab_size, hidden]`` on a quarter of a circle; a random one for the mask.
+        With ``ordinal_expression``, bins in their order on a quarter of a circle; else as every embedding starts.
 
         All bins are of one length, so that a layer norm divides every token by the same number: what is left along
-        the first axis of the plane is proportional to the bin.
+        the first axis of the plane is proportional to the bin. The mask's row is a random one.
         """
         config = self.config
-        share = torch.arange(config.vocab_size - 1) / max(1, config.vocab_size - 2)
-        on_arc = torch.stack([share, (1 - share**2).sqrt()], dim=1) @ expression_plane(config)
-        generator = torch.Generator().manual_seed(config.seed + 1)
-        mask = torch.randn(1, config.hidden_size, generator=generator) * config.initializer_range
-        return torch.cat([on_arc * arc_radius(config), mask])
+        if not config.ordinal_expression:
+            return
+        plane = expression_plane(config)
+        share = torch.arange(config.vocab_size - 1).to(plane) / max(1, config.vocab_size - 2)
+        on_arc = torch.stack([share, (1 - share**2).sqrt()], dim=1) @ plane
+        mask = _normal(config.seed + 1, 1, config.hidden_size) * config.initializer_range
+        init.copy_(self.weight, torch.cat([on_arc * arc_radius(config), mask]))
 
 
 def expression_plane(config) -> torch.Tensor:
@@ -83,8 +77,21 @@ def expression_plane(config) -> torch.Tensor:
 
     Their means are zero, or layer norms would take a part of them away.
     """
-    axes = torch.randn(config.hidden_size, 2, generator=torch.Generator().manual_seed(config.seed))
+    axes = _normal(config.seed, config.hidden_size, 2)
     return torch.linalg.qr(axes - axes.mean(dim=0))[0].T.contiguous()
+
+
+def _normal(seed: int, *shape: int) -> torch.Tensor:
+    """Normal numbers by the seed alone, whatever dtype and device new tensors have by default."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+
+
+def across_arc(rows: torch.Tensor, config) -> torch.Tensor:
+    """Gene rows ``[genes, hidden]`` across the arc of ordinal expression, with zero means and of one length."""
+    arc = expression_plane(config).to(rows)
+    rows = rows - rows.mean(dim=1, keepdim=True)
+    return arc_radius(config) * nn.functional.normalize(rows - rows @ arc.T @ arc)
 
 
 def arc_radius(config) -> float:

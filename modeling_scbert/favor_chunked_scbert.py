@@ -47,13 +47,9 @@ def chunked_state(
     new = torch.empty(0, dtype=compute_dtype(query.dtype), device=query.device).new_empty
     table = new(cells * heads, projection_matrix.shape[0], width + 1)
     state = [table, new(cells), new(cells, heads, length), new(cells, heads, length)]
-    if is_half(value):
+    if value.dtype != compute_dtype(value.dtype):
         state += [new(cells * heads, 1, width), value.new_empty(cells, length, heads, width)]
     return state
-
-
-def is_half(value: torch.Tensor) -> bool:
-    return value.dtype != compute_dtype(value.dtype)
 
 
 def chunked_forward(

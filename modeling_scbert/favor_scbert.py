@@ -142,7 +142,9 @@ def favor_attention_received(
     give nor receive.
     """
     phi_q, phi_k = favor_feature_maps(query, key, projection_matrix, attention_mask, epsilon)
-    weights = phi_q / (phi_q @ phi_k.sum(dim=2).unsqueeze(-1))
+    total = phi_q @ phi_k.sum(dim=2).unsqueeze(-1)
+    # a cell without any key gives no attention
+    weights = phi_q / total.masked_fill(total == 0, 1)
     if attention_mask is not None:
         weights = weights * attention_mask.to(weights.dtype)[:, None, :, None]
     return (phi_k @ weights.sum(dim=2).unsqueeze(-1)).squeeze(-1)

@@ -61,10 +61,8 @@ def draw_rotations(num_heads, head_dim, num_hashes, num_buckets, generator=None,
     >>> draw_rotations(2, 16, 4, 8).shape
     torch.Size([2, 16, 4, 5])
     """
-    if num_buckets < 2 or num_buckets % 2:
-        raise ValueError(f"lsh_num_buckets is {num_buckets}; it must be even and at least 2, such as 64.")
     shape = (num_heads, head_dim, num_hashes, num_buckets // 2 + 1)
-    return torch.randn(shape, generator=generator, device=device)
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
 
 def unit_keys(query_key):

@@ -277,6 +277,7 @@ class ScBertForMaskedExpression(ScBertPreTrainedModel):
             modality_ids=modality_ids,
             inputs_embeds=inputs_embeds,
             positions=positions,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -377,6 +378,7 @@ class ScBertForCellClassification(ScBertPreTrainedModel):
             gene_ids=gene_ids,
             modality_ids=modality_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         cells = outputs.get("pooler_output")

@@ -7,6 +7,8 @@ whose row stays the last one, so a tokenizer with the longer panel (old genes fi
 import torch
 from torch import nn
 
+from .embeddings_scbert import across_arc
+
 
 class ResizeEmbeddingsMixin:
     """`resize_gene_embeddings` and `resize_modality_embeddings` of every scBERT class."""
@@ -21,7 +23,7 @@ class ResizeEmbeddingsMixin:
         num_genes
             Size of the new panel, trailing token not counted; its first genes are the model's own.
         new_vectors
-            Rows for the new genes ``[new genes, hidden]``; drawn like any new weight if left out.
+            Rows for the new genes ``[new genes, hidden]``; if left out random, or with ``pooling="cell"`` zeros.
 
         Raises
         ------
@@ -45,25 +47,28 @@ class ResizeEmbeddingsMixin:
         table = self.base_model.embeddings.gene_embeddings
         shape = (added, table.weight.shape[1])
         if new_vectors is None:
-            new_vectors = torch.empty(shape).normal_(std=self.config.initializer_range)
+            # on no axis of cells: random vectors would drown a cell's
+            std = 0.0 if self.config.pooling == "cell" else self.config.initializer_range
+            new_vectors = torch.empty(shape).normal_(std=std)
+            if self.config.ordinal_expression:
+                new_vectors = across_arc(new_vectors, self.config)
         elif tuple(new_vectors.shape) != shape:
             raise ValueError(f"new_vectors has the shape {tuple(new_vectors.shape)}; {shape} is needed.")
         table.weight = _like(table.weight, _insert(table.weight, new_vectors, dim=0))
         classifier = getattr(self, "classifier", None)
         if classifier is not None and self.config.pooling == "conv":
             first = classifier.dense[0] if len(classifier.dense) else classifier.out_proj
-            columns = torch.empty(first.out_features, added).normal_(std=self.config.initializer_range)
-            first.weight = _like(first.weight, _insert(first.weight, columns, dim=1))
+            # of new genes nothing is known: they have no vote, and no part in what was fitted to the others
+            unheard = torch.zeros(first.out_features, added)
+            first.weight = _like(first.weight, _insert(first.weight, unheard, dim=1))
             first.in_features += added
             if classifier.novelty is not None:
-                # what a vector was fitted to knows nothing of new genes
                 unknown = torch.zeros(self.config.cell_vector_size, added)
                 classifier.novelty.projection = _insert(classifier.novelty.projection, unknown, dim=1)
-        decoder = getattr(self, "cell_decoder", None)
-        if decoder is not None:
+        if hasattr(self, "cell_decoder"):
             # as common as genes are in the mean
-            values = torch.cat([decoder.bias, decoder.bias.mean().expand(added)])
-            decoder.bias = _like(decoder.bias, values)
+            bias = self.cell_decoder.bias
+            self.cell_decoder.bias = _like(bias, torch.cat([bias, bias.mean().expand(added)]))
         self.config.max_position_embeddings = num_genes + 1
 
     @torch.no_grad()
@@ -95,17 +100,14 @@ class ResizeEmbeddingsMixin:
         rows[:old] = embeddings.modality_embeddings.weight if old > 1 else 0
         embeddings.modality_embeddings = nn.Embedding.from_pretrained(rows, freeze=False)
         if hasattr(self, "decoder"):
-            self.modality_decoder = self._grown_modality_decoder(old, num_modalities)
+            grown = nn.Linear(self.config.hidden_size, num_modalities).to(self.decoder.weight)
+            grown.weight.normal_(std=self.config.initializer_range)
+            grown.bias.zero_()
+            if old > 1:
+                grown.weight[:old] = self.modality_decoder.weight
+                grown.bias[:old] = self.modality_decoder.bias
+            self.modality_decoder = grown
         self.config.num_modalities = num_modalities
-
-    def _grown_modality_decoder(self, old, new):
-        grown = nn.Linear(self.config.hidden_size, new).to(self.decoder.weight)
-        grown.weight.normal_(std=self.config.initializer_range)
-        grown.bias.zero_()
-        if old > 1:
-            grown.weight[:old] = self.modality_decoder.weight
-            grown.bias[:old] = self.modality_decoder.bias
-        return grown
 
 
 def _insert(weight, new, dim):

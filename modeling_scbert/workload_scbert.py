@@ -53,8 +53,3 @@ def note_work(layer: nn.Module, hidden_states: torch.Tensor) -> None:
 def seconds_ahead() -> float:
     """Seconds of work that can be counted on, at this process's number of threads."""
     return max(_work.values()) / (FLOPS * torch.get_num_threads())
-
-
-def seconds_of_a_cell(layer: nn.Module, hidden_states: torch.Tensor) -> float:
-    """Seconds of a block's forward on one cell by one thread."""
-    return hidden_states.shape[1] * flops_per_token(layer.attention.config) / FLOPS

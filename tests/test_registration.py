@@ -1,9 +1,11 @@
 """`import scbert` makes transformers' Auto classes know the model, whatever is imported first."""
 
+import copy
 import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
@@ -53,6 +55,14 @@ def test_auto_classes_know_the_model(tiny_config):
     ):
         assert type(auto.from_config(tiny_config)) is ours
     assert TOKENIZER_MAPPING[scbert.ScBertConfig] is scbert.ScBertTokenizer
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification])
+def test_tuples_may_be_asked_for_in_the_config(auto, tiny_config):
+    model, bins = auto.from_config(copy.deepcopy(tiny_config)).eval(), torch.ones(2, 12, dtype=torch.long)
+    wanted = model(bins)[0]
+    model.config.return_dict = False
+    assert isinstance(model(bins), tuple) and torch.equal(model(bins)[0], wanted)
 
 
 @pytest.mark.slow

@@ -132,13 +132,14 @@ class ScBertTokenizer(PreTrainedTokenizer):
         )
         self.gene_levels = read_gene_levels(gene_levels_file) if gene_levels is None else gene_levels
         self._bin_tokens = {f"[BIN_{i}]": i for i in range(n_bins + 1)} | {"[MASK]": n_bins + 1}
-        self._bin_names = list(self._bin_tokens)
         kwargs.setdefault("pad_token", "[BIN_0]")
         kwargs.setdefault("mask_token", "[MASK]")
         kwargs.setdefault("model_max_length", max_length or len(self.gene_panel) + 1)
         names = ["input_ids"] if keep_zeros else ["input_ids", "attention_mask", "gene_ids"]
         names += [] if feature_modalities is None else ["modality_ids"]
-        kwargs.setdefault("model_input_names", names)
+        # not those of a saved tokenizer, whose options may have been others
+        kwargs["model_input_names"] = names
+        kwargs.pop("added_tokens_decoder", None)
         super().__init__(**options, **kwargs)
 
     @property
@@ -168,7 +169,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
         return self._bin_tokens.get(token, 0)
 
     def _convert_id_to_token(self, index):
-        return self._bin_names[index]
+        return list(self._bin_tokens)[index]
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
         """Token ids as they are: a cell has no special tokens around it."""

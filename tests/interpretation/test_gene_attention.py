@@ -48,6 +48,7 @@ def test_pads_neither_give_nor_receive(kind):
     torch.testing.assert_close(padded[1, :20], alone[0], atol=1e-5, rtol=1e-5)
     assert not padded[1, 20:].any()
     torch.testing.assert_close(padded.sum(1), torch.tensor([30.0, 20.0]))
+    assert not gene_attention(model, ids, torch.zeros_like(mask)).any()
 
 
 @pytest.mark.parametrize("kind", ["favor", "softmax", "lsh"])

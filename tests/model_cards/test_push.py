@@ -82,6 +82,13 @@ def test_sends_model_code_tokenizer_and_card_and_nothing_else(model_folder):
     assert not (model_folder / "README.md").exists()
 
 
+def test_what_a_pretrained_model_knows_of_studies_is_sent(model_folder):
+    hub, effects = FakeHub(), model_folder / "batch_effects.safetensors"
+    effects.write_bytes((model_folder / "model.safetensors").read_bytes())
+    push(model_folder, "somebody/mini", api=hub)
+    assert hub.files[effects.name] == effects.read_bytes()
+
+
 def test_what_was_sent_loads_again(model_folder, tmp_path):
     hub = FakeHub()
     push(model_folder, "somebody/pbmc", api=hub)

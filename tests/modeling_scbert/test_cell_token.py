@@ -209,6 +209,7 @@ def test_panels_grow(batch):
     assert model.cell_decoder.bias.shape == (GENES + 4,) and torch.equal(
         model.cell_decoder.bias[:GENES], bias
     )
+    assert not model.scbert.embeddings.gene_embeddings.weight[GENES:-1].any(), "they move no cell's vector"
     labels = torch.where(batch["input_ids"] == MASK, 1, -100)
     batch["gene_ids"][batch["gene_ids"] == GENES] = GENES + 4
     model(**batch, labels=labels, cell_targets=torch.ones(3, GENES + 4)).cell_loss.backward()

@@ -1,6 +1,8 @@
 """Expression embeddings that start in the order of the bins."""
 
+import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from scbert.modeling_scbert import ScBertConfig, ScBertForCellClassification
 from scbert.modeling_scbert.embeddings_scbert import arc_radius, expression_plane
@@ -32,15 +34,25 @@ def test_bins_lie_on_an_arc_in_their_order():
     torch.testing.assert_close(genes @ plane.T, torch.zeros(N_BINS + 2, 2), atol=1e-6, rtol=0)
 
 
-def test_a_new_head_reads_the_bins():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_new_model_of_another_dtype_starts_on_the_same_arc(dtype):
+    wanted = build(ordinal_expression=True)
+    found = AutoModelForSequenceClassification.from_config(wanted.config, dtype=dtype)
+    bins, others = (x.scbert.embeddings.expression_embeddings.weight for x in (wanted, found))
+    assert others.dtype == dtype and torch.equal(others, bins.to(dtype))
+
+
+@pytest.mark.parametrize("grown", [0, 9])
+def test_a_new_head_reads_the_bins(grown):
     model = build(ordinal_expression=True)
     start_head(model)
-    genes = torch.arange(N_BINS + 2)
+    model.resize_gene_embeddings(N_BINS + 1 + grown)
+    genes = torch.arange(N_BINS + 2 + grown)
     levels = torch.arange(N_BINS + 1)
     # every gene at every bin: [bins, genes]
     read = model.classifier.pool(model.scbert(levels[:, None].expand(-1, len(genes))).last_hidden_state)
     torch.testing.assert_close(
-        read[:, :-1], levels[:, None].expand(-1, N_BINS + 1).float(), atol=1e-4, rtol=1e-4
+        read[:, :-1], levels[:, None].expand(-1, len(genes) - 1).float(), atol=1e-4, rtol=1e-4
     )
 
 

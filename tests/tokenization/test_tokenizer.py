@@ -310,6 +310,14 @@ def test_stock_masking_collator_never_masks_zeros(adata, tokenizer):
     assert masked.any() and (batch["labels"][masked] > 0).all()
 
 
+def test_a_saved_tokenizer_loads_with_other_options(tmp_path, gene_panel, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    other = ScBertTokenizer.from_pretrained(tmp_path, n_bins=9, keep_zeros=False)
+    new = ScBertTokenizer(gene_panel=gene_panel, n_bins=9, keep_zeros=False)
+    assert other.mask_token_id == 10 and other.all_special_ids == new.all_special_ids
+    assert other.model_input_names == new.model_input_names
+
+
 def test_code_travels_with_a_saved_folder(tmp_path, adata, gene_panel):
     script = """
 import json, sys
