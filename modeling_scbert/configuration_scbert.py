@@ -25,7 +25,7 @@ class ScBertConfig(PreTrainedConfig):
         ``"favor"`` (linear FAVOR+ attention, scBERT), ``"softmax"`` (exact) or ``"lsh"`` (Reformer). Part of the
         function the weights were trained for, hence a field here and not an attention implementation.
     num_random_features, feature_redraw_interval, kernel_epsilon
-        FAVOR+: random features per layer, training steps between redraws (0: never), and the constant added to
+        FAVOR+: random features per layer, training batches between redraws (0: never), and the constant added to
         every feature. At random initialisation the last is not negligible, so it is a setting.
     lsh_num_hashes, lsh_num_buckets, lsh_chunk_length
         LSH attention: rounds of hashing (more: closer to exact, slower), buckets per round (even), and the chunk of

@@ -51,18 +51,25 @@ class StopOnDivergence(TrainerCallback):
 
 class RedrawFeaturesCallback(TrainerCallback):
     """
-    Draws the random features of FAVOR+ anew every `config.feature_redraw_interval` steps; 0 never does.
+    Draws the random features of FAVOR+ anew every `config.feature_redraw_interval` training batches; 0 never does.
 
-    The draw is decided by seed and step, so that every process has the same features and a resumed run the
+    As the original, it counts each of the batches that a step accumulates; features are drawn at the beginning of a
+    step. The draw is decided by seed and step, so that every process has the same features and a resumed run the
     features of an uninterrupted one. Evaluation uses those of the last step.
     """
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         encoder = getattr(model, "module", model).base_model
         interval = encoder.config.feature_redraw_interval
+        if not interval or not state.global_step:
+            return
+        draws, before = (
+            step * args.gradient_accumulation_steps // interval
+            for step in (state.global_step, state.global_step - 1)
+        )
         # at the beginning of a step: a checkpoint holds the features it was made with
-        if interval and state.global_step and state.global_step % interval == 0:
-            encoder.redraw_features(args.seed * 1_000_003 + state.global_step // interval)
+        if draws > before:
+            encoder.redraw_features(args.seed * 1_000_003 + draws)
 
 
 class SetEpochCallback(TrainerCallback):

@@ -245,13 +245,19 @@ def test_wrong_settings_are_refused(corpus, tmp_path, options, problem):
     assert not (tmp_path / "model").exists()
 
 
-def test_features_are_redrawn_by_step_alone():
+@pytest.mark.parametrize("accumulated, wanted", [(1, [3, 6]), (2, [2, 3, 5, 6]), (7, [1, 2, 3, 4, 5, 6, 7])])
+def test_features_are_redrawn_by_batches_alone(accumulated, wanted):
+    """Every third batch, at the beginning of the step that follows it."""
+
     class State:
         global_step = 0
 
     def run(steps):
         model = ScBertModel(ScBertConfig(**SIZE, max_position_embeddings=9))
-        callback, args = RedrawFeaturesCallback(), SimpleNamespace(seed=5)
+        callback, args = (
+            RedrawFeaturesCallback(),
+            SimpleNamespace(seed=5, gradient_accumulation_steps=accumulated),
+        )
         matrices = []
         for State.global_step in steps:
             callback.on_step_begin(args, State, None, model=model)
@@ -260,6 +266,6 @@ def test_features_are_redrawn_by_step_alone():
 
     whole = run(range(8))
     changes = [i for i in range(1, 8) if not torch.equal(whole[i], whole[i - 1])]
-    assert changes == [3, 6]
+    assert changes == wanted
     # resumed at step 6, it draws what the whole run drew there
     assert torch.equal(run([6])[0], whole[6])
