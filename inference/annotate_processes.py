@@ -24,12 +24,13 @@ from accelerate import PartialState
 
 from ..data.disk_matrix import DiskMatrix
 from ..data.paths import PARTIAL, atomic_file, check_partial_folder, stamp_of
+from ..data.read import matrix_rows
 from ..data.worker_processes import end_with_parent
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
 from ..trained_model.model_folder import find_model, load_model
 from ..trained_model.prediction import LoadedModel, predict_probabilities
-from .query import CHUNK_SIZE, BinnedQuery, name_genes, opened, progress_bar, rows_and_names
+from .query import CHUNK_SIZE, BinnedQuery, name_genes, opened, progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class ShardedPrediction:
             loaded = load_model(facts["model"], "annotation", _device(facts["device"], rank), facts["dtype"])
         with opened(facts["query"], facts["layer"]) as adata:
             panel = loaded.tokenizer.gene_panel
-            matrix, names = rows_and_names(adata, facts["layer"], loaded.tokenizer)
+            matrix, names = matrix_rows(adata, facts["layer"], panel)
             alignment = align_genes(name_genes(names, panel, facts["gene_table"]), panel)
             kind, scale = loaded.tokenizer.resolve_input(matrix, facts["input"])
             for path in self._shards(matrix.shape[0])[rank::world_size]:
