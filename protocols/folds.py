@@ -250,7 +250,7 @@ def read_folds(folder: str | Path, cells: anndata.AnnData, folds: Sequence[Fold]
 
 def groups_of(cells: anndata.AnnData, group_key: str | None) -> np.ndarray:
     """The group (dataset, donor, batch) of every cell, [cells] str; an `InputError` where there are not two."""
-    if not group_key or group_key not in cells.obs:
+    if not group_key or group_key not in list(cells.obs):
         have = ", ".join(str(name) for name in cells.obs.columns if name != LABEL) or "none"
         raise InputError(
             f"The column of the groups, such as donor or dataset, must be named (group_key=, or --group-key); obs has: "
