@@ -123,6 +123,13 @@ def test_hidden_states_and_attentions(attention_type):
 
 
 @every_attention
+def test_no_cells_have_no_logits(attention_type):
+    for length in (LENGTH, 10):
+        model = tiny_model(ScBertForCellClassification, attention_type, max_position_embeddings=length)
+        assert model(torch.zeros(0, length, dtype=torch.long)).logits.shape == (0, 3)
+
+
+@every_attention
 @every_class
 def test_gradient_checkpointing_gives_equal_gradients(model_class, attention_type):
     model = tiny_model(model_class, attention_type).train()
