@@ -129,6 +129,12 @@ def test_no_cells_have_no_logits(attention_type):
         assert model(torch.zeros(0, length, dtype=torch.long)).logits.shape == (0, 3)
 
 
+def test_without_layers_the_hidden_states_are_those_of_the_end():
+    model = tiny_model(ScBertForCellClassification, num_hidden_layers=0)
+    (last,) = model(cells(), output_hidden_states=True).hidden_states
+    assert torch.equal(last, model.scbert(cells()).last_hidden_state)
+
+
 @every_attention
 @every_class
 def test_gradient_checkpointing_gives_equal_gradients(model_class, attention_type):
