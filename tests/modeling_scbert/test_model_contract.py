@@ -331,9 +331,15 @@ def test_other_types_are_not_judged_by_what_was_fitted_to_those_of_the_checkpoin
     # every cell is farther than known ones are
     model.classifier.novelty.odds.copy_(torch.tensor([-5.0, 1.0]))
     assert (model(cells()).probabilities.sum(1) < 0.9).all()
+    calibration = {"unassigned_threshold": 0.7, "conformal_quantiles": {"0.9": [0.5] * 3}}
+    chosen = calibration | {"label_ontology_ids": {"T": "CL:0000084"}, "label_parents": {"T": "lymphocyte"}}
+    model.config.update(chosen)
     model.save_pretrained(tmp_path)
     other = ScBertForCellClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     torch.testing.assert_close(other(cells()).probabilities.sum(1), torch.ones(3))
+    assert {getattr(other.config, name) for name in chosen} == {None} and other.config.num_labels == 5
+    again = ScBertConfig.from_pretrained(tmp_path)
+    assert {name: getattr(again, name) for name in chosen} == chosen
 
 
 def test_softmax_and_favor_agree_as_features_grow():
