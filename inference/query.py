@@ -39,9 +39,11 @@ CHUNK_SIZE = 4096
 
 
 @contextlib.contextmanager
-def opened(query: str | Path, layer: str | None = None) -> Iterator[AnnData | BackedCells]:
-    """The cells of a file: matrices of an .h5ad stay on disk, other formats are read into memory."""
-    adata = open_cells(query, layer=layer)
+def opened(
+    query: str | Path, layer: str | None = None, any_matrix: bool = False
+) -> Iterator[AnnData | BackedCells]:
+    """The cells of a file, as `open_cells` has them; closed at the end."""
+    adata = open_cells(query, layer, any_matrix)
     try:
         yield adata
     finally:
