@@ -159,6 +159,37 @@ def check_partial_folder(folder, record):
         )
 
 
+def take_partial_folder(folder, record, resume):
+    """The `record` in a partial folder, which is made, or emptied unless `resume`; open, it keeps others out.
+
+    An `InputError` where another process has it open.
+    """
+    folder.mkdir(exist_ok=True)
+    lock = open(folder / record, "a")  # noqa: SIM115 - whoever called closes it
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise InputError(
+            f"Another process is writing this output: it works in {folder}. Wait for its end, or choose another output "
+            "(--output)."
+        ) from None
+    # not every system, nor every file system, knows locks
+    except (ImportError, OSError):
+        logger.debug("%s cannot be locked", folder)
+    left = [path for path in folder.iterdir() if path.name != record]
+    if left and not resume:
+        logger.warning(
+            "Removing what an interrupted run left in %s (resume=True, or --resume, would have continued it).",
+            folder,
+        )
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return lock
+
+
 @contextlib.contextmanager
 def atomic_path(path, overwrite=False, inputs=()):
     """A temporary path beside `path`, moved to it when the block ends well and removed when it does not.
@@ -227,16 +258,9 @@ def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
     """
     path = check_output_folder(path, overwrite, marker)
     partial = path.with_name(path.name + PARTIAL)
-    if partial.exists() and not resume:
-        logger.warning(
-            "Removing %s, left by an interrupted run (resume=True, or --resume, would have continued it).",
-            partial,
-        )
-        shutil.rmtree(partial)
     try:
-        partial.mkdir(exist_ok=True)
-        (partial / MARK).touch()
-        yield partial
+        with take_partial_folder(partial, MARK, resume):
+            yield partial
     except Exception as error:
         if not disk_is_full(error):
             raise

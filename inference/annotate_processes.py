@@ -7,6 +7,7 @@ The shards are files in ``OUTPUT.partial`` until the output is written. Processe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -23,7 +24,7 @@ import torch
 from accelerate import PartialState
 
 from ..data.disk_matrix import DiskMatrix
-from ..data.paths import PARTIAL, atomic_file, check_partial_folder, stamp_of
+from ..data.paths import PARTIAL, atomic_file, check_partial_folder, stamp_of, take_partial_folder
 from ..data.read import matrix_rows
 from ..data.worker_processes import end_with_parent
 from ..tokenization import InputError, align_genes
@@ -74,19 +75,18 @@ class ShardedPrediction:
         """Probabilities [cells, labels]."""
         shards, shard_cells = self._shards(query.n_cells), self.facts["shard_cells"]
         rank, world_size = launched()
-        if rank == 0:
-            self._prepare()
-        if world_size > 1:
-            # no shard is written before the folder is this run's
-            PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
-            self.write_shards(rank, world_size, loaded)
-            if rank:
-                raise SystemExit(0)
-        else:
-            self._work(shards, query.n_cells, progress)
-        while not all(path.exists() for path in shards):
-            # the launcher ends this process where another fails
-            time.sleep(0.2)
+        with self._prepare() if rank == 0 else contextlib.nullcontext():
+            if world_size > 1:
+                # no shard is written before the folder is this run's
+                PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+                self.write_shards(rank, world_size, loaded)
+                if rank:
+                    raise SystemExit(0)
+            else:
+                self._work(shards, query.n_cells, progress)
+            while not all(path.exists() for path in shards):
+                # the launcher ends this process where another fails
+                time.sleep(0.2)
         probabilities = query.new_rows(len(loaded.labels), self.output)
         for number, path in enumerate(shards):
             cells = slice(number * shard_cells, (number + 1) * shard_cells)
@@ -95,15 +95,10 @@ class ShardedPrediction:
         return probabilities
 
     def _prepare(self):
-        record = self.folder / RECORD
-        if self.folder.exists() and not self.resume:
-            logger.warning(
-                "Removing %s, left by an interrupted run (--resume would continue it).", self.folder
-            )
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(exist_ok=True)
-        if record.exists():
-            before = json.loads(record.read_text())
+        """Make the folder this run's; the lock that keeps others out."""
+        lock, record = take_partial_folder(self.folder, RECORD, self.resume), self.folder / RECORD
+        if self.resume and (written := record.read_text()):
+            before = json.loads(written)
             changed = sorted(name for name, value in self.facts.items() if before.get(name) != value)
             if changed:
                 raise InputError(
@@ -111,6 +106,7 @@ class ShardedPrediction:
                     f"leave --resume out to start anew."
                 )
         record.write_text(json.dumps(self.facts))
+        return lock
 
     def _work(self, shards, n_cells, progress):
         """Start the processes and wait for them; one that fails ends all."""

@@ -142,6 +142,15 @@ def test_interrupted_folder_is_resumed_or_begun_anew(tmp_path, caplog):
     assert "--resume" in caplog.text
 
 
+def test_a_folder_that_is_being_built_is_left_to_its_process(tmp_path):
+    with partial_folder(tmp_path / "model") as folder:
+        (folder / "config.json").write_text("1")
+        for resume in (False, True):
+            with pytest.raises(InputError, match="Another process is writing this output"):
+                build(tmp_path / "model", resume=resume)
+    assert entries(tmp_path / "model") == ["config.json"]
+
+
 def test_folders_of_others_are_never_removed(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
