@@ -250,23 +250,27 @@ def _umask():
 
 
 @contextlib.contextmanager
-def partial_folder(path, overwrite=False, resume=False, marker="config.json"):
+def partial_folder(path, overwrite=False, resume=None, marker="config.json"):
     """Build a folder as ``DIR.partial``; rename it to ``DIR`` when the block ends well.
 
-    When the block fails, the partial folder stays, so that its checkpoints can be resumed: with `resume`; otherwise it
-    is removed first. The other arguments are those of `check_output_folder`.
+    When the block fails, the partial folder stays, so that its checkpoints can be resumed: with `resume`; without, it
+    is emptied first. Of what cannot be resumed, None, nothing stays. The other arguments are those of
+    `check_output_folder`.
     """
     path = check_output_folder(path, overwrite, marker)
     partial = path.with_name(path.name + PARTIAL)
-    try:
-        with take_partial_folder(partial, MARK, resume):
+    with take_partial_folder(partial, MARK, resume):
+        try:
             yield partial
-    except Exception as error:
-        if not disk_is_full(error):
-            raise
-        full = failed_write(OSError(errno.ENOSPC, ""), path).strerror
-        rest = f"What was finished is in {partial}: continue with resume=True, or --resume."
-        raise OSError(errno.ENOSPC, f"{full} {rest}") from None
+        except BaseException as error:
+            rest = f" What was finished is in {partial}: continue with resume=True, or --resume."
+            if resume is None:
+                shutil.rmtree(partial, ignore_errors=True)
+                rest = ""
+            if not disk_is_full(error):
+                raise
+            full = failed_write(OSError(errno.ENOSPC, ""), path).strerror
+            raise OSError(errno.ENOSPC, full + rest) from None
     _swap(partial, path)
     (path / MARK).unlink()
 

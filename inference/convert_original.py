@@ -1,7 +1,5 @@
 """The job behind `scbert convert`: an original checkpoint and its gene panel in, a model folder out."""
 
-import shutil
-
 from ..data.paths import check_output_folder, partial_folder
 from ..data.read import read_gene_names
 from ..modeling_scbert.convert_checkpoint import CheckpointError, convert_checkpoint
@@ -50,12 +48,7 @@ def convert(checkpoint, genes, output, labels=None, overwrite: bool = False) -> 
         raise InputError(str(problem)) from problem
     tokenizer = ScBertTokenizer(gene_panel=panel, n_bins=model.config.vocab_size - 2)
     with partial_folder(output, overwrite) as folder:
-        try:
-            save_model(model, tokenizer, folder)
-        except BaseException:
-            # there is nothing to resume here, unlike in training
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        save_model(model, tokenizer, folder)
     summary = {
         "output": str(output),
         "model": type(model).__name__,

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -113,27 +112,23 @@ def explain_file(
     per_type = {name: mean_by_type(values, targets, loaded) for name, values in found.items()}
     types = np.array(loaded.labels, dtype=object)[predicted]
     with partial_folder(output, overwrite, marker=RESULTS) as folder:
-        try:
-            tables = write_tables(folder, per_type, n_top, known, names, sets)
-            write_agreement(folder, per_type, adata, types, label_key, layer, input)
-            write_pictures(folder, found[GRADIENTS], per_type, part, targets, loaded, n_top)
-            deleted.to_csv(folder / "deletion_test.csv", index=False)
-            add_columns(adata, per_type, tables["top_genes"], layer)
-            atomic_write_h5ad(adata, folder / "explained.h5ad", inputs=(query,))
-            result = {
-                "cells": len(rows),
-                "types": list(next(iter(per_type.values())).columns),
-                "verdict": verdict(deleted),
-                "completeness": completeness,
-                # a ratio to a fall of nothing is no number, and JSON has none for it
-                "deletion_test": deleted.astype(object).where(deleted.notna(), None).to_dict("records"),
-                "seconds": time.perf_counter() - started,
-            }
-            written = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-            (folder / RESULTS).write_text(written + "\n", encoding="utf-8")
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        tables = write_tables(folder, per_type, n_top, known, names, sets)
+        write_agreement(folder, per_type, adata, types, label_key, layer, input)
+        write_pictures(folder, found[GRADIENTS], per_type, part, targets, loaded, n_top)
+        deleted.to_csv(folder / "deletion_test.csv", index=False)
+        add_columns(adata, per_type, tables["top_genes"], layer)
+        atomic_write_h5ad(adata, folder / "explained.h5ad", inputs=(query,))
+        result = {
+            "cells": len(rows),
+            "types": list(next(iter(per_type.values())).columns),
+            "verdict": verdict(deleted),
+            "completeness": completeness,
+            # a ratio to a fall of nothing is no number, and JSON has none for it
+            "deletion_test": deleted.astype(object).where(deleted.notna(), None).to_dict("records"),
+            "seconds": time.perf_counter() - started,
+        }
+        written = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+        (folder / RESULTS).write_text(written + "\n", encoding="utf-8")
     decisive = tables["top_genes"][lambda top: top["explanation"] == GRADIENTS]
     for cell_type, genes in decisive.groupby("cell_type"):
         logger.info("%s: %s", cell_type, ", ".join(genes["gene"].head(8)))

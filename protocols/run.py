@@ -1,11 +1,10 @@
 """Run a protocol: every method on every fold, tables with warnings, files."""
 
-import contextlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,7 @@ def run_benchmark(
     planned = PROTOCOLS[protocol](adata, options)
     if folds_from is not None:
         planned = read_folds(folds_from, adata, planned)
-    with partial_folder(output, overwrite, marker=RESULTS) as folder, _cleared(folder):
+    with partial_folder(output, overwrite, marker=RESULTS) as folder:
         methods = all_methods(
             protocol,
             [name.strip() for name in recipe.split(",")],
@@ -165,23 +164,13 @@ def run_benchmark(
         tables = write_results(folder, main, result, sorted(adata.obs[LABEL].unique()))
         if report is not None:
             write_report(report, folder, tables, main, result, overwrite)
+        shutil.rmtree(folder / "work", ignore_errors=True)
     show(tables, result)
     logger.info(
         f"Written to {output}: tables of {result['cells']:,} cells and {result['genes']:,} genes; "
         f"{result['seconds']:.0f} s."
     )
     return {**result, "output": str(output)}
-
-
-@contextlib.contextmanager
-def _cleared(folder: Path) -> Iterator[None]:
-    """Scratch goes in the end; after an error everything does, for a benchmark is not resumed."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder / "work", ignore_errors=True)
 
 
 def _variants(protocol: str, given: str | Path | dict[str, Any] | None) -> dict[str, dict[str, Any]]:

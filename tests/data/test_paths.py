@@ -131,7 +131,10 @@ def test_folder_appears_when_complete(tmp_path):
 
 def test_interrupted_folder_is_resumed_or_begun_anew(tmp_path, caplog):
     for resume, kept in ((True, True), (False, False)):
-        with pytest.raises(KeyboardInterrupt), partial_folder(tmp_path / "model", overwrite=True) as folder:
+        with (
+            pytest.raises(KeyboardInterrupt),
+            partial_folder(tmp_path / "model", overwrite=True, resume=False) as folder,
+        ):
             (folder / "checkpoint").write_text("x")
             raise KeyboardInterrupt
         assert "model.partial" in entries(tmp_path)
@@ -145,7 +148,7 @@ def test_interrupted_folder_is_resumed_or_begun_anew(tmp_path, caplog):
 def test_a_folder_that_is_being_built_is_left_to_its_process(tmp_path):
     with partial_folder(tmp_path / "model") as folder:
         (folder / "config.json").write_text("1")
-        for resume in (False, True):
+        for resume in (None, False, True):
             with pytest.raises(InputError, match="Another process is writing this output"):
                 build(tmp_path / "model", resume=resume)
     assert entries(tmp_path / "model") == ["config.json"]
@@ -174,6 +177,13 @@ def test_folders_of_others_are_never_removed(tmp_path):
     (tmp_path / "model.partial" / "config.json").unlink()
     build(tmp_path / "model")
     assert entries(tmp_path / "model") == ["config.json"]
+
+
+def test_of_what_cannot_be_resumed_nothing_stays(tmp_path):
+    with pytest.raises(KeyboardInterrupt), partial_folder(tmp_path / "model") as folder:
+        (folder / "config.json").write_text("1")
+        raise KeyboardInterrupt
+    assert entries(tmp_path) == []
 
 
 def test_full_disk_in_a_folder(tmp_path):
