@@ -212,7 +212,9 @@ def atomic_path(path, overwrite=False, inputs=()):
         # brought to the disk before it is moved: a crash must not leave an empty one
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, final)
     except OSError as error:
         raise failed_write(error, path) from None
@@ -241,12 +243,6 @@ def _remove_stale(final):
         process = stale.name.removeprefix(mine).split(".")[0]
         if process.isdigit() and not psutil.pid_exists(int(process)):
             stale.unlink(missing_ok=True)
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextlib.contextmanager

@@ -155,12 +155,8 @@ class ScBertConfig(PreTrainedConfig):
         before = getattr(self, "id2label", None)
         if name == "id2label" and before and value and len(value) != len(before):
             # what was chosen for other types, or on cells of theirs
-            for chosen in (
-                "unassigned_threshold",
-                "label_ontology_ids",
-                "label_parents",
-                "conformal_quantiles",
-            ):
+            names = "unassigned_threshold label_ontology_ids label_parents conformal_quantiles"
+            for chosen in names.split():
                 super().__setattr__(chosen, None)
         super().__setattr__(name, value)
 

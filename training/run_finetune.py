@@ -123,16 +123,11 @@ def finetune(
     )
     check_output_folder(data_arguments.output, data_arguments.overwrite)
     if training.solved_head:
-        _name_idle_settings(
-            options,
-            SETTINGS_OF_STEPS | SETTINGS_OF_A_BASE,
-            "this recipe solves for the head and takes no steps (recipes that train in steps: scbert, scmbert, "
-            "screformer)",
-        )
+        why = "this recipe solves for the head and takes no steps, as scbert, scmbert and screformer do"
+        _name_idle_settings(options, SETTINGS_OF_STEPS | SETTINGS_OF_A_BASE, why)
     elif not model_arguments.base:
-        _name_idle_settings(
-            options, SETTINGS_OF_A_BASE, "without a base (base, --base) every weight is trained"
-        )
+        why = "without a base (base, --base) every weight is trained"
+        _name_idle_settings(options, SETTINGS_OF_A_BASE, why)
     if data_arguments.unlabelled and not training.solved_head:
         raise InputError(
             "Cells without labels are learnt from by recipes that solve for the head, as the default one; leave them "
