@@ -94,7 +94,7 @@ class CellModel(LoadedModel):
         InputError
             When the folder exists and is not to be replaced.
         """
-        with partial_folder(folder, overwrite, resumable=False) as partial:
+        with partial_folder(folder, overwrite) as partial:
             shutil.copytree(self.folder, partial, dirs_exist_ok=True)
         return Path(folder)
 

@@ -220,11 +220,11 @@ class Page:
         names = [OWN_MATRIX]
         if upload is not None:
             try:
-                names = matrices_of(upload)
+                names = matrices_of(upload) or names
             except Exception:
                 # what is wrong with the file is told when it is to be annotated
                 logger.debug("no matrices could be listed", exc_info=True)
-        return gr.update(choices=names, value=OWN_MATRIX, visible=len(names) > 1)
+        return gr.update(choices=names, value=names[0], visible=names != [OWN_MATRIX])
 
     def _take_sample(self) -> tuple[str, str]:
         return str(write_sample(self.folder)), "log1p of counts per 10,000"

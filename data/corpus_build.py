@@ -6,6 +6,7 @@ their gene ids (positions in ``genes.txt``), just as its file holds them, and it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -29,6 +30,7 @@ from .corpus_shards import corpus_schema, scan_file, write_file
 from .corpus_sources import find_sources
 from .paths import PARTIAL, keep_record, partial_folder, stamp_of
 from .quality_control import QualityRules
+from .read import opened_cells
 from .worker_processes import end_with_parent
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ def build_corpus(
         raise InputError(f"input must be one of {', '.join(INPUT_KINDS)}; found {input!r}.")
     started = time.monotonic()
     found = find_sources(sources, layer)
+    _check_columns(found, [*(columns or ()), *([doublet_key] if doublet_key else [])])
     rules = QualityRules(min_genes, min_cells, max_mito_fraction, doublet_key)
     settings = {
         "sources": [
@@ -105,6 +108,22 @@ def build_corpus(
         _write_all(usable, folder, genes, columns or None, shard_cells, num_proc)
         summary = _finish(folder, reports, settings, genes)
     return {"corpus": str(output), **summary, "seconds": time.monotonic() - started}
+
+
+def _check_columns(sources, columns):
+    """Refuse columns that neither obs of a file nor a manifest has, before hours of scanning."""
+    absent = set(columns).difference(["dataset"], *(source.columns for source in sources))
+    for source in sources:
+        # what is wrong with a file is told when it is scanned
+        with contextlib.suppress(InputError):
+            if absent:
+                with opened_cells(source.path, layer=source.layer, check=False) as adata:
+                    absent = absent.difference(adata.obs.columns)
+    if absent:
+        raise InputError(
+            f"No file has a column {', '.join(sorted(absent))} in obs. Check the spelling (columns, --column; "
+            "doublet_key, --doublet-key)."
+        )
 
 
 def _results(function, jobs, title, num_proc, strict):

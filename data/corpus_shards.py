@@ -136,8 +136,6 @@ def corpus_schema(scans, sources, columns=None):
                 kinds.setdefault(name, set()).add(kind)
     for source in sources:
         kinds.update({name: {"string"} for name in source.columns})
-    if columns is not None and set(columns) - set(kinds):
-        raise InputError(f"No file has a column {', '.join(sorted(set(columns) - set(kinds)))} in obs.")
     clash = sorted(set(kinds) & {*LISTS, *NAMES})
     if clash:
         raise InputError(f"A corpus has columns of its own called {', '.join(clash)}; rename those in obs.")

@@ -37,7 +37,7 @@ def find_sources(paths, layer=None):
         if path.suffix in TABLES:
             sources += _read_manifest(path, layer)
         elif path.is_dir() and path.suffix != ".zarr" and not is_10x_folder(path):
-            sources += [Source(found, layer) for found in _files_in(path)]
+            sources += [Source(found, layer) for found in files_in(path)]
         else:
             sources.append(Source(path, layer))
     seen = set()
@@ -49,7 +49,8 @@ def find_sources(paths, layer=None):
     return sources
 
 
-def _files_in(folder):
+def files_in(folder):
+    """Files of cells and 10x folders in a folder, by name; an `InputError` if there are none."""
     inside = visible(folder)
     found = [path for path in inside if path.suffix in CELL_FILES or (path.is_dir() and is_10x_folder(path))]
     if not found:

@@ -31,7 +31,8 @@ def find_labels(obs: pd.DataFrame, label_key: str, source: str = "the reference"
     >>> find_labels(pd.DataFrame({"type": ["B", None, "unassigned", "CD8+/CD45RA+"]}), "type").tolist()
     ['B', None, None, 'CD8+/CD45RA+']
     """
-    if label_key not in obs:
+    # a list of columns is no key that could be looked up
+    if label_key not in list(obs):
         raise InputError(
             f"There is no column {label_key!r} in obs of {source}; it has: {_listed(obs.columns)}. "
             f"Name the column of cell types (label_key, --label-key)."

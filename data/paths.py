@@ -160,6 +160,37 @@ def check_partial_folder(folder, record):
         )
 
 
+def take_partial_folder(folder, record, resume):
+    """The `record` in a partial folder, which is made, or emptied unless `resume`; open, it keeps others out.
+
+    An `InputError` where another process has it open.
+    """
+    folder.mkdir(exist_ok=True)
+    lock = open(folder / record, "a")  # noqa: SIM115 - whoever called closes it
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise InputError(
+            f"Another process is writing this output: it works in {folder}. Wait for its end, or choose another output "
+            "(--output)."
+        ) from None
+    # not every system, nor every file system, knows locks
+    except (ImportError, OSError):
+        logger.debug("%s cannot be locked", folder)
+    left = [path for path in folder.iterdir() if path.name != record]
+    if left and not resume:
+        logger.warning(
+            "Removing what an interrupted run left in %s (resume=True, or --resume, would have continued it).",
+            folder,
+        )
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return lock
+
+
 @contextlib.contextmanager
 def atomic_path(path, overwrite=False, inputs=()):
     """A temporary path beside `path`, moved to it when the block ends well and removed when it does not.
@@ -182,7 +213,9 @@ def atomic_path(path, overwrite=False, inputs=()):
         # brought to the disk before it is moved: a crash must not leave an empty one
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, final)
     except OSError as error:
         raise failed_write(error, path) from None
@@ -213,39 +246,28 @@ def _remove_stale(final):
             stale.unlink(missing_ok=True)
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 @contextlib.contextmanager
-def partial_folder(path, overwrite=False, resume=False, marker="config.json", resumable=True):
+def partial_folder(path, overwrite=False, resume=None, marker="config.json"):
     """Build a folder as ``DIR.partial``; rename it to ``DIR`` when the block ends well.
 
-    When the block fails, the partial folder stays if it is `resumable`, so that its checkpoints can be: with `resume`;
-    otherwise it is removed first. The other arguments are those of `check_output_folder`.
+    When the block fails, the partial folder stays, so that its checkpoints can be resumed: with `resume`; without, it
+    is emptied first. Of what cannot be resumed, None, nothing stays. The other arguments are those of
+    `check_output_folder`.
     """
     path = check_output_folder(path, overwrite, marker)
     partial = path.with_name(path.name + PARTIAL)
-    if partial.exists() and not resume:
-        logger.warning(
-            "Removing %s, left by an interrupted run (resume=True, or --resume, would have continued it).",
-            partial,
-        )
-        shutil.rmtree(partial)
-    try:
-        partial.mkdir(exist_ok=True)
-        (partial / MARK).touch()
-        yield partial
-    except BaseException as error:
-        if not resumable:
-            shutil.rmtree(partial, ignore_errors=True)
-        if not disk_is_full(error):
-            raise
-        full = failed_write(OSError(errno.ENOSPC, ""), path).strerror
-        rest = f" What was finished is in {partial}: continue with resume=True, or --resume."
-        raise OSError(errno.ENOSPC, full + (rest if resumable else "")) from None
+    with take_partial_folder(partial, MARK, resume):
+        try:
+            yield partial
+        except BaseException as error:
+            rest = f" What was finished is in {partial}: continue with resume=True, or --resume."
+            if resume is None:
+                shutil.rmtree(partial, ignore_errors=True)
+                rest = ""
+            if not disk_is_full(error):
+                raise
+            full = failed_write(OSError(errno.ENOSPC, ""), path).strerror
+            raise OSError(errno.ENOSPC, full + rest) from None
     _swap(partial, path)
     (path / MARK).unlink()
 

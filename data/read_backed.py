@@ -19,12 +19,13 @@ from .write_h5ad import TABLE_VERSION, count_rows
 MATRICES = {"array", "csr_matrix", "csc_matrix"}
 
 
-def open_cells(path, layer=None):
+def open_cells(path, layer=None, any_matrix=False):
     """
     Open cells with as little in memory as their format allows.
 
     An .h5ad stays on disk, as `BackedCells`, to be closed by ``file.close()``; any other format of `read_cells` is read
-    into memory. That there is the `layer`, or ``"raw"``, is checked here; errors are those of `read_cells`.
+    into memory. That there is the `layer`, or ``"raw"``, is checked here, unless `any_matrix` will do; errors are those
+    of `read_cells`.
     """
     try:
         cells = BackedCells(path)
@@ -34,7 +35,8 @@ def open_cells(path, layer=None):
     try:
         if cells.n_obs == 0 or cells.n_vars == 0:
             return read_cells(path, layer=layer, backed=True)
-        select_matrix(cells, layer)
+        if not any_matrix:
+            select_matrix(cells, layer)
     except BaseException:
         cells.file.close()
         raise

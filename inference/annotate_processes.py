@@ -7,6 +7,7 @@ The shards are files in ``OUTPUT.partial`` until the output is written. Processe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -23,13 +24,22 @@ import torch
 from accelerate import PartialState
 
 from ..data.disk_matrix import DiskMatrix
-from ..data.paths import PARTIAL, atomic_file, check_partial_folder, keep_record, stamp_of
+from ..data.paths import (
+    MARK,
+    PARTIAL,
+    atomic_file,
+    check_partial_folder,
+    keep_record,
+    stamp_of,
+    take_partial_folder,
+)
+from ..data.read import matrix_rows
 from ..data.worker_processes import end_with_parent
 from ..tokenization import InputError, align_genes
 from ..tokenization.expression_scbert import as_csr
 from ..trained_model.model_folder import find_model, load_model
 from ..trained_model.prediction import LoadedModel, predict_probabilities
-from .query import CHUNK_SIZE, BinnedQuery, name_genes, opened, progress_bar, rows_and_names
+from .query import CHUNK_SIZE, BinnedQuery, name_genes, opened, progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -67,25 +77,24 @@ class ShardedPrediction:
             **options,
         }
         self.output, self.folder = output, Path(output).with_name(Path(output).name + PARTIAL)
-        check_partial_folder(self.folder, RECORD)
+        check_partial_folder(self.folder, MARK)
 
     def predict(self, query: BinnedQuery, loaded: LoadedModel, progress: bool) -> np.ndarray | DiskMatrix:
         """Probabilities [cells, labels]."""
         shards, shard_cells = self._shards(query.n_cells), self.facts["shard_cells"]
         rank, world_size = launched()
-        if rank == 0:
-            self._prepare()
-        if world_size > 1:
-            # no shard is written before the folder is this run's
-            PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
-            self.write_shards(rank, world_size, loaded)
-            if rank:
-                raise SystemExit(0)
-        else:
-            self._work(shards, query.n_cells, progress)
-        while not all(path.exists() for path in shards):
-            # the launcher ends this process where another fails
-            time.sleep(0.2)
+        with self._prepare() if rank == 0 else contextlib.nullcontext():
+            if world_size > 1:
+                # no shard is written before the folder is this run's
+                PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+                self.write_shards(rank, world_size, loaded)
+                if rank:
+                    raise SystemExit(0)
+            else:
+                self._work(shards, query.n_cells, progress)
+            while not all(path.exists() for path in shards):
+                # the launcher ends this process where another fails
+                time.sleep(0.2)
         probabilities = query.new_rows(len(loaded.labels), self.output)
         for number, path in enumerate(shards):
             cells = slice(number * shard_cells, (number + 1) * shard_cells)
@@ -94,13 +103,10 @@ class ShardedPrediction:
         return probabilities
 
     def _prepare(self):
-        if self.folder.exists() and not self.resume:
-            logger.warning(
-                "Removing %s, left by an interrupted run (--resume would continue it).", self.folder
-            )
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(exist_ok=True)
+        """Make the folder this run's; the lock that keeps others out."""
+        lock = take_partial_folder(self.folder, MARK, self.resume)
         keep_record(self.folder / RECORD, self.facts)
+        return lock
 
     def _work(self, shards, n_cells, progress):
         """Start the processes and wait for them; one that fails ends all."""
@@ -135,7 +141,7 @@ class ShardedPrediction:
             loaded = load_model(facts["model"], "annotation", _device(facts["device"], rank), facts["dtype"])
         with opened(facts["query"], facts["layer"]) as adata:
             panel = loaded.tokenizer.gene_panel
-            matrix, names = rows_and_names(adata, facts["layer"], loaded.tokenizer)
+            matrix, names = matrix_rows(adata, facts["layer"], panel)
             alignment = align_genes(name_genes(names, panel, facts["gene_table"]), panel)
             kind, scale = loaded.tokenizer.resolve_input(matrix, facts["input"])
             for path in self._shards(matrix.shape[0])[rank::world_size]:

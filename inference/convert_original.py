@@ -47,7 +47,7 @@ def convert(checkpoint, genes, output, labels=None, overwrite: bool = False) -> 
     except CheckpointError as problem:
         raise InputError(str(problem)) from problem
     tokenizer = ScBertTokenizer(gene_panel=panel, n_bins=model.config.vocab_size - 2)
-    with partial_folder(output, overwrite, resumable=False) as folder:
+    with partial_folder(output, overwrite) as folder:
         save_model(model, tokenizer, folder)
     summary = {
         "output": str(output),

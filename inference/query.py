@@ -25,8 +25,8 @@ from ..data.read import CHUNK_SIZE, closing, matrix_rows
 from ..data.read_backed import BackedCells, open_cells
 from ..data.read_gene_table import load_gene_table, shipped_gene_table
 from ..data.write_h5ad import atomic_copy_h5ad, atomic_write_h5ad
-from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes, map_genes, select_matrix
-from ..tokenization.cells_scbert import FEATURE_TYPES, feature_modalities, raw_hint
+from ..tokenization import GeneAlignment, ScBertTokenizer, align_genes, map_genes
+from ..tokenization.cells_scbert import raw_hint
 from ..tokenization.genes_scbert import looks_like_ensembl
 from ..trained_model.model_folder import versions
 from ..trained_model.prediction import LoadedModel
@@ -37,9 +37,11 @@ logger = logging.getLogger(__name__)
 KEPT_BYTES = 32 << 20
 
 
-def opened(query: str | Path, layer: str | None = None) -> AbstractContextManager[AnnData | BackedCells]:
-    """The cells of a file: matrices of an .h5ad stay on disk, other formats are read into memory."""
-    return closing(open_cells(query, layer=layer))
+def opened(
+    query: str | Path, layer: str | None = None, any_matrix: bool = False
+) -> AbstractContextManager[AnnData | BackedCells]:
+    """The cells of a file, as `open_cells` has them; closed at the end."""
+    return closing(open_cells(query, layer, any_matrix))
 
 
 class BinnedQuery:
@@ -63,7 +65,7 @@ class BinnedQuery:
         genes_report: str | Path | None = None,
     ):
         self._tokenizer, self.layer, self.input, self._backed = tokenizer, layer, input, adata.isbacked
-        self._matrix, names = rows_and_names(adata, layer, tokenizer)
+        self._matrix, names = matrix_rows(adata, layer, tokenizer.gene_panel)
         names = name_genes(names, tokenizer.gene_panel, gene_table, genes_report)
         self.n_cells = adata.n_obs
         self.alignment = align_genes(names, tokenizer.gene_panel)
@@ -108,21 +110,6 @@ class BinnedQuery:
         if self._backed and output is not None:
             return DiskMatrix(shape, output)
         return np.zeros(shape, dtype=np.float32)
-
-
-def rows_and_names(
-    adata: AnnData | BackedCells, layer: str | None, tokenizer: ScBertTokenizer
-) -> tuple[Any, list[str]]:
-    """`matrix_rows`; for a model of genes alone, proteins and the like that are named as genes are called otherwise."""
-    matrix, names = matrix_rows(adata, layer, tokenizer.gene_panel)
-    kinds = feature_modalities(select_matrix(adata, layer)[1].var)
-    if kinds is None or tokenizer.feature_modalities is not None:
-        return matrix, names
-    genes = {name for name, kind in zip(names, kinds) if kind == 0}
-    return matrix, [
-        f"{name} ({FEATURE_TYPES[kind]})" if kind and name in genes else name
-        for name, kind in zip(names, kinds)
-    ]
 
 
 def name_genes(

@@ -88,7 +88,7 @@ def annotate_upload(
     _check_size(upload, limits or Limits())
     path = Path(tempfile.mkdtemp(prefix="results-", dir=folder)) / f"{upload.stem}_annotated.h5ad"
     summary = annotate_file(upload, loaded_model(str(model)), path, input=values, layer=layer)
-    with opened(path) as cells:
+    with opened(path, any_matrix=True) as cells:
         about = anndata.io.read_elem(cells.file["uns/scbert"])
         annotated = AnnotatedUpload(
             upload=upload,
@@ -111,7 +111,7 @@ def reassigned(annotated: AnnotatedUpload, threshold: float) -> AnnotatedUpload:
     """The same cells with another threshold of "unassigned", and new files of them beside the old."""
     labels, _ = assign(annotated.probabilities, annotated.names, threshold)
     path = annotated.path.with_name(f"{annotated.upload.stem}_annotated_{threshold:.2f}.h5ad")
-    with opened(annotated.path) as cells:
+    with opened(annotated.path, any_matrix=True) as cells:
         about = {**anndata.io.read_elem(cells.file["uns/scbert"]), "threshold": float(threshold)}
         cell_names = cells.obs_names
     config = loaded_model(annotated.model).model.config
@@ -133,7 +133,7 @@ def _write_csv(annotated: AnnotatedUpload, cell_names: pd.Index) -> None:
 
 def places_of(annotated: AnnotatedUpload) -> tuple:
     """Where the cells are drawn, by their expression: see `cell_coordinates`."""
-    with opened(annotated.path) as cells:
+    with opened(annotated.path, any_matrix=True) as cells:
         return cell_coordinates(cells, annotated.layer, annotated.values)
 
 
@@ -142,7 +142,7 @@ def drawn_cells(annotated: AnnotatedUpload, places: tuple, gene: str | None = No
     The cells of a picture, one a row: ``UMAP 1, UMAP 2, cell, type, confidence`` and, if asked for, a gene's log1p.
     """
     xy, chosen, _ = places
-    with opened(annotated.path) as cells:
+    with opened(annotated.path, any_matrix=True) as cells:
         table = pd.DataFrame(
             {"UMAP 1": xy[:, 0], "UMAP 2": xy[:, 1], "cell": np.asarray(cells.obs_names)[chosen]}
         )
@@ -160,7 +160,7 @@ def drawn_cells(annotated: AnnotatedUpload, places: tuple, gene: str | None = No
 def write_report(annotated: AnnotatedUpload, places: tuple) -> Path:
     """One HTML file of tables and pictures beside the annotated cells."""
     path = annotated.path.with_suffix(".html")
-    with opened(annotated.path) as cells:
+    with opened(annotated.path, any_matrix=True) as cells:
         obs = {"scbert_cell_type": annotated.labels, "scbert_confidence": annotated.confidence}
         parts = {"obs": obs, "uns": {"scbert": anndata.io.read_elem(cells.file["uns/scbert"])}}
         write_annotation_report(path, cells, parts, annotated.summary, places, overwrite=True)
@@ -168,10 +168,10 @@ def write_report(annotated: AnnotatedUpload, places: tuple) -> Path:
 
 
 def matrices_of(upload: str | Path) -> list[str]:
-    """Matrices of a file that values can be read from: X first, then layers and ``"raw"``."""
-    with opened(upload) as cells:
-        raw = ["raw"] if cells.raw is not None else []
-        return [OWN_MATRIX, *raw, *map(str, cells.layers)]
+    """Matrices of a file that values can be read from: X first, if it has one, then ``"raw"`` and layers."""
+    with opened(upload, any_matrix=True) as cells:
+        own = {OWN_MATRIX: cells.X, "raw": cells.raw}
+        return [*(name for name, matrix in own.items() if matrix is not None), *map(str, cells.layers)]
 
 
 def sample_cells() -> anndata.AnnData:
@@ -207,7 +207,7 @@ def _check_size(upload: Path, limits: Limits) -> None:
             f"The file has {megabytes:,.0f} MB; this page takes up to {limits.megabytes:,}. "
             "Upload a part of the cells, or run `scbert annotate` on your own machine."
         )
-    with opened(upload) as cells:
+    with opened(upload, any_matrix=True) as cells:
         n_cells = cells.n_obs
     if n_cells > limits.cells:
         raise InputError(

@@ -133,7 +133,7 @@ def vote_notes(vote: Vote) -> list[str]:
 
 def check_vote(adata: AnnData, key: str) -> None:
     """Refuse a grouping that cannot be had, before any computing."""
-    if key in adata.obs:
+    if key in list(adata.obs):
         return
     if key != LEIDEN:
         raise InputError(

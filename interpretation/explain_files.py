@@ -12,6 +12,7 @@ import pandas as pd
 import scipy.sparse as sp
 from rich.console import Console
 
+from ..data.labels import find_labels
 from ..data.paths import check_output_folder, partial_folder
 from ..data.read import read_cells
 from ..data.write_h5ad import atomic_write_h5ad
@@ -100,9 +101,8 @@ def explain_file(
     sets = None if gene_sets is None else read_gmt(gene_sets)
     loaded = load_model(model_or_shipped(model), device="cpu", dtype="float32")
     adata = read_cells(query, layer=layer)
-    if label_key is not None and label_key not in adata.obs:
-        have = ", ".join(map(str, adata.obs.columns)) or "none"
-        raise InputError(f"There is no column {label_key!r} in obs; it has: {have}.")
+    if label_key is not None:
+        find_labels(adata.obs, label_key, "the cells")
     bins = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress=False).all_bins()
     predicted = predict_cells(loaded, bins)["logits"].argmax(axis=1)
     rows = choose_cells(predicted, np.diff(bins.indptr) > 0, cells_per_type, seed)
@@ -111,7 +111,7 @@ def explain_file(
     deleted = deletion_test(loaded, part, targets, found, n_top, seed=seed)
     per_type = {name: mean_by_type(values, targets, loaded) for name, values in found.items()}
     types = np.array(loaded.labels, dtype=object)[predicted]
-    with partial_folder(output, overwrite, marker=RESULTS, resumable=False) as folder:
+    with partial_folder(output, overwrite, marker=RESULTS) as folder:
         tables = write_tables(folder, per_type, n_top, known, names, sets)
         write_agreement(folder, per_type, adata, types, label_key, layer, input)
         write_pictures(folder, found[GRADIENTS], per_type, part, targets, loaded, n_top)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scipy.stats import hypergeom, spearmanr
+from scipy.stats import false_discovery_control, hypergeom, spearmanr
 
 from ..data.labels import find_labels
 from ..data.read import log_normalize
@@ -110,13 +110,14 @@ def marker_overlap(
     """
     How many of a type's top genes are known markers of that type, against chance.
 
-    Everything is cut down to the `background`: all genes that could have been on top. `names` are type of the data ->
+    Everything is cut down to the `background`: all genes that could have been on top; markers are found in it however
+    their letters are cased. `names` are type of the data ->
     name(s) in the marker table, which has to hold them; for other types names that agree but for case, an ending "s"
     and a word "cell(s)".
 
     The table has a row per type: ``cell_type, known_as`` (joined by ";", empty where the table has no such type),
-    ``n_top, n_markers, n_overlap, expected`` (overlap by chance), ``p_value`` (hypergeometric, at least as many) and
-    ``genes``. Numbers are NaN where the type isn't known.
+    ``n_top, n_markers, n_overlap, expected`` (overlap by chance), ``p_value`` (hypergeometric, at least as many),
+    ``adjusted_p_value`` (Benjamini-Hochberg over types) and ``genes``. Numbers are NaN where the type isn't known.
 
     Examples
     --------
@@ -124,12 +125,13 @@ def marker_overlap(
     >>> table[["known_as", "n_overlap", "genes"]].values.tolist()
     [['B cells', 1, 'MS4A1']]
     """
-    universe = set(map(str, background))
-    rows = []
+    # PanglaoDB has C1orf54 as C1ORF54
+    of_marker = {str(gene).upper(): str(gene) for gene in background}
+    universe, rows = set(of_marker.values()), []
     for cell_type, genes in top_genes.items():
         known_as = _known_names(cell_type, markers, names)
         top = set(map(str, genes)) & universe
-        known = {gene for name in known_as for gene in markers[name]} & universe
+        known = {of_marker.get(gene.upper()) for name in known_as for gene in markers[name]} - {None}
         row: dict[str, Any] = {"cell_type": cell_type, "known_as": ";".join(known_as), "n_top": len(top)}
         if known_as:
             shared = sorted(top & known)
@@ -141,8 +143,12 @@ def marker_overlap(
                 "genes": ";".join(shared),
             }
         rows.append(row)
-    columns = ["cell_type", "known_as", "n_top", "n_markers", "n_overlap", "expected", "p_value", "genes"]
-    return pd.DataFrame(rows).reindex(columns=columns)
+    columns = ["cell_type", "known_as", "n_top", "n_markers", "n_overlap", "expected", "p_value"]
+    table = pd.DataFrame(rows).reindex(columns=[*columns, "adjusted_p_value", "genes"])
+    tested = table["p_value"].notna()
+    if tested.any():
+        table.loc[tested, "adjusted_p_value"] = false_discovery_control(table.loc[tested, "p_value"])
+    return table
 
 
 def _known_names(cell_type: str, markers: Mapping, names: Mapping | None) -> list[str]:

@@ -46,7 +46,7 @@ def export_space(
     model named as on the Hub is fetched by the Space. That they can be used is not looked into. `limits` are
     ``max_cells`` and ``max_megabytes`` of an upload. Returns ``output``, ``models`` and ``files``, their number.
     """
-    with partial_folder(output, overwrite, marker="app.py", resumable=False) as folder:
+    with partial_folder(output, overwrite, marker="app.py") as folder:
         _copy_package(folder / "scbert")
         named = [_copy_model(model, folder / "models") for model in models]
         given = "".join(f", {name}={value}" for name, value in (limits or {}).items())

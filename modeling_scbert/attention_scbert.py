@@ -61,8 +61,10 @@ class ScBertSoftmaxAttention(ScBertProjections):
         keep = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         name = self.config._attn_implementation or "sdpa"
+        # transformers' sdpa takes no empty batch; a traced graph must not depend on the number of cells
+        empty = not torch.compiler.is_compiling() and not len(query)
         # other implementations have no weights to show
-        eager = output_attentions or name == "eager"
+        eager = output_attentions or name == "eager" or empty
         attend = eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS[name]
         context, weights = attend(
             self,

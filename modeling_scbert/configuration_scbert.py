@@ -151,6 +151,15 @@ class ScBertConfig(PreTrainedConfig):
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name, value):
+        before = getattr(self, "id2label", None)
+        if name == "id2label" and before and value and len(value) != len(before):
+            # what was chosen for other types, or on cells of theirs
+            names = "unassigned_threshold label_ontology_ids label_parents conformal_quantiles"
+            for chosen in names.split():
+                super().__setattr__(chosen, None)
+        super().__setattr__(name, value)
+
     def to_dict(self):
         """All fields, and the model's pipeline, whose code travels with a checkpoint."""
         # one task only, or transformers could not tell which is meant by pipeline(model=FOLDER)

@@ -15,6 +15,12 @@ def share_of_batches(loss: torch.Tensor, labels: torch.Tensor | None, kwargs: di
     return loss * (labels != -100).sum() / kwargs["num_items_in_batch"]
 
 
+def probabilities_of(logits: torch.Tensor, config: ScBertConfig) -> torch.Tensor:
+    """Probabilities ``[batch, labels]`` of logits: of one type a cell, or each by itself where it may have several."""
+    several = config.problem_type == "multi_label_classification"
+    return logits.float().sigmoid() if several else logits.float().softmax(dim=-1)
+
+
 class ScBertClassificationHead(nn.Module):
     """Tokens to class logits: pool to one vector per cell, then a small perceptron."""
 
@@ -71,7 +77,7 @@ class ScBertClassificationHead(nn.Module):
             states = self.dropout(nn.functional.relu(dense(states)))
         logits, probabilities, vectors = self.out_proj(states), None, None
         if not self.training:
-            probabilities = logits.float().softmax(dim=-1)
+            probabilities = probabilities_of(logits, self.config)
             if self.novelty is not None:
                 vectors = self.novelty.vectors(pooled)
                 probabilities = probabilities * self.novelty(vectors).unsqueeze(-1)

@@ -45,7 +45,10 @@ class ScBertPreTrainedModel(ResizeEmbeddingsMixin, PreTrainedModel):
     _input_embed_layer = "expression_embeddings"
     _no_split_modules = ["ScBertLayer", "ScBertReversibleLayer"]
     _can_record_outputs = {
-        "hidden_states": ScBertLayer,
+        # of the embeddings, not of what the first layer is given: a model may have none
+        "hidden_states": [
+            OutputRecorder(cls, capture_initial_hidden_state=False) for cls in (ScBertEmbeddings, ScBertLayer)
+        ],
         "attentions": [OutputRecorder(cls, index=1) for cls in ATTENTION_CLASSES.values()],
     }
 

@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
+from .heads_scbert import probabilities_of
+
 
 @dataclass
 class BinnedCells(Dataset):
@@ -156,7 +158,7 @@ class CellTypeAnnotationPipeline(CellPipeline):
         tells_novelty = inputs.pop("tells_novelty")
         found = self.model(**inputs)
         # a cell that lacks too many genes is not called novel
-        known = found.logits.float().softmax(dim=-1)
+        known = probabilities_of(found.logits, self.model.config)
         probabilities = torch.where(tells_novelty.unsqueeze(-1), found.probabilities, known)
         return {"probabilities": probabilities, "expressed": (inputs["input_ids"] > 0).any(dim=1)}
 

@@ -233,24 +233,30 @@ PROTOCOLS: dict[str, Callable[[anndata.AnnData, ProtocolOptions], list[Fold]]] =
 def write_folds(folder: Path, cells: anndata.AnnData, folds: Sequence[Fold]) -> None:
     """One CSV of cell and split for every fold, for others to run on the same cells."""
     folder.mkdir(parents=True)
-    for fold in folds:
-        write_split(str(folder / fold.file), cells.obs_names, fold.split)
+    for fold, name in zip(folds, _files_of(folds), strict=True):
+        write_split(str(folder / name), cells.obs_names, fold.split)
 
 
 def read_folds(folder: str | Path, cells: anndata.AnnData, folds: Sequence[Fold]) -> list[Fold]:
     """The folds as the files of `write_folds` say; only those whose file is there, so that a part can be run."""
-    paths = {fold.file: Path(folder) / fold.file for fold in folds}
-    kept = [fold for fold in folds if paths[fold.file].is_file()]
+    paths = [Path(folder) / name for name in _files_of(folds)]
+    kept = [(fold, path) for fold, path in zip(folds, paths, strict=True) if path.is_file()]
     if not kept:
-        raise InputError(
-            f"{folder} has none of the files {', '.join(list(paths)[:3])}, ... of this protocol."
-        )
-    return [replace(fold, split=read_split(str(paths[fold.file]), cells.obs_names)) for fold in kept]
+        shown = ", ".join(path.name for path in paths[:3])
+        raise InputError(f"{folder} has none of the files {shown}, ... of this protocol.")
+    return [replace(fold, split=read_split(str(path), cells.obs_names)) for fold, path in kept]
+
+
+def _files_of(folds: Sequence[Fold]) -> list[str]:
+    """Names of the split files; those that would be the same but for case, such as of A/B and A_B, with a number."""
+    names = [fold.file for fold in folds]
+    plain = [name.lower() for name in names]
+    return [f"{i}-{name}" if plain.count(plain[i]) > 1 else name for i, name in enumerate(names)]
 
 
 def groups_of(cells: anndata.AnnData, group_key: str | None) -> np.ndarray:
     """The group (dataset, donor, batch) of every cell, [cells] str; an `InputError` where there are not two."""
-    if not group_key or group_key not in cells.obs:
+    if not group_key or group_key not in list(cells.obs):
         have = ", ".join(str(name) for name in cells.obs.columns if name != LABEL) or "none"
         raise InputError(
             f"The column of the groups, such as donor or dataset, must be named (group_key=, or --group-key); obs has: "

@@ -144,7 +144,7 @@ def run_benchmark(
     planned = PROTOCOLS[protocol](adata, options)
     if folds_from is not None:
         planned = read_folds(folds_from, adata, planned)
-    with partial_folder(output, overwrite, marker=RESULTS, resumable=False) as folder:
+    with partial_folder(output, overwrite, marker=RESULTS) as folder:
         methods = all_methods(
             protocol,
             [name.strip() for name in recipe.split(",")],

@@ -91,7 +91,7 @@ def select_matrix(adata, layer=None):
                 f"There is no matrix X.{other_sources(adata, None) or ' There are no layers either.'}"
             )
         matrix, source = adata.X, adata
-    elif layer in adata.layers:
+    elif layer in list(adata.layers):
         matrix, source = adata.layers[layer], adata
     elif layer == "raw" and getattr(adata, "raw", None) is not None:
         matrix, source = adata.raw.X, adata.raw

@@ -12,9 +12,9 @@ from numbers import Integral
 import numpy as np
 import scipy.sparse as sp
 import torch
-from scipy.special import softmax
 from transformers import PreTrainedModel
 
+from ..modeling_scbert.heads_scbert import probabilities_of
 from ..modeling_scbert.pipeline_scbert import cell_embedding
 from ..modeling_scbert.workload_scbert import expect_work
 from ..tokenization import InputError, ScBertTokenizer
@@ -161,7 +161,9 @@ def predict_probabilities(
     probabilities = np.zeros((bins.shape[0], len(loaded.labels)), dtype=np.float32)
     asked = "probabilities" if loaded.tells_novelty_without(absent) else "logits"
     found = predict_cells(loaded, bins[expressed], (asked,), batch_size, on_batch)[asked]
-    probabilities[expressed] = found if asked == "probabilities" else softmax(found, axis=1)
+    if asked == "logits":
+        found = probabilities_of(torch.from_numpy(found), loaded.model.config).numpy()
+    probabilities[expressed] = found
     return probabilities
 
 

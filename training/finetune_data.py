@@ -207,7 +207,7 @@ def _terms_and_tree(
     if data.label_tree:
         parents = tree_from_table(data.label_tree, classes)
     if data.coarse_key:
-        if data.coarse_key not in reference.obs:
+        if data.coarse_key not in list(reference.obs):
             raise InputError(
                 f"There is no column {data.coarse_key!r} of coarser types in obs; it has: {', '.join(reference.obs)}."
             )
@@ -243,7 +243,7 @@ def _given_splits(reference: AnnData, test_key: str | None) -> np.ndarray | None
     """The split of every cell as the column says, "" where it says nothing; None without a column."""
     if test_key is None:
         return None
-    if test_key not in reference.obs:
+    if test_key not in list(reference.obs):
         raise InputError(
             f"There is no column {test_key!r} in obs to split by; it has: {', '.join(reference.obs)}."
         )

@@ -43,7 +43,7 @@ class MaskedExpressionTrainer(CellTrainer):
         **options: Any,
     ):
         args, n_cells = options["args"], len(options["train_dataset"])
-        seed = args.data_seed or args.seed
+        seed = options["data_collator"].seed
         sampler: Any = EpochSampler(n_cells, seed)
         if streaming:
             place = args.process_index, args.world_size, args.dataloader_num_workers
@@ -172,7 +172,7 @@ def build_pretrainer(
             data.tokenizer,
             data_arguments.mlm_probability,
             data_arguments.replace_probability,
-            seed=arguments.data_seed or arguments.seed,
+            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
             packing=arguments.packing,
             targets=CellTargets(data.tokenizer, data.measured) if whole else None,
             thinning=data_arguments.thinning,

@@ -65,6 +65,8 @@ SETTINGS_OF_STEPS = {
     "validation_fraction",
     "early_stopping_patience",
 }
+# what keeps weights of a base as they are
+SETTINGS_OF_A_BASE = {"frozen_layers", "freeze_encoder"}
 # from so many cells of the median type on, a reference's own genes carry over to other studies, pretrained axes less
 MANY_OF_A_TYPE = 50
 
@@ -121,8 +123,12 @@ def finetune(
     )
     check_output_folder(data_arguments.output, data_arguments.overwrite)
     if training.solved_head:
-        _name_idle_settings(options)
-    elif data_arguments.unlabelled:
+        why = "this recipe solves for the head and takes no steps, as scbert, scmbert and screformer do"
+        _name_idle_settings(options, SETTINGS_OF_STEPS | SETTINGS_OF_A_BASE, why)
+    elif not model_arguments.base:
+        why = "without a base (base, --base) every weight is trained"
+        _name_idle_settings(options, SETTINGS_OF_A_BASE, why)
+    if data_arguments.unlabelled and not training.solved_head:
         raise InputError(
             "Cells without labels are learnt from by recipes that solve for the head, as the default one; leave them "
             "(unlabelled) out, or pretrain on them first."
@@ -136,16 +142,11 @@ def finetune(
     return train_and_save(settings, data_arguments, training, data, model)
 
 
-def _name_idle_settings(options: dict[str, Any]) -> None:
-    """Say which of the given settings are for training in steps, where a head is solved for instead."""
+def _name_idle_settings(options: dict[str, Any], settings: set[str], reason: str) -> None:
+    """Say which of some settings were given in vain."""
     given = {SHORT_NAMES.get(name, name) for name, value in options.items() if value is not None}
-    idle = sorted(given & SETTINGS_OF_STEPS)
-    if idle:
-        logger.warning(
-            "Of no effect, since this recipe solves for the head and takes no steps: %s. Recipes that train in steps: "
-            "scbert, scmbert, screformer.",
-            ", ".join(idle),
-        )
+    if idle := sorted(given & settings):
+        logger.warning("Of no effect, since %s: %s.", reason, ", ".join(idle))
 
 
 def as_list(cells: Any) -> list[Any]:

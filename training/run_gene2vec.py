@@ -7,8 +7,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.corpus_manifest import is_corpus
+from ..data.corpus_sources import files_in
 from ..data.corpus_stream import CorpusPart, corpus_parts
-from ..data.paths import check_output_path, is_10x_folder
+from ..data.paths import check_cells_path, check_output_path, is_10x_folder, is_zarr
 from ..data.read import read_cells, read_gene_names, to_counts_scale
 from ..tokenization import (
     InputError,
@@ -22,8 +23,6 @@ from .coexpression import GenePairs, coexpressed_pairs, join_pairs
 from .gene2vec import load_gene_vectors, save_gene_vectors, train_gene2vec
 
 logger = logging.getLogger(__name__)
-
-CELL_FILES = ("*.h5ad", "*.h5", "*.zarr")
 
 
 def gene2vec(
@@ -102,12 +101,9 @@ def _pairs_of_files(files: list[Path], source: dict, limits: dict) -> tuple[list
 def corpus_files(corpus) -> list[Path]:
     """The files of cells of a corpus: itself, or those in the folder, by name; an `InputError` if it holds none."""
     corpus = Path(corpus)
-    if corpus.is_file() or corpus.suffix == ".zarr" or is_10x_folder(corpus):
-        return [corpus]
-    found = sorted(path for pattern in CELL_FILES for path in corpus.glob(pattern))
-    if not found:
-        raise InputError(f"{corpus} holds no file of cells ({', '.join(CELL_FILES)}).")
-    return found
+    if not corpus.is_dir() or is_zarr(corpus) or is_10x_folder(corpus):
+        return [check_cells_path(corpus)]
+    return files_in(corpus)
 
 
 def read_log_expression(path, panel, layer, input, max_cells, seed):

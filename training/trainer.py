@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..modeling_scbert.workload_scbert import expect_work
@@ -57,6 +58,12 @@ class CellTrainer(Trainer):
 
     def run(self, checkpoint: Path | None = None) -> None:
         """Train to the end, from a checkpoint if there is one; SIGTERM has one written."""
+        if checkpoint:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+            if control.get("should_training_stop"):
+                # early stopping had ended it: transformers would forget that, and train for an epoch more
+                self.args.num_train_epochs = state.epoch
         try:
             with quiet_transformers(), saving_on_terminate(self):
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -88,6 +88,13 @@ def test_manifest_table(files, tmp_path):
         find_sources([table])
 
 
+@pytest.mark.parametrize("option", [{"columns": ["batch", "celltype"]}, {"doublet_key": "celltype"}])
+def test_a_mistyped_column_is_told_before_files_are_scanned(option, files, tmp_path):
+    with pytest.raises(InputError, match="No file has a column celltype in obs"):
+        build_corpus([files], tmp_path / "corpus", **option, **SMALL)
+    assert not (tmp_path / "corpus.partial").exists()
+
+
 def test_duplicates_are_found_across_files(adata, tmp_path):
     adata[:50].write_h5ad(tmp_path / "a.h5ad")
     # the same cells with their genes in another order

@@ -34,8 +34,9 @@ def test_measurements_are_refused():
 
 
 def test_missing_column_shows_the_others():
-    with pytest.raises(InputError, match=r"no column 'cell_type' .* it has: type"):
-        find_labels(pd.DataFrame({"type": ["B"]}), "cell_type")
+    for key in ("cell_type", ["cell_type"]):
+        with pytest.raises(InputError, match=r"no column .*'cell_type'.* it has: type"):
+            find_labels(pd.DataFrame({"type": ["B"]}), key)
 
 
 def test_small_classes_are_learnt_and_reported():

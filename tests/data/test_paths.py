@@ -139,7 +139,10 @@ def test_folder_appears_when_complete(tmp_path):
 
 def test_interrupted_folder_is_resumed_or_begun_anew(tmp_path, caplog):
     for resume, kept in ((True, True), (False, False)):
-        with pytest.raises(KeyboardInterrupt), partial_folder(tmp_path / "model", overwrite=True) as folder:
+        with (
+            pytest.raises(KeyboardInterrupt),
+            partial_folder(tmp_path / "model", overwrite=True, resume=False) as folder,
+        ):
             (folder / "checkpoint").write_text("x")
             raise KeyboardInterrupt
         assert "model.partial" in entries(tmp_path)
@@ -148,6 +151,15 @@ def test_interrupted_folder_is_resumed_or_begun_anew(tmp_path, caplog):
             (folder / "config.json").write_text("1")
         assert entries(tmp_path) == ["model"]
     assert "--resume" in caplog.text
+
+
+def test_a_folder_that_is_being_built_is_left_to_its_process(tmp_path):
+    with partial_folder(tmp_path / "model") as folder:
+        (folder / "config.json").write_text("1")
+        for resume in (None, False, True):
+            with pytest.raises(InputError, match="Another process is writing this output"):
+                build(tmp_path / "model", resume=resume)
+    assert entries(tmp_path / "model") == ["config.json"]
 
 
 def test_folders_of_others_are_never_removed(tmp_path):
@@ -196,7 +208,7 @@ def test_a_folder_that_cannot_be_resumed_leaves_nothing(tmp_path):
     for error in (KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")):
         with (
             pytest.raises(type(error)) as caught,
-            partial_folder(tmp_path / "model", resumable=False) as folder,
+            partial_folder(tmp_path / "model") as folder,
         ):
             (folder / "config.json").write_text("1")
             raise error

@@ -113,6 +113,16 @@ def test_the_matrices_of_an_upload(annotated):
     assert matrices_of(annotated.upload) == ["X", "other"]
 
 
+def test_an_upload_without_x_offers_its_layers(adata, model_dir, tmp_path):
+    parts = {"layers": {"counts": adata.X}, "obsm": {"X_umap": np.zeros((adata.n_obs, 2))}}
+    anndata.AnnData(obs=adata.obs, var=adata.var, **parts).write_h5ad(tmp_path / "query.h5ad")
+    assert matrices_of(tmp_path / "query.h5ad") == ["counts"]
+    found = annotate_upload(tmp_path / "query.h5ad", model_dir, tmp_path, layer="counts")
+    assert len(drawn_cells(found, places_of(found), gene="CD3E")) == len(reassigned(found, 0.9).labels) == 120
+    with pytest.raises(InputError, match="no matrix X.* has: counts"):
+        annotate_upload(tmp_path / "query.h5ad", model_dir, tmp_path)
+
+
 def test_large_uploads_are_refused(query, model_dir, tmp_path):
     with pytest.raises(InputError, match="holds 120 cells; this page takes up to 100"):
         annotate_upload(query, model_dir, tmp_path, Limits(cells=100))

@@ -83,6 +83,15 @@ def test_marker_overlap_by_hand():
     assert row["p_value"] == pytest.approx(1 - 12 / 30)
     assert table.loc["B", "p_value"] == pytest.approx(hypergeom.sf(0, 6, 2, 1))
     assert table.loc["Platelet", "known_as"] == "" and np.isnan(table.loc["Platelet", "n_overlap"])
+    # two types are tested, at 0.6 and 1/3: twice the smaller is more than the larger, which both then have
+    assert table["adjusted_p_value"].tolist()[:2] == pytest.approx([0.6, 0.6])
+    assert np.isnan(table.loc["Platelet", "adjusted_p_value"])
+
+
+def test_markers_are_found_however_they_are_cased():
+    top = {"B cell": ["C1orf54", "ACTB"]}
+    row = marker_overlap(top, {"B cells": ["C1ORF54", "MS4A1"]}, ["C1orf54", "MS4A1", "ACTB"]).iloc[0]
+    assert (row["n_markers"], row["n_overlap"], row["genes"]) == (2, 1, "C1orf54")
 
 
 def test_marker_names_may_be_given_and_must_exist():

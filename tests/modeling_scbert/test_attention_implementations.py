@@ -1,4 +1,4 @@
-"""transformers' `attn_implementation`, what `output_attentions` shows, export, and where random features come from."""
+"""transformers' `attn_implementation`, recorded outputs, export, random features; odd batches and labels."""
 
 import pytest
 import torch
@@ -71,3 +71,32 @@ def test_random_features_do_not_depend_on_the_default_dtype(dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("attention_type", ["favor", "lsh", "softmax"])
+def test_no_cells_have_no_logits(attention_type):
+    for length in (LENGTH, 10):
+        model = tiny_model(ScBertForCellClassification, attention_type, max_position_embeddings=length)
+        assert model(torch.zeros(0, length, dtype=torch.long)).logits.shape == (0, 3)
+
+
+def test_without_layers_the_hidden_states_are_those_of_the_end():
+    model = tiny_model(ScBertForCellClassification, num_hidden_layers=0)
+    (last,) = model(cells(), output_hidden_states=True).hidden_states
+    assert torch.equal(last, model.scbert(cells()).last_hidden_state)
+
+
+def test_where_a_cell_may_have_several_labels_each_has_a_probability_of_its_own():
+    settings = {"problem_type": "multi_label_classification"}
+    outputs = tiny_model(ScBertForCellClassification, **settings)(cells())
+    assert torch.equal(outputs.probabilities, outputs.logits.sigmoid())
+
+
+def test_what_was_chosen_for_some_types_is_not_kept_for_others(tmp_path):
+    chosen = {"unassigned_threshold": 0.7, "conformal_quantiles": {"0.9": [0.5] * 3}}
+    chosen |= {"label_ontology_ids": {"T": "CL:0000084"}, "label_parents": {"T": "lymphocyte"}}
+    ScBertConfig(num_labels=3, **chosen).save_pretrained(tmp_path)
+    for n_types in (3, 5):
+        config = ScBertConfig.from_pretrained(tmp_path, num_labels=n_types)
+        kept = chosen if n_types == 3 else dict.fromkeys(chosen)
+        assert {name: getattr(config, name) for name in chosen} == kept and config.num_labels == n_types

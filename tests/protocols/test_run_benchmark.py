@@ -1,6 +1,7 @@
 """Benchmarks on synthetic cells: folds, methods, files, the command."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,6 +154,14 @@ def test_folds_are_files_that_come_back(labelled, tmp_path):
     assert all((a.split == b.split).all() for a, b in zip(again, folds[1:]))
     with pytest.raises(InputError, match="none of the files"):
         read_folds(tmp_path, labelled, folds)
+
+
+def test_folds_of_types_that_differ_in_a_slash_have_files_of_their_own(labelled, tmp_path):
+    folds = PROTOCOLS["cross-validation"](labelled, ProtocolOptions(n_folds=3))
+    folds = [replace(fold, name=f"without {name}") for fold, name in zip(folds, ("A/B", "A_B", "a b"))]
+    write_folds(tmp_path / "folds", labelled, folds)
+    again = read_folds(tmp_path / "folds", labelled, folds)
+    assert all((a.split == b.split).all() for a, b in zip(again, folds, strict=True))
 
 
 def test_several_files_share_genes_and_types(adata, tmp_path):

@@ -155,3 +155,9 @@ def test_symbols_in_var_names_are_left_alone():
     assert gene_names_of(var, var.index) == ["TP53", "BRCA1"]
     ids = ["ENSG00000141510", "ENSG00000012048"]
     assert gene_names_of(pd.DataFrame({"gene_name": ids}, index=ids), ids) == ids
+
+
+def test_proteins_named_as_genes_are_called_otherwise():
+    kinds = ["Gene Expression"] * 2 + ["Antibody Capture"] * 2
+    var = pd.DataFrame({"feature_types": kinds}, index=["CD4", "LYZ", "CD4", "CD45RA"])
+    assert gene_names_of(var, var.index) == ["CD4", "LYZ", "CD4 (Antibody Capture)", "CD45RA"]

@@ -12,7 +12,7 @@ import scbert
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
 from scbert.inference import annotate
 from scbert.tokenization import InputError
-from scbert.training import callbacks
+from scbert.training import callbacks, run_finetune
 from scbert.training.finetune_arguments import FINETUNE
 from scbert.training.initial_model import new_model
 from scbert.training.run_finetune import finetune
@@ -157,6 +157,20 @@ def test_resumed_is_the_same_as_never_stopped(tune, tmp_path, monkeypatch, balan
     assert_equal_weights(whole, stopped, **EXACT)
     assert resumed["test"] == summary["test"]
     assert resumed["training"]["history"] == summary["training"]["history"]
+
+
+def test_a_run_that_stopped_early_is_over_when_resumed(tune, monkeypatch):
+    options = {"num_train_epochs": 9, "early_stopping_patience": 1, "learning_rate": 1e-9}
+    whole, _ = tune("whole", **options)
+
+    def die(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_finetune, "score_splits", die)
+        tune("stopped", **options)
+    resumed, _ = tune("stopped", resume=True, **options)
+    assert resumed["training"] == whole["training"] and whole["training"]["epochs"] < 9
 
 
 def test_resume_refuses_another_run(tune, monkeypatch):

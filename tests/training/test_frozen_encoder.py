@@ -18,8 +18,10 @@ SMALL = {
 }
 
 
-def test_a_frozen_encoder_stays(reference, tiny_recipe, tmp_path):
-    finetune(reference, "cell_type", tmp_path / "base", recipe=tiny_recipe, seed=1)
+def test_a_frozen_encoder_stays(reference, tiny_recipe, tmp_path, caplog):
+    # there is nothing to keep yet
+    finetune(reference, "cell_type", tmp_path / "base", recipe=tiny_recipe, seed=1, freeze_encoder=True)
+    assert "without a base (base, --base) every weight is trained: freeze_encoder" in caplog.text
     options = {"recipe": tiny_recipe, "base": tmp_path / "base", "freeze_encoder": True, "seed": 2}
     finetune(reference, "cell_type", tmp_path / "tuned", **options)
     before, after = (

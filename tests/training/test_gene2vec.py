@@ -16,6 +16,7 @@ from scbert.training.gene2vec import (
     save_gene_vectors,
     train_gene2vec,
 )
+from scbert.training.run_gene2vec import corpus_files
 
 
 @pytest.fixture
@@ -218,3 +219,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 def test_twenty_thousand_genes_fit_into_four_gib():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 4.0
+
+
+def test_a_folder_of_cells_may_hold_10x_folders_and_mudata(tmp_path):
+    (tmp_path / "sample").mkdir()
+    wanted = [tmp_path / "cells.h5mu", tmp_path / "sample"]
+    for path in (wanted[0], tmp_path / "sample" / "matrix.mtx.gz", tmp_path / "notes.txt"):
+        path.touch()
+    assert corpus_files(tmp_path) == wanted and corpus_files(wanted[1]) == wanted[1:]

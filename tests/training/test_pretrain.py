@@ -72,6 +72,14 @@ def losses(summary):
     return {row["step"]: row["loss"] for row in summary["training"]["history"] if "loss" in row}
 
 
+def test_a_data_seed_of_0_is_one(corpus, tmp_path):
+    options = {"epochs": 1, "logging_steps": 1, "seed": 1, **QUICK}
+    first, own = (
+        losses(pretrain(corpus, tmp_path / str(number), data_seed=number, **options)) for number in (0, 1)
+    )
+    assert first != own
+
+
 def test_folder_and_figures(trained):
     folder, summary = trained
     assert not folder.with_name("model.partial").exists()
