@@ -112,7 +112,7 @@ def finetune(
 ) -> None:
     """Teach a model the cell types of a labelled reference."""
     given = locals()
-    existing(reference, base, genes, test, ontology, label_tree, *(unlabelled or ()))
+    existing(reference, genes, test, ontology, label_tree, *(unlabelled or ()))
     check_output_folder(output, overwrite)
     from ..training.run_finetune import finetune as job
 
@@ -227,7 +227,7 @@ def pretrain(
 ) -> None:
     """Teach a model to predict hidden expression, without labels."""
     given = locals()
-    existing(corpus, base, genes, gene_vectors)
+    existing(corpus, genes, gene_vectors)
     check_output_folder(output, overwrite)
     from ..training.run_pretrain import pretrain as job
 

@@ -36,7 +36,7 @@ from ..data.paths import (
 from ..data.read import matrix_rows
 from ..data.worker_processes import end_with_parent
 from ..tokenization import InputError, align_genes
-from ..tokenization.expression_scbert import as_csr
+from ..tokenization.expression_scbert import INPUT_KINDS, as_csr
 from ..trained_model.model_folder import find_model, load_model
 from ..trained_model.prediction import LoadedModel, predict_probabilities
 from .query import CHUNK_SIZE, BinnedQuery, name_genes, opened, progress_bar
@@ -198,11 +198,11 @@ def main(annotate_file: Any, arguments: list[str] | None = None) -> int:
     parser.add_argument("query")
     parser.add_argument("--output", required=True)
     parser.add_argument("--model", help="the annotator that ships without it")
-    for name, kind in (("threshold", float), ("batch-size", int)):
+    for name, kind in (("threshold", float), ("coverage", float), ("batch-size", int)):
         parser.add_argument(f"--{name}", type=kind)
-    for name in ("majority-vote", "layer", "gene-table", "dtype", "device"):
+    for name in ("tissue", "majority-vote", "report", "layer", "gene-table", "dtype", "device"):
         parser.add_argument(f"--{name}")
-    parser.add_argument("--input", default="auto", choices=["auto", "counts", "log1p"])
+    parser.add_argument("--values", "--input", dest="input", default="auto", choices=INPUT_KINDS)
     for name in ("force", "overwrite", "resume"):
         parser.add_argument(f"--{name}", action="store_true")
     options = vars(parser.parse_args(arguments))

@@ -32,7 +32,7 @@ def explain(
     cells_per_type: int = 20,
     n_top: int = 20,
     n_steps: int = 32,
-    cell_types: Sequence[str] | None = None,
+    cell_types: str | Sequence[str] | None = None,
     layer: str | None = None,
     input: str = "auto",
     force: bool = False,
@@ -89,7 +89,12 @@ def explain(
     predicted = predict_cells(loaded, bins)["logits"].argmax(axis=1)
     usable = np.diff(bins.indptr) > 0
     if cell_types is not None:
-        usable &= np.isin(np.array(loaded.labels)[predicted], list(cell_types))
+        wanted = [cell_types] if isinstance(cell_types, str) else list(cell_types)
+        if unknown := sorted(set(wanted) - set(loaded.labels)):
+            raise InputError(
+                f"The model has no cell type {', '.join(unknown)}; its types are: {', '.join(loaded.labels)}."
+            )
+        usable &= np.isin(np.array(loaded.labels)[predicted], wanted)
     rows = choose_cells(predicted, usable, cells_per_type, seed)
     found = integrated_gradients(loaded.model, loaded.tokenizer, bins[rows], predicted[rows], n_steps)
     return top_genes_table(mean_by_type(found.values, predicted[rows], loaded), n_top)
@@ -113,9 +118,7 @@ def choose_cells(predicted: np.ndarray, usable: np.ndarray, n: int, seed: int) -
         rows = np.flatnonzero((predicted == target) & usable)
         chosen.append(rng.permutation(rows)[:n])
     if not chosen:
-        raise InputError(
-            "No cell of these types expresses a gene of the model's panel: there is nothing to explain."
-        )
+        raise InputError("No cell of these types expresses a gene of the panel: there is nothing to explain.")
     return np.sort(np.concatenate(chosen))
 
 

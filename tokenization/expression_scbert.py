@@ -84,7 +84,7 @@ def check_logs(csr):
     if csr.nnz and csr.data.max() > MAX_LOG_VALUE:
         raise InputError(
             f"The values are said to be natural log1p, but the largest is {csr.data.max():.4g}; logarithms of counts "
-            f"stay far below {MAX_LOG_VALUE:g}. If they are counts, say input='counts' (--input counts)."
+            f"stay far below {MAX_LOG_VALUE:g}. If they are counts, say input='counts' (--values counts)."
         )
 
 
@@ -145,12 +145,12 @@ def _unclear_message(csr):
     plain = _row_sums(csr, csr.data.astype(np.float64))
     found = f"largest value {csr.data.max():.4g}, row sums from {plain.min():.4g} to {plain.max():.4g}"
     if _near(plain, np.median(plain)):
-        hint = "They look size-normalised but not logged: if so, say input='counts' (--input counts)."
+        hint = "They look size-normalised but not logged: if so, say input='counts' (--values counts)."
     else:
         hint = (
             "If they are counts with fractions (from a pseudo-aligner or ambient correction), say "
-            "input='counts' (--input counts); if they are natural-log log1p of counts per 10,000, cut to a "
-            "part of the genes, say input='log1p' (--input log1p); otherwise give raw counts, for example "
+            "input='counts' (--values counts); if they are natural-log log1p of counts per 10,000, cut to a "
+            "part of the genes, say input='log1p' (--values log1p); otherwise give raw counts, for example "
             "layer='counts' (--layer counts)."
         )
     return (

@@ -302,7 +302,7 @@ class ScBertTokenizer(PreTrainedTokenizer):
             if input == "auto" and kind == "counts" and not is_integer_valued(chunk):
                 raise InputError(
                     f"Cells from row {start} on have fractions, while earlier ones are whole-number counts. "
-                    f"Say what the values are: input='counts' or 'log1p' (--input counts, --input log1p)."
+                    f"Say what the values are: input='counts' or 'log1p' (--values counts, --values log1p)."
                 )
             yield self.bin_rows(chunk, alignment, kind, scale is not None)
 

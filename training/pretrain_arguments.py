@@ -25,7 +25,7 @@ RESTARTS = {"first_cycle", "cycle_growth", "warmup", "min_rate", "decay"}
 class PretrainDataArguments(RunDataArguments):
     """Which cells are learnt from, and how they are masked."""
 
-    corpus: str = HfArg(default=None, help="A corpus of scbert build, a file, or a folder of files.")
+    corpus: str = HfArg(default=None, help="A corpus of scbert build-corpus, a file, or a folder of files.")
     validation_fraction: float = HfArg(default=0.05, help="Share of the cells not learnt from.")
     mlm_probability: float = HfArg(default=0.15, help="Share of a cell's expressed genes asked for.")
     replace_probability: float = HfArg(default=0.9, help="Probability that a gene asked for is hidden.")

@@ -118,11 +118,11 @@ def load_data(
 
 
 def _open_corpus(data: PretrainDataArguments, tokenizer: ScBertTokenizer | dict[str, Any]):
-    """Cells of a corpus of ``scbert build``, the tokenizer, a report, and the number of every cell's file."""
+    """Cells of a corpus of ``scbert build-corpus``, the tokenizer, a report, and the number of every cell's file."""
     manifest = read_manifest(data.corpus)
     if data.layer or data.input != "auto":
         raise InputError(
-            "A corpus holds one kind of values a file: layer and input (--layer, --input) were chosen when it was "
+            "A corpus holds one kind of values a file: layer and input (--layer, --values) were chosen when it was "
             "built. Leave them out."
         )
     if isinstance(tokenizer, dict):

@@ -11,13 +11,7 @@ from ..data.corpus_sources import files_in
 from ..data.corpus_stream import CorpusPart, corpus_parts
 from ..data.paths import check_cells_path, check_output_path, is_10x_folder, is_zarr
 from ..data.read import read_cells, read_gene_names, to_counts_scale
-from ..tokenization import (
-    InputError,
-    detect_input_kind,
-    gene_names_of,
-    normalize_expression,
-    select_matrix,
-)
+from ..tokenization import InputError, detect_input_kind, gene_names_of, normalize_expression, select_matrix
 from ..tokenization.expression_scbert import as_csr
 from .coexpression import GenePairs, coexpressed_pairs, join_pairs
 from .gene2vec import load_gene_vectors, save_gene_vectors, train_gene2vec
@@ -47,11 +41,11 @@ def gene2vec(
     Correlations are taken within each file and the pairs joined, so that differences between studies
     are not mistaken for co-expression.
 
-    The output is word2vec text (`.gz` too) or `.npy`. A corpus is one of `scbert build`, a file of cells or a folder of
-    them; a foreign file, what `load_gene_vectors` reads, with `genes` as the list of an `.npy`; else `genes` is a panel
-    to keep to. The limits of pairs are of each file, as in `coexpressed_pairs`; the cutoff is 0.9 where neither it nor
-    `top_pairs` is given. Files of more than `max_cells` are sampled. The rest is as in `train_gene2vec`. What is
-    returned is said of the output, and the ladder of pairs above each cutoff.
+    The output is word2vec text (`.gz` too) or `.npy`. A corpus is one of `scbert build-corpus`, a file of cells or a
+    folder of them; a foreign file, what `load_gene_vectors` reads, with `genes` as the list of an `.npy`; else `genes`
+    is a panel to keep to. The limits of pairs are of each file, as in `coexpressed_pairs`; the cutoff is 0.9 where
+    neither it nor `top_pairs` is given. Files of more than `max_cells` are sampled. The rest is as in
+    `train_gene2vec`. What is returned is said of the output, and the ladder of pairs above each cutoff.
     """
     output = Path(output)
     if (corpus is None) == (import_file is None):
@@ -114,7 +108,7 @@ def read_log_expression(path, panel, layer, input, max_cells, seed):
     """
     if isinstance(path, CorpusPart):
         if layer or input != "auto":
-            raise InputError("--layer and --input belong to scbert build: the corpus knows what it holds.")
+            raise InputError("--layer and --values belong to build-corpus: the corpus knows what it holds.")
         values, names, kind = path.sample(max_cells, seed)
     else:
         values, names, kind = _sample_file(path, layer, input, max_cells, seed)

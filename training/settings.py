@@ -149,8 +149,8 @@ def merge_settings(kind: RunKind, options: dict[str, Any]) -> dict[str, Any]:
     given = device_settings(given.pop("device", None), given.pop("dtype", None)) | given
     default = kind.default_with_base if given.get("base") else kind.default_recipe
     recipe = given.pop("recipe", default)
-    if recipe in kind.renamed:
-        raise InputError(f"The recipe {recipe!r} is no more; {kind.renamed[recipe]!r} took its place.")
+    if str(recipe) in kind.renamed:
+        raise InputError(f"The recipe {recipe!r} is no more; {kind.renamed[str(recipe)]!r} took its place.")
     settings = load_recipe(recipe, kind.recipes)
     known = {item.name for part in kind.argument_types for item in dataclasses.fields(part) if item.init}
     unknown = sorted({*given, *settings} - known)

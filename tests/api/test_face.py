@@ -101,6 +101,14 @@ def test_genes_of_every_type(adata):
     assert {"MS4A1", "CD79A"} & set(b_cell["gene"])
 
 
+def test_genes_of_one_type_that_the_model_knows(adata):
+    pytest.importorskip("captum")
+    quick = {"force": True, "cells_per_type": 2, "n_steps": 4, "n_top": 2}
+    assert set(scbert.explain(adata, cell_types="B cell", **quick)["cell_type"]) == {"B cell"}
+    with pytest.raises(scbert.InputError, match="no cell type B cells; its types are: B cell, "):
+        scbert.explain(adata, cell_types=["B cell", "B cells"], **quick)
+
+
 def test_a_face_of_its_own_for_every_error():
     with pytest.raises(scbert.InputError, match="no model folder"):
         scbert.load_model("nowhere")

@@ -102,6 +102,26 @@ def test_dead_process_is_told(query, model_dir, tmp_path, monkeypatch):
         annotate_file(query, model_dir, tmp_path / "out.h5ad", processes=0, progress=False)
 
 
+def test_the_module_takes_options_by_the_names_of_the_command():
+    options = {
+        "values": "log1p",
+        "tissue": "blood",
+        "coverage": "0.9",
+        "report": "r.html",
+        "threshold": "0.4",
+    }
+    given = {}
+
+    def job(**arguments):
+        given.update(arguments)
+        return {}
+
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    assert annotate_processes.main(job, ["q.h5ad", "--output", "out.h5ad", *words]) == 0
+    wanted = {"input": "log1p", "tissue": "blood", "coverage": 0.9, "report": "r.html", "threshold": 0.4}
+    assert wanted.items() <= given.items()
+
+
 @pytest.mark.slow
 def test_launched_by_accelerate(query, model_dir, tmp_path):
     config = os.path.join(

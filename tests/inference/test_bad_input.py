@@ -130,7 +130,7 @@ def test_low_overlap_is_refused_and_can_be_forced(refused, run, adata, model_dir
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(-1.0, "negative"), (np.nan, "NaN"), (np.inf, "infinite"), (0.37, "--input")],
+    [(-1.0, "negative"), (np.nan, "NaN"), (np.inf, "infinite"), (0.37, "--values")],
     ids=["negative", "NaN", "infinite", "fractional"],
 )
 def test_one_bad_value(refused, adata, tmp_path, value, message):

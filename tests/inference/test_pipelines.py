@@ -96,7 +96,7 @@ def test_a_cell_without_expression_is_unassigned(adata, annotator):
 
 def test_values_of_another_kind_can_be_named(adata, annotator):
     fractions = adata.X[:5].toarray() + 0.25 * (adata.X[:5].toarray() > 0)
-    with pytest.raises(ValueError, match="--input"):
+    with pytest.raises(ValueError, match="--values"):
         annotator(fractions)
     assert len(annotator(fractions, input="counts")) == 5
 

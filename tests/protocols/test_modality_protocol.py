@@ -66,7 +66,7 @@ def test_log_values_of_a_part_of_the_genes_are_taken_when_named(adata, recipe, t
     adata.write_h5ad(tmp_path / "log.h5ad")
     given = ("cross-validation", tmp_path / "log.h5ad", "cell_type", tmp_path / "out")
     options = {"recipe": str(recipe), "baselines": "logistic_l2", "folds": 2}
-    with pytest.raises(InputError, match="--input"):
+    with pytest.raises(InputError, match="--values"):
         run_benchmark(*given, **options)
     result = run_benchmark(*given, **options, input="log1p")
     assert result["summary"][1]["macro_f1"] > 0.95

@@ -154,7 +154,7 @@ def test_natural_log1p_is_recognised(counts, target, dtype):
 
 def test_a_single_log1p_cell_is_recognised_by_its_sum(counts):
     assert detect_input_kind(sp.csr_matrix(log1p_matrix(counts[:1]))) == "log1p"
-    with pytest.raises(InputError, match="--input"):
+    with pytest.raises(InputError, match="--values"):
         detect_input_kind(sp.csr_matrix(log1p_matrix(counts[:1], 700)))
 
 
@@ -170,7 +170,7 @@ def test_everything_else_is_refused_naming_the_option(counts, kind):
         "sqrt": np.sqrt(counts),
         "part": log1p_matrix(counts)[:, :40],
     }[kind]
-    with pytest.raises(InputError, match="--input"):
+    with pytest.raises(InputError, match="--values"):
         detect_input_kind(sp.csr_matrix(values))
 
 

@@ -115,7 +115,7 @@ def test_log1p_of_all_genes_gives_the_ids_of_its_counts(adata, gene_panel, targe
 def test_log1p_of_a_part_of_the_genes_is_divided_by_ln_2(adata, gene_panel):
     part = log1p_of(adata)[:, :100].copy()
     tokenizer = ScBertTokenizer(gene_panel=gene_panel[:100])
-    with pytest.raises(InputError, match="--input log1p"):
+    with pytest.raises(InputError, match="--values log1p"):
         tokenizer.bin_cells(part)
     expected = np.minimum(np.floor(part.X.toarray() / np.log(2) * (1 + 1e-7)), 5)
     np.testing.assert_array_equal(tokenizer.bin_cells(part, input="log1p").toarray(), expected)
@@ -187,7 +187,7 @@ def test_fractions_after_the_sample_are_not_taken_for_counts(tokenizer):
 
 def test_counts_said_to_be_logs_are_refused(adata, tokenizer):
     adata.X[0, 0] = 800
-    with pytest.raises(InputError, match="largest is 800.*--input counts"):
+    with pytest.raises(InputError, match="largest is 800.*--values counts"):
         tokenizer(adata, input="log1p")
 
 

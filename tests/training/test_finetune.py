@@ -350,6 +350,11 @@ def test_old_recipes_name_the_new_one(reference, tmp_path):
         finetune(reference, "cell_type", tmp_path / "model", recipe="small")
 
 
+def test_settings_in_the_place_of_a_recipe_are_refused(reference, tmp_path):
+    with pytest.raises(InputError, match="There is no recipe .*or give a .json file"):
+        finetune(reference, "cell_type", tmp_path / "model", recipe={"training": {}})
+
+
 def test_a_new_head_hears_every_gene_and_votes_for_none(gene_panel):
     tokenizer = ScBertTokenizer(gene_panel=gene_panel)
     head = new_model({"hidden_size": 32, "num_hidden_layers": 1}, tokenizer, ["a", "b"], 0).classifier

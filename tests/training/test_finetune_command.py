@@ -233,6 +233,10 @@ def test_a_base_with_other_genes(command, base, tmp_path):
     refused(command("--base", base), tmp_path, "0 of the model's 300 genes")
 
 
+def test_a_base_that_ships_is_found_by_its_name(command, tmp_path):
+    refused(command("--base", "scbert-mini"), tmp_path, "of the model's 12675 genes")
+
+
 def test_the_module_reads_a_recipe_and_flags(reference, tiny_recipe, tmp_path, monkeypatch, capsys):
     content = json.loads(tiny_recipe.read_text())
     content["data"] = {
