@@ -66,7 +66,7 @@ def evaluate(
 ) -> None:
     """Compare a model with its baselines, on the same folds."""
     given = locals()
-    existing(*cells, label_map, base, variants, folds_from, markers)
+    existing(*cells, label_map, variants, folds_from, markers)
     from ..protocols import run_benchmark
 
     run(run_benchmark, listing=False, **given)

@@ -17,7 +17,7 @@ from ..data.paths import check_output_folder, check_output_path, partial_folder
 from ..evaluation.baselines import BASELINES, available_baselines
 from ..evaluation.tables import TextTable
 from ..tokenization import InputError, read_gene_panel
-from ..trained_model.model_folder import versions
+from ..trained_model.model_folder import find_model, versions
 from ..training.settings import read_json
 from .cells import LABEL, load_benchmark_cells
 from .comparison import score_tables, summarise_folds, warnings_of, warnings_of_modalities
@@ -132,6 +132,7 @@ def run_benchmark(
     started = time.perf_counter()
     if protocol not in PROTOCOLS:
         raise InputError(f"There is no protocol {protocol!r}; there are: {', '.join(PROTOCOLS)}.")
+    base = None if base is None else find_model(base)
     check_output_folder(output, overwrite, marker=RESULTS)
     if report is not None:
         check_output_path(report, overwrite)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_FILES_OF_ANNOTATE = 16
 MOST_FILES_OF_FINETUNE = 30
 # the goal is 21,000, not reached
-MOST_LINES = 26_560
+MOST_LINES = 26_690
 
 
 def files_run(job):

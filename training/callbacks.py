@@ -61,15 +61,10 @@ class RedrawFeaturesCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         encoder = getattr(model, "module", model).base_model
         interval = encoder.config.feature_redraw_interval
-        if not interval or not state.global_step:
-            return
-        draws, before = (
-            step * args.gradient_accumulation_steps // interval
-            for step in (state.global_step, state.global_step - 1)
-        )
+        batches = state.global_step * args.gradient_accumulation_steps
         # at the beginning of a step: a checkpoint holds the features it was made with
-        if draws > before:
-            encoder.redraw_features(args.seed * 1_000_003 + draws)
+        if interval and batches and batches % interval < args.gradient_accumulation_steps:
+            encoder.redraw_features(args.seed * 1_000_003 + batches // interval)
 
 
 class SetEpochCallback(TrainerCallback):

@@ -17,14 +17,12 @@ logits that scores are taken from.
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 from joblib import Parallel, delayed
 from sklearn.exceptions import ConvergenceWarning
@@ -36,6 +34,7 @@ from .averaging import (
     LOG_TEMPERATURE_ALIKE,
     LOG_TEMPERATURE_FOREIGN,
     LOWEST_LOGIT,
+    MOST_CELLS,
     PENALTIES,
     RARENESS,
     SHARE_BESIDE_ALIKE,
@@ -43,6 +42,7 @@ from .averaging import (
     Prior,
     average_logits,
     expected_temperature,
+    some_cells,
 )
 from .principal_axes import MANY_CELLS, Axes, axes_of_cells
 
@@ -55,9 +55,6 @@ SCALED_RANK = 256
 # the intercept is penalised as the weight of a feature of this size (in root mean squared norms, times the root of the
 # cells a class): of few cells, free intercepts learn which cells happen to be small
 INTERCEPT_SIZE = 0.1
-# axes, and fits that only choose, are of no more cells than these, of each type first of so many: of an atlas nearly
-# all the time would go there
-MOST_CELLS, CELLS_A_TYPE = 10_000, 50
 # the limit on threads is the process's: one who sets it while another has would never see it undone
 ONE_AT_A_TIME = threading.Lock()
 
@@ -157,6 +154,8 @@ def average(members: Sequence["Member"], targets: np.ndarray, folds: np.ndarray)
     """One head of several regressions, each with the share that it is worth out of fold."""
     priors = [member.prior for member in members]
     logits, mixture = average_logits([member.logits for member in members], targets, folds, priors)
+    # of many cells, the fits that waited for their penalty
+    side_by_side(delayed(member.path.__getitem__)(place) for member, place in zip(members, mixture.places))
     return as_head(*mixture.head(members), logits, members, mixture)
 
 
@@ -188,28 +187,6 @@ def cross_folds(targets: np.ndarray, n_folds: int = 5, seed: int = 0) -> np.ndar
     return folds
 
 
-def some_cells(
-    targets: np.ndarray,
-    among: np.ndarray,
-    most: int = MOST_CELLS,
-    a_type: int = CELLS_A_TYPE,
-    seed: int = 0,
-) -> np.ndarray:
-    """
-    At most so many cells at random, bool [cells], of those `among`, bool [cells]: first so many of each type.
-
-    Examples
-    --------
-    >>> targets = np.repeat([0, 1], [9000, 7])
-    >>> np.bincount(targets[some_cells(targets, targets >= 0, 4000, 20)]).tolist()
-    [3993, 7]
-    """
-    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(among))
-    place_in_type = pd.Series(targets[drawn]).groupby(targets[drawn]).cumcount().to_numpy()
-    drawn = drawn[np.argsort(place_in_type >= a_type, kind="stable")]
-    return np.isin(np.arange(len(targets)), drawn[:most])
-
-
 def n_fits(folds: np.ndarray, pretrained: PretrainedAxes | None = None) -> int:
     """How many fits `solve_head` makes with these folds."""
     return (len(POWERS) + (pretrained is not None)) * (len(np.unique(folds)) + 1)
@@ -225,18 +202,13 @@ class Path:
         self._found.extend(islice(self._others, max(0, place + 1 - len(self._found))))
         return self._found[place]
 
-    def walk(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """All of them."""
-        self._found.extend(self._others)
-        return self._found
 
-
-@contextmanager
-def may_stop_short() -> Iterator[None]:
-    """Of the weakest penalties fits may; held-out cells judge what they found."""
-    with warnings.catch_warnings():
+def side_by_side(fits: Iterable[Any]) -> list[Any]:
+    """Results of fits (`joblib.delayed`), each on a core of its own."""
+    with ONE_AT_A_TIME, threadpool_limits(1), warnings.catch_warnings():
+        # the weakest penalties may stop short of the end; held-out cells judge what they found
         warnings.simplefilter("ignore", ConvergenceWarning)
-        yield
+        return Parallel(n_jobs=os.cpu_count(), prefer="threads")(fits)
 
 
 @dataclass
@@ -256,8 +228,7 @@ class Member:
 
     def head(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Weights [classes, genes] and bias [classes] with one of the penalties."""
-        with may_stop_short():
-            return self.axes.gene_weights(*self.path[place])
+        return self.axes.gene_weights(*self.path[place])
 
 
 def cross_fit(
@@ -273,31 +244,28 @@ def cross_fit(
     """
     A regression for every penalty, on all folds but one in turn and on all.
 
-    Of all folds but one, `MOST_CELLS` are learnt from at most; where there are more, the regression on all is
-    fitted when its head is asked for. Cells of fold -1 have no label: nothing is learnt from them, and their logits are
-    those of the fit on all others.
+    Of all folds but one, `MOST_CELLS` are learnt from at most; where there are more, the regression on all waits for
+    its penalty. Cells of fold -1 have no label: nothing is learnt from them, and their logits are those of the fit on
+    all others.
     """
 
     def fit(learnt):
         # axes of plain ridge regression know no labels: one set serves all folds
         space = axes if power == 0 else scaled_axes(features, targets, learnt, power, effects)
         path = Path(ridge_path(space.coordinates[learnt], targets[learnt], n_classes))
-        if learnt.sum() <= MOST_CELLS:
-            path.walk()
+        if learnt.sum() <= MOST_CELLS or not labelled.all():
+            list(path)
             on_fit()
         return space, path
 
     labelled = folds >= 0
     held = [folds == fold for fold in np.unique(folds[labelled])]
     learnt = [some_cells(targets, labelled & ~mask) for mask in held]
-    with ONE_AT_A_TIME, threadpool_limits(1), may_stop_short():
-        fitted = Parallel(n_jobs=os.cpu_count(), prefer="threads")(
-            delayed(fit)(cells) for cells in [*learnt, labelled]
-        )
+    fitted = side_by_side(delayed(fit)(cells) for cells in [*learnt, labelled])
     logits = np.full((len(PENALTIES), len(folds), n_classes), LOWEST_LOGIT)
     for mask, (space, path) in zip([*held, ~labelled], fitted):
         if mask.any():
-            for place, (coefficients, bias) in enumerate(path.walk()):
+            for place, (coefficients, bias) in enumerate(path):
                 logits[place, mask] = space.coordinates[mask] @ coefficients.T + bias
     return Member(logits, *fitted[-1], name_of(power), Prior(expected_temperature(power)))
 

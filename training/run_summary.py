@@ -17,8 +17,9 @@ from ..evaluation.calibration import expected_calibration_error, softmax
 from ..evaluation.metrics import classification_metrics, plot_confusion
 from ..tokenization import align_genes
 from ..trained_model.model_folder import versions
+from .averaging import some_cells
 from .finetune_data import FinetuneData, LabelledCells
-from .logistic_head import cross_folds, solve_head, some_cells
+from .logistic_head import cross_folds, solve_head
 from .solved_head import HeldOut
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def score_baseline(data: FinetuneData, tuned: TunedModel, layer: str | None, see
     asked = next((name for name in ("test", "validation") if len(data.splits[name])), None)
     learnt = [data.splits[name] for name in ("train", "validation") if name != asked]
     cells, targets = (np.concatenate([getattr(part, of) for part in learnt]) for of in ("cells", "targets"))
-    taught = some_cells(targets, targets >= 0, MAX_BASELINE_CELLS, BASELINE_CELLS_A_TYPE, seed)
+    taught = some_cells(targets, targets >= 0, MAX_BASELINE_CELLS, BASELINE_CELLS_A_TYPE)
     if not taught.all():
         notes.append(f"the baseline learnt from {taught.sum():,} of the {len(cells):,} cells")
     values, genes = log_normalize(data.sources["train"], layer, data.input_kinds["train"])

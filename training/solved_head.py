@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from ..tokenization import InputError
 from ..tokenization.expression_scbert import floor_values
 from ..trained_model.prediction import LoadedModel, predict
-from .logistic_head import PretrainedAxes, cross_folds, n_fits, solve_head, some_cells
+from .averaging import some_cells
+from .logistic_head import PretrainedAxes, cross_folds, n_fits, solve_head
 from .novelty_head import (
     all_centers,
     choose_threshold,

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from joblib import delayed
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
@@ -45,6 +46,7 @@ from .logistic_head import (
     name_of,
     ridge_path,
     scaled_axes,
+    side_by_side,
 )
 from .principal_axes import Axes, axes_of_cells, most_variable
 
@@ -174,6 +176,7 @@ def fit_teachers(
 
 def _of_all(member: Member, unlabelled: sp.csr_matrix) -> Member:
     """A member whose logits are of the labelled cells, and behind them of others, [penalties, all cells, classes]."""
+    side_by_side([delayed(list)(member.path)])
     heads = [member.head(place) for place in range(len(PENALTIES))]
     others = np.stack([unlabelled @ weights.T + bias for weights, bias in heads])
     return replace(member, logits=np.concatenate([member.logits, others], axis=1))

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
-from scbert.training import logistic_head
+from scbert.training import averaging, logistic_head
 from scbert.training.averaging import (
     DEFAULT_PENALTY,
     LOWEST_LOGIT,
@@ -19,15 +19,16 @@ from scbert.training.averaging import (
     Prior,
     choose_mixture,
     expected_temperature,
+    some_cells,
 )
 from scbert.training.logistic_head import (
     POWERS,
+    average,
     cross_fit,
     cross_folds,
     gene_scales,
     ridge_path,
     scaled_axes,
-    some_cells,
 )
 from scbert.training.principal_axes import axes_of_cells, column_means, inner_products
 
@@ -119,7 +120,8 @@ def test_of_an_atlas_some_cells_choose_and_all_are_learnt_from(cells, monkeypatc
     features, targets = cells
     folds, axes = cross_folds(targets), axes_of_cells(features)
     everyone = cross_fit(features, targets, 3, folds, 0.0, axes)
-    monkeypatch.setattr(logistic_head, "some_cells", partial(some_cells, most=40, a_type=5))
+    for module in (logistic_head, averaging):
+        monkeypatch.setattr(module, "some_cells", partial(some_cells, most=40, a_type=5))
     monkeypatch.setattr(logistic_head, "MOST_CELLS", 40)
     taught = []
 
@@ -135,6 +137,7 @@ def test_of_an_atlas_some_cells_choose_and_all_are_learnt_from(cells, monkeypatc
     for found, wanted in zip(some.head(2), everyone.head(2)):
         np.testing.assert_array_equal(found, wanted)
     assert taught[5 * len(PENALTIES) :] == [90] * 3
+    assert (average([some], targets, folds).logits.argmax(axis=1) == targets).mean() > 0.8
 
 
 def test_fits_at_the_same_time_do_not_limit_threads_within_each_other(cells, monkeypatch):
