@@ -90,13 +90,13 @@ def main() -> int:
 def drawn_cells(path: Path, n_cells: int) -> anndata.AnnData:
     """So many cells of a file, drawn with replacement, each with 60 to 95% of its counts."""
     rng, cells = np.random.default_rng(0), anndata.read_h5ad(path)
-    drawn = cells[rng.integers(0, cells.n_obs, n_cells)].copy()
-    counts = sp.csr_matrix(drawn.X)
+    rows = rng.integers(0, cells.n_obs, n_cells)
+    counts = sp.csr_matrix(cells.X)[rows]
     shares = np.repeat(rng.uniform(0.6, 0.95, n_cells), np.diff(counts.indptr))
     counts.data = rng.binomial(np.rint(counts.data).astype(np.int64), shares).astype(np.float32)
     counts.eliminate_zeros()
-    drawn.X, drawn.obs_names = counts, [f"cell_{number}" for number in range(n_cells)]
-    return drawn
+    obs = cells.obs.iloc[rows].set_axis([f"cell_{number}" for number in range(n_cells)])
+    return anndata.AnnData(counts, obs, cells.var)
 
 
 def take_turns(job: tuple[Path, str, str], n_rounds: int, alone: bool) -> None:
