@@ -112,14 +112,14 @@ def build_corpus(
 
 def _check_columns(sources, columns):
     """Refuse columns that neither obs of a file nor a manifest has, before hours of scanning."""
-    absent = set(columns).difference(["dataset"], *(source.columns for source in sources))
+    absent, opened = set(columns).difference(["dataset"], *(source.columns for source in sources)), False
     for source in sources:
         # what is wrong with a file is told when it is scanned
         with contextlib.suppress(InputError):
             if absent:
                 with opened_cells(source.path, layer=source.layer, check=False) as adata:
-                    absent = absent.difference(adata.obs.columns)
-    if absent:
+                    absent, opened = absent.difference(adata.obs.columns), True
+    if absent and opened:
         raise InputError(
             f"No file has a column {', '.join(sorted(absent))} in obs. Check the spelling (columns, --column; "
             "doublet_key, --doublet-key)."

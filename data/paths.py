@@ -18,6 +18,12 @@ from pathlib import Path
 
 from ..tokenization import InputError
 
+try:
+    import fcntl
+# where there is no such module nothing is locked
+except ImportError:
+    fcntl = None
+
 logger = logging.getLogger(__name__)
 
 # what annotated cells are written as: with all they came with, or the new columns alone
@@ -26,6 +32,7 @@ OTHER_FORMATS = (".csv", ".tsv", ".txt", ".gz", ".mtx", ".loom", ".rds")
 PARTIAL = ".partial"
 # stands in every folder while it is built: such a one may be removed
 MARK = ".scbert-partial"
+RESUMABLE = " (resume=True, or --resume, would have continued it)"
 
 
 def check_cells_path(path):
@@ -160,35 +167,42 @@ def check_partial_folder(folder, record):
         )
 
 
+@contextlib.contextmanager
 def take_partial_folder(folder, record, resume):
-    """The `record` in a partial folder, which is made, or emptied unless `resume`; open, it keeps others out.
+    """A partial folder that is made, or emptied unless `resume`, for a block that keeps others out by its `record`.
 
-    An `InputError` where another process has it open.
+    An `InputError` where another process works in it.
     """
     folder.mkdir(exist_ok=True)
-    lock = open(folder / record, "a")  # noqa: SIM115 - whoever called closes it
-    try:
-        import fcntl
+    with open(folder / record, "a") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"Another process is writing this output: it works in {folder}. Wait for its end, or choose another "
+                "output (--output)."
+            ) from None
+        # not every file system knows locks
+        except OSError:
+            logger.debug("%s cannot be locked", folder)
+        try:
+            if not resume:
+                _empty(folder, record, "" if resume is None else RESUMABLE)
+            yield
+        finally:
+            # at once, though a process that was forked has the file open, too
+            if fcntl:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_UN)
 
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise InputError(
-            f"Another process is writing this output: it works in {folder}. Wait for its end, or choose another output "
-            "(--output)."
-        ) from None
-    # not every system, nor every file system, knows locks
-    except (ImportError, OSError):
-        logger.debug("%s cannot be locked", folder)
+
+def _empty(folder, record, hint):
     left = [path for path in folder.iterdir() if path.name != record]
-    if left and not resume:
-        logger.warning(
-            "Removing what an interrupted run left in %s (resume=True, or --resume, would have continued it).",
-            folder,
-        )
-        for path in left:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    return lock
+    if left:
+        logger.warning("Removing what an interrupted run left in %s%s.", folder, hint)
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import ExitStack
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,7 @@ def annotate_file(
     if processes is not None or resume:
         options = {"layer": layer, "input": input, "device": device, "dtype": dtype, "batch_size": batch_size}
         shards = ShardedPrediction(query, model, output, processes, resume, gene_table, **options)
-    with opened(query, layer) as adata:
+    with opened(query, layer) as adata, ExitStack() as held:
         if majority_vote is not None:
             check_vote(adata, majority_vote)
         loaded = _load_annotator(model, device, dtype, coverage)
@@ -219,15 +220,15 @@ def annotate_file(
         if shards is None:
             probabilities = _predict_all(binned, loaded, batch_size, progress, output)
         else:
-            probabilities = shards.predict(binned, loaded, progress)
+            probabilities = shards.predict(binned, loaded, progress, held)
         parts, summary = _annotation(adata, binned, loaded, probabilities, threshold, coverage, majority_vote)
         if report is not None:
             # before the output: writing closes the query
             places = cell_coordinates(adata, layer, input)
             write_annotation_report(report, adata, parts, summary, places, overwrite)
         write_parts(query, adata, parts, output, overwrite)
-    if shards is not None:
-        shards.finish()
+        if shards is not None:
+            shards.finish()
     seconds = time.monotonic() - started
     logger.info(
         f"Written to {output}: {summary['cells']:,} cells in {seconds:.1f} s, {summary['unassigned']:,} of them "

@@ -79,34 +79,32 @@ class ShardedPrediction:
         self.output, self.folder = output, Path(output).with_name(Path(output).name + PARTIAL)
         check_partial_folder(self.folder, MARK)
 
-    def predict(self, query: BinnedQuery, loaded: LoadedModel, progress: bool) -> np.ndarray | DiskMatrix:
-        """Probabilities [cells, labels]."""
+    def predict(
+        self, query: BinnedQuery, loaded: LoadedModel, progress: bool, held: contextlib.ExitStack
+    ) -> np.ndarray | DiskMatrix:
+        """Probabilities [cells, labels]; until `held` is closed no other run takes the folder."""
         shards, shard_cells = self._shards(query.n_cells), self.facts["shard_cells"]
         rank, world_size = launched()
-        with self._prepare() if rank == 0 else contextlib.nullcontext():
-            if world_size > 1:
-                # no shard is written before the folder is this run's
-                PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
-                self.write_shards(rank, world_size, loaded)
-                if rank:
-                    raise SystemExit(0)
-            else:
-                self._work(shards, query.n_cells, progress)
-            while not all(path.exists() for path in shards):
-                # the launcher ends this process where another fails
-                time.sleep(0.2)
+        if rank == 0:
+            held.enter_context(take_partial_folder(self.folder, MARK, self.resume))
+            keep_record(self.folder / RECORD, self.facts)
+        if world_size > 1:
+            # no shard is written before the folder is this run's
+            PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+            self.write_shards(rank, world_size, loaded)
+            if rank:
+                raise SystemExit(0)
+        else:
+            self._work(shards, query.n_cells, progress)
+        while not all(path.exists() for path in shards):
+            # the launcher ends this process where another fails
+            time.sleep(0.2)
         probabilities = query.new_rows(len(loaded.labels), self.output)
         for number, path in enumerate(shards):
             cells = slice(number * shard_cells, (number + 1) * shard_cells)
             with np.load(path) as stored:
                 probabilities[cells] = stored["probabilities"]
         return probabilities
-
-    def _prepare(self):
-        """Make the folder this run's; the lock that keeps others out."""
-        lock = take_partial_folder(self.folder, MARK, self.resume)
-        keep_record(self.folder / RECORD, self.facts)
-        return lock
 
     def _work(self, shards, n_cells, progress):
         """Start the processes and wait for them; one that fails ends all."""

@@ -61,12 +61,13 @@ def find_model(model: str | Path) -> Path:
     gene panel are fetched: code of a repository is neither needed nor run.
     """
     folder, shipped = Path(model), SHIPPED_MODELS / model
-    if not folder.exists() and folder.name == str(model) and (shipped / "config.json").is_file():
+    name = folder.as_posix()
+    if not folder.exists() and folder.name == name and (shipped / "config.json").is_file():
         return shipped
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) or folder.parent.is_dir():
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or folder.parent.is_dir():
         return folder
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
     except Exception as error:
         raise InputError(
             f"There is no model folder {model}, and no model of that name could be had from the Hugging Face Hub: "

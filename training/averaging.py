@@ -99,7 +99,8 @@ def some_cells(
     targets: np.ndarray, among: np.ndarray, most: int = MOST_CELLS, a_type: int = CELLS_A_TYPE
 ) -> np.ndarray:
     """
-    At most so many cells at random, bool [cells], of those `among`, bool [cells]: first so many of each type.
+    At most so many cells at random, bool [cells], of those `among`, bool [cells]: first one of each type,
+    then another, up to so many.
 
     Examples
     --------
@@ -109,7 +110,7 @@ def some_cells(
     """
     drawn = np.random.default_rng(0).permutation(np.flatnonzero(among))
     place_in_type = pd.Series(targets[drawn]).groupby(targets[drawn]).cumcount().to_numpy()
-    drawn = drawn[np.argsort(place_in_type >= a_type, kind="stable")]
+    drawn = drawn[np.argsort(np.minimum(place_in_type, a_type), kind="stable")]
     return np.isin(np.arange(len(targets)), drawn[:most])
 
 

@@ -123,7 +123,7 @@ def finetune(
     )
     check_output_folder(data_arguments.output, data_arguments.overwrite)
     if training.solved_head:
-        why = "this recipe solves for the head and takes no steps, as scbert, scmbert and screformer do"
+        why = "this recipe solves for the head and takes no steps (scbert, scmbert and screformer take them)"
         _name_idle_settings(options, SETTINGS_OF_STEPS | SETTINGS_OF_A_BASE, why)
     elif not model_arguments.base:
         why = "without a base (base, --base) every weight is trained"

@@ -63,7 +63,7 @@ class CellTrainer(Trainer):
             control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
             if control.get("should_training_stop"):
                 # early stopping had ended it: transformers would forget that, and train for an epoch more
-                self.args.num_train_epochs = state.epoch
+                self.args.num_train_epochs, self.args.max_steps = state.epoch, -1
         try:
             with quiet_transformers(), saving_on_terminate(self):
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -111,7 +111,10 @@ def learn_from_all(
     alone = fit_members(features, targets, n_classes, folds, axes, on_fit=on_fit, **prior)
     without = average(alone, targets, folds)
     members, told_apart = fit_teachers(features, targets, unlabelled, n_classes, folds, on_fit)
-    members += [_of_all(member, unlabelled) for member in alone if member.name in (GENES, PRETRAINED)]
+    also = [member for member in alone if member.name in (GENES, PRETRAINED)]
+    # of many cells these fits wait
+    side_by_side(delayed(list)(member.path) for member in also)
+    members += [_of_all(member, unlabelled) for member in also]
     # plain ridge regression is not among these, whose share the pretrained axes have beside it
     n_labelled, priors = len(targets), [replace(member.prior, share=1.0) for member in members]
     known = [member.logits[:, :n_labelled] for member in members]
@@ -176,7 +179,6 @@ def fit_teachers(
 
 def _of_all(member: Member, unlabelled: sp.csr_matrix) -> Member:
     """A member whose logits are of the labelled cells, and behind them of others, [penalties, all cells, classes]."""
-    side_by_side([delayed(list)(member.path)])
     heads = [member.head(place) for place in range(len(PENALTIES))]
     others = np.stack([unlabelled @ weights.T + bias for weights, bias in heads])
     return replace(member, logits=np.concatenate([member.logits, others], axis=1))

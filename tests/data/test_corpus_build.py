@@ -95,6 +95,11 @@ def test_a_mistyped_column_is_told_before_files_are_scanned(option, files, tmp_p
     assert not (tmp_path / "corpus.partial").exists()
 
 
+def test_what_is_wrong_with_all_files_is_told_not_their_columns(files, tmp_path):
+    with pytest.raises(InputError, match="layer"):
+        build_corpus([files], tmp_path / "corpus", layer="nope", columns=["batch"], **SMALL)
+
+
 def test_duplicates_are_found_across_files(adata, tmp_path):
     adata[:50].write_h5ad(tmp_path / "a.h5ad")
     # the same cells with their genes in another order

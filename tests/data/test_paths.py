@@ -2,11 +2,14 @@
 
 import errno
 import json
+import multiprocessing
 import os
+import time
 
 import pytest
 
 from scbert.data.paths import (
+    MARK,
     atomic_path,
     check_cells_path,
     check_output_path,
@@ -162,6 +165,18 @@ def test_a_folder_that_is_being_built_is_left_to_its_process(tmp_path):
     assert entries(tmp_path / "model") == ["config.json"]
 
 
+def test_a_run_that_ended_keeps_nobody_out(tmp_path):
+    """Not even where its error is looked at, or a process that it forked still runs."""
+    with pytest.raises(KeyboardInterrupt) as kept, partial_folder(tmp_path / "model", resume=False) as folder:
+        forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        forked.start()
+        (folder / "checkpoint").write_text("x")
+        raise KeyboardInterrupt
+    with partial_folder(tmp_path / "model", resume=True) as folder:
+        assert (folder / "checkpoint").exists() and kept
+    forked.kill()
+
+
 def test_folders_of_others_are_never_removed(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
@@ -204,7 +219,7 @@ def test_a_record_is_whole_and_holds(tmp_path, monkeypatch):
     assert json.loads(record.read_text()) == {"seed": 1}
 
 
-def test_a_folder_that_cannot_be_resumed_leaves_nothing(tmp_path):
+def test_a_folder_that_cannot_be_resumed_leaves_nothing(tmp_path, caplog):
     for error in (KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")):
         with (
             pytest.raises(type(error)) as caught,
@@ -213,6 +228,12 @@ def test_a_folder_that_cannot_be_resumed_leaves_nothing(tmp_path):
             (folder / "config.json").write_text("1")
             raise error
         assert entries(tmp_path) == [] and "resume" not in str(caught.value)
+    killed = tmp_path / "model.partial"
+    killed.mkdir()
+    for name in (MARK, "weights"):
+        (killed / name).touch()
+    build(tmp_path / "model", resume=None)
+    assert "an interrupted run left" in caplog.text and "resume" not in caplog.text
 
 
 def test_full_disk_in_a_folder(tmp_path):

@@ -10,7 +10,7 @@ import anndata
 import numpy as np
 import pytest
 
-from scbert.inference import annotate_file, annotate_processes
+from scbert.inference import annotate_cells, annotate_file, annotate_processes
 from scbert.tokenization import InputError
 
 
@@ -85,6 +85,21 @@ def test_a_folder_of_others_is_left_as_it_is(query, model_dir, tmp_path):
         with pytest.raises(InputError, match="out.h5ad.partial .* Move it"):
             annotate_file(query, model_dir, tmp_path / "out.h5ad", progress=False, **options)
     assert (other / "thesis.tex").read_text() == "years of work"
+
+
+def test_the_shards_are_this_runs_until_the_output_stands(query, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate_processes.ShardedPrediction, "_work", in_this_process)
+    write, refused = annotate_cells.write_parts, []
+
+    def beside_another(*arguments):
+        with pytest.raises(InputError, match="Another process"):
+            annotate_file(query, model_dir, tmp_path / "out.h5ad", processes=1, progress=False)
+        refused.append(1)
+        write(*arguments)
+
+    monkeypatch.setattr(annotate_cells, "write_parts", beside_another)
+    annotate_file(query, model_dir, tmp_path / "out.h5ad", processes=1, progress=False)
+    assert refused and sorted(path.name for path in tmp_path.glob("out*")) == ["out.h5ad"]
 
 
 def test_dead_process_is_told(query, model_dir, tmp_path, monkeypatch):

@@ -159,8 +159,10 @@ def test_resumed_is_the_same_as_never_stopped(tune, tmp_path, monkeypatch, balan
     assert resumed["training"]["history"] == summary["training"]["history"]
 
 
-def test_a_run_that_stopped_early_is_over_when_resumed(tune, monkeypatch):
+@pytest.mark.parametrize("max_steps", [-1, 90])
+def test_a_run_that_stopped_early_is_over_when_resumed(tune, monkeypatch, max_steps):
     options = {"num_train_epochs": 9, "early_stopping_patience": 1, "learning_rate": 1e-9}
+    options["max_steps"] = max_steps
     whole, _ = tune("whole", **options)
 
     def die(*arguments):

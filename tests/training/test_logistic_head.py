@@ -140,6 +140,12 @@ def test_of_an_atlas_some_cells_choose_and_all_are_learnt_from(cells, monkeypatc
     assert (average([some], targets, folds).logits.argmax(axis=1) == targets).mean() > 0.8
 
 
+def test_no_type_is_left_out_though_there_are_many():
+    targets = np.repeat(np.arange(30), [1] * 15 + [20] * 15)
+    drawn = some_cells(targets, targets != 3, most=60, a_type=10)
+    assert drawn.sum() == 60 and set(targets[drawn]) == set(range(30)) - {3}
+
+
 def test_fits_at_the_same_time_do_not_limit_threads_within_each_other(cells, monkeypatch):
     """The limit is the process's; how many have set it is counted."""
     features, targets = cells
