@@ -293,11 +293,13 @@ def keep_record(path, facts):
             handle.write(json.dumps(facts).encode())
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(name for name in facts if before.get(name) != facts[name])
+    changed = sorted(name for name in {*before, *facts} if before.get(name) != facts.get(name))
     if changed:
+        one = changed[0]
         raise InputError(
-            f"{path.parent} was begun with other settings or files ({', '.join(changed)}). Use the same ones to "
-            f"continue, or start again without resuming (resume=False, or no --resume)."
+            f"{path.parent} was begun with other settings or files ({', '.join(changed)}): {one} was "
+            f"{before.get(one)!r} and is {facts.get(one)!r} now. Use the same ones to continue, or start again without "
+            "resuming (resume=False, or no --resume)."
         )
 
 

@@ -13,8 +13,8 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..data.paths import partial_folder
-from ..tokenization import InputError, ScBertTokenizer
+from ..data.paths import keep_record, partial_folder
+from ..tokenization import ScBertTokenizer
 from ..trained_model.model_folder import save_model
 from .callbacks import last_checkpoint
 from .settings import RunDataArguments, comparable
@@ -40,41 +40,17 @@ def run_folder(
     context = partial_folder(arguments.output, arguments.overwrite, arguments.resume)
     with context if is_main else contextlib.nullcontext():
         folder, checkpoint = Path(training.output_dir).parent, None
+        if is_main or arguments.resume:
+            keep_record(folder / RECORD, comparable(settings) | {"cells or labels": fingerprint})
         if arguments.resume:
-            _check_record(folder, settings, fingerprint)
             checkpoint = last_checkpoint(Path(training.output_dir))
             if is_main and checkpoint is None:
                 logger.warning("There is no finished checkpoint in %s: the run starts at step 0.", folder)
             elif is_main:
                 step = checkpoint.name.rpartition("-")[2]
                 logger.warning("Resuming after step %s, from %s.", step, checkpoint)
-        if is_main:
-            write_json(folder / RECORD, {"settings": comparable(settings), "cells": fingerprint})
         PartialState().wait_for_everyone()
         yield folder, checkpoint
-
-
-def _check_record(folder: Path, settings: dict[str, Any], fingerprint: int) -> None:
-    """Refuse to resume with other settings or cells; without a readable record the run starts anew."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        before = record["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    now = comparable(settings)
-    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if changed:
-        name = changed[0]
-        raise InputError(
-            f"{folder} was begun with other settings ({', '.join(changed)}; {name} was {before.get(name)!r} and is "
-            f"{now.get(name)!r} now). Resume with the same ones, or without resume (--resume) to start anew."
-        )
-    if record.get("cells") != fingerprint:
-        source = settings.get("reference", settings.get("corpus"))
-        raise InputError(
-            f"{folder} was begun with other cells or labels than {source} holds now. Leave resume (--resume) out to "
-            "start anew."
-        )
 
 
 def finish(

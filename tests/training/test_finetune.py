@@ -182,7 +182,7 @@ def test_resume_refuses_another_run(tune, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(callbacks.CompleteCheckpoints, "on_save", die)
         tune()
-    with pytest.raises(InputError, match="other settings \\(learning_rate"):
+    with pytest.raises(InputError, match="learning_rate was 0.01 and is 0.5 now"):
         tune(resume=True, learning_rate=0.5)
     # the same command without --resume begins anew
     _, folder = tune(num_train_epochs=1)
