@@ -111,9 +111,8 @@ def marker_overlap(
     How many of a type's top genes are known markers of that type, against chance.
 
     Everything is cut down to the `background`: all genes that could have been on top; markers are found in it however
-    their letters are cased. `names` are type of the data ->
-    name(s) in the marker table, which has to hold them; for other types names that agree but for case, an ending "s"
-    and a word "cell(s)".
+    their letters are cased. `names` are type of the data -> name(s) in the marker table, which has to hold them; for
+    other types names that agree but for case, an ending "s" and a word "cell(s)".
 
     The table has a row per type: ``cell_type, known_as`` (joined by ";", empty where the table has no such type),
     ``n_top, n_markers, n_overlap, expected`` (overlap by chance), ``p_value`` (hypergeometric, at least as many),

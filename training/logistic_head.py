@@ -192,7 +192,7 @@ def n_fits(folds: np.ndarray, pretrained: PretrainedAxes | None = None) -> int:
     return (len(POWERS) + (pretrained is not None)) * (len(np.unique(folds)) + 1)
 
 
-class Path:
+class RegularizationPath:
     """Coefficients and biases with one penalty after another, each found when it is asked for."""
 
     def __init__(self, solutions: Iterator[tuple[np.ndarray, np.ndarray]]):
@@ -222,7 +222,7 @@ class Member:
 
     logits: np.ndarray
     axes: Axes
-    path: Path
+    path: RegularizationPath
     name: str
     prior: Prior
 
@@ -252,7 +252,7 @@ def cross_fit(
     def fit(learnt):
         # axes of plain ridge regression know no labels: one set serves all folds
         space = axes if power == 0 else scaled_axes(features, targets, learnt, power, effects)
-        path = Path(ridge_path(space.coordinates[learnt], targets[learnt], n_classes))
+        path = RegularizationPath(ridge_path(space.coordinates[learnt], targets[learnt], n_classes))
         if learnt.sum() <= MOST_CELLS or not labelled.all():
             list(path)
             on_fit()

@@ -40,7 +40,8 @@ def run_folder(
     context = partial_folder(arguments.output, arguments.overwrite, arguments.resume)
     with context if is_main else contextlib.nullcontext():
         folder, checkpoint = Path(training.output_dir).parent, None
-        if is_main or arguments.resume:
+        # the others look at what is there already: the first may not have made the folder yet
+        if is_main or (arguments.resume and (folder / RECORD).exists()):
             keep_record(folder / RECORD, comparable(settings) | {"cells or labels": fingerprint})
         if arguments.resume:
             checkpoint = last_checkpoint(Path(training.output_dir))

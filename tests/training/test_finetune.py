@@ -1,6 +1,7 @@
 """Fine-tuning through the function: what is written, learnt, scored and resumed."""
 
 import json
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -10,12 +11,14 @@ from transformers import AutoModelForSequenceClassification
 
 import scbert
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
+from scbert.data.paths import keep_record
 from scbert.inference import annotate
 from scbert.tokenization import InputError
 from scbert.training import callbacks, run_finetune
 from scbert.training.finetune_arguments import FINETUNE
 from scbert.training.initial_model import new_model
 from scbert.training.run_finetune import finetune
+from scbert.training.run_folder import run_folder
 from scbert.training.settings import RECIPES, load_recipe, parse
 from scbert.training.trainer import CellTrainer
 
@@ -173,6 +176,21 @@ def test_a_run_that_stopped_early_is_over_when_resumed(tune, monkeypatch, max_st
         tune("stopped", **options)
     resumed, _ = tune("stopped", resume=True, **options)
     assert resumed["training"] == whole["training"] and whole["training"]["epochs"] < 9
+
+
+def test_a_second_process_may_come_before_the_folder(tmp_path):
+    """A job that always resumes is started for the first time: only the first process makes the folder."""
+    given = SimpleNamespace(output=tmp_path / "model", overwrite=False, resume=True)
+    training = SimpleNamespace(process_index=1, output_dir=str(tmp_path / "model.partial" / "checkpoints"))
+    with run_folder({"seed": 1}, given, training, 7) as (folder, checkpoint):
+        assert checkpoint is None and not folder.exists()
+    folder.mkdir()
+    keep_record(folder / "run.json", {"seed": 1, "cells or labels": 8})
+    with (
+        pytest.raises(InputError, match="cells or labels was 8 and is 7 now"),
+        run_folder({"seed": 1}, given, training, 7),
+    ):
+        pass
 
 
 def test_resume_refuses_another_run(tune, monkeypatch):
