@@ -128,6 +128,9 @@ def finetune(
     elif not model_arguments.base:
         why = "without a base (base, --base) every weight is trained"
         _name_idle_settings(options, SETTINGS_OF_A_BASE, why)
+    elif model_arguments.freeze_encoder or not model_arguments.train_all:
+        why = "all layers are frozen, or all but the one before the last (train_all: none)"
+        _name_idle_settings(options, {"frozen_layers"}, why)
     if data_arguments.unlabelled and not training.solved_head:
         raise InputError(
             "Cells without labels are learnt from by recipes that solve for the head, as the default one; leave them "

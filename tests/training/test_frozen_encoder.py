@@ -23,7 +23,8 @@ def test_a_frozen_encoder_stays(reference, tiny_recipe, tmp_path, caplog):
     finetune(reference, "cell_type", tmp_path / "base", recipe=tiny_recipe, seed=1, freeze_encoder=True)
     assert "without a base (base, --base) every weight is trained: freeze_encoder" in caplog.text
     options = {"recipe": tiny_recipe, "base": tmp_path / "base", "freeze_encoder": True, "seed": 2}
-    finetune(reference, "cell_type", tmp_path / "tuned", **options)
+    finetune(reference, "cell_type", tmp_path / "tuned", **options, frozen_layers=0)
+    assert "(train_all: none): frozen_layers" in caplog.text
     before, after = (
         AutoModelForSequenceClassification.from_pretrained(tmp_path / name).state_dict()
         for name in ("base", "tuned")
