@@ -291,7 +291,10 @@ std::vector<Tensor> layer_backward(const Tensor& grad, const std::optional<Tenso
 
 }  // namespace
 
-TORCH_LIBRARY(TORCH_EXTENSION_NAME, m) {
+// TORCH_LIBRARY of older torch takes its argument as it is written
+#define LIBRARY_NAMED(name, m) TORCH_LIBRARY(name, m)
+
+LIBRARY_NAMED(TORCH_EXTENSION_NAME, m) {
   m.def(
       "layer_forward(Tensor? queries, Tensor hidden, Tensor? keep, Tensor[] weights, bool for_backward, "
       "Tensor projection, int heads, float epsilon, float norm_eps, int chunk_size, bool in_bfloat16) "

@@ -152,16 +152,16 @@ _OPERATORS = {
 }
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::favor_attention", mutates_args=())
-def _favor_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    projection_matrix: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    epsilon: float,
-    backend: str,
-) -> list[torch.Tensor]:
+# written out: torch 2.6 reads no list[torch.Tensor]
+_GIVEN = "Tensor query, Tensor key, Tensor value, Tensor projection_matrix, Tensor? attention_mask"
+_SCHEMA = f"({_GIVEN}, float epsilon, str backend) -> Tensor[]"
+_BACKWARD_SCHEMA = (
+    f"(Tensor grad, {_GIVEN}, Tensor output, Tensor[] state, float epsilon, str backend) -> Tensor[]"
+)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::favor_attention", mutates_args=(), schema=_SCHEMA)
+def _favor_forward(query, key, value, projection_matrix, attention_mask, epsilon, backend):
     """Output [B, Lq, H, dv], and what the backend keeps for its backward."""
     steps = _OPERATORS[backend]
     return list(steps.forward(query, key, value, projection_matrix, attention_mask, epsilon))
@@ -173,19 +173,10 @@ def _(query, key, value, projection_matrix, attention_mask, epsilon, backend):
     return [output, *_OPERATORS[backend].state(query, value, projection_matrix)]
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::favor_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::favor_attention_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
 def _favor_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    projection_matrix: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    output: torch.Tensor,
-    state: list[torch.Tensor],
-    epsilon: float,
-    backend: str,
-) -> list[torch.Tensor]:
+    grad, query, key, value, projection_matrix, attention_mask, output, state, epsilon, backend
+):
     """Gradients of query, key and value, each stored as [B, L, H, d]."""
     given = (query, key, value, projection_matrix, attention_mask)
     return list(_OPERATORS[backend].backward(grad, *given, output, state, epsilon))

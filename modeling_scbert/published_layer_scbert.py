@@ -1,7 +1,7 @@
 """What fused code of a whole block counts on: the published block, with nothing added to it."""
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as of_all_modules
 from transformers.activations import GELUActivation
 from transformers.utils import output_capturing
 
@@ -13,6 +13,8 @@ WEIGHTS = (
     *("ffn_norm.weight", "ffn_norm.bias"),
     *("intermediate.weight", "intermediate.bias", "output.weight", "output.bias"),
 )
+# where torch keeps the hooks of a module, and behind "_global" those of all
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def what_was_added(layer: nn.Module) -> str | None:
@@ -35,7 +37,8 @@ def what_was_added(layer: nn.Module) -> str | None:
         return "its activation is not GELU"
     inner = [module for module in layer.modules() if module is not layer]
     kinds = {type(module) for module in inner if any(True for _ in module.parameters(recurse=False))}
-    if kinds != {nn.Linear, nn.LayerNorm} or _has_any_global_hook() or any(map(_is_changed, inner)):
+    for_all = any(getattr(of_all_modules, f"_global{kind}") for kind in HOOKS)
+    if kinds != {nn.Linear, nn.LayerNorm} or for_all or any(map(_is_changed, inner)):
         return "it has adapters or hooks"
     if tuple(name for name, _ in layer.named_parameters()) != WEIGHTS:
         return "its weights are not those of the published block"
@@ -44,8 +47,7 @@ def what_was_added(layer: nn.Module) -> str | None:
 
 def _is_changed(module: nn.Module) -> bool:
     """Whether a hook expects to be called, or another forward has been put in its place."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
+    hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
     # those by which transformers records attentions stay for good, and do nothing where none are asked for
     added = any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
     return added or "forward" in vars(module)
