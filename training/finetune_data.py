@@ -123,7 +123,7 @@ def load_data(
     others = [read_cells(cells, layer=data.layer) for cells in unlabelled]
     if isinstance(tokenizer, dict):
         # genes are not chosen with a look at the test cells
-        learnt = np.isin(assigned, ["train", "validation"]) if data.top_genes else targets >= 0
+        learnt = np.isin(assigned, ["train", "validation"])
         tokenizer = _tokenizer_of(tokenizer, reference, learnt, data, others)
     report["genes"] = _gene_report(tokenizer, reference, data)
     bins = tokenizer.bin_cells(reference, input=data.input, layer=data.layer)
@@ -262,7 +262,7 @@ def _given_splits(reference: AnnData, test_key: str | None) -> np.ndarray | None
 def _tokenizer_of(
     options: dict[str, Any],
     reference: AnnData,
-    labelled: np.ndarray,
+    learnt: np.ndarray,
     data: FinetuneDataArguments,
     others: Sequence[AnnData],
 ) -> ScBertTokenizer:
@@ -271,16 +271,16 @@ def _tokenizer_of(
         return new_tokenizer(options, read_gene_panel(data.genes))
     matrix, source = select_matrix(reference, data.layer)
     names = gene_names_of(source.var, source.var_names)
-    expressed = _expressed(matrix[np.flatnonzero(labelled)])
+    expressed = _expressed(matrix[np.flatnonzero(learnt)])
     for cells in others:
         of_cells, var = select_matrix(cells, data.layer)
         theirs = np.array(gene_names_of(var.var, var.var_names, names))[_expressed(of_cells)]
         expressed |= np.isin(names, theirs)
     panel = list(dict.fromkeys(name for name, seen in zip(names, expressed, strict=True) if seen))
     if data.top_genes:
-        panel = most_variable_genes(reference[labelled], data.top_genes, data.layer, data.input)
+        panel = most_variable_genes(reference[learnt], data.top_genes, data.layer, data.input)
     if not panel:
-        raise InputError("No gene is expressed in any labelled cell: the matrix holds zeros only.")
+        raise InputError("No gene is expressed in any cell that is learnt from: the matrix holds zeros only.")
     modalities = feature_modalities(source.var)
     if modalities is not None:
         of_feature = dict(zip(names, modalities.tolist(), strict=True))
