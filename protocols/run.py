@@ -13,6 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 from rich.console import Console
 
+from ..data.labels import copy_notes
 from ..data.paths import check_output_folder, check_output_path, partial_folder
 from ..evaluation.baselines import BASELINES, available_baselines
 from ..evaluation.tables import TextTable
@@ -247,6 +248,7 @@ def _result(
     # the order of the table: methods as they ran, the model in question first
     summary = summarise_folds(rows)
     warnings = warnings_of(summary) + (warnings_of_modalities(summary) if protocol == "modalities" else [])
+    warnings += copy_notes([cells.X])
     result = {
         "protocol": protocol,
         "cells": cells.n_obs,

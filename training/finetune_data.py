@@ -150,7 +150,6 @@ def load_data(
     if data.test:
         sources["test"] = read_cells(data.test if test is None else test, layer=data.layer)
         splits["test"] = _test_cells(sources["test"], data, tokenizer, classes, report)
-        _say_learnt_test_cells(splits)
     report["cells"] = {name: len(splits[name]) for name in SPLITS}
     kinds = {
         name: tokenizer.resolve_input(select_matrix(source, data.layer)[0], data.input)[0]
@@ -386,15 +385,3 @@ def _test_cells(
     report["test_classes_unknown"] = _unknown_classes(labels, classes)
     bins = tokenizer.bin_cells(test, input=data.input, layer=data.layer)[cells]
     return LabelledCells(bins, targets[cells], cells, alignment.absent)
-
-
-def _say_learnt_test_cells(splits: dict[str, LabelledCells]) -> None:
-    """Warn of test cells with the very bins of cells that are learnt from: they test nothing."""
-    weights = np.random.default_rng(0).random(splits["test"].bins.shape[1])
-    test, *learnt = (splits[name].bins.sorted_indices() @ weights for name in ("test", "train", "validation"))
-    n_known = int((np.isin(test, np.concatenate(learnt)) & (test > 0)).sum())
-    if n_known:
-        logger.warning(
-            f"{n_known:,} of the {len(test):,} test cells are also among those that are learnt from, gene for gene: "
-            "scores on them are too good. Leave them out of one of the two files."
-        )

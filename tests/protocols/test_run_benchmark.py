@@ -204,6 +204,7 @@ def test_log_values_are_told_from_all_genes(adata, tmp_path):
 def test_a_benchmark_leaves_its_files(cells_file, recipe, tmp_path):
     options = {"recipe": str(recipe), "baselines": "logistic_l2,majority", "folds": 2}
     result = run_benchmark("cross-validation", cells_file, "cell_type", tmp_path / "out", **options)
+    assert not any("copies" in warning for warning in result["warnings"])
     models = [entry["model"] for entry in result["summary"]]
     assert models == ["scBERT", "logistic_l2", "majority"]
     assert result["summary"][1]["macro_f1"] > 0.95 > result["summary"][2]["macro_f1"]
@@ -215,6 +216,15 @@ def test_a_benchmark_leaves_its_files(cells_file, recipe, tmp_path):
     assert not (tmp_path / "out" / "work").exists()
     with pytest.raises(InputError, match="exists"):
         run_benchmark("cross-validation", cells_file, "cell_type", tmp_path / "out", **options)
+
+
+def test_cells_of_two_datasets_are_told(adata, recipe, tmp_path):
+    for name, part in (("one", adata[:70]), ("two", adata[40:])):
+        part.copy().write_h5ad(tmp_path / f"{name}.h5ad")
+    options = {"recipe": str(recipe), "baselines": "majority", "group_key": "dataset"}
+    paths = [tmp_path / "one.h5ad", tmp_path / "two.h5ad"]
+    result = run_benchmark("leave-one-out", paths, "cell_type", tmp_path / "out", **options)
+    assert any("30 of 150 cells are copies of others" in warning for warning in result["warnings"])
 
 
 def test_novel_types_are_scored_many_ways(labelled, recipe, tmp_path):

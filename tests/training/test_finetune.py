@@ -231,10 +231,19 @@ def test_a_test_file_of_its_own(tune, adata, tmp_path, caplog):
     summary, _ = tune(test=tmp_path / "test.h5ad")
     assert summary["data"]["test_classes_unknown"] == ["plasma cell"]
     assert summary["cells"]["test"] == summary["test"]["cells"] == 26
-    assert "26 of the 26 test cells are also among those that are learnt from" in caplog.text
+    assert "26 of 146 cells are copies of others" in caplog.text
     caplog.clear()
     tune("apart", reference=adata[40:].copy(), test=tmp_path / "test.h5ad")
-    assert "are also among" not in caplog.text
+    assert "are copies" not in caplog.text
+
+
+def test_copies_in_the_reference_are_told(tune, adata, caplog):
+    twice = anndata.concat([adata, adata[:30]], index_unique="-")
+    for options in ({}, {"recipe": "default", "test_fraction": 0}):
+        summary, _ = tune(reference=twice, overwrite=True, **options)
+        assert "30 of 150 cells are copies of others" in caplog.text
+        assert any("copies" in note for note in summary["notes"])
+        caplog.clear()
 
 
 def test_presence_and_absence_are_told_from_counts(tune, adata, caplog):
