@@ -106,8 +106,8 @@ class LogisticRegressionBaseline(Baseline):
         self.name = f"logistic_{penalty}"
 
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
-        self.scores = self._search(matrix, labels) if len(self.grid) > 1 else {}
-        self.C = max(self.grid, key=lambda C: (self.scores[C], -C)) if self.scores else self.grid[0]
+        self.scores = self._search(matrix, labels) if len(self.grid) > 1 else {self.grid[0]: 0.0}
+        self.C = max(self.scores, key=lambda C: (self.scores[C], -C))
         self.model, converged = _fit_logistic(self.penalty, self.C, self.seed, matrix, labels)
         if not converged:
             self.notes.append("logistic regression stopped before it converged")
@@ -115,14 +115,16 @@ class LogisticRegressionBaseline(Baseline):
     def _search(self, matrix: Any, labels: np.ndarray) -> dict[float, float]:
         """Mean macro-F1 of every C over the inner folds."""
         joblib, selection = require("joblib"), require("sklearn.model_selection")
-        folds = min(INNER_FOLDS, int(np.unique(labels, return_counts=True)[1].min()))
+        counts = np.unique(labels, return_counts=True)[1]
+        # a type of one cell can't be in both halves: split by the others' frequencies.
+        folds = min(INNER_FOLDS, int(counts.min() if counts.min() > 1 else counts.max()))
         if folds < 2:
-            # a type of one cell can't be in both halves: split by the others' frequencies.
-            folds = INNER_FOLDS
+            # no cell can be held out
+            return {1.0: 0.0}
         splitter = selection.StratifiedKFold(folds, shuffle=True, random_state=self.seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The least populated class")
-            splits = list(splitter.split(matrix, labels))
+            splits = [two for two in splitter.split(matrix, labels) if len(set(labels[two[0]])) > 1]
         # processes, not threads: liblinear has one random generator per process.
         tasks = [(C, train, held) for C in self.grid for train, held in splits]
         values = joblib.Parallel(n_jobs=self.threads)(

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from transformers import set_seed
 
-from ..evaluation.baselines import BASELINES, LogisticRegressionBaseline
+from ..evaluation.baselines import BASELINES
 from ..modeling_scbert import ScBertForMaskedExpression
 from ..tokenization import InputError
 from ..trained_model.model_folder import load_model, load_tokenizer, save_model
@@ -82,11 +82,7 @@ def baseline(name: str, threads: int = 2) -> Method:
         started = time.perf_counter()
         train, test = cells[np.isin(fold.split, [TRAIN, VALIDATION])], cells[fold.split == TEST]
         # worker processes cost more than they save on few cells
-        options: dict[str, Any] = {"seed": seed, "threads": threads if train.n_obs > 1000 else 1}
-        model = BASELINES[name](**options)
-        if isinstance(model, LogisticRegressionBaseline) and train.obs[LABEL].value_counts().min() < 2:
-            # one cell of a type cannot be held out to choose C
-            model = LogisticRegressionBaseline(model.penalty, grid=(1.0,), **options)
+        model = BASELINES[name](seed=seed, threads=threads if train.n_obs > 1000 else 1)
         model.fit(train, LABEL, input=input_of(cells))
         probabilities = model.predict_proba(test, input=input_of(cells))
         seconds = time.perf_counter() - started

@@ -9,6 +9,7 @@ import torch
 
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
 from scbert.commands.cli import main
+from scbert.evaluation.baselines import LogisticRegressionBaseline
 from scbert.protocols import PROTOCOLS, run_benchmark
 from scbert.protocols.cells import LABEL, load_benchmark_cells
 from scbert.protocols.folds import ProtocolOptions, read_folds, write_folds
@@ -246,6 +247,17 @@ def test_one_shot_learns(labelled, recipe, tmp_path):
     assert (
         baseline("logistic_l1", 1).run(labelled, fold, 0).probabilities.shape == outputs.probabilities.shape
     )
+
+
+def test_a_type_of_one_cell_takes_no_search_from_a_baseline(labelled, monkeypatch):
+    cells, searched = labelled[15:].copy(), []
+    assert (cells.obs[LABEL] == "fourth").sum() == 1
+    (fold,) = PROTOCOLS["few-shot"](cells, ProtocolOptions(n_folds=1, shots=(8,)))
+    monkeypatch.setattr(
+        LogisticRegressionBaseline, "predict_proba", lambda self, *_, **__: searched.extend(self.scores)
+    )
+    baseline("logistic_l2", 1).run(cells, fold, 0)
+    assert len(searched) == 3
 
 
 def test_a_base_brings_its_ablations(cells_file, recipe, base, tmp_path):
