@@ -56,6 +56,12 @@ class Baseline:
     def predict_proba(self, adata: Any, input: str = "auto") -> np.ndarray:
         """Probabilities of cells, float32 [cells, classes], columns as in `classes_`; absent genes are 0."""
         matrix, names = log_normalize(adata, input=input)
+        if not set(names) & set(self.genes):
+            raise InputError(
+                f"None of the {len(names)} genes of the query is among the {len(self.genes)} of the reference; first "
+                f"names: {', '.join(names[:3])} against {', '.join(self.genes[:3])}. Give both the same kind of gene "
+                "names."
+            )
         with require("threadpoolctl").threadpool_limits(self.threads):
             return self._probabilities(matrix, names).astype(np.float32)
 
@@ -67,17 +73,7 @@ class Baseline:
         raise NotImplementedError
 
     def _probabilities(self, matrix: Any, names: list[str]) -> np.ndarray:
-        alignment = align_genes(names, self.genes)
-        if not alignment.n_matched:
-            raise _no_common_genes(names, self.genes)
-        return self.model.predict_proba(alignment.apply(matrix))
-
-
-def _no_common_genes(names: list[str], genes: list[str]) -> InputError:
-    return InputError(
-        f"None of the {len(names)} genes of the query is among the {len(genes)} of the reference; "
-        f"first names: {', '.join(names[:3])} against {', '.join(genes[:3])}. Give both the same kind of gene names."
-    )
+        return self.model.predict_proba(align_genes(names, self.genes).apply(matrix))
 
 
 class MajorityClass(Baseline):
@@ -201,8 +197,6 @@ class CellTypistBaseline(Baseline):
 
     def _probabilities(self, matrix: Any, names: list[str]) -> np.ndarray:
         celltypist = _quiet_celltypist()
-        if not set(names) & set(self.genes):
-            raise _no_common_genes(names, self.genes)
         # the query's own genes: CellTypist leaves absent ones out instead of reading them as 0.
         query = require("anndata").AnnData(matrix, var=require("pandas").DataFrame(index=names))
         with warnings.catch_warnings():

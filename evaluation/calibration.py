@@ -18,35 +18,28 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return require("scipy.special").softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
 
 
-def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> float:
-    """Mean cross-entropy of logits [cells, classes] divided by a temperature; natural log."""
-    scaled = np.asarray(logits, dtype=np.float64) / temperature
-    logs = require("scipy.special").log_softmax(scaled, axis=1)
-    return float(-logs[np.arange(len(logs)), labels].mean())
-
-
-def fit_temperature(
-    logits: np.ndarray, labels: np.ndarray, bounds: tuple[float, float] = (0.05, 20.0), prior: float = 0.0
-) -> float:
+def fit_temperature(logits: np.ndarray, labels: np.ndarray, prior: float = 0.0) -> float:
     """
     The one number that, dividing the logits, makes validation cells likeliest.
 
     Logits [cells, classes] and class indices [cells] are of cells that the model did not learn from. Above 1 it was
-    too sure of itself, below 1 not sure enough; predicted classes don't change. A value at one of the `bounds` means
-    that the cells are (nearly) all right or all wrong, and tell nothing about calibration. `prior` is the weight, in
-    cells, of the belief that the logarithm is near 0: what keeps few cells from the bounds.
+    too sure of itself, below 1 not sure enough; predicted classes don't change. A value at 0.05 or 20, the bounds of
+    the search, means that the cells are (nearly) all right or all wrong, and tell nothing about calibration. `prior` is
+    the weight, in cells, of the belief that the logarithm is near 0: what keeps few cells from the bounds.
 
     Guo et al., On Calibration of Modern Neural Networks, ICML 2017. The loss is convex in 1/temperature, so
     a bounded scalar search finds the minimum.
     """
     logits, labels = _checked(logits, labels)
+    log_softmax = require("scipy.special").log_softmax
 
     def loss(log_temperature):
         belief = prior / len(labels) * log_temperature**2 / 2
-        return negative_log_likelihood(logits, labels, np.exp(log_temperature)) + belief
+        logs = log_softmax(logits / np.exp(log_temperature), axis=1)
+        return belief - logs[np.arange(len(labels)), labels].mean()
 
     minimize = require("scipy.optimize").minimize_scalar
-    result = minimize(loss, bounds=np.log(bounds), method="bounded", options={"xatol": 1e-6})
+    result = minimize(loss, bounds=np.log([0.05, 20.0]), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(result.x))
 
 

@@ -30,10 +30,8 @@ from .folds import TEST, TRAIN, VALIDATION, Fold
 
 logger = logging.getLogger(__name__)
 
-# few cells are repeated up to this many, or an epoch would be a single step; and fine-tuning sets types of one
-# or two cells aside
+# few cells are repeated up to this many, or an epoch would be a single step
 CELLS_OF_AN_EPOCH = 320
-MIN_CELLS = 3
 NEIGHBOURS = 15
 DEFAULT_BASELINES = ("logistic_l1", "logistic_l2", "knn", "celltypist", "majority")
 
@@ -135,7 +133,7 @@ def _cells_of(cells: anndata.AnnData, fold: Fold, repeat: bool) -> anndata.AnnDa
     if repeat:
         labels = cells.obs[LABEL].to_numpy()[rows[0]]
         names, counts = np.unique(labels, return_counts=True)
-        size = max(MIN_CELLS, CELLS_OF_AN_EPOCH // len(names))
+        size = CELLS_OF_AN_EPOCH // len(names)
         repeated = [np.resize(rows[0][labels == name], max(size, n)) for name, n in zip(names, counts)]
         rows[1], rows[0] = rows[0], np.concatenate(repeated)
     chosen = np.concatenate(rows)

@@ -101,14 +101,12 @@ def fold_intervals(right: np.ndarray, folds: np.ndarray) -> dict[str, Any]:
     [1.0, 0.5]
     """
     of_folds = [float(right[folds == fold].mean()) for fold in np.unique(folds)]
-    if len(of_folds) < 2:
-        return {"accuracy_of_folds": of_folds}
-    half = float(student_t.ppf(0.975, len(of_folds) - 1) * np.std(of_folds, ddof=1) / len(of_folds) ** 0.5)
-    center = float(np.mean(of_folds))
-    return {
-        "accuracy_of_folds": of_folds,
-        "accuracy_interval": [max(0.0, center - half), min(1.0, center + half)],
-    }
+    found, n_folds = {"accuracy_of_folds": of_folds}, len(of_folds)
+    if n_folds > 1:
+        half = float(student_t.ppf(0.975, n_folds - 1) * np.std(of_folds, ddof=1) / n_folds**0.5)
+        center = float(np.mean(of_folds))
+        found["accuracy_interval"] = [max(0.0, center - half), min(1.0, center + half)]
+    return found
 
 
 def _scores(
