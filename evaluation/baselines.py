@@ -33,8 +33,6 @@ class Baseline:
     `threads` is the upper limit for linear algebra and worker processes.
     """
 
-    name = ""
-
     def __init__(self, seed: int = 0, threads: int = 1) -> None:
         self.seed, self.threads = seed, threads
         self.notes: list[str] = []
@@ -79,8 +77,6 @@ class Baseline:
 class MajorityClass(Baseline):
     """Always the shares of the types among the training cells: what a score owes to imbalance alone."""
 
-    name = "majority"
-
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
         self.model = require("sklearn.dummy").DummyClassifier(strategy="prior").fit(matrix, labels)
 
@@ -99,7 +95,6 @@ class LogisticRegressionBaseline(Baseline):
     ) -> None:
         super().__init__(seed, threads)
         self.penalty, self.grid = penalty, tuple(grid)
-        self.name = f"logistic_{penalty}"
 
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
         self.scores = self._search(matrix, labels) if len(self.grid) > 1 else {self.grid[0]: 0.0}
@@ -159,8 +154,6 @@ def _score_logistic(penalty, C, seed, matrix, labels, train, held) -> float:
 class NeighboursBaseline(Baseline):
     """Votes of the nearest training cells on principal components of the genes whose log values vary most."""
 
-    name = "knn"
-
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
         mean = np.asarray(matrix.mean(axis=0)).ravel()
         variance = np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel() - mean**2
@@ -184,11 +177,9 @@ class CellTypistBaseline(Baseline):
 
     Its own training passes scikit-learn an argument that it lacks since 1.8: the same model (one-vs-rest L2 logistic
     regression with C = 1 on standardised genes, clipped at 10) is fitted here, put into its `Model`, and a note says
-    so. Probabilities are the softmax of CellTypist's decision scores: its own
-    independent ones reach 1 for several types at once, which would leave the choice to their order.
+    so. Probabilities are the softmax of CellTypist's decision scores: its own independent ones reach 1 for several
+    types at once, which would leave the choice to their order.
     """
-
-    name = "celltypist"
 
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
         _quiet_celltypist()

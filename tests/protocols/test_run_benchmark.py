@@ -14,7 +14,7 @@ from scbert.protocols import PROTOCOLS, run_benchmark
 from scbert.protocols.cells import LABEL, load_benchmark_cells
 from scbert.protocols.folds import ProtocolOptions, read_folds, write_folds
 from scbert.protocols.methods import baseline, scbert
-from scbert.protocols.run import without_genes
+from scbert.protocols.run import usable_folds, without_genes
 from scbert.tokenization import InputError
 
 TINY = {
@@ -105,11 +105,27 @@ def test_groups_that_cannot_be_left_out_are_told(labelled):
     labelled.obs["group"] = np.where(labelled.obs[LABEL] == "B cell", "one", "two")
     labelled.obs.loc[labelled.obs[LABEL] == "T cell", "group"] = "three"
     kept = labelled[labelled.obs[LABEL].isin(["B cell", "T cell"])]
-    with pytest.raises(InputError, match="No group of 'group' can be left out"):
-        PROTOCOLS["leave-one-out"](kept, ProtocolOptions("group"))
+    with pytest.raises(InputError, match=r"2 of 2 folds cannot be run: .*of the group or type left out"):
+        usable_folds(kept, PROTOCOLS["leave-one-out"](kept, ProtocolOptions("group")))
     labelled.obs["donor"] = labelled.obs["donor"].where(labelled.obs["donor"] != "donor_1")
     with pytest.raises(InputError, match="cells have no group in 'donor'"):
         PROTOCOLS["leave-one-out"](labelled, ProtocolOptions("donor"))
+
+
+def test_a_type_too_rare_to_be_asked_for_is_not_left_out(labelled, caplog):
+    rare = labelled[12:].copy()
+    assert (rare.obs[LABEL] == "fourth").sum() == 4
+    folds = usable_folds(rare, PROTOCOLS["novel-types"](rare, ProtocolOptions()))
+    # without a novel cell, novel accuracy would be 0 for every cell called so
+    assert [fold.novel for fold in folds] == ["B cell", "T cell", "monocyte"]
+    assert "1 of 4 folds cannot be run" in caplog.text
+
+
+@pytest.mark.parametrize("protocol", ["cross-validation", "reference-size", "novel-types", "marker-deletion"])
+def test_too_few_cells_are_told(protocol, labelled, tmp_path):
+    labelled[:9].write_h5ad(tmp_path / "few.h5ad")
+    with pytest.raises(InputError, match=r"folds cannot be run: .* Give more cells, or fewer folds"):
+        run_benchmark(protocol, tmp_path / "few.h5ad", "cell_type", tmp_path / "out", folds=3)
 
 
 def test_every_size_of_reference_has_the_same_test(labelled):
