@@ -58,6 +58,8 @@ def _by_confidence(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cells, summed confidence and right answers of equal bins of the confidence, each closed on its right, [bins]."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    # a cell without any probability has no class, and not the first
+    right &= confidence > 0
     index = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
     cells = np.bincount(index, minlength=n_bins)
     return cells, *(np.bincount(index, weights, minlength=n_bins) for weights in (confidence, right))
@@ -98,8 +100,7 @@ def plot_reliability(probabilities: np.ndarray, labels: np.ndarray, path: str | 
     Of probabilities [cells, classes] and true classes [cells]; saved as `path`, and returned as matplotlib's Figure.
     """
     values, truth = _checked(probabilities, labels)
-    n_bins, edges = 10, np.linspace(0, 1, 11)
-    cells, confidence, right = _by_confidence(values, truth, n_bins)
+    cells, confidence, right = _by_confidence(values, truth, 10)
     seen = cells > 0
     accuracy, mean = right[seen] / cells[seen], confidence[seen] / cells[seen]
     error = expected_calibration_error(values, truth)
@@ -107,7 +108,7 @@ def plot_reliability(probabilities: np.ndarray, labels: np.ndarray, path: str | 
     above, below = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
     above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfect")
     above.plot(mean, accuracy, marker="o", markersize=4, label=f"model (ECE {error:.3f})")
-    below.stairs(cells, edges, color="C0", linewidth=1.4)
+    below.stairs(cells, np.linspace(0, 1, 11), color="C0", linewidth=1.4)
     above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
     # above the axes: a curve may pass anywhere inside.
     above.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))

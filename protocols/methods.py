@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from transformers import set_seed
 
+from ..data.labels import UNASSIGNED
 from ..evaluation.baselines import BASELINES
 from ..modeling_scbert import ScBertForMaskedExpression
 from ..tokenization import InputError
@@ -60,8 +61,9 @@ class Outputs:
 
     @property
     def predicted(self) -> np.ndarray:
-        """Most probable type of every test cell."""
-        return np.array(self.classes, dtype=object)[self.probabilities.argmax(axis=1)]
+        """Most probable type of every test cell; "unassigned" without expression."""
+        best = np.where(self.probabilities.any(axis=1), self.probabilities.argmax(axis=1), -1)
+        return np.array([*self.classes, UNASSIGNED], dtype=object)[best]
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,10 @@ def test_certain_cells_share_the_last_bin():
     labels = np.array([0, 0, 0, 1, 0, 0, 0, 0])
     # 7 of 8 are right, at a mean confidence of 0.975
     assert expected_calibration_error(sure, labels) == pytest.approx(0.1)
+    # cells without any probability are of no class, and say so
+    nothing = np.zeros((4, 2)), np.zeros(4, dtype=int)
+    both = (np.concatenate(pair) for pair in zip((sure, labels), nothing))
+    assert expected_calibration_error(*both) == pytest.approx(0.1 * 8 / 12)
     # a rounding above 1 changes nothing
     assert expected_calibration_error(sure + 1e-9, labels) == pytest.approx(0.1, abs=1e-6)
 

@@ -286,6 +286,15 @@ def test_cells_without_a_gene_are_not_learnt_from(tune, adata, tmp_path, caplog)
         assert sum(cells.values()) + left_out == 120 and left_out + cells["test"] >= 30
         assert f"{left_out} without a gene of the panel" in caplog.text
     assert left_out == 30 and summary["cross_validation"]["cells"] == 90
+    # a test cell without a gene has no type, and not the first
+    summary, _ = tune(
+        "asked", recipe="default", test=adata[adata.obs["cell_type"] == "B cell"].copy(), overwrite=True
+    )
+    confusion = summary["test"]["confusion"]
+    assert (
+        summary["test"]["accuracy"] == 0.75
+        and dict(zip(confusion["labels"], confusion["matrix"][0]))["unassigned"] == 10
+    )
     # a class is never emptied
     empty[np.flatnonzero(adata.obs["cell_type"] == "B cell")] = 0
     adata.X = empty.tocsr()
