@@ -55,8 +55,6 @@ class Outputs:
     train_embeddings: np.ndarray | None = None
     train_labels: np.ndarray | None = None
     threshold: float = DEFAULT_THRESHOLD
-    # of the pretraining, on validation cells, where it was part of the run
-    masked_accuracy: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -85,8 +83,9 @@ def baseline(name: str, threads: int = 2) -> Method:
         model = BASELINES[name](seed=seed, threads=threads if train.n_obs > 1000 else 1)
         model.fit(train, LABEL, input=input_of(cells))
         probabilities = model.predict_proba(test, input=input_of(cells))
-        seconds = time.perf_counter() - started
-        return Outputs([str(c) for c in model.classes_], probabilities, seconds, notes=list(model.notes))
+        return Outputs(
+            model.classes_.tolist(), probabilities, time.perf_counter() - started, notes=model.notes
+        )
 
     return Method(name, run, is_baseline=True)
 

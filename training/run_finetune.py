@@ -135,11 +135,13 @@ def finetune(
             "(unlabelled) out, or pretrain on them first."
         )
     set_seed(training.seed)
-    precision = "bfloat16" if training.bf16 else "float32"
-    logger.info("Fine-tuning on %s in %s.", training.device, precision)
+    logger.info("Fine-tuning on %s in %s.", training.device, "bfloat16" if training.bf16 else "float32")
     data = load(data_arguments, model_arguments, training, **cells)
-    data.report["copies"] = copy_notes([part.bins for part in data.splits.values()])
-    for note in data.report["copies"]:
+    notes = copy_notes([part.bins for part in data.splits.values()])
+    if unknown := data.report.get("test_classes_unknown"):
+        notes.append(f"Scores leave out test cells of types that are not learnt: {', '.join(unknown)}.")
+    data.report["notes"] = notes
+    for note in notes:
         logger.warning(note)
     model = build_model(model_arguments, data, training.seed)
     model.config.update({"label_ontology_ids": data.term_ids, "label_parents": data.parents})

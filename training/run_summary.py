@@ -186,7 +186,7 @@ def summarise(
             head[f"{name}_{metric}"] = scores[name][metric]
             if name in baseline:
                 head[f"baseline_{name}_{metric}"] = baseline[name][metric]
-    notes = [*data.report.get("copies", ()), *baseline.get("notes", ())]
+    notes = [*data.report.get("notes", ()), *baseline.get("notes", ())]
     if estimate is None:
         notes.append("every class has a single cell: how good the model is cannot be said")
     elif head.get(f"baseline_{estimate}_macro_f1", 0) > head[f"{estimate}_macro_f1"]:

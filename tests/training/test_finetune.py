@@ -232,6 +232,8 @@ def test_a_test_file_of_its_own(tune, adata, tmp_path, caplog):
     assert summary["data"]["test_classes_unknown"] == ["plasma cell"]
     assert summary["cells"]["test"] == summary["test"]["cells"] == 26
     assert "26 of 146 cells are copies of others" in caplog.text
+    assert "Scores leave out test cells of types that are not learnt: plasma cell." in summary["notes"]
+    assert summary["notes"][1] in caplog.text
     caplog.clear()
     tune("apart", reference=adata[40:].copy(), test=tmp_path / "test.h5ad")
     assert "are copies" not in caplog.text
