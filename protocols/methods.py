@@ -81,11 +81,9 @@ def baseline(name: str, threads: int = 2) -> Method:
         train, test = cells[np.isin(fold.split, [TRAIN, VALIDATION])], cells[fold.split == TEST]
         # worker processes cost more than they save on few cells
         model = BASELINES[name](seed=seed, threads=threads if train.n_obs > 1000 else 1)
-        model.fit(train, LABEL, input=input_of(cells))
+        classes = model.fit(train, LABEL, input=input_of(cells)).classes_.tolist()
         probabilities = model.predict_proba(test, input=input_of(cells))
-        return Outputs(
-            model.classes_.tolist(), probabilities, time.perf_counter() - started, notes=model.notes
-        )
+        return Outputs(classes, probabilities, time.perf_counter() - started, notes=model.notes)
 
     return Method(name, run, is_baseline=True)
 
