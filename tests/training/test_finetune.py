@@ -239,15 +239,6 @@ def test_a_test_file_of_its_own(tune, adata, tmp_path, caplog):
     assert "are copies" not in caplog.text
 
 
-def test_copies_in_the_reference_are_told(tune, adata, caplog):
-    twice = anndata.concat([adata, adata[:30]], index_unique="-")
-    for options in ({}, {"recipe": "default", "test_fraction": 0}):
-        summary, _ = tune(reference=twice, overwrite=True, **options)
-        assert "30 of 150 cells are copies of others" in caplog.text
-        assert any("copies" in note for note in summary["notes"])
-        caplog.clear()
-
-
 def test_presence_and_absence_are_told_from_counts(tune, adata, caplog):
     adata.X = adata.X > 4
     tune(reference=adata)
