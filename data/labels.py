@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from ..tokenization import InputError
+from .read import row_blocks
 
 UNASSIGNED = "unassigned"
 # what missing values become when a column has been through text, and the word for no type
@@ -16,6 +18,8 @@ NO_LABELS = {"", "nan", "none", "<na>", UNASSIGNED}
 FEW_CELLS = 3
 # a column of measurements has nearly as many values as cells
 MAX_SHARE_OF_DISTINCT_NUMBERS = 0.5
+# cells of fewer expressed genes may be alike by chance
+TELLING_GENES = 20
 
 
 def find_labels(obs: pd.DataFrame, label_key: str, source: str = "the reference") -> np.ndarray:
@@ -144,3 +148,26 @@ def cell_notes(gene_names: Iterable[str], expressed_genes: np.ndarray) -> list[s
     if n_empty:
         notes.append(f"{n_empty:,} of {len(expressed_genes):,} cells express no gene at all.")
     return notes
+
+
+def copy_notes(parts: Sequence[sp.csr_matrix]) -> list[str]:
+    """
+    A sentence on cells that stand more than once in these parts, [cells, genes] each: held out, they tell nothing.
+
+    Examples
+    --------
+    >>> cells = sp.csr_matrix(np.random.default_rng(0).poisson(9, size=(3, 50)))
+    >>> copy_notes([cells, cells[:1]])[0].partition(":")[0]
+    '1 of 4 cells are copies of others, gene for gene'
+    """
+    weights, keys = np.random.default_rng(0).random(parts[0].shape[1]), []
+    for part in parts:
+        for block in row_blocks(part.shape[0]):
+            rows = part[block].sorted_indices()
+            keys.append((rows @ weights)[np.diff(rows.indptr) >= TELLING_GENES])
+    copies = pd.Series(np.concatenate(keys)).duplicated().sum()
+    told = (
+        f"{copies:,} of {sum(part.shape[0] for part in parts):,} cells are copies of others, gene for gene: scores are "
+        "too good, and confidence too high, where one is learnt from and the other held out. Keep each cell once."
+    )
+    return [told] if copies else []

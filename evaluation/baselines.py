@@ -33,8 +33,6 @@ class Baseline:
     `threads` is the upper limit for linear algebra and worker processes.
     """
 
-    name = ""
-
     def __init__(self, seed: int = 0, threads: int = 1) -> None:
         self.seed, self.threads = seed, threads
         self.notes: list[str] = []
@@ -56,6 +54,12 @@ class Baseline:
     def predict_proba(self, adata: Any, input: str = "auto") -> np.ndarray:
         """Probabilities of cells, float32 [cells, classes], columns as in `classes_`; absent genes are 0."""
         matrix, names = log_normalize(adata, input=input)
+        if not set(names) & set(self.genes):
+            raise InputError(
+                f"None of the {len(names)} genes of the query is among the {len(self.genes)} of the reference; first "
+                f"names: {', '.join(names[:3])} against {', '.join(self.genes[:3])}. Give both the same kind of gene "
+                "names."
+            )
         with require("threadpoolctl").threadpool_limits(self.threads):
             return self._probabilities(matrix, names).astype(np.float32)
 
@@ -67,23 +71,11 @@ class Baseline:
         raise NotImplementedError
 
     def _probabilities(self, matrix: Any, names: list[str]) -> np.ndarray:
-        alignment = align_genes(names, self.genes)
-        if not alignment.n_matched:
-            raise _no_common_genes(names, self.genes)
-        return self.model.predict_proba(alignment.apply(matrix))
-
-
-def _no_common_genes(names: list[str], genes: list[str]) -> InputError:
-    return InputError(
-        f"None of the {len(names)} genes of the query is among the {len(genes)} of the reference; "
-        f"first names: {', '.join(names[:3])} against {', '.join(genes[:3])}. Give both the same kind of gene names."
-    )
+        return self.model.predict_proba(align_genes(names, self.genes).apply(matrix))
 
 
 class MajorityClass(Baseline):
     """Always the shares of the types among the training cells: what a score owes to imbalance alone."""
-
-    name = "majority"
 
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
         self.model = require("sklearn.dummy").DummyClassifier(strategy="prior").fit(matrix, labels)
@@ -103,11 +95,10 @@ class LogisticRegressionBaseline(Baseline):
     ) -> None:
         super().__init__(seed, threads)
         self.penalty, self.grid = penalty, tuple(grid)
-        self.name = f"logistic_{penalty}"
 
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
-        self.scores = self._search(matrix, labels) if len(self.grid) > 1 else {}
-        self.C = max(self.grid, key=lambda C: (self.scores[C], -C)) if self.scores else self.grid[0]
+        self.scores = self._search(matrix, labels) if len(self.grid) > 1 else {self.grid[0]: 0.0}
+        self.C = max(self.scores, key=lambda C: (self.scores[C], -C))
         self.model, converged = _fit_logistic(self.penalty, self.C, self.seed, matrix, labels)
         if not converged:
             self.notes.append("logistic regression stopped before it converged")
@@ -115,14 +106,16 @@ class LogisticRegressionBaseline(Baseline):
     def _search(self, matrix: Any, labels: np.ndarray) -> dict[float, float]:
         """Mean macro-F1 of every C over the inner folds."""
         joblib, selection = require("joblib"), require("sklearn.model_selection")
-        folds = min(INNER_FOLDS, int(np.unique(labels, return_counts=True)[1].min()))
+        counts = np.unique(labels, return_counts=True)[1]
+        # a type of one cell can't be in both halves: split by the others' frequencies.
+        folds = min(INNER_FOLDS, int(counts.min() if counts.min() > 1 else counts.max()))
         if folds < 2:
-            # a type of one cell can't be in both halves: split by the others' frequencies.
-            folds = INNER_FOLDS
+            # no cell can be held out
+            return {1.0: 0.0}
         splitter = selection.StratifiedKFold(folds, shuffle=True, random_state=self.seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The least populated class")
-            splits = list(splitter.split(matrix, labels))
+            splits = [two for two in splitter.split(matrix, labels) if len(set(labels[two[0]])) > 1]
         # processes, not threads: liblinear has one random generator per process.
         tasks = [(C, train, held) for C in self.grid for train, held in splits]
         values = joblib.Parallel(n_jobs=self.threads)(
@@ -161,8 +154,6 @@ def _score_logistic(penalty, C, seed, matrix, labels, train, held) -> float:
 class NeighboursBaseline(Baseline):
     """Votes of the nearest training cells on principal components of the genes whose log values vary most."""
 
-    name = "knn"
-
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
         mean = np.asarray(matrix.mean(axis=0)).ravel()
         variance = np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel() - mean**2
@@ -186,11 +177,9 @@ class CellTypistBaseline(Baseline):
 
     Its own training passes scikit-learn an argument that it lacks since 1.8: the same model (one-vs-rest L2 logistic
     regression with C = 1 on standardised genes, clipped at 10) is fitted here, put into its `Model`, and a note says
-    so. Probabilities are the softmax of CellTypist's decision scores: its own
-    independent ones reach 1 for several types at once, which would leave the choice to their order.
+    so. Probabilities are the softmax of CellTypist's decision scores: its own independent ones reach 1 for several
+    types at once, which would leave the choice to their order.
     """
-
-    name = "celltypist"
 
     def _fit(self, matrix: Any, labels: np.ndarray) -> None:
         _quiet_celltypist()
@@ -199,8 +188,6 @@ class CellTypistBaseline(Baseline):
 
     def _probabilities(self, matrix: Any, names: list[str]) -> np.ndarray:
         celltypist = _quiet_celltypist()
-        if not set(names) & set(self.genes):
-            raise _no_common_genes(names, self.genes)
         # the query's own genes: CellTypist leaves absent ones out instead of reading them as 0.
         query = require("anndata").AnnData(matrix, var=require("pandas").DataFrame(index=names))
         with warnings.catch_warnings():

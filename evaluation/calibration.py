@@ -18,35 +18,28 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return require("scipy.special").softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
 
 
-def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> float:
-    """Mean cross-entropy of logits [cells, classes] divided by a temperature; natural log."""
-    scaled = np.asarray(logits, dtype=np.float64) / temperature
-    logs = require("scipy.special").log_softmax(scaled, axis=1)
-    return float(-logs[np.arange(len(logs)), labels].mean())
-
-
-def fit_temperature(
-    logits: np.ndarray, labels: np.ndarray, bounds: tuple[float, float] = (0.05, 20.0), prior: float = 0.0
-) -> float:
+def fit_temperature(logits: np.ndarray, labels: np.ndarray, prior: float = 0.0) -> float:
     """
     The one number that, dividing the logits, makes validation cells likeliest.
 
     Logits [cells, classes] and class indices [cells] are of cells that the model did not learn from. Above 1 it was
-    too sure of itself, below 1 not sure enough; predicted classes don't change. A value at one of the `bounds` means
-    that the cells are (nearly) all right or all wrong, and tell nothing about calibration. `prior` is the weight, in
-    cells, of the belief that the logarithm is near 0: what keeps few cells from the bounds.
+    too sure of itself, below 1 not sure enough; predicted classes don't change. A value at 0.05 or 20, the bounds of
+    the search, means that the cells are (nearly) all right or all wrong, and tell nothing about calibration. `prior` is
+    the weight, in cells, of the belief that the logarithm is near 0: what keeps few cells from the bounds.
 
     Guo et al., On Calibration of Modern Neural Networks, ICML 2017. The loss is convex in 1/temperature, so
     a bounded scalar search finds the minimum.
     """
     logits, labels = _checked(logits, labels)
+    log_softmax = require("scipy.special").log_softmax
 
     def loss(log_temperature):
         belief = prior / len(labels) * log_temperature**2 / 2
-        return negative_log_likelihood(logits, labels, np.exp(log_temperature)) + belief
+        logs = log_softmax(logits / np.exp(log_temperature), axis=1)
+        return belief - logs[np.arange(len(labels)), labels].mean()
 
     minimize = require("scipy.optimize").minimize_scalar
-    result = minimize(loss, bounds=np.log(bounds), method="bounded", options={"xatol": 1e-6})
+    result = minimize(loss, bounds=np.log([0.05, 20.0]), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(result.x))
 
 
@@ -65,6 +58,8 @@ def _by_confidence(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cells, summed confidence and right answers of equal bins of the confidence, each closed on its right, [bins]."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    # a cell without any probability has no class, and not the first
+    right &= confidence > 0
     index = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
     cells = np.bincount(index, minlength=n_bins)
     return cells, *(np.bincount(index, weights, minlength=n_bins) for weights in (confidence, right))
@@ -105,8 +100,7 @@ def plot_reliability(probabilities: np.ndarray, labels: np.ndarray, path: str | 
     Of probabilities [cells, classes] and true classes [cells]; saved as `path`, and returned as matplotlib's Figure.
     """
     values, truth = _checked(probabilities, labels)
-    n_bins, edges = 10, np.linspace(0, 1, 11)
-    cells, confidence, right = _by_confidence(values, truth, n_bins)
+    cells, confidence, right = _by_confidence(values, truth, 10)
     seen = cells > 0
     accuracy, mean = right[seen] / cells[seen], confidence[seen] / cells[seen]
     error = expected_calibration_error(values, truth)
@@ -114,7 +108,7 @@ def plot_reliability(probabilities: np.ndarray, labels: np.ndarray, path: str | 
     above, below = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
     above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfect")
     above.plot(mean, accuracy, marker="o", markersize=4, label=f"model (ECE {error:.3f})")
-    below.stairs(cells, edges, color="C0", linewidth=1.4)
+    below.stairs(cells, np.linspace(0, 1, 11), color="C0", linewidth=1.4)
     above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
     # above the axes: a curve may pass anywhere inside.
     above.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))

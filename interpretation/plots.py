@@ -101,9 +101,7 @@ def _swarm(values: np.ndarray, n_bins: int = 100, width: float = 0.4) -> np.ndar
     steps = (place + 1) // 2 * np.where(place % 2 == 1, 1, -1)
     # a bin's height grows with the root of its cells: the pile of silent cells must not flatten the others.
     heights = width * np.sqrt(sizes / sizes.max()) / np.maximum(sizes // 2, 1)
-    offsets = np.empty(len(values))
-    offsets[order] = steps * np.repeat(heights, sizes)
-    return offsets
+    return (steps * np.repeat(heights, sizes))[np.argsort(order)]
 
 
 def plot_top_genes(table: pd.DataFrame, scores: pd.DataFrame, path: str | Path, n_top: int = 5) -> Figure:

@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from transformers import set_seed
 
-from ..evaluation.baselines import BASELINES, LogisticRegressionBaseline
+from ..data.labels import UNASSIGNED
+from ..evaluation.baselines import BASELINES
 from ..modeling_scbert import ScBertForMaskedExpression
 from ..tokenization import InputError
 from ..trained_model.model_folder import load_model, load_tokenizer, save_model
@@ -30,10 +31,8 @@ from .folds import TEST, TRAIN, VALIDATION, Fold
 
 logger = logging.getLogger(__name__)
 
-# few cells are repeated up to this many, or an epoch would be a single step; and fine-tuning sets types of one
-# or two cells aside
+# few cells are repeated up to this many, or an epoch would be a single step
 CELLS_OF_AN_EPOCH = 320
-MIN_CELLS = 3
 NEIGHBOURS = 15
 DEFAULT_BASELINES = ("logistic_l1", "logistic_l2", "knn", "celltypist", "majority")
 
@@ -56,14 +55,13 @@ class Outputs:
     train_embeddings: np.ndarray | None = None
     train_labels: np.ndarray | None = None
     threshold: float = DEFAULT_THRESHOLD
-    # of the pretraining, on validation cells, where it was part of the run
-    masked_accuracy: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def predicted(self) -> np.ndarray:
-        """Most probable type of every test cell."""
-        return np.array(self.classes, dtype=object)[self.probabilities.argmax(axis=1)]
+        """Most probable type of every test cell; "unassigned" without expression."""
+        best = np.where(self.probabilities.any(axis=1), self.probabilities.argmax(axis=1), -1)
+        return np.array([*self.classes, UNASSIGNED], dtype=object)[best]
 
 
 @dataclass(frozen=True)
@@ -82,15 +80,10 @@ def baseline(name: str, threads: int = 2) -> Method:
         started = time.perf_counter()
         train, test = cells[np.isin(fold.split, [TRAIN, VALIDATION])], cells[fold.split == TEST]
         # worker processes cost more than they save on few cells
-        options: dict[str, Any] = {"seed": seed, "threads": threads if train.n_obs > 1000 else 1}
-        model = BASELINES[name](**options)
-        if isinstance(model, LogisticRegressionBaseline) and train.obs[LABEL].value_counts().min() < 2:
-            # one cell of a type cannot be held out to choose C
-            model = LogisticRegressionBaseline(model.penalty, grid=(1.0,), **options)
-        model.fit(train, LABEL, input=input_of(cells))
+        model = BASELINES[name](seed=seed, threads=threads if train.n_obs > 1000 else 1)
+        classes = model.fit(train, LABEL, input=input_of(cells)).classes_.tolist()
         probabilities = model.predict_proba(test, input=input_of(cells))
-        seconds = time.perf_counter() - started
-        return Outputs([str(c) for c in model.classes_], probabilities, seconds, notes=list(model.notes))
+        return Outputs(classes, probabilities, time.perf_counter() - started, notes=model.notes)
 
     return Method(name, run, is_baseline=True)
 
@@ -139,7 +132,7 @@ def _cells_of(cells: anndata.AnnData, fold: Fold, repeat: bool) -> anndata.AnnDa
     if repeat:
         labels = cells.obs[LABEL].to_numpy()[rows[0]]
         names, counts = np.unique(labels, return_counts=True)
-        size = max(MIN_CELLS, CELLS_OF_AN_EPOCH // len(names))
+        size = CELLS_OF_AN_EPOCH // len(names)
         repeated = [np.resize(rows[0][labels == name], max(size, n)) for name, n in zip(names, counts)]
         rows[1], rows[0] = rows[0], np.concatenate(repeated)
     chosen = np.concatenate(rows)

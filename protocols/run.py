@@ -13,6 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 from rich.console import Console
 
+from ..data.labels import copy_notes
 from ..data.paths import check_output_folder, check_output_path, partial_folder
 from ..evaluation.baselines import BASELINES, available_baselines
 from ..evaluation.tables import TextTable
@@ -21,7 +22,7 @@ from ..trained_model.model_folder import find_model, versions
 from ..training.settings import read_json
 from .cells import LABEL, load_benchmark_cells
 from .comparison import score_tables, summarise_folds, warnings_of, warnings_of_modalities
-from .folds import PROTOCOLS, SHOTS, TEST, Fold, ProtocolOptions, read_folds, write_folds
+from .folds import PROTOCOLS, SHOTS, TEST, TRAIN, Fold, ProtocolOptions, read_folds, write_folds
 from .masked_expression import masked_accuracy
 from .methods import DEFAULT_BASELINES, Method, Outputs, all_methods
 from .report import plot_one_setting, plot_scores, write_report
@@ -145,6 +146,7 @@ def run_benchmark(
     planned = PROTOCOLS[protocol](adata, options)
     if folds_from is not None:
         planned = read_folds(folds_from, adata, planned)
+    planned = usable_folds(adata, planned)
     with partial_folder(output, overwrite, marker=RESULTS) as folder:
         methods = all_methods(
             protocol,
@@ -174,6 +176,24 @@ def run_benchmark(
     return {**result, "output": str(output)}
 
 
+def usable_folds(cells: anndata.AnnData, folds: Sequence[Fold]) -> list[Fold]:
+    """The folds that teach two types and test one of these, and the novel one; an `InputError` if there is none."""
+    labels, kept = cells.obs[LABEL].to_numpy(), []
+    for fold in folds:
+        learnt, tested = (set(labels[fold.split == name]) for name in (TRAIN, TEST))
+        if len(learnt) > 1 and learnt & tested and fold.novel in {None, *tested}:
+            kept.append(fold)
+    told = (
+        f"{len(folds) - len(kept)} of {len(folds)} folds cannot be run: each needs two types of three cells to learn "
+        "from, and others of their cells (of the group or type left out) to test on. Give more cells, or fewer folds."
+    )
+    if not kept:
+        raise InputError(told)
+    if len(kept) < len(folds):
+        logger.warning(told)
+    return kept
+
+
 def _variants(protocol: str, given: str | Path | dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     if isinstance(given, str | Path):
         given = read_json(Path(given).read_text(encoding="utf-8"))
@@ -199,8 +219,7 @@ def _shots(given: str | Sequence[int] | None) -> tuple[int, ...]:
 def named_baselines(given: str | Sequence[str] | None) -> list[str]:
     """Names of baselines, of one text with commas or those installed; an `InputError` for an unknown one."""
     if given is None:
-        installed = available_baselines()
-        return [name for name in DEFAULT_BASELINES if name in installed]
+        return [name for name in DEFAULT_BASELINES if name in available_baselines()]
     names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given)
     unknown = sorted(set(names) - set(BASELINES) - {""})
     if unknown:
@@ -247,6 +266,7 @@ def _result(
     # the order of the table: methods as they ran, the model in question first
     summary = summarise_folds(rows)
     warnings = warnings_of(summary) + (warnings_of_modalities(summary) if protocol == "modalities" else [])
+    warnings += copy_notes([cells.X])
     result = {
         "protocol": protocol,
         "cells": cells.n_obs,

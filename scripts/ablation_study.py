@@ -183,7 +183,8 @@ def _run_draw(cells, fold, combinations, options, tuning, baselines, folder, see
         method = combination(name, point, options, tuning, folder / "work") if point else baseline(name)
         outputs = method.run(part, fold, seed)
         row = {**fold_scores(method, outputs, fold, true), **point}
-        row["masked_accuracy"] = outputs.masked_accuracy
+        # of the pretraining, on validation cells, where it was part of the run
+        row["masked_accuracy"] = getattr(outputs, "masked_accuracy", None)
         temporary = file.with_suffix(".part")
         temporary.write_text(json.dumps(finite(row)), encoding="utf-8")
         # a row is there when it is whole

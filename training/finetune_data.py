@@ -123,7 +123,7 @@ def load_data(
     others = [read_cells(cells, layer=data.layer) for cells in unlabelled]
     if isinstance(tokenizer, dict):
         # genes are not chosen with a look at the test cells
-        learnt = np.isin(assigned, ["train", "validation"]) if data.top_genes else targets >= 0
+        learnt = np.isin(assigned, ["train", "validation"])
         tokenizer = _tokenizer_of(tokenizer, reference, learnt, data, others)
     report["genes"] = _gene_report(tokenizer, reference, data)
     bins = tokenizer.bin_cells(reference, input=data.input, layer=data.layer)
@@ -150,7 +150,6 @@ def load_data(
     if data.test:
         sources["test"] = read_cells(data.test if test is None else test, layer=data.layer)
         splits["test"] = _test_cells(sources["test"], data, tokenizer, classes, report)
-        _say_learnt_test_cells(splits)
     report["cells"] = {name: len(splits[name]) for name in SPLITS}
     kinds = {
         name: tokenizer.resolve_input(select_matrix(source, data.layer)[0], data.input)[0]
@@ -262,7 +261,7 @@ def _given_splits(reference: AnnData, test_key: str | None) -> np.ndarray | None
 def _tokenizer_of(
     options: dict[str, Any],
     reference: AnnData,
-    labelled: np.ndarray,
+    learnt: np.ndarray,
     data: FinetuneDataArguments,
     others: Sequence[AnnData],
 ) -> ScBertTokenizer:
@@ -271,16 +270,16 @@ def _tokenizer_of(
         return new_tokenizer(options, read_gene_panel(data.genes))
     matrix, source = select_matrix(reference, data.layer)
     names = gene_names_of(source.var, source.var_names)
-    expressed = _expressed(matrix[np.flatnonzero(labelled)])
+    expressed = _expressed(matrix[np.flatnonzero(learnt)])
     for cells in others:
         of_cells, var = select_matrix(cells, data.layer)
         theirs = np.array(gene_names_of(var.var, var.var_names, names))[_expressed(of_cells)]
         expressed |= np.isin(names, theirs)
     panel = list(dict.fromkeys(name for name, seen in zip(names, expressed, strict=True) if seen))
     if data.top_genes:
-        panel = most_variable_genes(reference[labelled], data.top_genes, data.layer, data.input)
+        panel = most_variable_genes(reference[learnt], data.top_genes, data.layer, data.input)
     if not panel:
-        raise InputError("No gene is expressed in any labelled cell: the matrix holds zeros only.")
+        raise InputError("No gene is expressed in any cell that is learnt from: the matrix holds zeros only.")
     modalities = feature_modalities(source.var)
     if modalities is not None:
         of_feature = dict(zip(names, modalities.tolist(), strict=True))
@@ -386,15 +385,3 @@ def _test_cells(
     report["test_classes_unknown"] = _unknown_classes(labels, classes)
     bins = tokenizer.bin_cells(test, input=data.input, layer=data.layer)[cells]
     return LabelledCells(bins, targets[cells], cells, alignment.absent)
-
-
-def _say_learnt_test_cells(splits: dict[str, LabelledCells]) -> None:
-    """Warn of test cells with the very bins of cells that are learnt from: they test nothing."""
-    weights = np.random.default_rng(0).random(splits["test"].bins.shape[1])
-    test, *learnt = (splits[name].bins.sorted_indices() @ weights for name in ("test", "train", "validation"))
-    n_known = int((np.isin(test, np.concatenate(learnt)) & (test > 0)).sum())
-    if n_known:
-        logger.warning(
-            f"{n_known:,} of the {len(test):,} test cells are also among those that are learnt from, gene for gene: "
-            "scores on them are too good. Leave them out of one of the two files."
-        )

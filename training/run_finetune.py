@@ -15,6 +15,7 @@ import numpy as np
 from anndata import AnnData
 from transformers import PreTrainedModel, TrainerState, set_seed
 
+from ..data.labels import copy_notes
 from ..data.paths import check_output_folder
 from ..evaluation.calibration import conformal_quantiles
 from ..tokenization import InputError
@@ -137,9 +138,14 @@ def finetune(
             "(unlabelled) out, or pretrain on them first."
         )
     set_seed(training.seed)
-    precision = "bfloat16" if training.bf16 else "float32"
-    logger.info("Fine-tuning on %s in %s.", training.device, precision)
+    logger.info("Fine-tuning on %s in %s.", training.device, "bfloat16" if training.bf16 else "float32")
     data = load(data_arguments, model_arguments, training, **cells)
+    notes = copy_notes([part.bins for part in data.splits.values()])
+    if unknown := data.report.get("test_classes_unknown"):
+        notes.append(f"Scores leave out test cells of types that are not learnt: {', '.join(unknown)}.")
+    data.report["notes"] = notes
+    for note in notes:
+        logger.warning(note)
     model = build_model(model_arguments, data, training.seed)
     model.config.update({"label_ontology_ids": data.term_ids, "label_parents": data.parents})
     return train_and_save(settings, data_arguments, training, data, model)

@@ -12,6 +12,7 @@ import torch
 from scipy.stats import t as student_t
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
+from ..data.labels import UNASSIGNED
 from ..data.read import log_normalize
 from ..evaluation.calibration import expected_calibration_error, softmax
 from ..evaluation.metrics import classification_metrics, plot_confusion
@@ -73,11 +74,10 @@ def score_splits(tuned: TunedModel, data: FinetuneData) -> dict[str, dict[str, A
         learnt = data.splits["train"]
         judged = judged_cells(learnt.targets)
         if judged.any():
-            folds = tuned.held_out.folds[judged]
-            found = _scores(tuned.held_out.probabilities[judged], learnt.targets[judged], data, threshold)
-            scores["cross_validation"] = found | fold_intervals(
-                tuned.held_out.probabilities[judged].argmax(axis=1) == learnt.targets[judged], folds
-            )
+            asked = tuned.held_out.probabilities[judged], learnt.targets[judged]
+            right = asked[0].argmax(axis=1) == asked[1]
+            intervals = fold_intervals(right, tuned.held_out.folds[judged])
+            scores["cross_validation"] = _scores(*asked, data, threshold) | intervals
     for name in ("validation", "test"):
         part = data.splits[name]
         if len(part):
@@ -101,21 +101,20 @@ def fold_intervals(right: np.ndarray, folds: np.ndarray) -> dict[str, Any]:
     [1.0, 0.5]
     """
     of_folds = [float(right[folds == fold].mean()) for fold in np.unique(folds)]
-    if len(of_folds) < 2:
-        return {"accuracy_of_folds": of_folds}
-    half = float(student_t.ppf(0.975, len(of_folds) - 1) * np.std(of_folds, ddof=1) / len(of_folds) ** 0.5)
-    center = float(np.mean(of_folds))
-    return {
-        "accuracy_of_folds": of_folds,
-        "accuracy_interval": [max(0.0, center - half), min(1.0, center + half)],
-    }
+    found, n_folds = {"accuracy_of_folds": of_folds}, len(of_folds)
+    if n_folds > 1:
+        half = float(student_t.ppf(0.975, n_folds - 1) * np.std(of_folds, ddof=1) / n_folds**0.5)
+        found["accuracy_interval"] = np.clip(np.mean(of_folds) + np.array([-half, half]), 0, 1).tolist()
+    return found
 
 
 def _scores(
     probabilities: np.ndarray, targets: np.ndarray, data: FinetuneData, threshold: float | None = None
 ) -> dict[str, Any]:
-    names, best = np.array(data.classes, dtype=object), probabilities.argmax(axis=1)
-    confidence, right = probabilities.max(axis=1), best == targets
+    names, confidence = np.array([*data.classes, UNASSIGNED], dtype=object), probabilities.max(axis=1)
+    # a cell without expression has no type, and not the first
+    best = np.where(confidence > 0, probabilities.argmax(axis=1), -1)
+    right = best == targets
     assigned = confidence >= (DEFAULT_THRESHOLD if threshold is None else threshold)
     return {
         "cells": len(targets),
@@ -187,7 +186,7 @@ def summarise(
             head[f"{name}_{metric}"] = scores[name][metric]
             if name in baseline:
                 head[f"baseline_{name}_{metric}"] = baseline[name][metric]
-    notes = list(baseline.get("notes", []))
+    notes = [*data.report.get("notes", ()), *baseline.get("notes", ())]
     if estimate is None:
         notes.append("every class has a single cell: how good the model is cannot be said")
     elif head.get(f"baseline_{estimate}_macro_f1", 0) > head[f"{estimate}_macro_f1"]:

@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 
 from scbert.data.read import log_normalize
-from scbert.evaluation.baselines import BASELINES, LogisticRegressionBaseline, available_baselines
+from scbert.evaluation.baselines import BASELINES, C_GRID, LogisticRegressionBaseline, available_baselines
 from scbert.evaluation.per_gene_mode import PerGeneModeBaseline, count_bins
 from scbert.tokenization import InputError
 
@@ -80,7 +80,11 @@ def test_a_type_of_one_cell_does_not_stop_the_search(reference):
     labels.iloc[0] = "rare"
     rare.obs["cell_type"] = labels
     model = LogisticRegressionBaseline(grid=(0.1, 1.0)).fit(rare, "cell_type")
-    assert model.predict_proba(rare).shape == (90, 4)
+    assert set(model.scores) == {0.1, 1.0} and model.predict_proba(rare).shape == (90, 4)
+    # the other types have two, and then one
+    of_type = rare.obs.groupby("cell_type").cumcount().to_numpy()
+    found = [LogisticRegressionBaseline().fit(rare[of_type < n], "cell_type") for n in (2, 1)]
+    assert set(found[0].scores) == set(C_GRID) and found[1].C == 1.0
 
 
 def test_unlabelled_cells_are_left_out(reference):

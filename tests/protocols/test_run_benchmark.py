@@ -9,11 +9,12 @@ import torch
 
 from scbert import ScBertConfig, ScBertForMaskedExpression, ScBertTokenizer
 from scbert.commands.cli import main
+from scbert.evaluation.baselines import LogisticRegressionBaseline
 from scbert.protocols import PROTOCOLS, run_benchmark
 from scbert.protocols.cells import LABEL, load_benchmark_cells
 from scbert.protocols.folds import ProtocolOptions, read_folds, write_folds
 from scbert.protocols.methods import baseline, scbert
-from scbert.protocols.run import without_genes
+from scbert.protocols.run import usable_folds, without_genes
 from scbert.tokenization import InputError
 
 TINY = {
@@ -104,11 +105,27 @@ def test_groups_that_cannot_be_left_out_are_told(labelled):
     labelled.obs["group"] = np.where(labelled.obs[LABEL] == "B cell", "one", "two")
     labelled.obs.loc[labelled.obs[LABEL] == "T cell", "group"] = "three"
     kept = labelled[labelled.obs[LABEL].isin(["B cell", "T cell"])]
-    with pytest.raises(InputError, match="No group of 'group' can be left out"):
-        PROTOCOLS["leave-one-out"](kept, ProtocolOptions("group"))
+    with pytest.raises(InputError, match=r"2 of 2 folds cannot be run: .*of the group or type left out"):
+        usable_folds(kept, PROTOCOLS["leave-one-out"](kept, ProtocolOptions("group")))
     labelled.obs["donor"] = labelled.obs["donor"].where(labelled.obs["donor"] != "donor_1")
     with pytest.raises(InputError, match="cells have no group in 'donor'"):
         PROTOCOLS["leave-one-out"](labelled, ProtocolOptions("donor"))
+
+
+def test_a_type_too_rare_to_be_asked_for_is_not_left_out(labelled, caplog):
+    rare = labelled[12:].copy()
+    assert (rare.obs[LABEL] == "fourth").sum() == 4
+    folds = usable_folds(rare, PROTOCOLS["novel-types"](rare, ProtocolOptions()))
+    # without a novel cell, novel accuracy would be 0 for every cell called so
+    assert [fold.novel for fold in folds] == ["B cell", "T cell", "monocyte"]
+    assert "1 of 4 folds cannot be run" in caplog.text
+
+
+@pytest.mark.parametrize("protocol", ["cross-validation", "reference-size", "novel-types", "marker-deletion"])
+def test_too_few_cells_are_told(protocol, labelled, tmp_path):
+    labelled[:9].write_h5ad(tmp_path / "few.h5ad")
+    with pytest.raises(InputError, match=r"folds cannot be run: .* Give more cells, or fewer folds"):
+        run_benchmark(protocol, tmp_path / "few.h5ad", "cell_type", tmp_path / "out", folds=3)
 
 
 def test_every_size_of_reference_has_the_same_test(labelled):
@@ -204,6 +221,7 @@ def test_log_values_are_told_from_all_genes(adata, tmp_path):
 def test_a_benchmark_leaves_its_files(cells_file, recipe, tmp_path):
     options = {"recipe": str(recipe), "baselines": "logistic_l2,majority", "folds": 2}
     result = run_benchmark("cross-validation", cells_file, "cell_type", tmp_path / "out", **options)
+    assert not any("copies" in warning for warning in result["warnings"])
     models = [entry["model"] for entry in result["summary"]]
     assert models == ["scBERT", "logistic_l2", "majority"]
     assert result["summary"][1]["macro_f1"] > 0.95 > result["summary"][2]["macro_f1"]
@@ -215,6 +233,15 @@ def test_a_benchmark_leaves_its_files(cells_file, recipe, tmp_path):
     assert not (tmp_path / "out" / "work").exists()
     with pytest.raises(InputError, match="exists"):
         run_benchmark("cross-validation", cells_file, "cell_type", tmp_path / "out", **options)
+
+
+def test_cells_of_two_datasets_are_told(adata, recipe, tmp_path):
+    for name, part in (("one", adata[:70]), ("two", adata[40:])):
+        part.copy().write_h5ad(tmp_path / f"{name}.h5ad")
+    options = {"recipe": str(recipe), "baselines": "majority", "group_key": "dataset"}
+    paths = [tmp_path / "one.h5ad", tmp_path / "two.h5ad"]
+    result = run_benchmark("leave-one-out", paths, "cell_type", tmp_path / "out", **options)
+    assert any("30 of 150 cells are copies of others" in warning for warning in result["warnings"])
 
 
 def test_novel_types_are_scored_many_ways(labelled, recipe, tmp_path):
@@ -236,6 +263,17 @@ def test_one_shot_learns(labelled, recipe, tmp_path):
     assert (
         baseline("logistic_l1", 1).run(labelled, fold, 0).probabilities.shape == outputs.probabilities.shape
     )
+
+
+def test_a_type_of_one_cell_takes_no_search_from_a_baseline(labelled, monkeypatch):
+    cells, searched = labelled[15:].copy(), []
+    assert (cells.obs[LABEL] == "fourth").sum() == 1
+    (fold,) = PROTOCOLS["few-shot"](cells, ProtocolOptions(n_folds=1, shots=(8,)))
+    monkeypatch.setattr(
+        LogisticRegressionBaseline, "predict_proba", lambda self, *_, **__: searched.extend(self.scores)
+    )
+    baseline("logistic_l2", 1).run(cells, fold, 0)
+    assert len(searched) == 3
 
 
 def test_a_base_brings_its_ablations(cells_file, recipe, base, tmp_path):

@@ -231,10 +231,12 @@ def test_a_test_file_of_its_own(tune, adata, tmp_path, caplog):
     summary, _ = tune(test=tmp_path / "test.h5ad")
     assert summary["data"]["test_classes_unknown"] == ["plasma cell"]
     assert summary["cells"]["test"] == summary["test"]["cells"] == 26
-    assert "26 of the 26 test cells are also among those that are learnt from" in caplog.text
+    assert "26 of 146 cells are copies of others" in caplog.text
+    assert "Scores leave out test cells of types that are not learnt: plasma cell." in summary["notes"]
+    assert summary["notes"][1] in caplog.text
     caplog.clear()
     tune("apart", reference=adata[40:].copy(), test=tmp_path / "test.h5ad")
-    assert "are also among" not in caplog.text
+    assert "are copies" not in caplog.text
 
 
 def test_presence_and_absence_are_told_from_counts(tune, adata, caplog):
@@ -277,6 +279,15 @@ def test_cells_without_a_gene_are_not_learnt_from(tune, adata, tmp_path, caplog)
         assert sum(cells.values()) + left_out == 120 and left_out + cells["test"] >= 30
         assert f"{left_out} without a gene of the panel" in caplog.text
     assert left_out == 30 and summary["cross_validation"]["cells"] == 90
+    # a test cell without a gene has no type, and not the first
+    summary, _ = tune(
+        "asked", recipe="default", test=adata[adata.obs["cell_type"] == "B cell"].copy(), overwrite=True
+    )
+    confusion = summary["test"]["confusion"]
+    assert (
+        summary["test"]["accuracy"] == 0.75
+        and dict(zip(confusion["labels"], confusion["matrix"][0]))["unassigned"] == 10
+    )
     # a class is never emptied
     empty[np.flatnonzero(adata.obs["cell_type"] == "B cell")] = 0
     adata.X = empty.tocsr()
