@@ -210,7 +210,7 @@ def annotate_file(
     check_outside(model, output, genes_report, report)
     if processes is not None or resume:
         options = {"layer": layer, "input": input, "device": device, "dtype": dtype, "batch_size": batch_size}
-        shards = ShardedPrediction(query, model, output, processes, resume, gene_table, **options)
+        shards = ShardedPrediction(query, model, output, overwrite, processes, resume, gene_table, **options)
     with opened(query, layer) as adata, ExitStack() as held:
         if majority_vote is not None:
             check_vote(adata, majority_vote)
