@@ -32,7 +32,10 @@ def read_mudata(path, genome=None, every_feature=True):
 
 
 def modalities_of(mdata):
-    """AnnData objects of a MuData by feature type; its modalities are named rna (or gex), atac (or peaks), prot."""
+    """AnnData objects of a MuData by feature type; its modalities are named rna (or gex), atac (or peaks), prot.
+
+    They get the columns of its own obs, such as the types of cells; those they have themselves stay.
+    """
     known = {
         MODALITY_NAMES[name.lower()]: mdata[name] for name in mdata.mod if name.lower() in MODALITY_NAMES
     }
@@ -44,6 +47,10 @@ def modalities_of(mdata):
     left_out = [name for name in mdata.mod if name.lower() not in MODALITY_NAMES]
     if left_out:
         logger.warning("Modalities that are left out: %s.", ", ".join(left_out))
+    # columns of a modality may stand there too, under its name
+    shared = [name for name in mdata.obs if str(name).partition(":")[0] not in mdata.mod]
+    for part in known.values() if mdata.obs_names.is_unique else ():
+        part.obs = part.obs.join(mdata.obs[[name for name in shared if name not in part.obs]])
     return known
 
 
