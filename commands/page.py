@@ -184,6 +184,7 @@ class Page:
             "outputs": [self.status, self.plot],
             **private,
         }
+        reporting = (self._report, [self.annotated, self.places], self.report)
         self.model.change(self._tell_known, self.model, told, show_progress="hidden", **private)
         self.upload.change(self._offer_matrices, self.upload, self.matrix, show_progress="hidden", **private)
         self.sample.click(self._take_sample, None, [self.upload, self.values], **private)
@@ -193,16 +194,16 @@ class Page:
             [self.status, self.results, self.picture, *facts, self.annotated, self.threshold, self.genes],
             show_progress_on=self.status,
             **private,
-        ).success(self._place, self.annotated, [self.places, self.picture, self.report], **private).success(
+        ).success(self._place, self.annotated, [self.places, self.picture], **private).success(
             **drawing
-        )
+        ).success(*reporting, **private)
         self.threshold.input(
             self._reassign,
             [self.annotated, self.threshold],
             [self.status, *facts, self.annotated],
             trigger_mode="always_last",
             **private,
-        ).success(**drawing)
+        ).success(**drawing).success(*reporting, **private)
         for change in (self.colour.change, self.gene.submit):
             change(lambda by: gr.update(visible=by == BY_GENE), self.colour, self.gene, **private).success(
                 **drawing
@@ -254,9 +255,13 @@ class Page:
     def _place(self, annotated: AnnotatedUpload | None) -> tuple:
         places = None if annotated is None else places_of(annotated)
         if places is None or places[0] is None:
-            return None, gr.update(visible=False), gr.update(visible=False)
-        report = gr.update(value=str(write_report(annotated, places)), visible=True)
-        return places, gr.update(visible=True), report
+            return None, gr.update(visible=False)
+        return places, gr.update(visible=True)
+
+    def _report(self, annotated: AnnotatedUpload | None, places: tuple | None) -> Any:
+        if annotated is None or places is None:
+            return gr.update(visible=False)
+        return gr.update(value=str(write_report(annotated, places)), visible=True)
 
     def _draw(self, annotated: AnnotatedUpload | None, places: tuple | None, colour: str, gene: str) -> tuple:
         if annotated is None or places is None or (colour == BY_GENE and not gene):

@@ -36,7 +36,7 @@ from .assignment import (
 from .expression_pca import expression_pca
 from .query import BinnedQuery, add_parts, opened, progress_bar, run_facts, write_parts
 from .report import cell_coordinates, write_annotation_report
-from .shipped import doubts, model_or_shipped
+from .shipped import doubts, few_genes, model_or_shipped
 from .voting import check_vote, leiden_groups, majority_vote, vote_notes
 
 logger = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ def _annotation(
         sets, sizes = prediction_sets(probabilities, names, loaded.quantiles(coverage))
         obs["scbert_prediction_set"] = sets
         uns |= {"coverage": float(coverage), "prediction_set_sizes": sizes}
-    notes = [*query.alignment.notes(), *doubts(query.alignment, labels, names)]
+    notes = [*query.alignment.notes(), *few_genes(query.alignment), *doubts(labels, names)]
     if query.n_empty:
         notes.append(
             f"{query.n_empty:,} cell(s) express no gene of the model's panel: unassigned, with confidence 0."

@@ -25,6 +25,7 @@ from .assignment import assign, wider_answers
 from .expression_pca import log_rows
 from .query import opened
 from .report import cell_coordinates, types_table, write_annotation_report
+from .shipped import doubts
 
 OWN_MATRIX = "X"
 # of the sample
@@ -119,7 +120,10 @@ def reassigned(annotated: AnnotatedUpload, threshold: float) -> AnnotatedUpload:
     obs = {"scbert_cell_type": labels, **wider}
     atomic_copy_h5ad(annotated.path, path, obs=obs, uns={"scbert": about}, overwrite=True)
     labels = labels.astype(str)
-    summary = {**annotated.summary, "unassigned": int((labels == UNASSIGNED).sum())}
+    before = doubts(annotated.labels, annotated.names)
+    notes = [note for note in annotated.summary["notes"] if note not in before]
+    notes += doubts(labels, annotated.names)
+    summary = {**annotated.summary, "unassigned": int((labels == UNASSIGNED).sum()), "notes": notes}
     changed = replace(annotated, labels=labels, threshold=threshold, summary=summary, path=path)
     _write_csv(changed, cell_names)
     return changed

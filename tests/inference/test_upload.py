@@ -86,6 +86,17 @@ def test_another_threshold_moves_what_is_unassigned(annotated):
     assert changed.summary["unassigned"] == below.sum()
 
 
+def test_another_threshold_moves_what_is_said_and_reported(annotated, tmp_path):
+    none, every = reassigned(annotated, 1.0), reassigned(annotated, 0.0)
+    assert "90% of the cells are unassigned" in page.result_message(none)
+    for back in (every, reassigned(none, 0.0)):
+        assert "cells are unassigned" not in page.result_message(back)
+    places = places_of(none)
+    assert "confidence below 1)" in write_report(none, places).read_text()
+    steps = page.build_page([str(annotated.model)], tmp_path).fns.values()
+    assert [step.name for step in steps].count("_report") == 2
+
+
 def test_another_threshold_moves_wider_types_and_terms(adata, make_model, tmp_path):
     adata.write_h5ad(tmp_path / "query.h5ad")
     options = {"label_ontology_ids": {"B cell": "CL:0000236"}, "label_parents": {"B cell": "lymphocyte"}}
