@@ -182,14 +182,13 @@ def write_agreement(
     input: str,
 ) -> None:
     """Agreement with differential expression as CSV; nothing where fewer than two types can be compared."""
+    key = label_key or "scbert_explained_type"
     if label_key is None:
-        adata.obs["scbert_explained_type"] = predicted
+        adata.obs[key] = predicted
     tables = []
     for name, scores in per_type.items():
         try:
-            table = differential_expression_agreement(
-                scores, adata, label_key or "scbert_explained_type", input=input
-            )
+            table = differential_expression_agreement(scores, adata, key, input=input)
         except InputError as error:
             logger.warning("Differential expression was left out: %s", error)
             return
@@ -211,7 +210,7 @@ def write_pictures(
         plot_top_genes(top_genes_table(scores, n_top), scores, folder / f"top_genes_{name}.png")
     for target in np.unique(targets):
         cells, label = np.flatnonzero(targets == target), loaded.labels[target]
-        file = "".join(c if c.isalnum() else "_" for c in label)
+        file = "".join(c if c.isalnum() else "_" for c in label[:50])
         plot_summary(
             contributions[cells],
             bins[cells],

@@ -164,6 +164,11 @@ def test_explain_leaves_tables_pictures_and_columns(model_folder, adata, tmp_pat
 def test_a_model_without_attention_is_explained_by_gradients(gene_panel, adata, tmp_path):
     make_classifier(gene_panel, num_hidden_layers=0).save_pretrained(tmp_path / "model")
     ScBertTokenizer(gene_panel=gene_panel, keep_zeros=False).save_pretrained(tmp_path / "model")
+    # names too long for those of files
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["id2label"] = {number: f"{name} 单核细胞" * 60 for number, name in config["id2label"].items()}
+    config["label2id"] = {name: int(number) for number, name in config["id2label"].items()}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     adata.write_h5ad(tmp_path / "query.h5ad")
     result = explain_file(
         tmp_path / "query.h5ad", tmp_path / "model", tmp_path / "out", cells_per_type=3, n_top=3
