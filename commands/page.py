@@ -62,7 +62,7 @@ def kind_message(error: Exception, upload: str | Path | None = None) -> str:
             "Something went wrong here, and it is not your file's fault. Please tell whoever runs this page."
         )
     for said, shown in CHOICES.items():
-        message = message.replace(said, shown)
+        message = message.replace(f"say {said}", shown).replace(said, shown)
     for pattern in OPTIONS:
         message = re.sub(pattern, "", message)
     if upload is not None:
@@ -244,8 +244,7 @@ class Page:
         )  # fmt: skip
 
     def _annotated(self, upload: str, model: str, values: str, matrix: str) -> AnnotatedUpload:
-        layer = None if matrix == OWN_MATRIX else matrix
-        return annotate_upload(upload, model, self.folder, self.limits, values, layer)
+        return annotate_upload(upload, model, self.folder, self.limits, values, matrix)
 
     def _facts(self, annotated: AnnotatedUpload) -> tuple:
         table = annotated.table
@@ -254,12 +253,11 @@ class Page:
 
     def _place(self, annotated: AnnotatedUpload | None) -> tuple:
         places = None if annotated is None else places_of(annotated)
-        if places is None or places[0] is None:
-            return None, gr.update(visible=False)
-        return places, gr.update(visible=True)
+        found = places is not None and places[0] is not None
+        return places if found else None, gr.update(visible=found)
 
     def _report(self, annotated: AnnotatedUpload | None, places: tuple | None) -> Any:
-        if annotated is None or places is None:
+        if places is None:
             return gr.update(visible=False)
         return gr.update(value=str(write_report(annotated, places)), visible=True)
 

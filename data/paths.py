@@ -303,7 +303,7 @@ def keep_record(path, facts):
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = sorted(name for name in {*before, *facts} if before.get(name) != facts.get(name))
     if changed:
-        one = changed[0]
+        one = min(changed, key=len)
         raise InputError(
             f"{path.parent} was begun with other settings or files ({', '.join(changed)}): {one} was "
             f"{before.get(one)!r} and is {facts.get(one)!r} now. Use the same ones to continue, or start again without "

@@ -255,12 +255,10 @@ def gene_names_of(var, var_names, panel=None):
         return names
     kinds = [str(kind) for kind in var["feature_types"]]
     genes = {name for name, kind in zip(names, kinds) if kind == "Gene Expression"}
-    return [
-        f"{name} ({kind})"
-        if kind.endswith(" Capture") or (kind != "Gene Expression" and name in genes)
-        else name
-        for name, kind in zip(names, kinds)
-    ]
+    for place, (name, kind) in enumerate(zip(names, kinds)):
+        if kind.endswith(" Capture") or (kind != "Gene Expression" and name in genes):
+            names[place] = f"{name} ({kind})"
+    return names
 
 
 def _symbols_of(var, names, panel):
