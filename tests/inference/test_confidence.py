@@ -74,7 +74,7 @@ def test_votes_survive_the_file(adata, model_dir, tmp_path, caplog):
 
 
 def test_names_of_types_stay_within_the_picture_of_their_confidence():
-    names = np.array(["CD4-positive, CD25-positive, alpha-beta regulatory T cell, of the blood", "B cell"])
+    names = np.array(["CD4-positive, alpha-beta regulatory T cell, " * 3, "B cell"])
     figure = plot_confidence(names, np.array([0.2, 0.9]), 0.5)
     figure.draw_without_rendering()
     assert figure.get_tightbbox().x0 >= 0
