@@ -15,6 +15,7 @@ import gradio as gr
 
 from ..data.labels import UNASSIGNED
 from ..evaluation.embedding_plot import COLOURS, UNASSIGNED_COLOUR
+from ..inference.report import types_table
 from ..inference.upload import (
     OWN_MATRIX,
     AnnotatedUpload,
@@ -247,7 +248,7 @@ class Page:
         return annotate_upload(upload, model, self.folder, self.limits, values, matrix)
 
     def _facts(self, annotated: AnnotatedUpload) -> tuple:
-        table = annotated.table
+        table = types_table(annotated.labels, annotated.confidence)
         value = {"headers": list(table.columns), "data": [list(row) for row in table.rows]}
         return value, str(annotated.path), str(annotated.csv)
 

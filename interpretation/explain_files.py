@@ -33,6 +33,7 @@ from .plots import plot_summary, plot_top_genes
 logger = logging.getLogger(__name__)
 
 RESULTS = "explanation.json"
+PREDICTED = "scbert_explained_type"
 
 
 def explain_file(
@@ -114,10 +115,11 @@ def explain_file(
     deleted = deletion_test(loaded, part, targets, found, n_top, seed=seed)
     per_type = {name: mean_by_type(values, targets, loaded) for name, values in found.items()}
     types = np.array(loaded.labels, dtype=object)[predicted]
-    named = anndata.AnnData(select_matrix(adata, layer)[0], adata.obs.copy(), pd.DataFrame(index=genes))
+    obs = adata.obs.assign(**{PREDICTED: types})
+    named = anndata.AnnData(select_matrix(adata, layer)[0], obs, pd.DataFrame(index=genes))
     with partial_folder(output, overwrite, marker=RESULTS) as folder:
         tables = write_tables(folder, per_type, n_top, known, names, sets)
-        write_agreement(folder, per_type, named, types, label_key, input)
+        write_agreement(folder, per_type, named, label_key or PREDICTED, input)
         write_pictures(folder, found[GRADIENTS], per_type, part, targets, loaded, n_top)
         deleted.to_csv(folder / "deletion_test.csv", index=False)
         add_columns(adata, per_type, tables["top_genes"], genes)
@@ -174,25 +176,17 @@ def write_tables(
 
 
 def write_agreement(
-    folder: Path,
-    per_type: dict[str, pd.DataFrame],
-    adata: anndata.AnnData,
-    predicted: np.ndarray,
-    label_key: str | None,
-    input: str,
+    folder: Path, per_type: dict[str, pd.DataFrame], adata: anndata.AnnData, label_key: str, input: str
 ) -> None:
     """Agreement with differential expression as CSV; nothing where fewer than two types can be compared."""
-    key = label_key or "scbert_explained_type"
-    if label_key is None:
-        adata.obs[key] = predicted
     tables = []
     for name, scores in per_type.items():
         try:
-            table = differential_expression_agreement(scores, adata, key, input=input)
+            table = differential_expression_agreement(scores, adata, label_key, input=input)
         except InputError as error:
             logger.warning("Differential expression was left out: %s", error)
             return
-        tables.append(table.assign(explanation=name, types="true" if label_key else "predicted"))
+        tables.append(table.assign(explanation=name, types="predicted" if label_key == PREDICTED else "true"))
     pd.concat(tables, ignore_index=True).to_csv(folder / "de_agreement.csv", index=False)
 
 

@@ -20,6 +20,7 @@ from scbert import ScBertConfig, ScBertForCellClassification, ScBertTokenizer
 from scbert.commands import app
 from scbert.commands.cli import main
 from scbert.inference.annotate_cells import annotate
+from scbert.inference.report import types_table
 from scbert.inference.shipped import SHIPPED
 from scbert.inference.upload import (
     Limits,
@@ -51,7 +52,8 @@ def annotated(adata, model_dir, tmp_path):
 def test_an_upload_comes_back_with_table_and_files(annotated):
     written = anndata.read_h5ad(annotated.path)
     assert annotated.path.name == "query_annotated.h5ad"
-    counts = {row[0]: int(row[1]) for row in annotated.table.rows}
+    table = types_table(annotated.labels, annotated.confidence)
+    counts = {row[0]: int(row[1]) for row in table.rows}
     assert counts == written.obs["scbert_cell_type"].value_counts().to_dict()
     labels = pd.read_csv(annotated.csv, index_col="cell")
     assert list(labels["scbert_cell_type"]) == list(written.obs["scbert_cell_type"])
