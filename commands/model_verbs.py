@@ -144,7 +144,9 @@ def app(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Model folder to send.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Model to send: a folder, or one that ships.")
+    ],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="NAME or OWNER/NAME on the Hub.")],
     public: Annotated[
         bool, typer.Option("--public", help="Show it to everybody (private without it).")
@@ -155,7 +157,6 @@ def push(
 ) -> None:
     """Send a model, its code and its card to the Hugging Face Hub."""
     given = locals()
-    existing(folder)
     from ..model_cards.push import push as job
 
     run(job, listing=False, **given)

@@ -16,7 +16,9 @@ Query = Annotated[
     Path,
     typer.Argument(metavar="QUERY", help="Cells to read: .h5ad, .h5mu, .zarr, 10x .h5 or folder."),
 ]
-Reference = Annotated[Path, typer.Argument(metavar="REF", help="Labelled cells: .h5ad, 10x .h5, .zarr.")]
+Reference = Annotated[
+    Path, typer.Argument(metavar="REF", help="Labelled cells: .h5ad, .h5mu, 10x .h5, .zarr.")
+]
 Model = Annotated[Path, typer.Option(metavar="DIR", help="Fine-tuned model folder.")]
 Annotator = Annotated[
     Path | None,

@@ -15,6 +15,7 @@ import gradio as gr
 
 from ..data.labels import UNASSIGNED
 from ..evaluation.embedding_plot import COLOURS, UNASSIGNED_COLOUR
+from ..inference.report import types_table
 from ..inference.upload import (
     OWN_MATRIX,
     AnnotatedUpload,
@@ -62,7 +63,7 @@ def kind_message(error: Exception, upload: str | Path | None = None) -> str:
             "Something went wrong here, and it is not your file's fault. Please tell whoever runs this page."
         )
     for said, shown in CHOICES.items():
-        message = message.replace(said, shown)
+        message = message.replace(f"say {said}", shown).replace(said, shown)
     for pattern in OPTIONS:
         message = re.sub(pattern, "", message)
     if upload is not None:
@@ -184,6 +185,7 @@ class Page:
             "outputs": [self.status, self.plot],
             **private,
         }
+        reporting = (self._report, [self.annotated, self.places], self.report)
         self.model.change(self._tell_known, self.model, told, show_progress="hidden", **private)
         self.upload.change(self._offer_matrices, self.upload, self.matrix, show_progress="hidden", **private)
         self.sample.click(self._take_sample, None, [self.upload, self.values], **private)
@@ -193,16 +195,16 @@ class Page:
             [self.status, self.results, self.picture, *facts, self.annotated, self.threshold, self.genes],
             show_progress_on=self.status,
             **private,
-        ).success(self._place, self.annotated, [self.places, self.picture, self.report], **private).success(
+        ).success(self._place, self.annotated, [self.places, self.picture], **private).success(
             **drawing
-        )
+        ).success(*reporting, **private)
         self.threshold.input(
             self._reassign,
             [self.annotated, self.threshold],
             [self.status, *facts, self.annotated],
             trigger_mode="always_last",
             **private,
-        ).success(**drawing)
+        ).success(**drawing).success(*reporting, **private)
         for change in (self.colour.change, self.gene.submit):
             change(lambda by: gr.update(visible=by == BY_GENE), self.colour, self.gene, **private).success(
                 **drawing
@@ -243,20 +245,22 @@ class Page:
         )  # fmt: skip
 
     def _annotated(self, upload: str, model: str, values: str, matrix: str) -> AnnotatedUpload:
-        layer = None if matrix == OWN_MATRIX else matrix
-        return annotate_upload(upload, model, self.folder, self.limits, values, layer)
+        return annotate_upload(upload, model, self.folder, self.limits, values, matrix)
 
     def _facts(self, annotated: AnnotatedUpload) -> tuple:
-        table = annotated.table
+        table = types_table(annotated.labels, annotated.confidence)
         value = {"headers": list(table.columns), "data": [list(row) for row in table.rows]}
         return value, str(annotated.path), str(annotated.csv)
 
     def _place(self, annotated: AnnotatedUpload | None) -> tuple:
         places = None if annotated is None else places_of(annotated)
-        if places is None or places[0] is None:
-            return None, gr.update(visible=False), gr.update(visible=False)
-        report = gr.update(value=str(write_report(annotated, places)), visible=True)
-        return places, gr.update(visible=True), report
+        found = places is not None and places[0] is not None
+        return places if found else None, gr.update(visible=found)
+
+    def _report(self, annotated: AnnotatedUpload | None, places: tuple | None) -> Any:
+        if places is None:
+            return gr.update(visible=False)
+        return gr.update(value=str(write_report(annotated, places)), visible=True)
 
     def _draw(self, annotated: AnnotatedUpload | None, places: tuple | None, colour: str, gene: str) -> tuple:
         if annotated is None or places is None or (colour == BY_GENE and not gene):

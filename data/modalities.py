@@ -32,18 +32,20 @@ def read_mudata(path, genome=None, every_feature=True):
 
 
 def modalities_of(mdata):
-    """AnnData objects of a MuData by feature type; its modalities are named rna (or gex), atac (or peaks), prot."""
-    known = {
-        MODALITY_NAMES[name.lower()]: mdata[name] for name in mdata.mod if name.lower() in MODALITY_NAMES
-    }
+    """AnnData objects of a MuData by feature type, with its own columns of obs that they lack; see MODALITY_NAMES."""
+    kinds = {name: MODALITY_NAMES.get(name.lower()) for name in mdata.mod}
+    known = {kind: mdata[name] for name, kind in kinds.items() if kind}
     if not known:
         raise InputError(
             f"The modalities of this MuData are called {', '.join(mdata.mod)}; names such as "
             f"{', '.join(MODALITY_NAMES)} are needed. Rename them (mdata.mod)."
         )
-    left_out = [name for name in mdata.mod if name.lower() not in MODALITY_NAMES]
-    if left_out:
+    if left_out := [name for name, kind in kinds.items() if kind is None]:
         logger.warning("Modalities that are left out: %s.", ", ".join(left_out))
+    # columns of a modality may stand there too, under its name
+    shared = [name for name in mdata.obs if str(name).partition(":")[0] not in mdata.mod]
+    for part in known.values() if mdata.obs_names.is_unique else ():
+        part.obs = part.obs.join(mdata.obs[[name for name in shared if name not in part.obs]])
     return known
 
 

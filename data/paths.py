@@ -143,7 +143,7 @@ def check_output_folder(path, overwrite=False, marker="config.json"):
     """
     path = Path(os.path.abspath(path))
     check_output_path(path, overwrite)
-    check_partial_folder(path.with_name(path.name + PARTIAL), MARK)
+    partial_of(path)
     if not os.path.lexists(path):
         return path
     if not path.is_dir() or path.is_symlink():
@@ -156,28 +156,32 @@ def check_output_folder(path, overwrite=False, marker="config.json"):
     return path
 
 
-def check_partial_folder(folder, record):
-    """Refuse what is in the place of a partial folder, unless it is a folder that is empty or holds our `record`."""
+def partial_of(output):
+    """The partial folder of an output; what is in its place is refused, unless it is an empty folder or a run's."""
+    output = Path(output)
+    folder = output.with_name(output.name + PARTIAL)
     ours = folder.is_dir() and not folder.is_symlink()
-    ours = ours and ((folder / record).is_file() or not any(folder.iterdir()))
+    ours = ours and ((folder / MARK).is_file() or not any(folder.iterdir()))
     if os.path.lexists(folder) and not ours:
         raise InputError(
-            f"{folder} is in the place where the output is built, and no interrupted run left it (there is no {record} "
+            f"{folder} is in the place where the output is built, and no interrupted run left it (there is no {MARK} "
             f"in it), so it is neither used nor removed. Move it, or choose another output (--output)."
         )
+    return folder
 
 
 @contextlib.contextmanager
-def take_partial_folder(folder, record, resume):
-    """A partial folder that is made, or emptied unless `resume`, for a block that keeps others out by its `record`.
+def take_partial_folder(output, overwrite, resume):
+    """The partial folder of an output, made, or emptied unless `resume`, for a block that keeps others out of it.
 
-    An `InputError` where another process works in it.
+    An `InputError` where another process works in it, or has written the output meanwhile.
     """
+    folder = partial_of(output)
     folder.mkdir(exist_ok=True)
-    with open(folder / record, "a") as lock:
+    with open(folder / MARK, "a") as lock:
         try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # where there are no locks, a folder with an open file could not be moved
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else lock.close()
         except BlockingIOError:
             raise InputError(
                 f"Another process is writing this output: it works in {folder}. Wait for its end, or choose another "
@@ -187,9 +191,13 @@ def take_partial_folder(folder, record, resume):
         except OSError:
             logger.debug("%s cannot be locked", folder)
         try:
+            # of a run that ended after the output was looked for
+            if os.path.lexists(output) and not overwrite and os.listdir(folder) == [MARK]:
+                shutil.rmtree(folder, ignore_errors=True)
+            check_output_path(output, overwrite)
             if not resume:
-                _empty(folder, record, "" if resume is None else RESUMABLE)
-            yield
+                _empty(folder, "" if resume is None else RESUMABLE)
+            yield folder
         finally:
             # at once, though a process that was forked has the file open, too
             if fcntl:
@@ -197,8 +205,8 @@ def take_partial_folder(folder, record, resume):
                     fcntl.flock(lock, fcntl.LOCK_UN)
 
 
-def _empty(folder, record, hint):
-    left = [path for path in folder.iterdir() if path.name != record]
+def _empty(folder, hint):
+    left = [path for path in folder.iterdir() if path.name != MARK]
     if left:
         logger.warning("Removing what an interrupted run left in %s%s.", folder, hint)
     for path in left:
@@ -269,8 +277,7 @@ def partial_folder(path, overwrite=False, resume=None, marker="config.json"):
     `check_output_folder`.
     """
     path = check_output_folder(path, overwrite, marker)
-    partial = path.with_name(path.name + PARTIAL)
-    with take_partial_folder(partial, MARK, resume):
+    with take_partial_folder(path, overwrite, resume) as partial:
         try:
             yield partial
         except BaseException as error:
@@ -282,8 +289,9 @@ def partial_folder(path, overwrite=False, resume=None, marker="config.json"):
                 raise
             full = failed_write(OSError(errno.ENOSPC, ""), path).strerror
             raise OSError(errno.ENOSPC, full + rest) from None
-    _swap(partial, path)
-    (path / MARK).unlink()
+        # while nobody else may empty it
+        _swap(partial, path)
+        (path / MARK).unlink()
 
 
 def keep_record(path, facts):
@@ -295,7 +303,7 @@ def keep_record(path, facts):
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = sorted(name for name in {*before, *facts} if before.get(name) != facts.get(name))
     if changed:
-        one = changed[0]
+        one = min(changed, key=len)
         raise InputError(
             f"{path.parent} was begun with other settings or files ({', '.join(changed)}): {one} was "
             f"{before.get(one)!r} and is {facts.get(one)!r} now. Use the same ones to continue, or start again without "

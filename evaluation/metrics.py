@@ -82,5 +82,5 @@ def plot_confusion(confusion: dict[str, Any], path: str | Path, title: str = "")
 
 
 def shortened(text: str, limit: int) -> str:
-    """The text, or its beginning and an ellipsis: at most `limit` characters."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    """The text, or its beginning and an ellipsis, at most `limit` characters, for pictures: a dollar is no formula."""
+    return (text if len(text) <= limit else text[: limit - 1] + "…").replace("$", r"\$")

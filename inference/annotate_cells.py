@@ -36,7 +36,7 @@ from .assignment import (
 from .expression_pca import expression_pca
 from .query import BinnedQuery, add_parts, opened, progress_bar, run_facts, write_parts
 from .report import cell_coordinates, write_annotation_report
-from .shipped import doubts, model_or_shipped
+from .shipped import doubts, few_genes, model_or_shipped
 from .voting import check_vote, leiden_groups, majority_vote, vote_notes
 
 logger = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ def annotate_file(
     check_outside(model, output, genes_report, report)
     if processes is not None or resume:
         options = {"layer": layer, "input": input, "device": device, "dtype": dtype, "batch_size": batch_size}
-        shards = ShardedPrediction(query, model, output, processes, resume, gene_table, **options)
+        shards = ShardedPrediction(query, model, output, overwrite, processes, resume, gene_table, **options)
     with opened(query, layer) as adata, ExitStack() as held:
         if majority_vote is not None:
             check_vote(adata, majority_vote)
@@ -271,7 +271,7 @@ def _annotation(
         sets, sizes = prediction_sets(probabilities, names, loaded.quantiles(coverage))
         obs["scbert_prediction_set"] = sets
         uns |= {"coverage": float(coverage), "prediction_set_sizes": sizes}
-    notes = [*query.alignment.notes(), *doubts(query.alignment, labels, names)]
+    notes = [*query.alignment.notes(), *few_genes(query.alignment), *doubts(labels, names)]
     if query.n_empty:
         notes.append(
             f"{query.n_empty:,} cell(s) express no gene of the model's panel: unassigned, with confidence 0."

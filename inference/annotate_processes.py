@@ -24,15 +24,7 @@ import torch
 from accelerate import PartialState
 
 from ..data.disk_matrix import DiskMatrix
-from ..data.paths import (
-    MARK,
-    PARTIAL,
-    atomic_file,
-    check_partial_folder,
-    keep_record,
-    stamp_of,
-    take_partial_folder,
-)
+from ..data.paths import atomic_file, keep_record, partial_of, stamp_of, take_partial_folder
 from ..data.read import matrix_rows
 from ..data.worker_processes import end_with_parent
 from ..tokenization import InputError, align_genes
@@ -59,10 +51,10 @@ class ShardedPrediction:
     The arguments are those of `annotate_file`; a launcher's processes are used as they are.
     """
 
-    def __init__(self, query, model, output, processes, resume, gene_table, **options):
+    def __init__(self, query, model, output, overwrite, processes, resume, gene_table, **options):
         if isinstance(model, LoadedModel):
             raise InputError("Several processes load the model themselves: give its folder.")
-        self.processes, self.resume = 1 if processes is None else processes, resume
+        self.processes, self.resume, self.overwrite = 1 if processes is None else processes, resume, overwrite
         if self.processes < 1:
             raise InputError(f"The number of processes must be 1 or more; found {processes}.")
         model = find_model(model)
@@ -76,8 +68,7 @@ class ShardedPrediction:
             "gene_table": None if gene_table is None else str(gene_table),
             **options,
         }
-        self.output, self.folder = output, Path(output).with_name(Path(output).name + PARTIAL)
-        check_partial_folder(self.folder, MARK)
+        self.output, self.folder = output, partial_of(output)
 
     def predict(
         self, query: BinnedQuery, loaded: LoadedModel, progress: bool, held: contextlib.ExitStack
@@ -86,7 +77,7 @@ class ShardedPrediction:
         shards, shard_cells = self._shards(query.n_cells), self.facts["shard_cells"]
         rank, world_size = launched()
         if rank == 0:
-            held.enter_context(take_partial_folder(self.folder, MARK, self.resume))
+            held.enter_context(take_partial_folder(self.output, self.overwrite, self.resume))
             keep_record(self.folder / RECORD, self.facts)
         if world_size > 1:
             # no shard is written before the folder is this run's

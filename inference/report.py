@@ -12,6 +12,7 @@ from anndata import AnnData
 from ..data.paths import atomic_path
 from ..data.read_backed import BackedCells
 from ..evaluation.embedding_plot import plot_embedding, umap_of
+from ..evaluation.metrics import shortened
 from ..evaluation.report import Section, report_html
 from ..evaluation.tables import TextTable
 from ..extras import require
@@ -82,8 +83,9 @@ def plot_confidence(labels: np.ndarray, confidence: np.ndarray, threshold: float
     figure = require("matplotlib.figure").Figure(figsize=(5.2, 1.2 + 0.32 * len(names)), layout="constrained")
     axes = figure.subplots()
     values = [confidence[labels == name] for name in names]
+    shown = [shortened(str(name), 28) for name in names]
     axes.boxplot(
-        values, orientation="horizontal", tick_labels=names, flierprops={"markersize": 2}, widths=0.6
+        values, orientation="horizontal", tick_labels=shown, flierprops={"markersize": 2}, widths=0.6
     )
     axes.axvline(threshold, color="#cc6677", linestyle="--", linewidth=1)
     axes.set(xlim=(0, 1.01), xlabel="confidence (largest probability)")

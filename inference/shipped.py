@@ -106,26 +106,30 @@ def list_shipped() -> dict[str, Any]:
     return found
 
 
-def doubts(alignment: GeneAlignment, labels: pd.Categorical | np.ndarray, names: list[str]) -> list[str]:
-    """What speaks against an annotation as a whole, in sentences: `labels` of the cells, `names` the model's types."""
-    found = []
-    if alignment.overlap < FEW_GENES:
-        found.append(
-            f"Only {alignment.n_matched:,} of the model's {alignment.panel_size:,} genes ({alignment.overlap:.0%}) are "
-            f"in the query; the others count as unexpressed. Annotations from so few genes are uncertain: give all "
-            f"genes that were measured, or fine-tune a model on a reference with these genes."
-        )
+def few_genes(alignment: GeneAlignment) -> list[str]:
+    """A sentence where the query has few of the model's genes."""
+    if alignment.overlap >= FEW_GENES:
+        return []
+    return [
+        f"Only {alignment.n_matched:,} of the model's {alignment.panel_size:,} genes ({alignment.overlap:.0%}) are in "
+        f"the query. Annotations from so few genes are uncertain: give all genes that were measured, or fine-tune a "
+        f"model on a reference with these genes."
+    ]
+
+
+def doubts(labels: pd.Categorical | np.ndarray, names: list[str]) -> list[str]:
+    """A sentence where the `labels` of the cells speak against them as a whole; `names` are the model's types."""
     labels = np.asarray(labels, dtype=object)
     unassigned, other = (float(np.mean(labels == name)) for name in (UNASSIGNED, NO_TYPE))
     if unassigned > MOST_CELLS:
-        found.append(
+        return [
             f"{unassigned:.0%} of the cells are unassigned. Perhaps they are none of the types the model knows "
             f"({', '.join(names)}), or their values are not what they were taken for (input='counts' or 'log1p')."
-        )
-    elif unassigned + other > MOST_CELLS:
-        found.append(
+        ]
+    if unassigned + other > MOST_CELLS:
+        return [
             f"{other:.0%} of the cells are {NO_TYPE!r} and {unassigned:.0%} unassigned: the model knows blood, and "
             "this looks like another tissue, so do not trust the other cells' types either. Try the annotator of "
             "tissue that ships (tissue='tissue'), or fine-tune a model on a reference of that tissue."
-        )
-    return found
+        ]
+    return []

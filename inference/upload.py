@@ -15,7 +15,6 @@ import pandas as pd
 from ..data.labels import UNASSIGNED
 from ..data.paths import atomic_path
 from ..data.write_h5ad import atomic_copy_h5ad
-from ..evaluation.tables import TextTable
 from ..extras import require
 from ..tokenization import InputError, align_genes
 from ..trained_model.model_folder import load_model
@@ -24,7 +23,8 @@ from .annotate_cells import annotate_file
 from .assignment import assign, wider_answers
 from .expression_pca import log_rows
 from .query import opened
-from .report import cell_coordinates, types_table, write_annotation_report
+from .report import cell_coordinates, write_annotation_report
+from .shipped import doubts
 
 OWN_MATRIX = "X"
 # of the sample
@@ -64,11 +64,6 @@ class AnnotatedUpload:
     def csv(self) -> Path:
         """The .csv beside the annotated cells."""
         return self.path.with_suffix(".csv")
-
-    @property
-    def table(self) -> TextTable:
-        """Cells, share and confidence of every type."""
-        return types_table(self.labels, self.confidence)
 
 
 def annotate_upload(
@@ -119,7 +114,9 @@ def reassigned(annotated: AnnotatedUpload, threshold: float) -> AnnotatedUpload:
     obs = {"scbert_cell_type": labels, **wider}
     atomic_copy_h5ad(annotated.path, path, obs=obs, uns={"scbert": about}, overwrite=True)
     labels = labels.astype(str)
-    summary = {**annotated.summary, "unassigned": int((labels == UNASSIGNED).sum())}
+    before, now = (doubts(each, annotated.names) for each in (annotated.labels, labels))
+    notes = [*(note for note in annotated.summary["notes"] if note not in before), *now]
+    summary = {**annotated.summary, "unassigned": int((labels == UNASSIGNED).sum()), "notes": notes}
     changed = replace(annotated, labels=labels, threshold=threshold, summary=summary, path=path)
     _write_csv(changed, cell_names)
     return changed

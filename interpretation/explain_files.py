@@ -20,7 +20,7 @@ from ..evaluation.metrics import shortened
 from ..evaluation.tables import TextTable
 from ..inference.query import BinnedQuery
 from ..inference.shipped import model_or_shipped
-from ..tokenization import InputError, gene_names_of, select_matrix
+from ..tokenization import InputError, select_matrix
 from ..trained_model.model_folder import load_model
 from ..trained_model.prediction import LoadedModel, predict_cells
 from ..training.settings import read_json
@@ -33,6 +33,7 @@ from .plots import plot_summary, plot_top_genes
 logger = logging.getLogger(__name__)
 
 RESULTS = "explanation.json"
+PREDICTED = "scbert_explained_type"
 
 
 def explain_file(
@@ -103,7 +104,10 @@ def explain_file(
     adata = read_cells(query, layer=layer)
     if label_key is not None:
         find_labels(adata.obs, label_key, "the cells")
-    bins = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress=False).all_bins()
+    binned = BinnedQuery(adata, loaded.tokenizer, layer, input, force, progress=False)
+    bins, found = binned.all_bins(), binned.alignment
+    # of the columns, as the model names them
+    genes = [found.panel[place] if place >= 0 else name for place, name in zip(found.target, found.names)]
     predicted = predict_cells(loaded, bins)["logits"].argmax(axis=1)
     rows = choose_cells(predicted, np.diff(bins.indptr) > 0, cells_per_type, seed)
     targets, part = predicted[rows], bins[rows]
@@ -111,12 +115,14 @@ def explain_file(
     deleted = deletion_test(loaded, part, targets, found, n_top, seed=seed)
     per_type = {name: mean_by_type(values, targets, loaded) for name, values in found.items()}
     types = np.array(loaded.labels, dtype=object)[predicted]
+    obs = adata.obs.assign(**{PREDICTED: types})
+    named = anndata.AnnData(select_matrix(adata, layer)[0], obs, pd.DataFrame(index=genes))
     with partial_folder(output, overwrite, marker=RESULTS) as folder:
         tables = write_tables(folder, per_type, n_top, known, names, sets)
-        write_agreement(folder, per_type, adata, types, label_key, layer, input)
+        write_agreement(folder, per_type, named, label_key or PREDICTED, input)
         write_pictures(folder, found[GRADIENTS], per_type, part, targets, loaded, n_top)
         deleted.to_csv(folder / "deletion_test.csv", index=False)
-        add_columns(adata, per_type, tables["top_genes"], layer)
+        add_columns(adata, per_type, tables["top_genes"], genes)
         atomic_write_h5ad(adata, folder / "explained.h5ad", inputs=(query,))
         result = {
             "cells": len(rows),
@@ -130,8 +136,8 @@ def explain_file(
         written = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
         (folder / RESULTS).write_text(written + "\n", encoding="utf-8")
     decisive = tables["top_genes"][lambda top: top["explanation"] == GRADIENTS]
-    for cell_type, genes in decisive.groupby("cell_type"):
-        logger.info("%s: %s", cell_type, ", ".join(genes["gene"].head(8)))
+    for cell_type, top in decisive.groupby("cell_type"):
+        logger.info("%s: %s", cell_type, ", ".join(top["gene"].head(8)))
     show(deleted, completeness, result["verdict"])
     logger.info(
         f"Written to {output}: tables and pictures of {result['cells']:,} cells, and explained.h5ad; "
@@ -170,27 +176,17 @@ def write_tables(
 
 
 def write_agreement(
-    folder: Path,
-    per_type: dict[str, pd.DataFrame],
-    adata: anndata.AnnData,
-    predicted: np.ndarray,
-    label_key: str | None,
-    layer: str | None,
-    input: str,
+    folder: Path, per_type: dict[str, pd.DataFrame], adata: anndata.AnnData, label_key: str, input: str
 ) -> None:
     """Agreement with differential expression as CSV; nothing where fewer than two types can be compared."""
-    cells, key = adata, label_key
-    if key is None:
-        cells, key = adata.copy(), "scbert_explained_type"
-        cells.obs[key] = predicted
     tables = []
     for name, scores in per_type.items():
         try:
-            table = differential_expression_agreement(scores, cells, key, layer=layer, input=input)
+            table = differential_expression_agreement(scores, adata, label_key, input=input)
         except InputError as error:
             logger.warning("Differential expression was left out: %s", error)
             return
-        tables.append(table.assign(explanation=name, types="true" if label_key else "predicted"))
+        tables.append(table.assign(explanation=name, types="predicted" if label_key == PREDICTED else "true"))
     pd.concat(tables, ignore_index=True).to_csv(folder / "de_agreement.csv", index=False)
 
 
@@ -208,7 +204,7 @@ def write_pictures(
         plot_top_genes(top_genes_table(scores, n_top), scores, folder / f"top_genes_{name}.png")
     for target in np.unique(targets):
         cells, label = np.flatnonzero(targets == target), loaded.labels[target]
-        file = "".join(c if c.isalnum() else "_" for c in label)
+        file = "".join(c if c.isalnum() else "_" for c in label[:50])
         plot_summary(
             contributions[cells],
             bins[cells],
@@ -220,15 +216,13 @@ def write_pictures(
 
 
 def add_columns(
-    adata: anndata.AnnData, per_type: dict[str, pd.DataFrame], top: pd.DataFrame, layer: str | None
+    adata: anndata.AnnData, per_type: dict[str, pd.DataFrame], top: pd.DataFrame, genes: list[str]
 ) -> None:
     """Put ``var["scbert_NAME"]`` (mean size over types), ``varm`` (per type) and ``uns["scbert_explanation"]``."""
-    _, source = select_matrix(adata, layer)
     for name, scores in per_type.items():
-        names = gene_names_of(source.var, source.var_names, list(scores.index))
-        if len(names) == adata.n_vars:
+        if len(genes) == adata.n_vars:
             # genes that the model does not have: no value
-            values = scores[~scores.index.duplicated()].reindex(names)
+            values = scores.reindex(genes)
             adata.var[f"scbert_{name}"] = values.abs().mean(axis=1).to_numpy(dtype=np.float32)
             adata.varm[f"scbert_{name}"] = values.to_numpy(dtype=np.float32)
     # arrays and no data frame: types such as CD8+/CD45RA+ cannot be HDF5 keys

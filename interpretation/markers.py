@@ -174,7 +174,6 @@ def differential_expression_agreement(
     adata: AnnData,
     label_key: str,
     n_top: int = 50,
-    layer: str | None = None,
     input: str = "auto",
 ) -> pd.DataFrame:
     """
@@ -189,7 +188,7 @@ def differential_expression_agreement(
     labels = find_labels(adata.obs, label_key, "the cells")
     sizes = pd.Series(labels).value_counts()
     types = [name for name in scores.columns if sizes.get(name, 0) >= 2]
-    matrix, genes = log_normalize(adata, layer, input, list(scores.index))
+    matrix, genes = log_normalize(adata, None, input, list(scores.index))
     shared = [gene for gene in genes if gene in scores.index]
     if len(sizes) < 2 or not types or not shared:
         raise InputError(

@@ -26,6 +26,7 @@ from .. import modeling_scbert
 from ..tokenization import InputError
 from ..trained_model.model_folder import (
     check_model_folder,
+    find_model,
     load_model,
     load_tokenizer,
     load_weights,
@@ -76,7 +77,7 @@ def push(
     Parameters
     ----------
     folder
-        A complete model folder; it is loaded first, and left as it is.
+        A complete model folder, or the name of a model that ships; it is loaded first, and left as it is.
     repo_id
         ``NAME`` or ``OWNER/NAME``; made if it does not exist.
     public
@@ -105,11 +106,11 @@ def push(
     >>> push("my_model", "me/pbmc")["private"]  # doctest: +SKIP
     True
     """
-    folder = Path(folder)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise InputError(f"{repo_id!r} is no name for the Hub: {error}") from error
+    folder = find_model(folder)
     load_model(folder, "any", device="cpu", dtype="float32")
     if not all((folder / name).is_file() for name in CODE):
         # such as the models that ship: without its code a model would work for nobody who lacks this package

@@ -248,17 +248,17 @@ def gene_names_of(var, var_names, panel=None):
     """Gene symbols of an annotated matrix: `var_names`, or a column of `var` if those are Ensembl ids.
 
     Where a symbol is missing in the column, the Ensembl id stays; all of them do where a `panel` has more of these.
-    Proteins and the like (``feature_types``) that are named as genes are called otherwise, not to be taken for them.
+    Proteins and the like (``feature_types``) are called otherwise than genes, even those that the file lacks.
     """
     names = _symbols_of(var, [str(name) for name in var_names], panel)
     if "feature_types" not in var:
         return names
     kinds = [str(kind) for kind in var["feature_types"]]
     genes = {name for name, kind in zip(names, kinds) if kind == "Gene Expression"}
-    return [
-        f"{name} ({kind})" if kind != "Gene Expression" and name in genes else name
-        for name, kind in zip(names, kinds)
-    ]
+    for place, (name, kind) in enumerate(zip(names, kinds)):
+        if kind.endswith(" Capture") or (kind != "Gene Expression" and name in genes):
+            names[place] = f"{name} ({kind})"
+    return names
 
 
 def _symbols_of(var, names, panel):

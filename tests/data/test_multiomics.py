@@ -62,9 +62,12 @@ def test_mudata(pair, tmp_path):
     mudata = pytest.importorskip("mudata")
     rna, atac = pair
     mdata = mudata.MuData({"rna": rna, "atac": atac})
+    mdata.obs["clone"], mdata.obs["cell_type"], mdata.obs["rna:cell_type"] = list("ABCDEF"), "of both", "old"
     mdata.write(tmp_path / "cells.h5mu")
     both = read_multiomics(tmp_path / "cells.h5mu", genome="hg38")
     assert both.shape == (6, 7)
+    assert both.obs["clone"].to_dict() == mdata.obs["clone"].to_dict()
+    assert list(both.obs["cell_type"]) == list(rna.obs["cell_type"]) and "rna:cell_type" not in both.obs
     assert set(modalities_of(mdata)) == {"Gene Expression", "Peaks"}
     with pytest.raises(InputError, match="spliced"):
         modalities_of(mudata.MuData({"spliced": rna}))

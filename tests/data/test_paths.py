@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from scbert.data import paths
 from scbert.data.paths import (
     MARK,
     atomic_path,
@@ -163,6 +164,19 @@ def test_a_folder_that_is_being_built_is_left_to_its_process(tmp_path):
             with pytest.raises(InputError, match="Another process is writing this output"):
                 build(tmp_path / "model", resume=resume)
     assert entries(tmp_path / "model") == ["config.json"]
+
+
+def test_a_finished_folder_is_nobody_elses_before_it_has_its_name(tmp_path, monkeypatch):
+    swap = paths._swap
+
+    def beside_another(*arguments):
+        with pytest.raises(InputError, match="Another process"):
+            build(tmp_path / "model", "2")
+        swap(*arguments)
+
+    monkeypatch.setattr(paths, "_swap", beside_another)
+    build(tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").read_text() == "1"
 
 
 def test_a_run_that_ended_keeps_nobody_out(tmp_path):

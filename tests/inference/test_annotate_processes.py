@@ -102,6 +102,22 @@ def test_the_shards_are_this_runs_until_the_output_stands(query, model_dir, tmp_
     assert refused and sorted(path.name for path in tmp_path.glob("out*")) == ["out.h5ad"]
 
 
+def test_a_run_that_began_before_another_wrote_its_output_is_told_before_it_computes(
+    query, model_dir, tmp_path, monkeypatch
+):
+    output, load = tmp_path / "out.h5ad", annotate_cells._load_annotator
+
+    def written_meanwhile(*arguments):
+        output.write_text("of another run")
+        return load(*arguments)
+
+    monkeypatch.setattr(annotate_cells, "_load_annotator", written_meanwhile)
+    monkeypatch.setattr(annotate_processes.ShardedPrediction, "_work", None)
+    with pytest.raises(InputError, match="already exists"):
+        annotate_file(query, model_dir, output, processes=1, progress=False)
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.h5ad"]
+
+
 def test_dead_process_is_told(query, model_dir, tmp_path, monkeypatch):
     class Dead:
         exitcode = -9

@@ -12,6 +12,7 @@ import pytest
 
 from scbert.commands.cli import main
 from scbert.inference import annotate
+from scbert.inference.report import plot_confidence
 from scbert.inference.voting import majority_vote
 
 
@@ -70,6 +71,13 @@ def test_votes_survive_the_file(adata, model_dir, tmp_path, caplog):
     assert page.count("data:image/png;base64") == 4
     assert "Groups of cluster" in page and "a/b" in page
     assert not re.search(r'(?:src|href)="(?!data:)', page)
+
+
+def test_names_of_types_stay_within_the_picture_of_their_confidence():
+    names = np.array(["CD4-positive, alpha-beta regulatory T cell, " * 3, "B cell"])
+    figure = plot_confidence(names, np.array([0.2, 0.9]), 0.5)
+    figure.draw_without_rendering()
+    assert figure.get_tightbbox().x0 >= 0
 
 
 def test_a_report_is_not_overwritten(adata, model_dir, tmp_path, capsys):

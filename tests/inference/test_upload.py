@@ -20,6 +20,7 @@ from scbert import ScBertConfig, ScBertForCellClassification, ScBertTokenizer
 from scbert.commands import app
 from scbert.commands.cli import main
 from scbert.inference.annotate_cells import annotate
+from scbert.inference.report import types_table
 from scbert.inference.shipped import SHIPPED
 from scbert.inference.upload import (
     Limits,
@@ -51,7 +52,8 @@ def annotated(adata, model_dir, tmp_path):
 def test_an_upload_comes_back_with_table_and_files(annotated):
     written = anndata.read_h5ad(annotated.path)
     assert annotated.path.name == "query_annotated.h5ad"
-    counts = {row[0]: int(row[1]) for row in annotated.table.rows}
+    table = types_table(annotated.labels, annotated.confidence)
+    counts = {row[0]: int(row[1]) for row in table.rows}
     assert counts == written.obs["scbert_cell_type"].value_counts().to_dict()
     labels = pd.read_csv(annotated.csv, index_col="cell")
     assert list(labels["scbert_cell_type"]) == list(written.obs["scbert_cell_type"])
@@ -84,6 +86,17 @@ def test_another_threshold_moves_what_is_unassigned(annotated):
     assert (written.X != anndata.read_h5ad(annotated.upload).X).nnz == 0
     assert list(pd.read_csv(changed.csv)["scbert_cell_type"]) == list(changed.labels)
     assert changed.summary["unassigned"] == below.sum()
+
+
+def test_another_threshold_moves_what_is_said_and_reported(annotated, tmp_path):
+    none, every = reassigned(annotated, 1.0), reassigned(annotated, 0.0)
+    assert "90% of the cells are unassigned" in page.result_message(none)
+    for back in (every, reassigned(none, 0.0)):
+        assert "cells are unassigned" not in page.result_message(back)
+    places = places_of(none)
+    assert "confidence below 1)" in write_report(none, places).read_text()
+    steps = page.build_page([str(annotated.model)], tmp_path).fns.values()
+    assert [step.name for step in steps].count("_report") == 2
 
 
 def test_another_threshold_moves_wider_types_and_terms(adata, make_model, tmp_path):

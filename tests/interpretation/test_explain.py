@@ -164,6 +164,11 @@ def test_explain_leaves_tables_pictures_and_columns(model_folder, adata, tmp_pat
 def test_a_model_without_attention_is_explained_by_gradients(gene_panel, adata, tmp_path):
     make_classifier(gene_panel, num_hidden_layers=0).save_pretrained(tmp_path / "model")
     ScBertTokenizer(gene_panel=gene_panel, keep_zeros=False).save_pretrained(tmp_path / "model")
+    # names too long for those of files
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["id2label"] = {number: f"{name} 单核细胞" * 60 for number, name in config["id2label"].items()}
+    config["label2id"] = {name: int(number) for number, name in config["id2label"].items()}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     adata.write_h5ad(tmp_path / "query.h5ad")
     result = explain_file(
         tmp_path / "query.h5ad", tmp_path / "model", tmp_path / "out", cells_per_type=3, n_top=3
@@ -172,6 +177,20 @@ def test_a_model_without_attention_is_explained_by_gradients(gene_panel, adata, 
         "integrated_gradients",
         "gradient_shap",
     ]
+
+
+def test_genes_that_the_model_knows_by_other_names_are_explained(adata, tmp_path):
+    """Such as Ensembl ids with versions."""
+    ids = [f"ENSG{number:011d}" for number in range(adata.n_vars)]
+    make_classifier(ids, num_hidden_layers=0).save_pretrained(tmp_path / "model")
+    ScBertTokenizer(gene_panel=ids, keep_zeros=False).save_pretrained(tmp_path / "model")
+    adata.var_names = [f"{name}.7" for name in ids]
+    adata.write_h5ad(tmp_path / "query.h5ad")
+    explain_file(tmp_path / "query.h5ad", tmp_path / "model", tmp_path / "out", cells_per_type=3, n_steps=2)
+    explained = anndata.read_h5ad(tmp_path / "out" / "explained.h5ad")
+    assert explained.var["scbert_integrated_gradients"].notna().all()
+    assert list(explained.var_names) == list(adata.var_names)
+    assert set(pd.read_csv(tmp_path / "out" / "de_agreement.csv")["n_genes"]) == {adata.n_vars}
 
 
 LSH = {

@@ -50,6 +50,11 @@ def test_top_genes_picture_draws_a_shared_gene_once(tmp_path):
     assert (tmp_path / "t.png").stat().st_size > 5000
 
 
+def test_names_of_types_are_no_formulas(tmp_path):
+    scores = pd.DataFrame({r"T$\foo$": [3.0, 1.0, 2.0], "B": [2.0, 1.0, 3.0]}, index=["A", "B", "C"])
+    assert plots.plot_top_genes(top_genes_table(scores), scores, tmp_path / "t.png")
+
+
 def test_names_of_one_type_and_its_legend_stay_within_the_picture(tmp_path):
     name = "CD8-positive, alpha-beta memory T cell, CD45RO-positive"
     scores = pd.DataFrame({name: [3.0, 1.0, 2.0]}, index=["A", "B", "C"])

@@ -155,6 +155,13 @@ def test_code_that_a_folder_lacks_is_sent_along(model_folder):
     assert not (model_folder / "pipeline_scbert.py").exists()
 
 
+def test_a_model_that_ships_is_sent_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub = FakeHub()
+    push("scbert-mini-pbmc", "somebody/pbmc", api=hub)
+    assert {*NEEDED, "gene_levels.txt"} <= set(hub.files)
+
+
 def test_a_card_written_by_hand_is_kept(model_folder):
     (model_folder / "README.md").write_text("# Mine\n", encoding="utf-8")
     hub = FakeHub()

@@ -158,6 +158,9 @@ def test_symbols_in_var_names_are_left_alone():
 
 
 def test_proteins_named_as_genes_are_called_otherwise():
-    kinds = ["Gene Expression"] * 2 + ["Antibody Capture"] * 2
-    var = pd.DataFrame({"feature_types": kinds}, index=["CD4", "LYZ", "CD4", "CD45RA"])
-    assert gene_names_of(var, var.index) == ["CD4", "LYZ", "CD4 (Antibody Capture)", "CD45RA"]
+    """Even as genes that the file lacks. Features whose kind was lost keep their names."""
+    kinds = ["Gene Expression"] * 2 + ["Antibody Capture"] * 2 + ["Peaks", None, "Custom"]
+    names = ["CD4", "LYZ", "CD4", "CD19", "chr1:1-9", "MS4A1", "LYZ"]
+    var = pd.DataFrame({"feature_types": kinds}, index=names)
+    proteins = ["CD4 (Antibody Capture)", "CD19 (Antibody Capture)"]
+    assert gene_names_of(var, var.index) == ["CD4", "LYZ", *proteins, "chr1:1-9", "MS4A1", "LYZ (Custom)"]
