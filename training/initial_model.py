@@ -82,7 +82,8 @@ def load_masked_model(base: str | Path) -> PreTrainedModel:
     """A model of any head to go on pretraining; without the head of masked expression it gets a new one."""
     folder = find_model(base)
     check_model_folder(folder)
-    return load_weights(ScBertForMaskedExpression, folder, new=("decoder.", "cell_decoder."), **UNCALIBRATED)
+    new = ("decoder.", "cell_decoder.", "modality_decoder.")
+    return load_weights(ScBertForMaskedExpression, folder, new=new, **UNCALIBRATED)
 
 
 def label_names(labels: list[str]) -> dict[str, dict]:
