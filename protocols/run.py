@@ -18,6 +18,7 @@ from ..evaluation.baselines import BASELINES, available_baselines
 from ..evaluation.tables import TextTable
 from ..tokenization import InputError, read_gene_panel
 from ..trained_model.model_folder import find_model, versions
+from ..training.finetune_arguments import FINETUNE
 from ..training.settings import read_json
 from .cells import LABEL, load_benchmark_cells
 from .comparison import score_tables, summarise_folds, warnings_of, warnings_of_modalities
@@ -54,7 +55,7 @@ def run_benchmark(
     label_map: str | Path | None = None,
     layer: str | None = None,
     input: str = "auto",
-    recipe: str = "default",
+    recipe: str | None = None,
     base: str | Path | None = None,
     settings: dict[str, Any] | str | None = None,
     epochs: float | None = None,
@@ -86,7 +87,8 @@ def run_benchmark(
     group_key
         Column of what is left out (dataset, donor, organ, protocol).
     recipe
-        Recipe of fine-tuning, or several separated by commas; the first is the model in question.
+        Recipe of fine-tuning, by default that of `finetune`, which a base changes; or several separated by commas: the
+        first is the model in question.
     base
         Pretrained model. Then "no pretraining" and "random genes" join the baselines, and its masked accuracy
         stands beside that of every gene's commonest bin.
@@ -133,6 +135,7 @@ def run_benchmark(
     if protocol not in PROTOCOLS:
         raise InputError(f"There is no protocol {protocol!r}; there are: {', '.join(PROTOCOLS)}.")
     base = None if base is None else find_model(base)
+    recipe = recipe or (FINETUNE.default_with_base if base else FINETUNE.default_recipe)
     check_output_folder(output, overwrite, marker=RESULTS)
     if report is not None:
         check_output_path(report, overwrite)
