@@ -87,8 +87,7 @@ def run_benchmark(
     group_key
         Column of what is left out (dataset, donor, organ, protocol).
     recipe
-        Recipe of fine-tuning, by default that of `finetune`, which a base changes; or several separated by commas: the
-        first is the model in question.
+        Recipe, or several with commas, that of the model in question first; by default what `finetune` takes.
     base
         Pretrained model. Then "no pretraining" and "random genes" join the baselines, and its masked accuracy
         stands beside that of every gene's commonest bin.

@@ -127,11 +127,6 @@ def start_head(model: PreTrainedModel) -> None:
             model.classifier.conv.bias.zero_()
 
 
-def new_masked_model(fields: dict[str, Any], tokenizer: ScBertTokenizer, seed: int) -> PreTrainedModel:
-    """Like `new_model`, with the head of masked expression modelling."""
-    return ScBertForMaskedExpression(new_config(fields, tokenizer, seed))
-
-
 @torch.no_grad()
 def start_cell(model: PreTrainedModel, vectors: np.ndarray, center: np.ndarray) -> None:
     """

@@ -126,8 +126,7 @@ def fit_members(
     Axes are given if `axes_of_cells` of the features are known already. For each of the powers one regression is in the
     average, ``(0.0,)`` is ridge regression alone; one more goes along pretrained axes. The regressions are kept from
     leaning on the directions `effects`, in units of the features, [n, genes] (see `principal_axes.Damping`), along
-    which axes that are given are damped already. `on_fit` is called after each of the `n_fits`, for a progress bar; of
-    many cells some are never made.
+    which axes that are given are damped already. `on_fit` is called after each of the `n_fits`, for a progress bar.
     """
     axes = axes_of_cells(features, effects=effects) if axes is None else axes
     members = [
@@ -189,7 +188,7 @@ def cross_folds(targets: np.ndarray, n_folds: int = 5, seed: int = 0) -> np.ndar
 
 
 def n_fits(folds: np.ndarray, pretrained: PretrainedAxes | None = None) -> int:
-    """How many fits `solve_head` makes with these folds, each penalty counted."""
+    """How many fits `solve_head` makes at most with these folds, each penalty counted."""
     return (len(POWERS) + (pretrained is not None)) * (len(np.unique(folds)) + 1) * len(PENALTIES)
 
 
