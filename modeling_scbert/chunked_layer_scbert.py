@@ -41,8 +41,9 @@ def chunked_supports(layer: nn.Module, hidden_states: torch.Tensor) -> str | Non
     """Why a FAVOR+ block cannot run in chunks, if it cannot."""
     if hidden_states.device.type != "cpu":
         return "it is for CPUs"
-    trained = is_trained(layer, hidden_states)
-    if layer.training and (layer.attention.dropout.p > 0 or (trained and layer.dropout.p > 0)):
+    # an adapter's too: what the backward recomputes would be dropped anew
+    active = [x for x in layer.modules() if isinstance(x, nn.Dropout) and x.training and x.p > 0]
+    if layer.attention.dropout in active or (active and is_trained(layer, hidden_states)):
         return "dropout is active"
     return None
 

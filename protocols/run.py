@@ -19,6 +19,7 @@ from ..evaluation.baselines import BASELINES, available_baselines
 from ..evaluation.tables import TextTable
 from ..tokenization import InputError, read_gene_panel
 from ..trained_model.model_folder import find_model, versions
+from ..training.finetune_arguments import FINETUNE
 from ..training.settings import read_json
 from .cells import LABEL, load_benchmark_cells
 from .comparison import score_tables, summarise_folds, warnings_of, warnings_of_modalities
@@ -55,7 +56,7 @@ def run_benchmark(
     label_map: str | Path | None = None,
     layer: str | None = None,
     input: str = "auto",
-    recipe: str = "default",
+    recipe: str | None = None,
     base: str | Path | None = None,
     settings: dict[str, Any] | str | None = None,
     epochs: float | None = None,
@@ -87,7 +88,7 @@ def run_benchmark(
     group_key
         Column of what is left out (dataset, donor, organ, protocol).
     recipe
-        Recipe of fine-tuning, or several separated by commas; the first is the model in question.
+        Recipe, or several with commas, that of the model in question first; by default what `finetune` takes.
     base
         Pretrained model. Then "no pretraining" and "random genes" join the baselines, and its masked accuracy
         stands beside that of every gene's commonest bin.
@@ -134,6 +135,7 @@ def run_benchmark(
     if protocol not in PROTOCOLS:
         raise InputError(f"There is no protocol {protocol!r}; there are: {', '.join(PROTOCOLS)}.")
     base = None if base is None else find_model(base)
+    recipe = recipe or (FINETUNE.default_with_base if base else FINETUNE.default_recipe)
     check_output_folder(output, overwrite, marker=RESULTS)
     if report is not None:
         check_output_path(report, overwrite)

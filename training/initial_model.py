@@ -82,7 +82,8 @@ def load_masked_model(base: str | Path) -> PreTrainedModel:
     """A model of any head to go on pretraining; without the head of masked expression it gets a new one."""
     folder = find_model(base)
     check_model_folder(folder)
-    return load_weights(ScBertForMaskedExpression, folder, new=("decoder.", "cell_decoder."), **UNCALIBRATED)
+    new = ("decoder.", "cell_decoder.", "modality_decoder.")
+    return load_weights(ScBertForMaskedExpression, folder, new=new, **UNCALIBRATED)
 
 
 def label_names(labels: list[str]) -> dict[str, dict]:
@@ -124,11 +125,6 @@ def start_head(model: PreTrainedModel) -> None:
             chord = expression_plane(config)[0] * (config.vocab_size - 2) / read
             model.classifier.conv.weight.copy_(chord[None])
             model.classifier.conv.bias.zero_()
-
-
-def new_masked_model(fields: dict[str, Any], tokenizer: ScBertTokenizer, seed: int) -> PreTrainedModel:
-    """Like `new_model`, with the head of masked expression modelling."""
-    return ScBertForMaskedExpression(new_config(fields, tokenizer, seed))
 
 
 @torch.no_grad()

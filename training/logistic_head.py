@@ -188,18 +188,20 @@ def cross_folds(targets: np.ndarray, n_folds: int = 5, seed: int = 0) -> np.ndar
 
 
 def n_fits(folds: np.ndarray, pretrained: PretrainedAxes | None = None) -> int:
-    """How many fits `solve_head` makes with these folds."""
-    return (len(POWERS) + (pretrained is not None)) * (len(np.unique(folds)) + 1)
+    """How many fits `solve_head` makes at most with these folds, each penalty counted."""
+    return (len(POWERS) + (pretrained is not None)) * (len(np.unique(folds)) + 1) * len(PENALTIES)
 
 
 class RegularizationPath:
-    """Coefficients and biases with one penalty after another, each found when it is asked for."""
+    """Coefficients and biases with one penalty after another, each found, and told of, when it is asked for."""
 
-    def __init__(self, solutions: Iterator[tuple[np.ndarray, np.ndarray]]):
-        self._found, self._others = [], solutions
+    def __init__(self, solutions: Iterator[tuple[np.ndarray, np.ndarray]], on_fit: Callable[[], Any]):
+        self._found, self._others, self._on_fit = [], solutions, on_fit
 
     def __getitem__(self, place: int) -> tuple[np.ndarray, np.ndarray]:
-        self._found.extend(islice(self._others, max(0, place + 1 - len(self._found))))
+        for found in islice(self._others, max(0, place + 1 - len(self._found))):
+            self._found.append(found)
+            self._on_fit()
         return self._found[place]
 
 
@@ -252,10 +254,9 @@ def cross_fit(
     def fit(learnt):
         # axes of plain ridge regression know no labels: one set serves all folds
         space = axes if power == 0 else scaled_axes(features, targets, learnt, power, effects)
-        path = RegularizationPath(ridge_path(space.coordinates[learnt], targets[learnt], n_classes))
+        path = RegularizationPath(ridge_path(space.coordinates[learnt], targets[learnt], n_classes), on_fit)
         if learnt.sum() <= MOST_CELLS or not labelled.all():
             list(path)
-            on_fit()
         return space, path
 
     labelled = folds >= 0

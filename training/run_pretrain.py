@@ -15,10 +15,11 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from ..data.paths import check_output_folder
+from ..modeling_scbert import ScBertForMaskedExpression
 from ..tokenization import InputError
 from ..trained_model.model_folder import quiet_transformers, versions
 from .gene2vec import assign_gene_vectors, load_gene_vectors
-from .initial_model import base_tokenizer, load_masked_model, new_masked_model, start_cell
+from .initial_model import base_tokenizer, load_masked_model, new_config, start_cell
 from .pretrain_arguments import (
     PRETRAIN,
     PretrainDataArguments,
@@ -94,7 +95,7 @@ def build_model(
     if arguments.base:
         model = load_masked_model(arguments.base)
     else:
-        model = new_masked_model(arguments.model, data.tokenizer, training.seed)
+        model = ScBertForMaskedExpression(new_config(arguments.model, data.tokenizer, training.seed))
     # most tokens are not asked for: decoding them would cost time and memory for nothing
     model.config.sparse_prediction = True
     if arguments.gene_vectors:

@@ -85,7 +85,7 @@ def solve_classifier(
         else:
             head, found = teacher.learn_from_all(features, targets, others, **given)
             learnt = {"unlabelled": found}
-        # of many cells the last fits are those of the penalties that were chosen
+        # of many cells the last fits end at the penalties that were chosen
         bar.update(total - bar.n)
     report = {"shares": head.shares, "penalties": head.penalties, "temperature": head.temperature} | learnt
     report["signal"] = None if pretrained is None else pretrained.signal

@@ -71,7 +71,7 @@ MAX_CELLS = 10_000
 
 def n_fits(folds: np.ndarray) -> int:
     """How many fits `learn_from_all` makes beyond those of `logistic_head.solve_head`."""
-    return (len(SMOOTHED_POWERS) + len(AXES)) * (len(np.unique(folds)) + 1)
+    return (len(SMOOTHED_POWERS) + len(AXES)) * (len(np.unique(folds)) + 1) * len(PENALTIES)
 
 
 def learn_from_all(

@@ -166,6 +166,16 @@ def test_what_needs_no_gradient_runs_in_chunks():
         assert choose_block(model.scbert.layers[0], hidden, output_attentions=True) == "plain"
 
 
+def test_an_adapter_s_dropout_is_not_drawn_anew_in_the_backward(layer):
+    """Which would give gradients of another function than the one whose loss was taken."""
+    layer.attention.v_proj = torch.nn.Sequential(torch.nn.Dropout(0.5), layer.attention.v_proj)
+    hidden = torch.randn(1, 60, 12, dtype=torch.float64)
+    with favor_backend("chunked"):
+        with pytest.raises(ValueError, match="dropout is active"):
+            choose_block(layer, hidden)
+        assert choose_block(layer.requires_grad_(False), hidden) == "chunked"
+
+
 @pytest.mark.parametrize("dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_dropout_is_left_to_the_plain_block(dropout):
     model = ScBertForMaskedExpression(small_config(**{dropout: 0.5})).train()

@@ -287,13 +287,15 @@ def test_a_base_brings_its_ablations(cells_file, recipe, base, tmp_path):
     assert any("commonest bin" in warning for warning in result["warnings"])
 
 
-def test_zero_shot_needs_a_base(cells_file, base, recipe, tmp_path):
-    options = {"baselines": "knn", "folds": 2, "recipe": str(recipe)}
+def test_zero_shot_needs_a_base(cells_file, base, tmp_path):
+    options = {"baselines": "knn", "folds": 2}
     with pytest.raises(InputError, match="--base"):
         run_benchmark("zero-shot", cells_file, "cell_type", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     result = run_benchmark("zero-shot", cells_file, "cell_type", tmp_path / "out", base=base, **options)
     assert [entry["model"] for entry in result["summary"]][1] == "untrained embeddings, kNN"
+    # what `finetune` takes with a base: the default recipe would keep its encoder, pretrained or not, as it is
+    assert result["settings"]["recipe"] == "scbert"
 
 
 def test_the_command(cells_file, tmp_path, capsys):

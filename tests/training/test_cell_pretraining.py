@@ -17,7 +17,7 @@ from scbert.tokenization import InputError
 from scbert.training import pretrain_trainer
 from scbert.training.cell_batches import CellDataset, DataCollatorForMaskedExpression
 from scbert.training.cell_targets import CellTargets, bin_values, mean_cell, thin_cells
-from scbert.training.initial_model import new_masked_model, start_cell
+from scbert.training.initial_model import new_config, start_cell
 from scbert.training.pretrain_data import load_data
 from scbert.training.principal_axes import axes_of_cells
 from scbert.training.run_pretrain import PRETRAIN, pretrain
@@ -81,7 +81,7 @@ def trained(corpus, tmp_path_factory):
 def test_the_start_is_the_axes_exactly(layers, n_axes):
     torch.manual_seed(0)
     tokenizer = ScBertTokenizer(gene_panel=[f"G{i}" for i in range(GENES)], **TOKENIZER)
-    model = new_masked_model({**SIZE, "num_hidden_layers": layers}, tokenizer, 0).eval()
+    model = ScBertForMaskedExpression(new_config({**SIZE, "num_hidden_layers": layers}, tokenizer, 0)).eval()
     rng = np.random.default_rng(0)
     vectors, center = (
         rng.normal(size=(GENES, n_axes)) * rng.exponential(size=(GENES, 1)),

@@ -123,7 +123,7 @@ def test_of_an_atlas_some_cells_choose_and_all_are_learnt_from(cells, monkeypatc
     for module in (logistic_head, averaging):
         monkeypatch.setattr(module, "some_cells", partial(some_cells, most=40, a_type=5))
     monkeypatch.setattr(logistic_head, "MOST_CELLS", 40)
-    taught = []
+    taught, told = [], []
 
     def path(coordinates, *others):
         for found in ridge_path(coordinates, *others):
@@ -131,12 +131,14 @@ def test_of_an_atlas_some_cells_choose_and_all_are_learnt_from(cells, monkeypatc
             yield found
 
     monkeypatch.setattr(logistic_head, "ridge_path", path)
-    some = cross_fit(features, targets, 3, folds, 0.0, axes)
+    some = cross_fit(features, targets, 3, folds, 0.0, axes, lambda: told.append(len(taught)))
     assert taught == [40] * 5 * len(PENALTIES)
     assert (some.logits[2].argmax(axis=1) == targets).mean() > 0.8
     for found, wanted in zip(some.head(2), everyone.head(2)):
         np.testing.assert_array_equal(found, wanted)
     assert taught[5 * len(PENALTIES) :] == [90] * 3
+    # a bar moves while they are made
+    assert told[-3:] == [len(taught) - 2, len(taught) - 1, len(taught)]
     assert (average([some], targets, folds).logits.argmax(axis=1) == targets).mean() > 0.8
 
 

@@ -83,3 +83,8 @@ def test_fine_tuning_from_random_weights_takes_both_modalities(both, tmp_path):
     tokenizer = ScBertTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.feature_modalities.sum() == 20 and tokenizer.init_kwargs["genome_build"] == "hg38"
     assert new_config({}, tokenizer, 0).num_modalities == 2
+    # the modalities' decoder, too, is new where a classifier is pretrained further
+    scores = pretrain(
+        corpus=both, output=tmp_path / "further", base=tmp_path / "model", epochs=1, batch_size=8
+    )
+    assert scores["modality_loss"] > 0
