@@ -154,13 +154,11 @@ _OPERATORS = {
 
 # written out: torch 2.6 reads no list[torch.Tensor]
 _GIVEN = "Tensor query, Tensor key, Tensor value, Tensor projection_matrix, Tensor? attention_mask"
-_SCHEMA = f"({_GIVEN}, float epsilon, str backend) -> Tensor[]"
-_BACKWARD_SCHEMA = (
-    f"(Tensor grad, {_GIVEN}, Tensor output, Tensor[] state, float epsilon, str backend) -> Tensor[]"
-)
+_FORWARD = f"({_GIVEN}, float epsilon, str backend) -> Tensor[]"
+_BACKWARD = f"(Tensor grad, {_GIVEN}, Tensor output, Tensor[] state, float epsilon, str backend) -> Tensor[]"
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::favor_attention", mutates_args=(), schema=_SCHEMA)
+@torch.library.custom_op(f"{_NAMESPACE}::favor_attention", mutates_args=(), schema=_FORWARD)
 def _favor_forward(query, key, value, projection_matrix, attention_mask, epsilon, backend):
     """Output [B, Lq, H, dv], and what the backend keeps for its backward."""
     steps = _OPERATORS[backend]
@@ -173,7 +171,7 @@ def _(query, key, value, projection_matrix, attention_mask, epsilon, backend):
     return [output, *_OPERATORS[backend].state(query, value, projection_matrix)]
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::favor_attention_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
+@torch.library.custom_op(f"{_NAMESPACE}::favor_attention_backward", mutates_args=(), schema=_BACKWARD)
 def _favor_backward(
     grad, query, key, value, projection_matrix, attention_mask, output, state, epsilon, backend
 ):
