@@ -76,7 +76,7 @@ def _scan(adata, source, input, rules):
             )
         hashes.append(hash_cells(chunk, gene_hashes))
 
-    quality = measure_cells(adata, source.layer, on_chunk=look)
+    quality = measure_cells(adata, source.layer, on_chunk=look, log1p=kind == "log1p")
     keep, report = choose_cells(adata.obs, quality, rules)
     taken = quality.cells_per_gene >= max(1, rules.min_cells)
     modalities = feature_modalities(adata.var) if len(names) == adata.n_vars else None

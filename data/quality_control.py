@@ -33,30 +33,29 @@ class CellQuality:
 
     # expressed genes, int [cells]
     n_genes: np.ndarray
-    # share of the sum of the values in mitochondrial genes (MT-...), [cells]; None if there are none
+    # share of the counts in mitochondrial genes (MT-...), [cells]; None if there are none
     mito_fraction: np.ndarray | None
     # cells expressing each gene, int [genes]
     cells_per_gene: np.ndarray
 
 
-def measure_cells(adata, layer=None, on_chunk=lambda chunk: None):
-    """The `CellQuality` of an AnnData, in memory or backed, in chunks of cells.
+def measure_cells(adata, layer=None, on_chunk=lambda chunk: None, log1p=False):
+    """The `CellQuality` of an AnnData, in memory or backed, in chunks of cells; its values are counts or their `log1p`.
 
     `on_chunk` is called with every chunk (CSR) in turn, so that a large file need not be read twice.
     """
     matrix, names = matrix_rows(adata, layer)
     mito = np.array([name.startswith(MITOCHONDRIAL) for name in names])
-    n_genes, total, mito_total, per_gene = [], [], [], np.zeros(matrix.shape[1], dtype=np.int64)
+    n_genes, share, per_gene = [], [], np.zeros(matrix.shape[1], dtype=np.int64)
     for start in range(0, matrix.shape[0], CHUNK_SIZE):
         chunk = as_csr(matrix[start : start + CHUNK_SIZE])
         on_chunk(chunk)
         n_genes.append(np.diff(chunk.indptr))
-        total.append(np.asarray(chunk.sum(1, dtype=np.float64)).ravel())
-        mito_total.append(np.asarray(chunk[:, mito].sum(1, dtype=np.float64)).ravel())
+        counts = chunk.expm1() if log1p else chunk
+        of_mito, total = (np.asarray(x.sum(1, dtype=np.float64)).ravel() for x in (counts[:, mito], counts))
+        share.append(np.divide(of_mito, total, out=np.zeros_like(total), where=total > 0))
         per_gene += np.bincount(chunk.indices, minlength=matrix.shape[1])
-    total = np.concatenate(total)
-    share = np.divide(np.concatenate(mito_total), total, out=np.zeros_like(total), where=total > 0)
-    return CellQuality(np.concatenate(n_genes), share if mito.any() else None, per_gene)
+    return CellQuality(np.concatenate(n_genes), np.concatenate(share) if mito.any() else None, per_gene)
 
 
 def choose_cells(obs, quality, rules):

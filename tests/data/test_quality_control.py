@@ -23,6 +23,9 @@ def test_measures_equal_dense_reference(tmp_path, adata, monkeypatch):
         np.testing.assert_array_equal(quality.n_genes, (dense > 0).sum(1))
         np.testing.assert_allclose(quality.mito_fraction, dense[:, mito].sum(1) / dense.sum(1))
         np.testing.assert_array_equal(quality.cells_per_gene, (dense > 0).sum(0))
+    adata.X = adata.X.log1p()
+    share_of_counts = measure_cells(adata, log1p=True).mito_fraction
+    np.testing.assert_allclose(share_of_counts, quality.mito_fraction, rtol=1e-5)
 
 
 def test_rules_and_report(adata):
