@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if DEVICE == "cuda" and not torch.cuda.is_available():
         print("No CUDA device.", file=sys.stderr)
         return 1
     results = {"device": describe_device(), "found": []}

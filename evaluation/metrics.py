@@ -69,8 +69,8 @@ def plot_confusion(confusion: dict[str, Any], path: str | Path, title: str = "")
             if counts[row, column]:
                 colour = "white" if share[i, j] > 0.55 else "#222222"
                 axes.text(j, i, f"{counts[row, column]}", ha="center", va="center", fontsize=7, color=colour)
-    axes.set_xticks(range(len(columns)), [labels[j] for j in columns], rotation=45, ha="right", fontsize=8)
-    axes.xaxis.set_tick_params(rotation_mode="anchor")
+    names = [labels[j] for j in columns]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8, rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), [f"{labels[i]}  ({totals[i, 0]})" for i in rows], fontsize=8)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true (cells)")

@@ -121,8 +121,7 @@ def plot_top_genes(table: pd.DataFrame, scores: pd.DataFrame, path: str | Path, 
     axes = figure.subplots()
     image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     types = [shortened(str(name), 28) for name in scores.columns]
-    axes.set_xticks(range(len(types)), types, rotation=45, ha="right", fontsize=8)
-    axes.xaxis.set_tick_params(rotation_mode="anchor")
+    axes.set_xticks(range(len(types)), types, rotation=45, ha="right", fontsize=8, rotation_mode="anchor")
     axes.set_yticks(range(len(genes)), genes, fontsize=7)
     figure.colorbar(image, ax=axes, label="z-score over types", shrink=0.7)
     figure.savefig(path, dpi=150)

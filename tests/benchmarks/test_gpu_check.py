@@ -33,7 +33,6 @@ def on_cpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     for name in ("memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: 1 << 30)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     chip = SimpleNamespace(name="no GPU", multi_processor_count=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: chip)
 
