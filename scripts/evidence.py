@@ -27,7 +27,6 @@ import os
 import sys
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -37,13 +36,13 @@ import anndata
 import numpy as np
 import scipy.sparse as sp
 from scipy.special import softmax
-from scipy.stats import t as student_t
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.svm import LinearSVC
 
 from evidence_studies import HALVES, Task, folds_of, tasks
+from evidence_tables import write_tables
 
 GRID = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
@@ -233,112 +232,6 @@ def run_all(
                 os.replace(temporary, path)
                 numbers = " ".join(f"{value:.3f}" for value in found.values() if isinstance(value, float))
                 print(f"{method} {task.name} {numbers}", flush=True)
-
-
-def read_results(work: Path) -> dict[str, dict[str, dict]]:
-    """Method -> task -> scores."""
-    found = defaultdict(dict)
-    for path in sorted(work.glob("*/*.json")):
-        result = json.loads(path.read_text())
-        found[path.parent.name][result["task"]] = result
-    return found
-
-
-def write_tables(work: Path, path: Path) -> None:
-    """Markdown: for each half, macro-F1 by study and protocol beside the best plain classifier, then the means."""
-    results = read_results(work)
-    lines = ["<!-- written by scripts/evidence.py -->", ""]
-    for half in ("report", "choose"):
-        rows = rows_of(results, half)
-        title = "that chose nothing" if half == "report" else "that settings were chosen on"
-        lines += [f"## Studies {title}", "", *means(rows), "", *novelty(results, half), "", *table(rows), ""]
-    path.write_text("\n".join(lines), encoding="utf-8")
-
-
-PEERS = ("l2", "svm", "l1")
-
-
-def rows_of(results: dict, half: str) -> list[dict]:
-    """One for each study and protocol, over the tasks that we and at least one plain classifier did."""
-    groups = defaultdict(list)
-    for name, result in results["scbert"].items():
-        if result["half"] == half and "macro_f1" in result:
-            groups[tuple(name.split("|")[:2])].append(name)
-    rows = []
-    for (study, protocol), names in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])):
-        row = {"study": study, "protocol": protocol, "tasks": len(names), "scores": {}}
-        for method in METHODS:
-            if all(name in results[method] for name in names):
-                row["scores"][method] = {
-                    score: np.array([results[method][name][score] for name in names])
-                    for score in ("accuracy", "macro_f1", "ece")
-                }
-        rows.append(row)
-    return rows
-
-
-def table(rows: list[dict]) -> list[str]:
-    """Macro-F1 of all, the difference to the best plain one with its paired 95% interval, and ECE of ours."""
-    shown = [name for name in METHODS if any(name in row["scores"] for row in rows)]
-    lines = [f"| study | protocol | tasks | {' | '.join(shown)} | less the best plain | ECE |"]
-    lines += ["|---|---|---|" + "---|" * (len(shown) + 2)]
-    for row in rows:
-        scores = row["scores"]
-        cells = [f"{scores[name]['macro_f1'].mean():.3f}" if name in scores else "" for name in shown]
-        lines.append(
-            f"| {row['study']} | {row['protocol']} | {row['tasks']} | {' | '.join(cells)} | {difference(scores)} | "
-            f"{scores['scbert']['ece'].mean():.3f} |"
-        )
-    return lines
-
-
-def difference(scores: dict) -> str:
-    """Ours less the best of the plain ones in the mean, paired by task."""
-    peers = [name for name in PEERS if name in scores]
-    if not peers:
-        return ""
-    best = max(peers, key=lambda name: scores[name]["macro_f1"].mean())
-    gap = scores["scbert"]["macro_f1"] - scores[best]["macro_f1"]
-    if len(gap) < 2:
-        return f"{gap.mean():+.3f} ({best})"
-    half = student_t.ppf(0.975, len(gap) - 1) * gap.std(ddof=1) / len(gap) ** 0.5
-    return f"{gap.mean():+.3f} ± {half:.3f} ({best})"
-
-
-def means(rows: list[dict]) -> list[str]:
-    """Over the studies that L2 and the support vector machine did as well, by protocol: every method that did them."""
-    lines = ["| protocol | studies | method | accuracy | macro-F1 | ECE |", "|---|---|---|---|---|---|"]
-    for protocol in sorted({row["protocol"] for row in rows}):
-        of_protocol = [row["scores"] for row in rows if row["protocol"] == protocol]
-        of_protocol = [scores for scores in of_protocol if {"l2", "svm"} <= set(scores)]
-        for method in METHODS:
-            if of_protocol and all(method in scores for scores in of_protocol):
-                found = [
-                    np.mean([scores[method][name].mean() for scores in of_protocol])
-                    for name in ("accuracy", "macro_f1", "ece")
-                ]
-                numbers = " | ".join(f"{value:.3f}" for value in found)
-                lines.append(f"| {protocol} | {len(of_protocol)} | {method} | {numbers} |")
-    return lines
-
-
-def novelty(results: dict, half: str) -> list[str]:
-    """Known and novel accuracy, the mean over left-out types of every study, by the model's own threshold."""
-    groups = defaultdict(list)
-    for name, result in results["scbert"].items():
-        if result["half"] == half and "novel_accuracy" in result:
-            groups[name.split("|")[0]].append((result["known_accuracy"], result["novel_accuracy"]))
-    lines = [
-        "| study, types left out in turn | types | known accuracy | novel accuracy |",
-        "|---|---|---|---|",
-    ]
-    found = {study: np.mean(pairs, axis=0) for study, pairs in sorted(groups.items())}
-    for study, (known, novel) in found.items():
-        lines.append(f"| {study} | {len(groups[study])} | {known:.3f} | {novel:.3f} |")
-    if found:
-        known, novel = np.mean(list(found.values()), axis=0)
-        lines.append(f"| mean of studies | | {known:.3f} | {novel:.3f} |")
-    return lines
 
 
 def main() -> int:
