@@ -148,3 +148,38 @@ def test_the_wheel_works_from_any_directory(wheel, tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("scbert ")
+
+
+MAIN_JOBS = """
+import anndata, numpy as np, pandas as pd
+import scbert
+from scbert.modeling_scbert.compiled_layer_scbert import compiled_blocks
+from scbert.modeling_scbert.layers_scbert import ScBertLayer
+
+types = np.arange(90) % 3
+counts = np.random.default_rng(0).poisson(1 + 4 * np.eye(3)[types].repeat(20, axis=1)).astype(np.float32)
+names = [f"GENE{number}" for number in range(60)]
+cells = anndata.AnnData(counts, pd.DataFrame({"type": types.astype(str)}, [f"c{i}" for i in range(90)]))
+cells.var_names = names
+quick = {"device": "cpu", "disable_tqdm": True}
+model = scbert.finetune(cells, "type", "model", **quick)
+assert (model.annotate(cells).obs["scbert_cell_type"] == cells.obs["type"]).mean() > 0.9
+sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 16}
+scbert.pretrain(cells, "base", model=sizes, max_steps=2, **quick)
+scbert.finetune(cells, "type", "tuned", base="base", epochs=1, **quick)
+print(compiled_blocks(ScBertLayer, scbert.ScBertConfig))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_oldest_requirements_do(wheel, tmp_path):
+    """Several GB, with the builds of torch for GPUs: what is promised is seldom what anybody has installed."""
+    lines = setup()["options"]["install_requires"].split()
+    oldest = [re.sub(r">=([\d.]+).*", r"==\1", line) for line in lines]
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([str(python), "-m", "pip", "install", "-q", str(wheel), *oldest], check=True)
+    ran = subprocess.run([str(python), "-c", MAIN_JOBS], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "Blocks compiled for this machine are in use" in ran.stdout
