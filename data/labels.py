@@ -18,7 +18,7 @@ NO_LABELS = {"", "nan", "none", "<na>", UNASSIGNED}
 FEW_CELLS = 3
 # a column of measurements has nearly as many values as cells
 MAX_SHARE_OF_DISTINCT_NUMBERS = 0.5
-# cells of fewer expressed genes may be alike by chance
+# cells with fewer genes that are expressed, or fewer that are not in the highest bin, may be alike by chance
 TELLING_GENES = 20
 
 
@@ -112,18 +112,12 @@ def label_notes(column: pd.Series, labels: np.ndarray) -> list[str]:
     """
     gone = np.array([label is None for label in labels], dtype=bool)
     reserved = gone & (column.astype(str).str.strip().str.lower() == UNASSIGNED).to_numpy()
-    n_missing, n_reserved, n_cells = int((gone & ~reserved).sum()), int(reserved.sum()), len(labels)
-    notes = []
-    if n_missing:
-        notes.append(
-            f"{n_missing:,} of {n_cells:,} cells have no label in {column.name!r} (missing or empty): left out."
-        )
-    if n_reserved:
-        notes.append(
-            f"{n_reserved:,} of {n_cells:,} cells are called {UNASSIGNED!r} in {column.name!r}, the word for cells "
-            "without a type: they are left out."
-        )
-    return notes
+    key = repr(column.name)
+    told = {
+        f"have no label in {key} (missing or empty): left out.": gone & ~reserved,
+        f"are called {UNASSIGNED!r} in {key}, the word for cells without a type: they are left out.": reserved,
+    }
+    return [f"{cells.sum():,} of {len(labels):,} cells {what}" for what, cells in told.items() if cells.any()]
 
 
 def cell_notes(gene_names: Iterable[str], expressed_genes: np.ndarray) -> list[str]:
@@ -161,10 +155,13 @@ def copy_notes(parts: Sequence[sp.csr_matrix]) -> list[str]:
     '1 of 4 cells are copies of others, gene for gene'
     """
     weights, keys = np.random.default_rng(0).random(parts[0].shape[1]), []
+    highest = max(part.max() for part in parts if part.shape[0])
     for part in parts:
         for block in row_blocks(part.shape[0]):
             rows = part[block].sorted_indices()
-            keys.append((rows @ weights)[np.diff(rows.indptr) >= TELLING_GENES])
+            lower = len(weights) - (rows == highest).sum(axis=1)
+            telling = np.minimum(np.diff(rows.indptr), np.ravel(lower)) >= TELLING_GENES
+            keys.append((rows @ weights)[telling])
     copies = pd.Series(np.concatenate(keys)).duplicated().sum()
     told = (
         f"{copies:,} of {sum(part.shape[0] for part in parts):,} cells are copies of others, gene for gene: scores are "

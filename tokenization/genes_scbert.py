@@ -256,7 +256,9 @@ def gene_names_of(var, var_names, panel=None):
     kinds = [str(kind) for kind in var["feature_types"]]
     genes = {name for name, kind in zip(names, kinds) if kind == "Gene Expression"}
     for place, (name, kind) in enumerate(zip(names, kinds)):
-        if kind.endswith(" Capture") or (kind != "Gene Expression" and name in genes):
+        other = kind.endswith(" Capture") or (kind != "Gene Expression" and name in genes)
+        # those of cells that were brought together, as for `evaluate`, are called so already
+        if other and not name.endswith(f" ({kind})"):
             names[place] = f"{name} ({kind})"
     return names
 

@@ -20,7 +20,7 @@ CHOICES = {
 class FinetuneDataArguments(RunDataArguments):
     """Which labelled cells are learnt, and which test."""
 
-    reference: str = HfArg(default=None, help="Labelled cells: .h5ad, 10x .h5 or folder, .zarr.")
+    reference: str = HfArg(default=None, help="Labelled cells: .h5ad, .h5mu, .zarr, 10x .h5 or folder.")
     label_key: str = HfArg(default=None, help="Column of obs that holds the cell types.")
     test: str | None = HfArg(default=None, help="Labelled cells to test on, in a file of their own.")
     test_key: str | None = HfArg(

@@ -3,8 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 
-from scbert.data.labels import choose_classes, find_labels
+from scbert.data.labels import choose_classes, copy_notes, find_labels
 from scbert.tokenization import InputError
 
 
@@ -55,3 +56,11 @@ def test_small_classes_are_learnt_and_reported():
 def test_fewer_than_two_classes(labels, message):
     with pytest.raises(InputError, match=message):
         choose_classes(labels, "type")
+
+
+def test_cells_whose_few_genes_are_all_in_the_highest_bin_are_no_copies():
+    markers = sp.csr_matrix(np.full((9, 30), 5, dtype=np.int8))
+    assert copy_notes([markers]) == []
+    # unless there are others, such as peaks, which are 0 or 1
+    peaks = sp.csr_matrix((markers.data, markers.indices, markers.indptr), shape=(9, 60))
+    assert copy_notes([peaks])[0].startswith("8 of 9 cells are copies")
