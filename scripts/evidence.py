@@ -3,7 +3,7 @@ How the default recipe does on many studies, beside plain classifiers on the sam
 
     python scripts/evidence.py CELLS --work build/evidence --half choose --cell-axes build/mini_choose
     python scripts/evidence.py CELLS --work build/evidence --half report --cell-axes build/mini/pretrained
-    python scripts/evidence.py CELLS --work build/evidence --table docs/results/evidence.md   # of what is there
+    python scripts/evidence.py CELLS --work build/evidence --table docs/results_studies.md   # of what is there
 
 CELLS is the folder of the labelled .h5ad files. It takes hours, and goes on where it stopped. The studies are in two
 halves, named before anything was measured on them: all settings of the recipe were chosen on the first (CHOOSE). The
